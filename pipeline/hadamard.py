@@ -1,0 +1,269 @@
+"""Orthogonal matrices for rotations, and the fast Hadamard transform.
+
+A Hadamard matrix of order m has entries ±1 and orthogonal rows; divided by sqrt(m) it is orthogonal and spreads any
+single large coordinate evenly over all m. Three constructions reach the sizes of real models:
+
+- Sylvester, every 2^k:           H_2n = [[H_n, H_n], [H_n, -H_n]]
+- Paley I, order q + 1:           q = 3 mod 4 a prime power,   I + S with S the bordered Jacobsthal matrix
+- Paley II, order 2(q + 1):       q = 1 mod 4 a prime power
+
+and Kronecker products of those are Hadamard again. A width n = odd * 2^k takes the smallest odd * 2^j that is a Paley
+order, times Sylvester for the rest: 11008 = 344 * 32 (344 = 7^3 + 1). Where no such order exists (156, 172), the
+transform is block-diagonal with the largest Hadamard factor that divides n, so that no width ever fails.
+
+Everything here acts on the last dimension and treats vectors as rows: transform(x) = x @ H.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from fast_hadamard_transform import hadamard_transform as _cuda_hadamard_transform
+except ImportError:
+    _cuda_hadamard_transform = None
+
+# A Sylvester factor is applied as a few matrix products of at most this order: faster on a CPU than butterflies.
+_MAX_SYLVESTER_FACTOR = 128
+
+
+@dataclass(frozen=True)
+class HadamardPlan:
+    """How a width is transformed: n = blocks * prod(paley) * power_of_two, each block by itself."""
+
+    blocks: int
+    paley: tuple[int, ...]
+    power_of_two: int
+
+    @property
+    def order(self) -> int:
+        """Size of the Hadamard matrix in each block."""
+        return math.prod(self.paley) * self.power_of_two
+
+
+@functools.cache
+def plan_hadamard(n: int) -> HadamardPlan:
+    """Factor a width `n` >= 1; blocks > 1 only where no Hadamard matrix of order n can be built."""
+    if n < 1:
+        raise ValueError(f"n={n}: a Hadamard transform needs a width of at least 1")
+    for order in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True):
+        factors = _factor_order(order)
+        if factors is not None:
+            power = order // math.prod(factors)
+            return HadamardPlan(n // order, factors, power)
+    raise AssertionError("order 1 always exists")
+
+
+def _factor_order(n: int) -> tuple[int, ...] | None:
+    """Paley orders whose product divides n and leaves a power of two, fewest factors and smallest orders first."""
+    power = n & -n
+    odd = n // power
+    if odd == 1:
+        return ()
+    for count in range(1, power.bit_length()):
+        for parts in _odd_factorizations(odd, count):
+            for doublings in itertools.product(range(1, power.bit_length()), repeat=count):
+                orders = tuple(part << j for part, j in zip(parts, doublings, strict=True))
+                fits = sum(doublings) < power.bit_length()
+                if fits and all(_paley_field(order) is not None for order in orders):
+                    return orders
+    return None
+
+
+def _odd_factorizations(odd: int, count: int, least: int = 3) -> list[tuple[int, ...]]:
+    """`odd` as products of `count` factors >= 3 in ascending order: (45, 2) -> (3, 15), (5, 9)."""
+    if count == 1:
+        return [(odd,)] if odd >= least else []
+    return [
+        (first, *rest)
+        for first in range(least, math.isqrt(odd) + 1, 2)
+        if odd % first == 0
+        for rest in _odd_factorizations(odd // first, count - 1, first)
+    ]
+
+
+def _paley_field(order: int) -> int | None:
+    """The q whose Paley matrix has this order (type I where both exist), or None."""
+    if order % 4:
+        return None
+    if (order - 1) % 4 == 3 and _prime_power(order - 1):
+        return order - 1
+    half = order // 2 - 1
+    return half if half % 4 == 1 and _prime_power(half) else None
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, m) with q = p^m, p prime, or None."""
+    if q < 2:
+        return None
+    p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
+    m = 0
+    while q % p == 0:
+        q //= p
+        m += 1
+    return (p, m) if q == 1 else None
+
+
+@functools.cache
+def hadamard_matrix(n: int) -> torch.Tensor:
+    """The matrix of `hadamard_transform` for width n: [n, n] float64, orthogonal, H @ H.T = I.
+
+    Block-diagonal where the width has no Hadamard matrix (see `plan_hadamard`). Do not change the returned tensor.
+    """
+    plan = plan_hadamard(n)
+    matrix = torch.eye(plan.blocks, dtype=torch.float64)
+    for factor in (*map(_paley_matrix, plan.paley), _sylvester_matrix(plan.power_of_two)):
+        matrix = torch.kron(matrix, factor)
+    return matrix / math.sqrt(plan.order)
+
+
+def hadamard_transform(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """x @ H (or x @ H.T when `inverse`) without forming H, normalised so that lengths are kept.
+
+    Args:
+        x: [..., n] of any width, floating point. The arithmetic is in x's dtype.
+        inverse: apply the transpose, which undoes the transform.
+
+    Returns:
+        [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` where
+        that package is installed.
+    """
+    n = x.shape[-1]
+    plan = plan_hadamard(n)
+    shape = x.shape
+    y = x.reshape(-1, n)
+    after = n // plan.blocks
+    for order in plan.paley:
+        after //= order
+        # Columns of a row-vector transform: y[.., i, c] -> sum_i y[.., i, c] H[i, j].
+        matrix = _factor(order, True, x.dtype, x.device)
+        y = (matrix if inverse else matrix.mT) @ y.reshape(-1, order, after)
+    if plan.power_of_two > 1:
+        y = _sylvester_transform(y.reshape(-1, plan.power_of_two))
+    return y.reshape(shape)
+
+
+def _sylvester_transform(y: torch.Tensor) -> torch.Tensor:
+    """y [N, 2^k] @ the Sylvester matrix / sqrt(2^k); the matrix is symmetric, hence its own inverse."""
+    size = y.shape[-1]
+    if y.is_cuda and _cuda_hadamard_transform is not None and y.dtype != torch.float64:
+        return _cuda_hadamard_transform(y.contiguous(), 1 / math.sqrt(size))
+    shape = y.shape
+    after = size
+    while after > 1:
+        order = min(after, _MAX_SYLVESTER_FACTOR)
+        after //= order
+        y = y.reshape(-1, order, after)
+        matrix = _factor(order, False, y.dtype, y.device)
+        y = y.squeeze(-1) @ matrix if after == 1 else matrix @ y
+    return y.reshape(shape)
+
+
+@functools.cache
+def _factor(order: int, paley: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    matrix = _paley_matrix(order) if paley else _sylvester_matrix(order)
+    return (matrix / math.sqrt(order)).to(dtype=dtype, device=device)
+
+
+def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
+    """A Haar-distributed orthogonal matrix [n, n] in float64 (QR of a Gaussian, signs fixed; Mezzadri 2007, §5)."""
+    gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
+
+
+def random_signs(n: int, generator: torch.Generator) -> torch.Tensor:
+    """[n] of ±1 in float64."""
+    return torch.randint(0, 2, (n,), generator=generator).to(torch.float64) * 2 - 1
+
+
+@functools.cache
+def _sylvester_matrix(n: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while matrix.shape[0] < n:
+        matrix = torch.kron(step, matrix)
+    return matrix
+
+
+@functools.cache
+def _paley_matrix(order: int) -> torch.Tensor:
+    """Paley's Hadamard matrix [order, order] with entries ±1, float64 (Paley 1933)."""
+    q = _paley_field(order)
+    if q is None:
+        raise ValueError(f"order={order} is no Paley order")
+    jacobsthal = _jacobsthal_matrix(q)
+    # Border: skew-symmetric for q = 3 mod 4, symmetric for q = 1 mod 4.
+    conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    conference[0, 1:] = 1
+    conference[1:, 0] = -1 if q % 4 == 3 else 1
+    conference[1:, 1:] = jacobsthal
+    identity = torch.eye(q + 1, dtype=torch.float64)
+    if q % 4 == 3:
+        return identity + conference
+    on = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    off = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(conference, on) + torch.kron(identity, off)
+
+
+def _jacobsthal_matrix(q: int) -> torch.Tensor:
+    """Q [q, q] with Q[a, b] = chi(a - b), chi the quadratic character of the field of q elements."""
+    p, m = _prime_power(q) or (0, 0)
+    elements = [_digits(index, p, m) for index in range(q)]
+    modulus = _irreducible_polynomial(p, m)
+    character = torch.full((q,), -1.0, dtype=torch.float64)
+    character[0] = 0
+    for element in elements[1:]:
+        character[_index(_multiply(element, element, modulus, p), p)] = 1
+    table = torch.tensor(elements)
+    difference = (table[:, None, :] - table[None, :, :]) % p
+    return character[(difference * p ** torch.arange(m)).sum(-1)]
+
+
+def _digits(index: int, p: int, m: int) -> list[int]:
+    """An element of the field as the coefficients of a polynomial of degree < m, lowest first."""
+    return [index // p**power % p for power in range(m)]
+
+
+def _index(element: list[int], p: int) -> int:
+    return sum(digit * p**power for power, digit in enumerate(element))
+
+
+def _multiply(a: list[int], b: list[int], modulus: list[int], p: int) -> list[int]:
+    """a * b modulo the monic polynomial `modulus` (its m low coefficients) over the integers mod p."""
+    m = len(a)
+    product = [0] * (2 * m - 1)
+    for i, j in itertools.product(range(m), range(m)):
+        product[i + j] = (product[i + j] + a[i] * b[j]) % p
+    for power in range(2 * m - 2, m - 1, -1):
+        lead = product[power]
+        for i in range(m):
+            product[power - m + i] = (product[power - m + i] - lead * modulus[i]) % p
+    return product[:m]
+
+
+def _irreducible_polynomial(p: int, m: int) -> list[int]:
+    """The m low coefficients of a monic irreducible polynomial of degree m over the integers mod p."""
+    for index in range(p**m):
+        candidate = _digits(index, p, m)
+        if not any(
+            _divides([*_digits(i, p, degree), 1], [*candidate, 1], p)
+            for degree in range(1, m // 2 + 1)
+            for i in range(p**degree)
+        ):
+            return candidate
+    raise AssertionError("every finite field has an irreducible polynomial of every degree")
+
+
+def _divides(divisor: list[int], polynomial: list[int], p: int) -> bool:
+    """Whether a monic polynomial (coefficients, lowest first) divides another modulo p."""
+    rest = list(polynomial)
+    while len(rest) >= len(divisor):
+        lead = rest[-1]
+        for offset, coefficient in enumerate(reversed(divisor)):
+            rest[-1 - offset] = (rest[-1 - offset] - lead * coefficient) % p
+        rest.pop()
+    return not any(rest)

@@ -1,0 +1,60 @@
+"""Outlier tokens: which tokens carry massive activations (arXiv:2410.05265, Eq. 3).
+
+For the activations x [T, C] of one window at one place, the token maximum is M_t = max over channels of |x_t|, its
+ratio r_t = M_t / median over t of M. A token is an outlier where r_t > threshold (64 in the paper).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+
+def token_maxima(x: torch.Tensor) -> torch.Tensor:
+    """max over channels of |x|: [..., C] -> [...], in float32."""
+    low, high = torch.aminmax(x, dim=-1)
+    return torch.maximum(high, -low).float()
+
+
+def outlier_ratios(maxima: torch.Tensor) -> torch.Tensor:
+    """r = M / median of the window: [..., T] -> [..., T]. A window whose median is 0 has ratios 0."""
+    median = maxima.median(dim=-1, keepdim=True).values
+    return torch.where(median > 0, maxima / median.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+@dataclass
+class LayerOutliers:
+    """What one layer shows over N windows of T tokens.
+
+    Attributes:
+        layer: index of the block.
+        mean_count: outlier tokens per window, position 0 included.
+        content: token id -> how often it is an outlier at a position other than 0.
+        positions: position -> how often an outlier stands there.
+        mean_top1_ratio, max_top1_ratio: over windows, of the window's largest r_t.
+    """
+
+    layer: int
+    mean_count: float
+    content: Counter[int]
+    positions: Counter[int]
+    mean_top1_ratio: float
+    max_top1_ratio: float
+
+
+def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor, threshold: float) -> LayerOutliers:
+    """Statistics of one layer from token maxima [N, T] and the windows' ids [N, T]."""
+    ratios = outlier_ratios(maxima)
+    outlier = ratios > threshold
+    top1 = ratios.amax(dim=-1)
+    positions = outlier.nonzero()[:, 1]
+    # Position 0 is an outlier whatever its token (nothing precedes it to attend to), so its token says nothing.
+    content = token_ids[:, 1:][outlier[:, 1:]]
+    return LayerOutliers(
+        layer,
+        outlier.sum().item() / len(outlier),
+        Counter(content.tolist()),
+        Counter(positions.tolist()),
+        top1.mean().item(),
+        top1.max().item(),
+    )

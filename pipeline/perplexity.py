@@ -1,0 +1,188 @@
+"""Perplexity and agreement with the original model, streamed: one block, then one slice of logits, in memory at a time.
+
+Every window of T tokens gives T - 1 targets, the same for all variants, whether or not a prefix stands in front:
+
+    perplexity = exp(sum over windows and targets of -log p(x_t | x_<t) / number of targets)
+
+Agreement looks at the same positions: the mean of KL(original ‖ variant) in nats, and how often both models rank the
+same token first. Final hidden states are kept, so that comparing two variants costs two products with lm_head and no
+forward pass.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.artifacts import ArtifactError, check_input, load_tensors
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import PipelineError
+from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers
+from pipeline.walk import BlockRunner, walk
+
+_POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
+
+
+class QuantizerCountError(PipelineError):
+    """Not every quantizer that the settings ask for took part in the forward pass, or some did that should not."""
+
+
+class NonFiniteError(PipelineError):
+    """A forward pass ended in NaN or infinite values."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one variant scores on one corpus.
+
+    Attributes:
+        losses: [N] mean -log p per target of each window, in nats, float64.
+        kl: mean KL divergence from the original in nats, None when not compared.
+        top1_agreement: share of positions with the same first choice, None when not compared.
+    """
+
+    losses: torch.Tensor
+    kl: float | None
+    top1_agreement: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """Windows are equally long, so the mean over windows is the mean over targets."""
+        return math.exp(self.losses.mean().item())
+
+
+class Original:
+    """The original model's side of a comparison: its final hidden states per corpus, and its lm_head."""
+
+    def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
+        """`path` is the artifact of `evaluation@original`. Raises ArtifactError."""
+        self.tensors, self.header = load_tensors(path, "evaluation")
+        check_input(self.header, "checkpoint", checkpoint.header, path)
+        self.lm_head = checkpoint.load_lm_head()
+
+    def hidden(self, corpus: str, token_ids: torch.Tensor) -> torch.Tensor:
+        """[N, T, D] on the same windows. Raises ArtifactError when it was evaluated on others."""
+        if not torch.equal(self.tensors[f"token_ids.{corpus}"], token_ids):
+            raise ArtifactError(
+                f"evaluation@original saw other windows of {corpus}; rerun: dvc repro --force evaluation@original"
+            )
+        return self.tensors[f"hidden.{corpus}"]
+
+
+def evaluate_windows(
+    checkpoint: Checkpoint,
+    windows: dict[str, torch.Tensor],
+    runner: BlockRunner,
+    prefix_kv: torch.Tensor | None,
+    original: Original | None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Evaluate one variant on all corpora, in one walk.
+
+    Args:
+        windows: corpus -> token ids [N, T], the same T everywhere.
+        original: what to compare with, or None.
+
+    Returns:
+        Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `quantizers`, `settings`) and tensors
+        to keep: per corpus `hidden.`, `loss.` and `token_ids.`.
+    """
+    token_ids = torch.cat(list(windows.values()))
+    hidden, fired = compute_final_hidden(checkpoint, token_ids, runner, prefix_kv)
+    lm_head = checkpoint.load_lm_head()
+    metrics: dict[str, Any] = {"perplexity": {}} | ({"kl": {}, "top1_agreement": {}} if original else {})
+    tensors: dict[str, torch.Tensor] = {}
+    parts = zip(windows.items(), hidden.split([len(ids) for ids in windows.values()]), strict=True)
+    for (corpus, ids), part in parts:
+        reference = (original.hidden(corpus, ids), original.lm_head) if original else None
+        scores = score_hidden(part, lm_head, ids, reference, runner.device)
+        metrics["perplexity"][corpus] = round(scores.perplexity, 4)
+        if original:
+            metrics["kl"][corpus] = round(scores.kl, 5)
+            metrics["top1_agreement"][corpus] = round(scores.top1_agreement, 4)
+        tensors |= {f"hidden.{corpus}": part, f"loss.{corpus}": scores.losses, f"token_ids.{corpus}": ids}
+    metrics["quantizers_fired"] = sum(fired.values())
+    metrics["settings"] = {
+        "prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2],
+        "windows": {corpus: len(ids) for corpus, ids in windows.items()},
+        "targets_per_window": token_ids.shape[1] - 1,
+        "special_tokens": "none added",
+    }
+    return metrics, tensors
+
+
+def compute_final_hidden(
+    checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, prefix_kv: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Hidden states behind the final norm, [N, T, D] on the CPU, and how many quantizers of each kind fired.
+
+    Raises:
+        QuantizerCountError: the count differs from what the checkpoint's settings ask for.
+        NonFiniteError: a hidden state is NaN or infinite.
+    """
+    fired: Counter[str] = Counter()
+
+    def count(index: int, block: nn.Module) -> None:
+        fired.update(count_fired_quantizers(block, checkpoint.architecture))
+
+    hidden = walk(checkpoint, checkpoint.embed(token_ids), runner, "evaluating", prefix_kv, after=count)
+    if not torch.isfinite(hidden).all():
+        raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
+    per_block = count_expected_quantizers(block_settings(checkpoint))
+    expected = {kind: number * checkpoint.block_count for kind, number in per_block.items()}
+    if dict(fired) != expected:
+        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {expected}")
+    norm = checkpoint.load_final_norm()
+    with torch.no_grad():
+        for window in hidden:
+            window.copy_(norm(window))
+    return hidden, dict(fired)
+
+
+@torch.no_grad()
+def score_hidden(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    token_ids: torch.Tensor,
+    original: tuple[torch.Tensor, torch.Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Scores:
+    """Score final hidden states.
+
+    Args:
+        hidden: [N, T, D] behind the final norm.
+        lm_head: [V, D].
+        token_ids: [N, T] int64.
+        original: the original model's final hidden states [N, T, D'] on the same windows and its lm_head, to compare
+            with; None skips the comparison.
+    """
+    lm_head = lm_head.to(device)
+    if original is not None:
+        original = original[0], original[1].to(device)
+    losses, divergence, agreeing, positions = [], 0.0, 0, 0
+    for row, ids in enumerate(token_ids):
+        loss = 0.0
+        for start in range(0, len(ids) - 1, _POSITIONS):
+            part = slice(start, min(start + _POSITIONS, len(ids) - 1))
+            log_p = _log_probabilities(hidden[row, part], lm_head, device)
+            targets = ids[part.start + 1 : part.stop + 1].to(device)
+            loss -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
+            if original is not None:
+                exact = _log_probabilities(original[0][row, part], original[1], device)
+                agreeing += (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
+                divergence += nn.functional.kl_div(log_p, exact, reduction="sum", log_target=True).item()
+                positions += len(targets)
+        losses.append(loss / (len(ids) - 1))
+    compared = original is not None
+    return Scores(
+        torch.tensor(losses, dtype=torch.float64),
+        divergence / positions if compared else None,
+        agreeing / positions if compared else None,
+    )
+
+
+def _log_probabilities(hidden: torch.Tensor, lm_head: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return (hidden.to(device=device, dtype=lm_head.dtype) @ lm_head.T).float().log_softmax(dim=-1)

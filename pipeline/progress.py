@@ -1,0 +1,92 @@
+"""What every stage does around its work: start-up of torch, one progress bar, the closing line and metrics file."""
+
+import logging
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from tqdm import tqdm
+
+from pipeline.artifacts import write_json
+from pipeline.errors import PipelineError
+from pipeline.params import RuntimeParams
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class DeviceError(PipelineError):
+    """The device asked for is not there."""
+
+
+@contextmanager
+def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Seed, set threads, time the body and write what it puts into the yielded dict, with `seconds` and `peak_rss_gib`.
+
+    The body adds its measurements to the dict; the metrics file appears only when the body ends well.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    metrics: dict[str, Any] = {}
+    start = time.perf_counter()
+    yield metrics
+    metrics["seconds"] = round(time.perf_counter() - start, 1)
+    metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
+    write_json(metrics_path, metrics)
+    logger.info("%s: %s", name, ", ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage's main; an error the user can act on becomes one message and exit code 1."""
+    try:
+        main()
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+
+
+def select_device(runtime: RuntimeParams) -> torch.device:
+    """`auto` is the GPU where torch sees one. Raises DeviceError when `cuda` is asked for and there is none."""
+    if runtime.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("runtime.device='cuda', but torch sees no GPU; use cpu or auto, or install a CUDA build")
+    return torch.device(runtime.device)
+
+
+def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Iterate with a bar on a terminal, silently elsewhere."""
+    return iter(tqdm(items, total=total, desc=description, disable=None, leave=False, dynamic_ncols=True))
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process in GiB.
+
+    Read from VmHWM where there is one: unlike getrusage's figure it does not start at the parent's size.
+    """
+    if os.path.exists("/proc/self/status"):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} {_short(item)}" for key, item in value.items()) + "}"
+    return str(value)
