@@ -144,7 +144,7 @@ def _deal(source: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
     if empty:
         raise CorpusError(
             f"corpus {source!r}: {len(whole)} documents are too few to give {', '.join(empty)} a share "
-            f"(at least {1 + _DEALING.index('validation')} are needed; documents in a .txt are separated by blank lines)"
+            f"(at least {1 + _DEALING.index('validation')} are needed; in a .txt, blank lines separate documents)"
         )
     return splits
 

@@ -1,7 +1,7 @@
 """Cut the corpora into token windows: for the outlier search, calibration, validation and held-out evaluation.
 
 Reads   data/, the tokenizer in artifacts/model/
-Writes  artifacts/calibration/{search,train,validation}.safetensors, artifacts/calibration/evaluation/CORPUS.safetensors,
+Writes  artifacts/calibration/{search,train,validation}.safetensors and evaluation/CORPUS.safetensors,
         metrics/calibration.json
 Packaged model: a few seconds.
 """

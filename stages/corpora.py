@@ -26,9 +26,11 @@ def main() -> None:
     if name not in params.corpora:
         raise ParamsError(f"{name!r} is not under `corpora:` in {PARAMS}; there are: {', '.join(params.corpora)}")
     corpus = params.corpora[name]
-    with run_stage(f"corpora@{name}", METRICS / f"{name}.json", params.runtime) as metrics:
-        with replacing_folder(DATA / name) as partial:
-            metrics |= fetch_corpus(corpus.source, corpus.max_documents, corpus.text_field, partial)
+    with (
+        run_stage(f"corpora@{name}", METRICS / f"{name}.json", params.runtime) as metrics,
+        replacing_folder(DATA / name) as partial,
+    ):
+        metrics |= fetch_corpus(corpus.source, corpus.max_documents, corpus.text_field, partial)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""Run pipeline stages with changed params outside DVC, each result once.
+
+A stage's folder is named after what determines its result: its code, its params and its inputs' folders, all read from
+dvc.yaml. Rows of a benchmark that share stages share their folders, and a benchmark that is started again continues.
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifacts import fingerprint, fingerprint_file, write_json
+from pipeline.params import parse_params
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Workspace:
+    """Stages run below `folder` (some GB; delete it when done)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stage: str, params: dict[str, Any]) -> Path:
+        """Run `stage` (say, `evaluation@original`) and all it needs; the folder it ran in.
+
+        Raises:
+            subprocess.CalledProcessError: the stage failed; its output has been shown.
+        """
+        parse_params(params)
+        stages = expand_stages(params)
+        spec = stages[stage]
+        upstream = {name: self.run(name, params) for name in _producers(stages, spec)}
+        code = {path: fingerprint_file(ROOT / path) for path in spec["deps"] if path.endswith(".py")}
+        values = {key: _look_up(params, key) for key in spec["params"]}
+        runtime = params["runtime"]["threads"], params["runtime"]["device"]
+        inputs = sorted(path.name for path in upstream.values())
+        key = fingerprint({"code": code, "params": values, "inputs": inputs, "runtime": runtime})
+        folder = self.folder / f"{stage}-{key}"
+        if (folder / "done").is_file():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        for name, path in upstream.items():
+            for out in stages[name]["outs"]:
+                (folder / out).parent.mkdir(parents=True, exist_ok=True)
+                (folder / out).symlink_to(path / out)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *spec["cmd"].split()[1:]]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+        (folder / "done").touch()
+        return folder
+
+    def metrics(self, stage: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Run `stage` and return its metrics file."""
+        folder = self.run(stage, params)
+        name, _, key = stage.partition("@")
+        return json.loads(
+            (folder / "metrics" / f"{name}/{key}.json" if key else folder / f"metrics/{name}.json").read_text()
+        )
+
+
+def read_params() -> dict[str, Any]:
+    """The project's params.yaml as a plain mapping."""
+    return yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def override(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy with dotted keys changed: {"quantizer_init.weights.bits": 8}. Raises KeyError on unknown keys."""
+    changed = copy.deepcopy(params)
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        group = changed
+        for key in path:
+            group = group[key]
+        if last not in group:
+            raise KeyError(dotted)
+        group[last] = value
+    return changed
+
+
+def expand_stages(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages of dvc.yaml with every `foreach` written out, as DVC does."""
+    stages = {}
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
+        if "foreach" not in stage:
+            stages[name] = stage
+            continue
+        items = params[stage["foreach"][2:-1]] if isinstance(stage["foreach"], str) else stage["foreach"]
+        for key, item in items.items():
+            text = json.dumps(stage["do"]).replace("${key}", key)
+            for field, value in item.items():
+                text = text.replace("${item." + field + "}", str(value))
+            stages[f"{name}@{key}"] = json.loads(text)
+    return stages
+
+
+def append_row(path: Path | None, rows: dict[str, Any], name: str, values: dict[str, Any]) -> None:
+    """Keep a finished row, in memory and in the JSON file when there is one."""
+    rows[name] = values
+    if path is not None:
+        write_json(path, rows)
+
+
+def _producers(stages: dict[str, dict[str, Any]], spec: dict[str, Any]) -> list[str]:
+    """The stages whose outs `spec` depends on: an out is a dependency, holds one, or lies in one."""
+    found = []
+    for name, stage in stages.items():
+        for out in stage["outs"]:
+            if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in spec["deps"]):
+                found.append(name)
+    return found
+
+
+def _look_up(params: dict[str, Any], dotted: str) -> Any:
+    value: Any = params
+    for key in dotted.split("."):
+        value = value[key]
+    return value

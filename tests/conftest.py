@@ -1,0 +1,138 @@
+"""Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.model_import import import_model
+from pipeline.walk import BlockRunner
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = 320
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+FAMILIES = {
+    "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama_untied_biases": LlamaConfig(**SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama_odd_sizes": LlamaConfig(**SIZES | {"hidden_size": 52, "intermediate_size": 78}, head_dim=13 * 2),
+    "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-6),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+}
+PROSE = (ROOT / "tests" / "prose.txt").read_text(encoding="utf-8")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few paragraphs; adds no special tokens by itself."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([PROSE], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def make_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A random model whose norms and biases are random too: folding them wrongly must show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 2.0)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    """family -> a folder as a user would have it: config.json, model.safetensors, tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for family in FAMILIES:
+        make_model(family).save_pretrained(root / family)
+        tokenizer.save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def imported(model_folders, tmp_path_factory) -> dict[str, Path]:
+    """family -> the folder the model stage makes of it."""
+    root = tmp_path_factory.mktemp("imported")
+    for family, folder in model_folders.items():
+        import_model(str(folder), None, torch.float32, root / family)
+    return {family: root / family for family in model_folders}
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(7))
+
+
+def open_model(folder: Path, batch_size: int = 2) -> tuple[Checkpoint, BlockRunner]:
+    checkpoint = Checkpoint(folder, "model")
+    return checkpoint, BlockRunner(checkpoint, torch.device("cpu"), batch_size)
+
+
+def tiny_params(source: Path, corpus: Path) -> dict:
+    """The project's params.yaml, shrunk to a tiny model and a local corpus."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["model"]["source"] = str(source)
+    params["corpora"] = {"prose": {"source": str(corpus)}}
+    for name in ("search", "train", "validation"):
+        params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
+    params["calibration"]["validation"]["windows"] = 1
+    params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
+    params["quantizer_init"]["search_tokens"] = 64
+    params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}
+    return params
+
+
+@pytest.fixture
+def project(tmp_path, model_folders, monkeypatch) -> Path:
+    """A working folder with a params.yaml for the tiny tied Llama, as current directory."""
+    corpus = tmp_path / "prose.txt"
+    shutil.copyfile(ROOT / "tests" / "prose.txt", corpus)
+    write_params(tmp_path, tiny_params(model_folders["llama_tied"], corpus))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_params(folder: Path, params: dict) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
