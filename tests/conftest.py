@@ -22,6 +22,7 @@ from pipeline.model_import import import_model
 from pipeline.walk import BlockRunner
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way
 VOCABULARY = 320
 SIZES = {
     "vocab_size": VOCABULARY,
