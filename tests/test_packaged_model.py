@@ -1,0 +1,91 @@
+"""Exactness on the packaged model, SmolLM2-135M-Instruct."""
+
+import pytest
+import torch
+from test_rotation import rotate
+from test_walk import assert_close, walked_logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.artifacts import make_header
+from pipeline.checkpoint import Checkpoint
+from pipeline.model_import import import_model
+from pipeline.params import PACKAGED_MODEL
+from pipeline.prefix_search import choose_start_token
+from pipeline.quantized_block import block_settings
+from pipeline.quantizer_init import InitSettings, init_quantizers
+from pipeline.walk import BlockRunner, compute_prefix_kv
+
+pytestmark = pytest.mark.slow
+TEXT = (
+    "The bridge was built in three summers, and in the fourth the river moved. Nobody in the town had asked the "
+    "river. The engineers came back with their maps, measured the empty bed under the arches, and wrote a report."
+)
+PREFIX = torch.tensor([260, 216, 1])  # " the", " ", <|im_start|>
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packaged") / "model"
+    assert import_model(PACKAGED_MODEL, None, torch.float32, folder) == {
+        "parameters": 134515008,
+        "blocks": 30,
+        "tied_embeddings": True,
+    }
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def rotated(folder, tmp_path_factory):
+    return rotate(folder, tmp_path_factory.mktemp("rotated") / "rotation")
+
+
+@pytest.fixture(scope="module")
+def token_ids(folder):
+    return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def test_the_text_is_predicted_well_so_the_config_was_read_right(original, token_ids):
+    loss = original(token_ids, labels=token_ids).loss
+    assert 50 < loss.exp() < 100  # measured: 76; an untrained model has 49152, a wrong RoPE base thousands
+
+
+def test_walk_and_prefix_equal_the_models_forward(folder, original, token_ids):
+    checkpoint = Checkpoint(folder, "model")
+    runner = BlockRunner(checkpoint, torch.device("cpu"), 4)
+    prefix_kv = compute_prefix_kv(checkpoint, checkpoint.embed(PREFIX), runner)
+    with torch.no_grad():
+        plain = original(token_ids).logits
+        prefixed = original(torch.cat((PREFIX[None], token_ids), dim=1)).logits[:, 3:]
+    assert_close(walked_logits(checkpoint, runner, token_ids), plain, 1e-4)  # measured: 0
+    assert_close(walked_logits(checkpoint, runner, token_ids, prefix_kv), prefixed, 1e-4)  # measured: 2e-6
+    assert choose_start_token(checkpoint)[0] == 1
+
+
+def test_rotated_with_and_without_prefix_equals_the_original(original, rotated, token_ids):
+    checkpoint, runner, metrics = rotated
+    with torch.no_grad():
+        plain = original(token_ids).logits
+        prefixed = original(torch.cat((PREFIX[None], token_ids), dim=1)).logits[:, 3:]
+    assert_close(walked_logits(checkpoint, runner, token_ids), plain, 1e-4)  # measured: 4e-6
+    prefix_kv = compute_prefix_kv(checkpoint, checkpoint.embed(PREFIX), runner)
+    assert_close(walked_logits(checkpoint, runner, token_ids, prefix_kv), prefixed, 1e-4)
+    assert metrics["max_logit_deviation"] < 1e-4
+
+
+def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, token_ids, tmp_path):
+    checkpoint, runner, _ = rotated
+    init = InitSettings(16, -1, 16, 16, 16, "mse", 64, torch.float32)
+    empty = torch.tensor([], dtype=torch.int64), torch.zeros(0, 576)
+    header = make_header("quantizer_init", {})
+    init_quantizers(checkpoint, empty, token_ids, init, runner, tmp_path / "work", tmp_path / "out", header)
+    quantized = Checkpoint(tmp_path / "out", "quantizer_init")
+    assert block_settings(quantized).online_r4
+    with torch.no_grad():
+        expected = original(token_ids).logits
+    assert_close(walked_logits(quantized, BlockRunner(quantized, torch.device("cpu"), 4), token_ids), expected, 1e-4)

@@ -1,0 +1,106 @@
+"""`dvc repro` in a repository of its own: what reruns when, and what a user gets to see."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, tiny_params, write_params
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, model_folders):
+    """A clone with a tiny model and corpus, run once."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("pipeline", "stages", "dvc.yaml", ".gitignore"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    corpus = folder / "prose.txt"
+    shutil.copyfile(ROOT / "tests" / "prose.txt", corpus)
+    (folder / "data").mkdir()
+    params = tiny_params(model_folders["llama_tied"], corpus)
+    params["prefix_search"]["outlier_threshold"] = 1.5
+    write_params(folder, params)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    dvc(folder, "init", "-q")
+    dvc(folder, "config", "core.analytics", "false")
+    dvc(folder, "config", "cache.type", "reflink,hardlink,copy")
+    repro(folder)
+    return folder
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def repro(folder: Path) -> set[str]:
+    """Run `dvc repro`; the stages that ran."""
+    return set(re.findall(r"Running stage '([^']+)'", dvc(folder, "repro")))
+
+
+def change(folder: Path, group: str, **values: object) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[group] |= values
+    write_params(folder, params)
+
+
+def test_nothing_changed_reruns_nothing(repository):
+    assert repro(repository) == set()
+
+
+def test_a_quantizer_key_reruns_only_its_stage_and_its_evaluation(repository):
+    change(repository, "quantizer_init", scale_search="minmax")
+    assert repro(repository) == {"quantizer_init", "evaluation@quantizer_init"}
+
+
+def test_the_outlier_threshold_does_not_rerun_rotation(repository):
+    change(repository, "prefix_search", outlier_threshold=1.2)
+    ran = repro(repository)
+    assert "prefix_search" in ran
+    assert not ran & {"model", "calibration", "rotation", "evaluation@original"}
+
+
+def test_runtime_settings_rerun_nothing(repository):
+    change(repository, "runtime", batch_size=1, threads=2)
+    assert repro(repository) == set()
+
+
+def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository):
+    shutil.copyfile(repository / "prose.txt", repository / "other.txt")
+    change(repository, "corpora", other={"source": str(repository / "other.txt")})
+    assert repro(repository) == {"corpora@other", "calibration"}
+
+
+def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    params["calibration"]["evaluation"]["windows"] = 1
+    write_params(repository, params)
+    ran = repro(repository)
+    assert ran == {"calibration", "evaluation@original", "evaluation@original_prefix", "evaluation@quantizer_init"}
+
+
+def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
+    change(repository, "prefix_search", outlier_threshold="1.2e0")
+    repro(repository)
+    assert "perplexity.prose" in dvc(repository, "metrics", "show")
+
+
+def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
+    graph = dvc(repository, "dag", "--mermaid")
+    names = dict(re.findall(r'(node\d+)\["([^"]+)"\]', graph))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(node\d+)-->(node\d+)", graph)}
+    assert ("model", "rotation") in edges
+    assert ("model", "prefix_search") in edges
+    assert not edges & {("rotation", "prefix_search"), ("prefix_search", "rotation")}
+    assert ("corpora@prose", "calibration") in edges
+    assert ("quantizer_init", "evaluation@quantizer_init") in edges
+    assert ("prefix_search", "evaluation@original") not in edges

@@ -1,0 +1,254 @@
+"""The stage scripts, run in one process or as a user runs them, on a tiny model and a local corpus."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, read_json, write_params
+
+from pipeline.artifacts import load_tensors
+from pipeline.checkpoint import Checkpoint
+from pipeline.prefix import load_prefix_kv
+
+BEFORE_QUANTIZER = ("model", "corpora prose", "calibration", "rotation", "prefix_search")
+ALL = (
+    *BEFORE_QUANTIZER,
+    "quantizer_init",
+    "evaluation original",
+    "evaluation original_prefix",
+    "evaluation quantizer_init",
+)
+
+
+def run(*stages, monkeypatch):
+    for stage in stages:
+        name, *arguments = stage.split()
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=False)
+
+
+def fails(stage, monkeypatch):
+    with pytest.raises(SystemExit) as error:
+        run(stage, monkeypatch=monkeypatch)
+    assert str(error.value).startswith("error: ")
+    return str(error.value)
+
+
+def change(project, dotted, value):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    *path, last = dotted.split(".")
+    group = params
+    for key in path:
+        group = group[key]
+    group[last] = value
+    write_params(project, params)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_whole_pipeline_and_its_repetition(project, monkeypatch):
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    run(*ALL, monkeypatch=monkeypatch)
+    first = contents(project / "artifacts") | contents(project / "data")
+    metrics = {name: read_json(project / f"metrics/evaluation/{name}.json") for name in ("original", "quantizer_init")}
+    assert metrics["quantizer_init"]["quantizers_fired"] == 3 * 13
+    assert metrics["quantizer_init"]["settings"]["prefix_tokens"] > 0
+    assert metrics["quantizer_init"]["kl"]["prose"] > 0.001
+    assert metrics["original"]["perplexity"]["prose"] > 1
+    for path in (project / "metrics").rglob("*.json"):
+        assert {"seconds", "peak_rss_gib"} <= set(read_json(path))
+    assert not (project / ".work/quantizer_init").exists()
+    leftovers = [path for path in project.rglob(".*") if path.is_file() or path.suffix == ".partial"]
+    assert leftovers == []
+
+    run(*ALL, monkeypatch=monkeypatch)
+    assert contents(project / "artifacts") | contents(project / "data") == first
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in first)
+
+
+def test_sixteen_bits_everywhere_is_the_original(project, monkeypatch):
+    for site in ("weights", "activations", "keys", "values"):
+        change(project, f"quantizer_init.{site}.bits", 16)
+    change(project, "quantizer_init.embedding_dtype", "float32")
+    change(project, "prefix.use", "none")
+    run(*ALL, monkeypatch=monkeypatch)
+    original, quantized = (read_json(project / f"metrics/evaluation/{v}.json") for v in ("original", "quantizer_init"))
+    assert quantized["perplexity"]["prose"] == pytest.approx(original["perplexity"]["prose"], rel=1e-4)
+    assert quantized["kl"]["prose"] == pytest.approx(0, abs=1e-5)
+    assert quantized["quantizers_fired"] == 0
+
+
+def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
+    found, _ = load_tensors(project / "artifacts/prefix_search/prefix.safetensors", "prefix_search")
+    kv = load_prefix_kv(project / "artifacts/quantizer_init", "quantizer_init")
+    assert kv.shape == (3, 2, 2, len(found["token_ids"]), 12)
+    # Block 0's keys of the rotated model, by the model's own code: the embedding rotated, the norm folded.
+    rotated = Checkpoint(project / "artifacts/rotation", "rotation")
+    embedded = rotated.embed(found["token_ids"])
+    normed = embedded / (embedded.square().mean(-1, keepdim=True) + rotated.config.rms_norm_eps).sqrt()
+    values = normed @ rotated.load_block_tensors(0)["self_attn.v_proj.weight"].T
+    assert torch.allclose(kv[0, 1], values.view(-1, 2, 12).transpose(0, 1), atol=1e-5)
+    assert torch.equal(kv, kv.float())
+
+
+def test_no_outliers_found_goes_on_with_an_empty_prefix(project, monkeypatch, caplog):
+    change(project, "prefix_search.outlier_threshold", 1e6)
+    run(*ALL, monkeypatch=monkeypatch)
+    assert "the prefix is empty" in read_json(project / "artifacts/prefix_search/report.json")["why"]
+    assert read_json(project / "metrics/quantizer_init.json")["prefix_tokens"] == 0
+    original, prefixed = (read_json(project / f"metrics/evaluation/{v}.json") for v in ("original", "original_prefix"))
+    assert original["perplexity"] == prefixed["perplexity"]
+
+
+def test_minmax_and_mse_differ_and_mse_errs_less(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    errors = {}
+    for method in ("minmax", "mse"):
+        change(project, "quantizer_init.scale_search", method)
+        run("quantizer_init", monkeypatch=monkeypatch)
+        report = read_json(project / "artifacts/quantizer_init/report.json")["blocks"]
+        errors[method] = {site: values["relative_error"] for site, values in report[0]["sites"].items()}
+        assert report[0]["sites"].keys() >= {"attention_input", "key", "value", "mlp_hidden", "mlp.down_proj"}
+    assert all(errors["mse"][site] <= errors["minmax"][site] for site in errors["mse"])
+    assert errors["mse"]["mlp.down_proj"] < errors["minmax"]["mlp.down_proj"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_changes_no_scale_beyond_summation_order(batch_size, project, monkeypatch):
+    run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
+    path = project / "artifacts/quantizer_init/block-00000.safetensors"
+    first, _ = load_tensors(path, "quantizer_init")
+    change(project, "runtime.batch_size", batch_size)
+    run("quantizer_init", monkeypatch=monkeypatch)
+    second, _ = load_tensors(path, "quantizer_init")
+    for name, tensor in first.items():
+        if name.endswith("scale"):
+            assert torch.allclose(tensor, second[name], rtol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "message"),
+    [
+        ("quantizer_init.wieghts", {}, "model", "unknown key; did you mean 'weights'"),
+        ("rotation.r1", "hadamrd", "rotation", "did you mean 'hadamard'"),
+        ("calibration.train.windows", 9999, "calibration", r"needs 9999 windows of 32 = 319968 tokens, the corpus has"),
+        ("quantizer_init.weights.group_size", 7, "model", "group_size=7 does not divide in_features=48"),
+        ("quantizer_init.weights.group_size", 7, "quantizer_init", "group_size=7 does not divide in_features=48"),
+        ("runtime.device", "cuda", "prefix_search", "torch sees no GPU"),
+        ("model.source", "./nowhere", "model", "there is no such folder"),
+    ],
+)
+def test_bad_input_is_one_message_and_loses_nothing(key, value, stage, message, project, monkeypatch):
+    if message == "torch sees no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    before = contents(project / "artifacts")
+    change(project, key, value)
+    assert message in fails(stage, monkeypatch)
+    assert contents(project / "artifacts") == before
+
+
+def test_deleted_damaged_and_foreign_artifacts_name_the_stage_to_rerun(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    train = project / "artifacts/calibration/train.safetensors"
+    kept = train.read_bytes()
+    train.unlink()
+    assert "train.safetensors is missing" in (message := fails("quantizer_init", monkeypatch))
+    assert "dvc repro --force --single-item calibration" in message
+    train.write_bytes(kept[:100])
+    assert "train.safetensors is damaged" in fails("quantizer_init", monkeypatch)
+    shutil.copyfile(project / "artifacts/prefix_search/prefix.safetensors", train)
+    assert "was written by the stage prefix_search, not calibration" in fails("quantizer_init", monkeypatch)
+    train.write_bytes(kept)
+    shutil.rmtree(project / "artifacts/rotation")
+    assert "dvc repro --force --single-item rotation" in fails("quantizer_init", monkeypatch)
+
+
+def test_artifacts_of_different_models_are_not_mixed(project, model_folders, monkeypatch):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    change(project, "model.source", str(model_folders["qwen2"]))
+    run("model", "rotation", monkeypatch=monkeypatch)
+    assert "rotation and prefix_search were made from different models" in fails("quantizer_init", monkeypatch)
+    assert "was made from another model than the one at hand" in fails("evaluation original_prefix", monkeypatch)
+
+
+def start(project, slow_block):
+    """quantizer_init as a process of its own that dawdles at one block, to be killed there."""
+    code = (
+        "import sys, time; sys.argv = ['quantizer_init']\n"
+        "import pipeline.quantizer_init as q; from stages import quantizer_init as stage\n"
+        "record = q._record\n"
+        f"q._record = lambda *a: (time.sleep(60 if a[6] == {slow_block} else 0), record(*a))[1]\n"
+        "stage.main()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=project, env=environment, stderr=subprocess.DEVNULL)
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_killed_quantizer_init_continues_and_ends_with_the_same_bytes(block, project, monkeypatch, caplog):
+    run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
+    undisturbed = contents(project / "artifacts/quantizer_init")
+    shutil.rmtree(project / "artifacts/quantizer_init")
+
+    process = start(project, slow_block=block)
+    wait_for(project / f".work/quantizer_init/block-{block - 1:05d}.safetensors")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (project / "artifacts/quantizer_init").exists()
+
+    with caplog.at_level("INFO"):
+        run("quantizer_init", monkeypatch=monkeypatch)
+    assert f"continuing at block {block} of 3" in caplog.text
+    assert contents(project / "artifacts/quantizer_init") == undisturbed
+    assert not (project / ".work/quantizer_init").exists()
+
+
+def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypatch, caplog):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    process = start(project, slow_block=2)
+    wait_for(project / ".work/quantizer_init/block-00001.safetensors")
+    process.kill()
+    process.wait()
+    change(project, "quantizer_init.weights.bits", 3)
+    with caplog.at_level("INFO"):
+        run("quantizer_init", monkeypatch=monkeypatch)
+    assert "starting over: the unfinished run" in caplog.text
+    resumed = contents(project / "artifacts/quantizer_init")
+    run("quantizer_init", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts/quantizer_init") == resumed
+
+
+def test_broken_activations_are_reported_with_block_and_site(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    import pipeline.quantizer_init as module
+
+    fill = module.fill_block
+
+    def broken(checkpoint, index, tensors, *rest):
+        if index == 1:
+            tensors["mlp.up_proj.weight"][0, 0] = float("inf")
+        return fill(checkpoint, index, tensors, *rest)
+
+    monkeypatch.setattr(module, "fill_block", broken)
+    assert "block 1: the activations at mlp_hidden are not finite" in fails("quantizer_init", monkeypatch)
+    assert not (project / "artifacts/quantizer_init").exists()
