@@ -52,7 +52,7 @@ def token_ids(folder):
 @torch.no_grad()
 def test_the_text_is_predicted_well_so_the_config_was_read_right(original, token_ids):
     loss = original(token_ids, labels=token_ids).loss
-    assert 50 < loss.exp() < 100  # measured: 76; an untrained model has 49152, a wrong RoPE base thousands
+    assert 50 < loss.exp() < 100  # measured: 76; an untrained model would have 49152
 
 
 def test_walk_and_prefix_equal_the_models_forward(folder, original, token_ids):
