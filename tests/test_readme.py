@@ -1,0 +1,55 @@
+"""What the README tells a reader to type must exist."""
+
+import re
+
+import yaml
+from conftest import ROOT
+
+from benchmarks.workspace import expand_stages, override, read_params
+from pipeline.params import parse_params
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make (\w+)`", README)) | set(re.findall(r"^    make (\w+)", README, re.MULTILINE))
+    assert {"repro", "test"} <= named <= targets
+
+
+def test_modules_and_files_exist():
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for path in re.findall(r"`((?:pipeline|benchmarks|metrics)/[\w/]+\.(?:py|json))`", README):
+        if not re.search(r"[A-Z]", path):
+            assert (ROOT / path).is_file(), path
+
+
+def test_overrides_are_valid_params():
+    commands = re.findall(r"dvc exp run (.+)", README)
+    assert len(commands) >= 4
+    for command in commands:
+        pairs = [pair.split("=", 1) for pair in re.findall(r"-S (\S+)", command)]
+        parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in pairs}))
+
+
+def test_the_corpora_example_is_valid():
+    (example,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+    params = read_params()
+    params["corpora"] |= yaml.safe_load(example)["corpora"]
+    assert set(parse_params(params).corpora) == {"wikipedia", "news", "mine", "c4"}
+
+
+def test_every_stage_is_in_the_table_and_the_graph():
+    for name in expand_stages(read_params()):
+        stage, _, variant = name.partition("@")
+        assert re.search(rf"\| `{stage}[`@]", README), name
+        assert stage in README.split("```mermaid")[1].split("```")[0]
+        assert variant in README
+
+
+def test_supported_families_are_those_of_the_code():
+    from pipeline.architectures import ARCHITECTURES
+
+    (listed,) = re.findall(r"families: ([\w, ]+)\.", README)
+    assert [name.lower() for name in listed.split(", ")] == list(ARCHITECTURES)
