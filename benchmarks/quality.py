@@ -34,14 +34,16 @@ def _bits(weights: int, activations: int, kv: int) -> dict[str, Any]:
 
 
 MINMAX = {"quantizer_init.scale_search": "minmax"}
+NEAREST = {"quantizer_init.weights.rounding": "rtn"}
 NO_PREFIX = {"prefix.use": "none"}
 ROWS: dict[str, dict[str, Any]] = {
-    "W4A4KV4 minmax, no prefix": _bits(4, 4, 4) | MINMAX | NO_PREFIX,
-    "W4A4KV4 minmax, found prefix": _bits(4, 4, 4) | MINMAX,
-    "W4A4KV4 mse, no prefix": _bits(4, 4, 4) | NO_PREFIX,
-    "W4A4KV4 mse, found prefix": _bits(4, 4, 4),
-    "W4A8KV4 mse, found prefix": _bits(4, 8, 4),
-    "W4 mse": _bits(4, 16, 16),
+    "W4A4KV4 rtn, minmax, no prefix": _bits(4, 4, 4) | NEAREST | MINMAX | NO_PREFIX,
+    "W4A4KV4 rtn, minmax, found prefix": _bits(4, 4, 4) | NEAREST | MINMAX,
+    "W4A4KV4 rtn, mse, found prefix": _bits(4, 4, 4) | NEAREST,
+    "W4A4KV4 gptq, mse, no prefix": _bits(4, 4, 4) | NO_PREFIX,
+    "W4A4KV4 gptq, mse, found prefix": _bits(4, 4, 4),
+    "W4A8KV4 gptq, mse, found prefix": _bits(4, 8, 4),
+    "W4 gptq, mse": _bits(4, 16, 16),
     "A4 mse, found prefix": _bits(16, 4, 16),
     "KV4 mse, found prefix": _bits(16, 16, 4),
 }

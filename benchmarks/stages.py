@@ -32,7 +32,12 @@ FULL = {
     "calibration.train.windows": 64,
     "calibration.train.length": 512,
 }
-SMALL = FULL | {"calibration.search.windows": 8, "calibration.train.windows": 8}
+SMALL = FULL | {
+    "calibration.search.windows": 4,
+    "calibration.train.windows": 4,
+    "calibration.evaluation.windows": 1,
+    "quantizer_init.search_tokens": 512,
+}
 
 
 def main() -> None:
@@ -115,7 +120,7 @@ def print_tables(rows: dict[str, Any], stages: list[str]) -> None:
             forward = row["forward_seconds"]
             compared = f"{row['tokens']} | {forward:.1f} | {row['seconds'] / forward:.2f} |"
         print(f"| {stage} | {row['seconds']:.1f} | {compared} {row['peak_rss_gib']:.2f} |")
-    print("\n| peak RSS, GiB (8 x 512 tokens) | 30 blocks | 60 blocks | ratio |\n| --- | ---: | ---: | ---: |")
+    print("\n| peak RSS, GiB (4 x 512 tokens) | 30 blocks | 60 blocks | ratio |\n| --- | ---: | ---: | ---: |")
     for stage in stages:
         row = rows[f"{stage}, twice the blocks"]
         print(f"| {stage} | {row['once']:.2f} | {row['twice']:.2f} | {row['twice'] / row['once']:.2f} |")

@@ -50,7 +50,7 @@ def import_model(
     revision: str | None,
     dtype: torch.dtype,
     folder: Path,
-    check_plan: Callable[[dict[str, int]], None] = lambda linears: None,
+    check_plan: Callable[[dict[str, int], int], None] = lambda linears, max_positions: None,
 ) -> dict[str, Any]:
     """Write `source` to `folder` as a checkpoint of one shard per block.
 
@@ -58,7 +58,7 @@ def import_model(
         source, revision: see the module's docstring and params.yaml; `revision` counts for hub ids only.
         dtype: what floating-point tensors are cast to (once).
         folder: replaced as a whole when everything went well, untouched otherwise.
-        check_plan: called with {linear: in_features} before any tensor is read; may raise.
+        check_plan: called with {linear: in_features} and max_position_embeddings before any tensor is read; may raise.
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
@@ -77,7 +77,8 @@ def import_model(
         _check_names(source, set(expected), opened.names, optional=architecture.lm_head)
         block = skeleton.model.layers[0]
         first = architecture.block_prefix.format(index=0)
-        check_plan({first + name: block.get_submodule(name).in_features for name in architecture.linears})
+        linears = {first + name: block.get_submodule(name).in_features for name in architecture.linears}
+        check_plan(linears, config.max_position_embeddings)
 
         def read(name: str) -> torch.Tensor:
             return _check_tensor(source, name, opened.read(name), expected[name]).to(dtype).contiguous()

@@ -98,6 +98,8 @@ class PrefixParams(Group):
 class WeightParams(Group):
     bits: Bits
     group_size: int
+    rounding: Literal["rtn", "gptq"]
+    damping: Annotated[Number, Field(gt=0, le=1)]
 
 
 class SiteParams(Group):
@@ -167,15 +169,16 @@ def parse_params(raw: dict[str, Any], where: str = "params") -> Params:
     return params
 
 
-def check_against_model(params: Params, linears: dict[str, int]) -> None:
+def check_against_model(params: Params, linears: dict[str, int], max_positions: int) -> None:
     """Check what depends on the model.
 
     Args:
         params: the whole plan.
         linears: name of each quantized linear (as in the checkpoint, one block suffices) -> its in_features.
+        max_positions: the longest sequence the model was made for.
 
     Raises:
-        ParamsError: a weight group size does not divide some layer; every layer concerned is listed.
+        ParamsError: a weight group size does not divide some layer, or windows are too long; all problems are listed.
     """
     size = params.quantizer_init.weights.group_size
     problems = [
@@ -184,6 +187,13 @@ def check_against_model(params: Params, linears: dict[str, int]) -> None:
         for name, width in linears.items()
         if size != -1 and width % size
     ]
+    for name in ("search", "train", "validation", "evaluation"):
+        length = getattr(params.calibration, name).length
+        if length > max_positions:
+            problems.append(
+                f"calibration.{name}.length={length} exceeds the model's max_position_embeddings={max_positions}; "
+                "use shorter windows (the prefix needs a few positions too)"
+            )
     if problems:
         raise ParamsError(_list_problems("params", problems))
 
@@ -233,7 +243,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "remove it"
-        return f"{key}: unknown key; {hint} Known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint} (known here: {', '.join(known)})"
     if kind == "missing":
         return f"{key}: missing; add it (see the commented params.yaml in git)"
     value = problem["input"]

@@ -23,7 +23,7 @@ from pipeline.architectures import Architecture
 from pipeline.checkpoint import Checkpoint
 from pipeline.hadamard import hadamard_transform
 from pipeline.kv_cache import KeyQuantizer
-from pipeline.quantizer import StaticQuantizer, dequantize_weight, quantize_weight
+from pipeline.quantizer import StaticQuantizer, dequantize_weight
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class QuantizedLinear(nn.Module):
         self.weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=device)
         self.weight_scale = torch.empty(self.out_features, groups, dtype=torch.float32, device=device)
 
-    def quantize_weight_(self, scale: torch.Tensor, bits: int) -> None:
-        """Round the float weight to the nearest integers under `scale` [out, G]."""
-        self.weight, self.weight_scale = quantize_weight(self.weight, scale, bits), scale.float()
+    def set_integers_(self, integers: torch.Tensor, scale: torch.Tensor) -> None:
+        """Replace the weight by int8 [out, in] and their scales [out, G]."""
+        self.weight, self.weight_scale = integers, scale.float()
         self._dequantized = None
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:

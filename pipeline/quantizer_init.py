@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.artifacts import ArtifactError, Header, load_tensors, replacing_folder, save_tensors, write_json
 from pipeline.checkpoint import BLOCK, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.errors import PipelineError
+from pipeline.gptq import round_gptq
 from pipeline.hadamard import hadamard_transform
 from pipeline.prefix import PREFIX
 from pipeline.progress import show_progress
@@ -42,7 +43,7 @@ from pipeline.quantized_block import (
     find_site_quantizers,
     site_readers,
 )
-from pipeline.quantizer import StaticQuantizer, choose_scale, group_weight
+from pipeline.quantizer import StaticQuantizer, choose_scale, group_weight, quantize_weight
 from pipeline.rotation import load_rotation
 from pipeline.scale_search import ClipSearch, search_activation, search_keys, search_values, search_weight
 from pipeline.walk import BlockRunner, batches, compute_prefix_kv
@@ -97,6 +98,7 @@ class InitSettings:
 
     Attributes:
         weight_bits, weight_group_size, activation_bits, key_bits, value_bits: see `BlockSettings`.
+        rounding: of the weights: `rtn` (to nearest) or `gptq`, with `damping` (see `gptq.py`).
         scale_search: `mse` or `minmax`.
         search_tokens: how many tokens, evenly spread over the windows, the searches look at (for keys and values
             whole windows, at least one).
@@ -108,6 +110,8 @@ class InitSettings:
     activation_bits: int
     key_bits: int
     value_bits: int
+    rounding: str
+    damping: float
     scale_search: str
     search_tokens: int
     embedding_dtype: torch.dtype
@@ -191,7 +195,7 @@ def init_blocks(
         block_prefix = None if prefix_kv is None else prefix_kv[index]
         block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings, runner.device)
         statistics = _record(checkpoint, block, hidden, block_prefix, runner, init.search_tokens, index)
-        report = _choose_scales_(checkpoint, block, statistics, block_prefix, settings, init.scale_search)
+        report = _choose_scales_(checkpoint, block, statistics, block_prefix, settings, init)
         runner.advance_(block, hidden, block_prefix)
         if not torch.isfinite(hidden).all():
             raise NumericalError(f"block {index}: its quantized output is not finite")
@@ -340,9 +344,10 @@ def _choose_scales_(
     statistics: dict[str, _SiteStatistics],
     prefix_kv: torch.Tensor | None,
     settings: BlockSettings,
-    method: str,
+    init: InitSettings,
 ) -> dict[str, dict[str, Any]]:
     """Fix every scale of the block and round its weights; the clip factor and error of each, by site."""
+    method = init.scale_search
     report: dict[str, dict[str, Any]] = {}
     quantizers = find_site_quantizers(block, checkpoint.architecture)
 
@@ -375,12 +380,25 @@ def _choose_scales_(
             hessian = statistics[site].gram / statistics[site].tokens
             for name in readers:
                 linear: QuantizedLinear = block.get_submodule(name)
-                bits, group_size = settings.weight_bits, settings.weight_group_size
-                search = search_weight(linear.weight, hessian, bits, group_size, method)
-                max_abs = group_weight(linear.weight.float(), group_size).abs().amax(dim=-1)
-                linear.quantize_weight_(choose_scale(max_abs, bits, search.factor.view(max_abs.shape)), bits)
-                report[name] = _describe(search)
+                report[name] = _quantize_weight_(linear, hessian, settings, init)
     return report
+
+
+def _quantize_weight_(
+    linear: QuantizedLinear, hessian: torch.Tensor, settings: BlockSettings, init: InitSettings
+) -> dict[str, Any]:
+    """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
+    weight, bits = linear.weight.float(), settings.weight_bits
+    search = search_weight(weight, hessian, bits, settings.weight_group_size, init.scale_search)
+    max_abs = group_weight(weight, settings.weight_group_size).abs().amax(dim=-1)
+    scale = choose_scale(max_abs, bits, search.factor.view(max_abs.shape))
+    if init.rounding == "gptq":
+        linear.set_integers_(round_gptq(weight, hessian, scale, bits, init.damping).integers, scale)
+    else:
+        linear.set_integers_(quantize_weight(weight, scale, bits), scale)
+    change = linear.dense_weight(torch.float32) - weight
+    error, energy = (((x @ hessian) * x).sum().item() for x in (change, weight))
+    return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0}
 
 
 def _describe(search: ClipSearch) -> dict[str, Any]:

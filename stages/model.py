@@ -5,6 +5,7 @@ Writes  artifacts/model/, metrics/model.json
 Packaged model: about 35 seconds (most of it spent converting the GGUF file) and 2 GiB.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def main() -> None:
             params.model.revision,
             getattr(torch, params.model.dtype),
             MODEL,
-            check_plan=lambda linears: check_against_model(params, linears),
+            check_plan=functools.partial(check_against_model, params),
         )
 
 

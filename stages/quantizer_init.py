@@ -35,7 +35,7 @@ def main() -> None:
     init = params.quantizer_init
     with run_stage("quantizer_init", METRICS, params.runtime) as metrics:
         checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
-        check_against_model(params, linear_widths(checkpoint))
+        check_against_model(params, linear_widths(checkpoint), checkpoint.config.max_position_embeddings)
         token_ids, embeddings, prefix_header = load_prefix(PREFIX, params.prefix.use)
         check_same_origin(checkpoint.header, prefix_header, "model")
         header = make_header(
@@ -53,6 +53,8 @@ def main() -> None:
                 activation_bits=init.activations.bits,
                 key_bits=init.keys.bits,
                 value_bits=init.values.bits,
+                rounding=init.weights.rounding,
+                damping=init.weights.damping,
                 scale_search=init.scale_search,
                 search_tokens=init.search_tokens,
                 embedding_dtype=getattr(torch, init.embedding_dtype),

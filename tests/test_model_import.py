@@ -153,7 +153,8 @@ def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monk
 def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
 
-    def refuse(linears):
+    def refuse(linears, max_positions):
+        assert max_positions == 256
         assert linears["model.layers.0.mlp.down_proj"] == 96
         assert len(linears) == 7
         raise KeyError("refused")

@@ -80,7 +80,7 @@ def test_rotated_with_and_without_prefix_equals_the_original(original, rotated, 
 
 def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, token_ids, tmp_path):
     checkpoint, runner, _ = rotated
-    init = InitSettings(16, -1, 16, 16, 16, "mse", 64, torch.float32)
+    init = InitSettings(16, -1, 16, 16, 16, "rtn", 0.01, "mse", 64, torch.float32)
     empty = torch.tensor([], dtype=torch.int64), torch.zeros(0, 576)
     header = make_header("quantizer_init", {})
     init_quantizers(checkpoint, empty, token_ids, init, runner, tmp_path / "work", tmp_path / "out", header)

@@ -30,7 +30,7 @@ def test_the_default_file_is_valid():
     [
         ("quantizer_init.scale_serch", "mse", r"quantizer_init\.scale_serch: unknown key; did you mean 'scale_search'"),
         ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key; did you mean 'source'"),
-        ("bits", 4, r"bits: unknown key; remove it Known here: calibration, corpora"),
+        ("bits", 4, r"bits: unknown key; remove it \(known here: calibration, corpora"),
         ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"),
         ("prefix.use", "nothing", r"prefix\.use='nothing': allowed are 'none' or 'found'"),
         ("quantizer_init.weights.bits", 9, r"weights\.bits=9: allowed are 2, 3, 4, 5, 6, 7, 8 or 16"),
@@ -75,10 +75,17 @@ def test_numbers_written_with_an_exponent_are_numbers(written):
 def test_group_size_that_does_not_divide_lists_every_layer():
     params = parse_params(changed("quantizer_init.weights.group_size", 128))
     with pytest.raises(ParamsError, match=r"group_size=128 does not divide in_features=200 \(a\.down_proj\)") as error:
-        check_against_model(params, {"a.q_proj": 256, "a.down_proj": 200, "a.o_proj": 100})
+        check_against_model(params, {"a.q_proj": 256, "a.down_proj": 200, "a.o_proj": 100}, 2048)
     assert "a.o_proj" in str(error.value)
     assert "a.q_proj" not in str(error.value)
-    check_against_model(params, {"a.q_proj": 256})
+    check_against_model(params, {"a.q_proj": 256}, 2048)
+
+
+def test_windows_longer_than_the_model_are_listed():
+    params = parse_params(changed("calibration.evaluation.length", 4096))
+    with pytest.raises(ParamsError, match=r"evaluation\.length=4096 exceeds .*max_position_embeddings=2048"):
+        check_against_model(params, {}, 2048)
+    check_against_model(params, {}, 8192)
 
 
 def test_missing_and_broken_files_say_so(tmp_path):

@@ -18,7 +18,7 @@ from pipeline.quantized_block import (
     linear_widths,
     load_block,
 )
-from pipeline.quantizer import StaticQuantizer, fake_quantize
+from pipeline.quantizer import StaticQuantizer, fake_quantize, quantize_weight
 from pipeline.walk import compute_prefix_kv
 
 WEIGHT_SCALE = 0.0471728  # integers of weights times integers of inputs must not fall between two integers of values
@@ -34,7 +34,8 @@ def quantized_block(checkpoint, settings, dtype=torch.float32):
     for name in checkpoint.architecture.linears:
         linear = block.get_submodule(name)
         if settings.weight_bits < 16:
-            linear.quantize_weight_(torch.full((linear.out_features, 1), WEIGHT_SCALE), settings.weight_bits)
+            scale = torch.full((linear.out_features, 1), WEIGHT_SCALE)
+            linear.set_integers_(quantize_weight(linear.weight, scale, settings.weight_bits), scale)
     return block
 
 
@@ -127,8 +128,8 @@ def test_what_is_loaded_computes_what_was_saved(settings, imported, tmp_path):
         for name in checkpoint.architecture.linears:
             linear = block.get_submodule(name)
             original = checkpoint.load_block_tensors(1)[name + ".weight"]
-            linear.weight, linear.weight_scale = original, None
-            linear.quantize_weight_(torch.rand(linear.out_features, linear.in_features // 4) / 10 + 0.01, 4)
+            scale = torch.rand(linear.out_features, linear.in_features // 4) / 10 + 0.01
+            linear.set_integers_(quantize_weight(original, scale, 4), scale)
     hidden = torch.randn(2, 10, 48)
     expected = runner.run(block, hidden)
     loaded = fill_block(checkpoint, 1, block.state_dict(), settings)

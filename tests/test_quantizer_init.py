@@ -11,7 +11,7 @@ from pipeline.quantized_block import BlockSettings, block_settings, fill_block, 
 from pipeline.quantizer_init import InitSettings, _record, init_blocks
 from pipeline.walk import compute_prefix_kv
 
-INIT = InitSettings(4, -1, 4, 4, 4, "minmax", 64, torch.float32)
+INIT = InitSettings(4, -1, 4, 4, 4, "rtn", 0.01, "minmax", 64, torch.float32)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_settings_combine_bits_with_the_models_online_rotations():
 
 def test_group_sizes_give_a_scale_per_group(imported, token_ids, tmp_path):
     checkpoint, runner = open_model(imported["llama_tied"])
-    init = InitSettings(3, 12, 16, 16, 16, "mse", 64, torch.float32)
+    init = InitSettings(3, 12, 16, 16, 16, "gptq", 0.01, "mse", 64, torch.float32)
     hidden = checkpoint.embed(token_ids)
     settings = init.block_settings(BlockSettings())
     init_blocks(checkpoint, hidden, None, settings, init, runner, tmp_path, make_header("q", {}))
