@@ -180,8 +180,8 @@ def _open_gguf(source: str, path: Path, stack: ExitStack) -> _Source:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise ModelImportError(f"model.source={source!r}: not a GGUF file transformers can read ({error})") from None
+    except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
+        raise ModelImportError(f"model.source={source!r}: transformers cannot read this GGUF file ({error})") from None
     find_architecture(model.config)
     companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     tokenizer.save_pretrained(companions)

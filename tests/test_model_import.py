@@ -95,7 +95,7 @@ def test_damaged_missing_pickled_and_foreign_sources(model_folders, tmp_path):
         with pytest.raises(ModelImportError, match="there is no such"):
             import_model(source, None, torch.float32, tmp_path / "out")
     (tmp_path / "text.gguf").write_text("not a model")
-    with pytest.raises(ModelImportError, match="not a GGUF file"):
+    with pytest.raises(ModelImportError, match="cannot read this GGUF file"):
         import_model(str(tmp_path / "text.gguf"), None, torch.float32, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
