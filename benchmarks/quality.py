@@ -69,18 +69,19 @@ def main() -> None:
         if name not in rows:
             params = override(base, ROWS[name])
             append_row(arguments.json, rows, name, workspace.metrics("evaluation@quantizer_init", params))
-    print_table(rows)
+    print(format_table(rows))
 
 
-def print_table(rows: dict[str, Any]) -> None:
+def format_table(rows: dict[str, Any]) -> str:
     """A Markdown table: perplexity per corpus and its ratio to the original's."""
     exact = rows["original"]["perplexity"]
     corpora = list(exact)
-    print("| | " + " | ".join(f"{corpus} | ratio" for corpus in corpora) + " |")
-    print("| --- |" + " ---: |" * 2 * len(corpora))
+    lines = ["| | " + " | ".join(f"{corpus} | ratio" for corpus in corpora) + " |"]
+    lines.append("| --- |" + " ---: |" * 2 * len(corpora))
     for name, metrics in rows.items():
         cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -60,30 +60,28 @@ def test_start_token_is_bos_or_else_eos(imported):
     assert choose_start_token(checkpoint)[0] is None
 
 
-def plant_outlier(monkeypatch, checkpoint, token):
-    """Make block 1's down_proj see 1000 times the values wherever `token` stands and nothing precedes it in sight."""
+def plant_outlier(monkeypatch, checkpoint, token_ids, token):
+    """Make block 1's down_proj see 1000 times the values wherever `token` stands; all windows in one batch."""
     build = checkpoint.build_block
 
     def build_with_outlier(index):
         block = build(index)
         if index == 1:
-            block.mlp.act_fn = Planted(block.mlp.act_fn, checkpoint, token)
+            block.mlp.act_fn = Planted(block.mlp.act_fn, token_ids == token)
         return block
 
     monkeypatch.setattr(checkpoint, "build_block", build_with_outlier)
 
 
 class Planted(nn.Module):
-    def __init__(self, act_fn, checkpoint, token):
+    def __init__(self, act_fn, where):
         super().__init__()
         self.act_fn = act_fn
-        self.table = checkpoint.load_tensor("model.embed_tokens.weight")
-        self.token = token
-        self.ids = None
+        self.where = where
 
     def forward(self, x):
         y = self.act_fn(x)
-        return torch.where((Planted.current == self.token)[..., None], y * 1000, y)
+        return torch.where(self.where[..., None], y * 1000, y)
 
 
 @pytest.mark.parametrize("site", ["down_proj_input", "block_output"])
@@ -91,8 +89,7 @@ def test_a_planted_outlier_token_is_found_and_prefixed(site, imported, token_ids
     checkpoint, runner = open_model(imported["llama_tied"], batch_size=3)
     token_ids[:, 1:] = token_ids[:, 1:].clamp_min(50)
     token_ids[:, 10] = 42
-    plant_outlier(monkeypatch, checkpoint, 42)
-    monkeypatch.setattr(Planted, "current", token_ids, raising=False)
+    plant_outlier(monkeypatch, checkpoint, token_ids, 42)
     layers = measure_outliers(checkpoint, token_ids, runner, site, 64.0)
     assert layers[0].mean_count == 0
     assert layers[1].content == Counter({42: 3})

@@ -5,10 +5,17 @@ import re
 import yaml
 from conftest import ROOT
 
+from benchmarks.quality import format_table
+from benchmarks.summary import read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
 from pipeline.params import parse_params
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_result_table_is_what_the_metrics_in_git_say():
+    """`make table` prints it; the committed metrics are those of the default run."""
+    assert format_table(read_evaluations()) in README
 
 
 def test_make_targets_exist():
