@@ -19,6 +19,7 @@ SIZES = {
         "calibration.search.windows": 64,
         "calibration.search.length": 512,
         "calibration.train.windows": 64,
+        "calibration.train.length": 512,
         "calibration.evaluation.windows": 8,
     },
 }

@@ -31,6 +31,7 @@ FULL = {
     "calibration.search.length": 512,
     "calibration.train.windows": 64,
     "calibration.train.length": 512,
+    "calibration.evaluation.windows": 8,
 }
 SMALL = FULL | {
     "calibration.search.windows": 4,
