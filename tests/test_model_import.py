@@ -136,6 +136,20 @@ def test_hub_ids_are_asked_for_with_their_revision_and_without_pickles(model_fol
     assert (asked["repository"], asked["revision"]) == ("someone/some-model", "v1.0")
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+    assert "consolidated*" in asked["ignore_patterns"]
+
+
+def test_shards_are_those_of_the_index(model_folders, imported, tmp_path):
+    """A second copy of the weights in another layout is left alone; a shard that is missing is named."""
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    make_model("llama_tied").save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, folder / "consolidated.safetensors")
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(ModelImportError, match=r"names files that are not there: model-00002-of-"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
 def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monkeypatch):

@@ -87,6 +87,21 @@ def test_sixteen_bits_everywhere_is_the_original(project, monkeypatch):
     assert quantized["quantizers_fired"] == 0
 
 
+def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    perplexities = []
+    for dtype in ("float32", "bfloat16"):
+        change(project, "model.dtype", dtype)
+        change(project, "rotation.dtype", dtype)
+        run(*ALL, monkeypatch=monkeypatch)
+        metrics = read_json(project / "metrics/evaluation/original.json")
+        perplexities.append(metrics["perplexity"]["prose"])
+        assert read_json(project / "metrics/evaluation/quantizer_init.json")["quantizers_fired"] == 39
+    assert load_prefix_kv(project / "artifacts/quantizer_init", "quantizer_init").dtype == torch.bfloat16
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
+    assert "dtype_logit_deviation" in read_json(project / "metrics/rotation.json")
+
+
 def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):
     change(project, "prefix_search.outlier_threshold", 1.5)
     run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
