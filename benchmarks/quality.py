@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality --size screening                  # 16 x 512 calibration tokens, 4 + 4 windows
     python -m benchmarks.quality --size final --json quality.json  # 64 x 512, 8 + 8 windows of 1,024
+    python -m benchmarks.quality --table ablations                 # one choice of the default changed at a time
+    python -m benchmarks.quality --table prefixes                  # none, found, trained, discretised
 
 Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted.
 """
@@ -34,53 +36,124 @@ def _bits(weights: int, activations: int, kv: int) -> dict[str, Any]:
     }
 
 
-MINMAX = {"quantizer_init.scale_search": "minmax"}
+GROUPS = ("weights", "activations", "keys", "values")
+PREFIX_FREE = {"prefix.use": "none"}
+# The same method without what is ours: no means kept out, no equalized channels.
+TEXTBOOK = {f"quantizer_init.{group}.centered": False for group in GROUPS} | {"quantizer_init.equalize": False}
 NEAREST = {"quantizer_init.weights.rounding": "rtn"}
-NO_PREFIX = {"prefix.use": "none"}
+DYNAMIC = {f"quantizer_init.{group}.mode": "dynamic" for group in GROUPS[1:]}
 ROWS: dict[str, dict[str, Any]] = {
-    "W4A4KV4 rtn, minmax, no prefix": _bits(4, 4, 4) | NEAREST | MINMAX | NO_PREFIX,
-    "W4A4KV4 rtn, minmax, found prefix": _bits(4, 4, 4) | NEAREST | MINMAX,
-    "W4A4KV4 rtn, mse, found prefix": _bits(4, 4, 4) | NEAREST,
-    "W4A4KV4 gptq, mse, no prefix": _bits(4, 4, 4) | NO_PREFIX,
-    "W4A4KV4 gptq, mse, found prefix": _bits(4, 4, 4),
-    "W4A8KV4 gptq, mse, found prefix": _bits(4, 8, 4),
-    "W4 gptq, mse": _bits(4, 16, 16),
-    "A4 mse, found prefix": _bits(16, 4, 16),
-    "KV4 mse, found prefix": _bits(16, 16, 4),
+    "W4A4KV4 static": {},
+    "W4A4KV4 static, no prefix": PREFIX_FREE,
+    "W4A4KV4 dynamic": DYNAMIC,
+    "W4A4KV4 dynamic, no prefix": DYNAMIC | PREFIX_FREE,
+    "W4A8KV4 static": _bits(4, 8, 4),
+    "W4A8KV4 static, no prefix": _bits(4, 8, 4) | PREFIX_FREE,
+    "W4 only": _bits(4, 16, 16),
+    "A4 static only": _bits(16, 4, 16),
+    "A4 static only, no prefix": _bits(16, 4, 16) | PREFIX_FREE,
+    "KV4 static only": _bits(16, 16, 4),
 }
+
+
+def _each(key: str, value: Any, *groups: str) -> dict[str, Any]:
+    return {f"quantizer_init.{group}.{key}": value for group in groups}
+
+
+# One choice of the default changed at a time.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "nothing centered": _each("centered", False, *GROUPS),
+    "weights not centered": _each("centered", False, "weights"),
+    "activations not centered": _each("centered", False, "activations"),
+    "keys and values not centered": _each("centered", False, "keys", "values"),
+    "not equalized": {"quantizer_init.equalize": False},
+    "neither centered nor equalized": TEXTBOOK,
+    "weights: rtn": NEAREST,
+    "weights: damping 0.1": _each("damping", 0.1, "weights"),
+    "weights: damping 0.001": _each("damping", 0.001, "weights"),
+    "weights: asymmetric": _each("symmetric", False, "weights"),
+    "weights: range max": _each("range", "max", "weights"),
+    "weights: range tensor": _each("range", "tensor", "weights"),
+    "activations: asymmetric": _each("symmetric", False, "activations"),
+    "activations: range max": _each("range", "max", "activations"),
+    "activations: range percentile": _each("range", "percentile", "activations"),
+    "activations: range tensor": _each("range", "tensor", "activations"),
+    "activations: range block": _each("range", "block", "activations"),
+    "keys: range tensor": _each("range", "tensor", "keys"),
+    "keys and values: asymmetric": _each("symmetric", False, "keys", "values"),
+    "values: range layer": _each("range", "layer", "values"),
+    "mse_samples 8": {"quantizer_init.mse_samples": 8},
+    "prefix: outlier_threshold 16": {"prefix_search.outlier_threshold": 16.0},
+    "official: rtn, range block, neither centered nor equalized": TEXTBOOK | NEAREST | _each("range", "block", *GROUPS),
+}
+
+
+def _trained(loss_type: str, use: str = "trained", **changes: Any) -> dict[str, Any]:
+    training = {"enabled": True, "loss_type": loss_type} | changes
+    return {"prefix.use": use} | {f"prefix_training.{key}": value for key, value in training.items()}
+
+
+PREFIXES: dict[str, dict[str, Any]] = {
+    "no prefix": PREFIX_FREE,
+    "found": {},
+    "trained, quantization": _trained("quantization"),
+    "discretised, quantization": _trained("quantization", "discretised"),
+    "trained, outlier": _trained("outlier"),
+    "trained, l2": _trained("l2"),
+    "trained, var": _trained("var"),
+}
+TABLES = {"modes": ROWS, "ablations": ABLATIONS, "prefixes": PREFIXES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--table", choices=TABLES, default="modes", help="bits and modes, choices of the default, or prefixes"
+    )
     parser.add_argument("--size", choices=SIZES, default="screening")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="names of rows (default: all)")
+    parser.add_argument("--rows", nargs="*", help="names of rows (default: all)")
     parser.add_argument("--json", type=Path, help="keep finished rows in this file")
     parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
     arguments = parser.parse_args()
-    unknown = set(arguments.rows) - set(ROWS)
+    table = TABLES[arguments.table]
+    names = arguments.rows or list(table)
+    unknown = set(names) - set(table)
     if unknown:
-        parser.error(f"unknown rows {sorted(unknown)}; there are: {', '.join(ROWS)}")
+        parser.error(f"unknown rows {sorted(unknown)}; there are: {', '.join(table)}")
     workspace = Workspace(arguments.work)
     base = override(read_params(), SIZES[arguments.size])
     rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
     for variant in ("original", "original_prefix"):
         if variant not in rows:
             append_row(arguments.json, rows, variant, workspace.metrics(f"evaluation@{variant}", base))
-    for name in arguments.rows:
+    for name in names:
         if name not in rows:
-            params = override(base, ROWS[name])
-            append_row(arguments.json, rows, name, workspace.metrics("evaluation@quantizer_init", params))
+            params = override(base, table[name])
+            measured = workspace.metrics("evaluation@quantizer_init", params)
+            init = workspace.metrics("quantizer_init", params)
+            measured["block_error"] = init["block_error"]
+            append_row(arguments.json, rows, name, measured)
     print(format_table(rows))
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table: perplexity per corpus and its ratio to the original's."""
+    """A Markdown table: perplexity per corpus and its ratio to the original's; the error of blocks, where recorded.
+
+    `block error` is the mean over blocks of the error of the block's output on the sampled calibration windows,
+    relative to what the block adds to its input.
+    """
     exact = rows["original"]["perplexity"]
     corpora = list(exact)
+    with_init = any("block_error" in metrics for metrics in rows.values())
     lines = ["| | " + " | ".join(f"{corpus} | ratio" for corpus in corpora) + " |"]
     lines.append("| --- |" + " ---: |" * 2 * len(corpora))
+    if with_init:
+        lines = [lines[0] + " block error |", lines[1] + " ---: |"]
     for name, metrics in rows.items():
         cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
+        if with_init:
+            cells.append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

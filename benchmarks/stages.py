@@ -37,7 +37,7 @@ SMALL = FULL | {
     "calibration.search.windows": 4,
     "calibration.train.windows": 4,
     "calibration.evaluation.windows": 1,
-    "quantizer_init.search_tokens": 512,
+    "quantizer_init.mse_samples": 1,
 }
 
 
@@ -101,7 +101,7 @@ def make_doubled_model(workspace: Workspace, params: dict[str, Any]) -> Path:
     names = (source.architecture.embedding, source.architecture.final_norm)
     save_file({name: source.load_tensor(name) for name in names}, folder / "rest.safetensors")
     for index in range(2 * source.block_count):
-        prefix = source.architecture.block_prefix.format(index=index)
+        prefix = source.architecture.tensor_prefix(index)
         tensors = source.load_block_tensors(index % source.block_count)
         save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / f"{index}.safetensors")
     for path in source.folder.glob("*token*"):
@@ -129,7 +129,7 @@ def print_tables(rows: dict[str, Any], stages: list[str]) -> None:
 
 def _upstream(stage: str) -> tuple[str, ...]:
     """What to have ready, so that only the stage itself runs between the two forwards."""
-    ready = {"quantizer_init": ("rotation", "prefix_search")}
+    ready = {"quantizer_init": ("rotation", "prefix_training")}
     return ready.get(stage, ("quantizer_init", "evaluation@original") if stage.endswith("@quantizer_init") else ())
 
 

@@ -37,6 +37,28 @@ class Architecture:
         return (*attention, self.attention_output, *mlp, self.mlp_output)
 
     @property
+    def linear_sites(self) -> dict[str, str]:
+        """Short name, as in params and reports -> linear: {"q_proj": "self_attn.q_proj", …}."""
+        return {name.rpartition(".")[2]: name for name in self.linears}
+
+    def site_widths(self, block: Any) -> dict[str, int]:
+        """Size of the last dimension at every site of a plain decoder layer: what a group size must divide."""
+        widths = {site: block.get_submodule(name).in_features for site, name in self.linear_sites.items()}
+        (attention, *_), (mlp, *_) = self.norms.values()
+        readers = {
+            "attention_input": attention,
+            "attention_output": self.attention_output,
+            "mlp_input": mlp,
+            "mlp_hidden": self.mlp_output,
+        }
+        widths |= {site: block.get_submodule(name).in_features for site, name in readers.items()}
+        return widths | {"key": block.self_attn.head_dim, "value": block.self_attn.head_dim}
+
+    def tensor_prefix(self, index: int) -> str:
+        """What the names of block `index` begin with in the checkpoint: "model.layers.3."."""
+        return self.block_prefix.format(index=index)
+
+    @property
     def attention_norm(self) -> str:
         return next(iter(self.norms))
 

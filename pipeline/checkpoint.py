@@ -102,7 +102,7 @@ class Checkpoint:
 
     def load_block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of block `index`, named as inside the block (`self_attn.q_proj.weight`)."""
-        prefix = self.architecture.block_prefix.format(index=index)
+        prefix = self.architecture.tensor_prefix(index)
         with open_tensors(self.folder / BLOCK.format(index=index), self.stage) as (file, _):
             return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -144,7 +144,7 @@ class CheckpointWriter:
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write block `index`; names as inside the block."""
-        prefix = self.architecture.block_prefix.format(index=index)
+        prefix = self.architecture.tensor_prefix(index)
         self._write(BLOCK.format(index=index), {prefix + name: tensor for name, tensor in tensors.items()})
 
     def adopt_block(self, index: int, path: Path) -> None:

@@ -13,57 +13,73 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.quantizer import quantize
+from pipeline.quantizer import dequantize, quantize
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = 128  # updated together; the result does not depend on it beyond summation order
+_INPUTS = 32  # updated together; the result does not depend on it beyond summation order
 _RAISE, _ATTEMPTS = 10.0, 6
 
 
 @dataclass(frozen=True)
-class RoundedWeight:
-    """integers: int8 [out, in]; damping: the share of the mean diagonal that was really added to H."""
+class InverseFactor:
+    """What GPTQ needs to know of a Hessian; layers that read the same input share it.
 
-    integers: torch.Tensor
+    Attributes:
+        order: [in] inputs by decreasing diagonal.
+        upper: [in, in], the upper Cholesky factor U of H^-1 = U^T U in that order.
+        damping: the share of the mean diagonal that was really added to H.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
     damping: float
 
 
 def round_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int, damping: float
-) -> RoundedWeight:
-    """Round `weight` under fixed scales.
+    weight: torch.Tensor, factor: InverseFactor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """Round `weight` under fixed scales and zero points.
 
     Args:
         weight: [out, in] float32; not changed.
+        factor: of the layer's Hessian.
+        scale, zero_point: [out, G] float32, G groups along the input; the zero point None when symmetric.
+
+    Returns:
+        Integers [out, in], int8 when symmetric, uint8 otherwise.
+    """
+    width, order, upper = weight.shape[1], factor.order, factor.upper
+    # Inputs are rows below, so that what is taken one by one lies together in memory.
+    rest = weight.T[order].contiguous()
+    steps, offsets = (
+        None if t is None else t.T.repeat_interleave(width // t.shape[1], dim=0)[order] for t in (scale, zero_point)
+    )
+    integers = torch.empty_like(rest)
+    for start in range(0, width, _INPUTS):
+        stop = min(start + _INPUTS, width)
+        errors = torch.empty_like(rest[start:stop])
+        for row in range(start, stop):
+            step, offset = steps[row], None if offsets is None else offsets[row]
+            integers[row] = rounded = quantize(rest[row], step, bits, offset)
+            error = torch.div(rest[row] - dequantize(rounded, step, offset), upper[row, row], out=errors[row - start])
+            rest[row + 1 : stop] -= upper[row, row + 1 : stop].unsqueeze(1) * error
+        rest[stop:] -= upper[start:stop, stop:].T @ errors
+    result = torch.empty_like(integers)
+    result[order] = integers
+    return result.T.contiguous().to(torch.int8 if zero_point is None else torch.uint8)
+
+
+def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
+    """Prepare a Hessian for `round_gptq`.
+
+    Args:
         hessian: [in, in] float32, mean of x^T x over tokens; inputs that are always zero may have a zero row.
-        scale: [out, G] float32, G groups along the input.
         damping: H gets damping · mean(diagonal) added to its diagonal; raised tenfold, with a report, as often as the
             Cholesky factor fails.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian[order][:, order]
-    upper, damping = _factor_inverse(hessian, damping)
-    rest = weight[:, order].clone()
-    scales = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, order]
-    integers = torch.empty_like(rest)
-    for start in range(0, weight.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, weight.shape[1])
-        errors = torch.empty(len(weight), stop - start, dtype=weight.dtype, device=weight.device)
-        for column in range(start, stop):
-            step = scales[:, column]
-            integers[:, column] = quantize(rest[:, column], step, bits)
-            error = (rest[:, column] - integers[:, column] * step) / upper[column, column]
-            rest[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop]
-            errors[:, column - start] = error
-        rest[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(integers)
-    result[:, order] = integers
-    return RoundedWeight(result.to(torch.int8), damping)
-
-
-def _factor_inverse(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor U of H^-1 = U^T U, and the damping it took."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     for _ in range(_ATTEMPTS):
@@ -72,8 +88,8 @@ def _factor_inverse(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(upper).all():
-            return upper, damping
+            return InverseFactor(order, upper, damping)
         damping = max(damping, 1e-4) * _RAISE
         logger.warning("the Hessian is not positive definite; damping raised to %g of its mean diagonal", damping)
     # Nothing but the diagonal is left to trust: every input is rounded by itself.
-    return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damping
+    return InverseFactor(order, torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damping)

@@ -7,34 +7,54 @@ keys stay as the model made them, and no attention function needs to know about 
 integers rotates its queries instead: (q R3) · Q(k R3) = q · (Q(k R3) R3^T), the same number.)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pipeline.hadamard import hadamard_transform
-from pipeline.quantizer import StaticQuantizer
+from pipeline.quantizer import ActivationQuantizer, QuantizerSpec
 
 
 class KeyQuantizer(nn.Module):
-    """Quantizes keys [B, heads, T, d] after RoPE, in the basis of R3 when `rotate`.
+    """Quantizes keys [B, heads, T, d]: after RoPE, in the basis of R3 when `rotate`, or before RoPE.
 
-    A hook on `quantizer` sees the keys as they are quantized, that is, rotated.
+    A hook on `quantizer` sees the keys as they are quantized, that is, rotated. Before RoPE the cache cannot apply it:
+    `hook_before_rope_` hangs it on the module whose output RoPE turns.
     """
 
-    def __init__(self, bits: int, heads: int, rotate: bool) -> None:
+    def __init__(self, spec: QuantizerSpec, heads: int, head_dim: int, rotate: bool, before_rope: bool) -> None:
         super().__init__()
+        self.heads, self.head_dim = heads, head_dim
         self.rotate = rotate
-        self.quantizer = StaticQuantizer(bits, (heads, 1, 1))
+        self.before_rope = before_rope
+        self.quantizer = ActivationQuantizer(spec, head_dim, heads)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        if self.quantizer.bits >= 16:
+        if not self.quantizer.spec.enabled:
             return keys
         if not self.quantizer.calibrated:
-            self.quantizer(hadamard_transform(keys) if self.rotate else keys)  # for the hooks
+            self.quantizer(self.to_basis(keys))  # for the hooks
             return keys
         if not self.rotate:
             return self.quantizer(keys)
         return hadamard_transform(self.quantizer(hadamard_transform(keys)), inverse=True)
+
+    def to_basis(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys [..., d] in the basis in which keys are quantized."""
+        return hadamard_transform(x) if self.rotate else x
+
+    def hook_before_rope_(self, attention: nn.Module) -> None:
+        """Apply it to the output of k_norm where the family has one, of k_proj otherwise."""
+        source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+
+        def quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            batch, length = output.shape[:2]
+            keys = output.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+            return self(keys).transpose(1, 2).reshape(output.shape)
+
+        source.register_forward_hook(quantize_output)
 
 
 class PrefixLayer(DynamicLayer):
@@ -80,7 +100,6 @@ class PrefixLayer(DynamicLayer):
 def make_block_cache(block: nn.Module, prefix_kv: torch.Tensor | None) -> Cache:
     """A one-layer cache for a single decoder layer (its `layer_idx` is 0), with the quantizers the layer carries."""
     attention = block.self_attn
-    layer = PrefixLayer(
-        prefix_kv, getattr(attention, "key_quantizer", None), getattr(attention, "value_quantizer", None)
-    )
-    return Cache(layers=[layer])
+    keys = getattr(attention, "key_quantizer", None)
+    keys = None if keys is None or keys.before_rope else keys
+    return Cache(layers=[PrefixLayer(prefix_kv, keys, getattr(attention, "value_quantizer", None))])

@@ -52,7 +52,7 @@ def import_model(
     revision: str | None,
     dtype: torch.dtype,
     folder: Path,
-    check_plan: Callable[[dict[str, int], int], None] = lambda linears, max_positions: None,
+    check_plan: Callable[[dict[str, int], int, int], None] = lambda widths, blocks, max_positions: None,
 ) -> dict[str, Any]:
     """Write `source` to `folder` as a checkpoint of one shard per block.
 
@@ -60,7 +60,8 @@ def import_model(
         source, revision: see the module's docstring and params.yaml; `revision` counts for hub ids only.
         dtype: what floating-point tensors are cast to (once).
         folder: replaced as a whole when everything went well, untouched otherwise.
-        check_plan: called with {linear: in_features} and max_position_embeddings before any tensor is read; may raise.
+        check_plan: called with {site: width}, the number of blocks and max_position_embeddings before any tensor is
+            read; may raise.
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
@@ -77,10 +78,8 @@ def import_model(
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
         _check_names(source, set(expected), opened.names, optional=architecture.lm_head)
-        block = skeleton.model.layers[0]
-        first = architecture.block_prefix.format(index=0)
-        linears = {first + name: block.get_submodule(name).in_features for name in architecture.linears}
-        check_plan(linears, config.max_position_embeddings)
+        widths = architecture.site_widths(skeleton.model.layers[0])
+        check_plan(widths, config.num_hidden_layers, config.max_position_embeddings)
 
         def read(name: str) -> torch.Tensor:
             return _check_tensor(source, name, opened.read(name), expected[name]).to(dtype).contiguous()
@@ -89,7 +88,7 @@ def import_model(
             writer = CheckpointWriter(partial, architecture, stage="model")
             rest = set(expected)
             for index in show_progress(range(config.num_hidden_layers), config.num_hidden_layers, "importing blocks"):
-                prefix = architecture.block_prefix.format(index=index)
+                prefix = architecture.tensor_prefix(index)
                 names = {name for name in rest if name.startswith(prefix)}
                 writer.write_block(index, {name.removeprefix(prefix): read(name) for name in sorted(names)})
                 rest -= names

@@ -91,28 +91,85 @@ class PrefixSearchParams(Group):
     start_token_counts: bool
 
 
+class PrefixLossWeights(Group):
+    outlier: Annotated[Number, Field(ge=0)]
+    smoothness: Annotated[Number, Field(ge=0)]
+    quantization: Annotated[Number, Field(ge=0)]
+    l2: Annotated[Number, Field(ge=0)]
+    var: Annotated[Number, Field(ge=0)]
+    diversity: Annotated[Number, Field(ge=0)]
+    magnitude: Annotated[Number, Field(ge=0)]
+    kl: Annotated[Number, Field(ge=0)]
+
+
+class PrefixTrainingParams(Group):
+    enabled: bool
+    length: Annotated[int, Field(ge=1)] | None
+    loss_type: Literal["quantization", "outlier", "l2", "var"]
+    weights: PrefixLossWeights
+    target_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+    outlier_threshold: Annotated[Number, Field(gt=1)]
+    bits: Literal[2, 3, 4, 5, 6, 7, 8]
+    learning_rate: Annotated[Number, Field(gt=0)]
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+    clip_grad: Annotated[Number, Field(gt=0)]
+    early_stop: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+
 class PrefixParams(Group):
-    use: Literal["none", "found"]
+    use: Literal["none", "found", "trained", "discretised"]
+    length: Annotated[int, Field(ge=1)] | None
 
 
 class WeightParams(Group):
     bits: Bits
+    symmetric: bool
     group_size: int
+    centered: bool
+    range: Literal["max", "tensor", "layer", "block"]
     rounding: Literal["rtn", "gptq"]
     damping: Annotated[Number, Field(gt=0, le=1)]
 
 
-class SiteParams(Group):
+class ActivationParams(Group):
     bits: Bits
+    mode: Literal["static", "dynamic"]
+    symmetric: bool
+    group_size: int
+    centered: bool
+    range: Literal["max", "percentile", "tensor", "layer", "block"]
+    percentile: Annotated[Number, Field(gt=50, le=100)]
+    clipping: bool
+
+
+class KeyParams(ActivationParams):
+    before_rope: bool
+
+
+class OverrideParams(Group):
+    """What some sites of some blocks have different; null: as in the site's group."""
+
+    sites: Annotated[list[str], Field(min_length=1)]
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    bits: Bits | None = None
+    mode: Literal["static", "dynamic"] | None = None
+    symmetric: bool | None = None
+    group_size: int | None = None
+    centered: bool | None = None
+    range: Literal["max", "percentile", "tensor", "layer", "block"] | None = None
+    rounding: Literal["rtn", "gptq"] | None = None
 
 
 class QuantizerInitParams(Group):
     weights: WeightParams
-    activations: SiteParams
-    keys: SiteParams
-    values: SiteParams
-    scale_search: Literal["mse", "minmax"]
-    search_tokens: Annotated[int, Field(ge=64)]
+    activations: ActivationParams
+    keys: KeyParams
+    values: ActivationParams
+    overrides: list[OverrideParams]
+    equalize: bool
+    mse_samples: Annotated[int, Field(ge=1)]
     embedding_dtype: FloatDtype
 
 
@@ -132,6 +189,7 @@ class Params(Group):
     calibration: CalibrationParams
     rotation: RotationParams
     prefix_search: PrefixSearchParams
+    prefix_training: PrefixTrainingParams
     prefix: PrefixParams
     quantizer_init: QuantizerInitParams
     evaluation: EvaluationParams
@@ -169,24 +227,45 @@ def parse_params(raw: dict[str, Any], where: str = "params") -> Params:
     return params
 
 
-def check_against_model(params: Params, linears: dict[str, int], max_positions: int) -> None:
+def check_against_model(params: Params, widths: dict[str, int], blocks: int, max_positions: int) -> None:
     """Check what depends on the model.
 
     Args:
         params: the whole plan.
-        linears: name of each quantized linear (as in the checkpoint, one block suffices) -> its in_features.
+        widths: every quantizer site of a block -> the size of its last dimension.
+        blocks: how many blocks the model has.
         max_positions: the longest sequence the model was made for.
 
     Raises:
-        ParamsError: a weight group size does not divide some layer, or windows are too long; all problems are listed.
+        ParamsError: a group size does not divide a site's width, an override names a site or block that does not
+            exist or asks of a site what it cannot have, or windows are too long; all problems are listed.
     """
-    size = params.quantizer_init.weights.group_size
-    problems = [
-        f"quantizer_init.weights.group_size={size} does not divide in_features={width} ({name}); "
-        "use a divisor or -1 for whole rows"
-        for name, width in linears.items()
-        if size != -1 and width % size
-    ]
+    init = params.quantizer_init
+    problems = []
+    for number, override in enumerate(init.overrides):
+        key = f"quantizer_init.overrides[{number}]"
+        for site in override.sites:
+            if site not in widths:
+                close = difflib.get_close_matches(site, widths, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "pick one of those"
+                problems.append(f"{key}.sites={site!r}: this model's sites are {', '.join(widths)}; {hint}")
+        for index in override.blocks or ():
+            if index >= blocks:
+                problems.append(f"{key}.blocks={index}: the model has blocks 0 to {blocks - 1}; remove it")
+    for site, width in widths.items():
+        group, _ = site_params(init, site)
+        sizes = {f"quantizer_init.{group}.group_size": getattr(init, group).group_size}
+        for number, override in enumerate(init.overrides):
+            if override.group_size is not None and site in override.sites:
+                sizes[f"quantizer_init.overrides[{number}].group_size"] = override.group_size
+        for key, size in sizes.items():
+            if size > 1 and width % size:
+                problems.append(
+                    f"{key}={size} does not divide {width}, the width of {site}; use a divisor or -1 for whole rows"
+                )
+    for index in params.prefix_training.target_layers or ():
+        if index >= blocks:
+            problems.append(f"prefix_training.target_layers={index}: the model has blocks 0 to {blocks - 1}; remove it")
     for name in ("search", "train", "validation", "evaluation"):
         length = getattr(params.calibration, name).length
         if length > max_positions:
@@ -196,6 +275,26 @@ def check_against_model(params: Params, linears: dict[str, int], max_positions: 
             )
     if problems:
         raise ParamsError(_list_problems("params", problems))
+
+
+def site_group(site: str) -> str:
+    """The group of quantizer params a site belongs to: q_proj -> weights, mlp_input -> activations, key -> keys."""
+    return {"key": "keys", "value": "values"}.get(site, "weights" if site.endswith("_proj") else "activations")
+
+
+def site_params(init: QuantizerInitParams, site: str, block: int | None = None) -> tuple[str, dict[str, Any]]:
+    """The group of params a site belongs to (weights | activations | keys | values), and its values.
+
+    With a `block` the overrides that name it and the site are applied, the last one winning. A weight's site is the
+    linear's short name (q_proj, …).
+    """
+    group = site_group(site)
+    values = getattr(init, group).model_dump()
+    for override in init.overrides if block is not None else ():
+        if site in override.sites and (override.blocks is None or block in override.blocks):
+            own = override.model_dump(exclude={"sites", "blocks"})
+            values |= {key: value for key, value in own.items() if value is not None}
+    return group, values
 
 
 def _contradictions(params: Params) -> list[str]:
@@ -215,10 +314,10 @@ def _contradictions(params: Params) -> list[str]:
             problems.append(
                 f"corpora.{name} is no usable folder name; use letters, digits, `-` and `_` (it becomes data/<name>/)"
             )
-    group_size = params.quantizer_init.weights.group_size
-    if group_size != -1 and group_size < 2:
+    problems += _quantizer_contradictions(params)
+    if params.prefix.use in ("trained", "discretised") and not params.prefix_training.enabled:
         problems.append(
-            f"quantizer_init.weights.group_size={group_size}: allowed are -1 (whole rows) and sizes from 2 on; use -1"
+            f"prefix.use={params.prefix.use!r} needs a trained prefix; set prefix_training.enabled: true, or use found"
         )
     for kind, source in [("model.source", params.model.source)] + [
         (f"corpora.{name}.source", corpus.source) for name, corpus in params.corpora.items()
@@ -226,6 +325,45 @@ def _contradictions(params: Params) -> list[str]:
         known = (PACKAGED_MODEL,) if kind == "model.source" else PACKAGED_CORPORA
         if source.startswith("packaged:") and source not in known:
             problems.append(f"{kind}={source!r} is not packaged; packaged are: {', '.join(known)}")
+    return problems
+
+
+def _quantizer_contradictions(params: Params) -> list[str]:
+    init, problems = params.quantizer_init, []
+    named = [
+        (f"quantizer_init.{group}", getattr(init, group)) for group in ("weights", "activations", "keys", "values")
+    ]
+    named += [(f"quantizer_init.overrides[{number}]", override) for number, override in enumerate(init.overrides)]
+    for key, group in named:
+        if group.group_size is not None and group.group_size != -1 and group.group_size < 2:
+            problems.append(
+                f"{key}.group_size={group.group_size}: allowed are -1 (whole rows) and sizes from 2 on; use -1"
+            )
+    for number, override in enumerate(init.overrides):
+        key = f"quantizer_init.overrides[{number}]"
+        for site in override.sites:
+            own = override.model_dump(exclude={"sites", "blocks"}, exclude_none=True)
+            values = site_params(init, site)[1]
+            if (values | own).get("mode") == "dynamic" and (values | own)["range"] == "percentile":
+                problems.append(f"{key}: {site} would be dynamic with range='percentile', which needs mode: static")
+            for name in own.keys() - values.keys():
+                problems.append(f"{key}.{name}: {site} has no such setting; remove it or the site")
+            if site.endswith("_proj") and override.range == "percentile":
+                problems.append(f"{key}.range='percentile': not for weights; use max, tensor, layer or block")
+        if all(value is None for name, value in override if name not in ("sites", "blocks")):
+            problems.append(f"{key} changes nothing; add a setting (bits, …) or remove it")
+    for site in ("attention_input", "key", "value"):
+        group, values = site_params(init, site)
+        if values["mode"] == "dynamic" and values["range"] == "percentile":
+            problems.append(
+                f"quantizer_init.{group}.range='percentile' needs mode: static (a dynamic range is measured on each "
+                "token); use max, tensor, layer or block"
+            )
+    if init.keys.before_rope and params.rotation.r3 != "identity" and init.keys.bits < 16:
+        problems.append(
+            "quantizer_init.keys.before_rope=true: R3 acts on keys behind RoPE and would do nothing; "
+            "set rotation.r3: identity"
+        )
     return problems
 
 
@@ -273,6 +411,6 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     for part in location:
         if isinstance(kind, type) and issubclass(kind, Group):
             kind = kind.model_fields[part].annotation
-        else:  # a mapping by name, such as corpora
-            kind = get_args(kind)[1]
+        else:  # a mapping by name, such as corpora, or a list, such as overrides
+            kind = get_args(kind)[-1]
     return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Group) else []

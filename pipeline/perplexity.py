@@ -21,8 +21,10 @@ from torch import nn
 from pipeline.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
-from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers
-from pipeline.walk import BlockRunner, walk
+from pipeline.progress import show_progress
+from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers, load_block
+from pipeline.saturation import PROBED_WINDOWS, Report, SaturationProbe, summarise_saturation
+from pipeline.walk import BlockRunner
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
 
@@ -79,7 +81,7 @@ def evaluate_windows(
     runner: BlockRunner,
     prefix_kv: torch.Tensor | None,
     original: Original | None,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """Evaluate one variant on all corpora, in one walk.
 
     Args:
@@ -87,16 +89,16 @@ def evaluate_windows(
         original: what to compare with, or None.
 
     Returns:
-        Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `quantizers`, `settings`) and tensors
-        to keep: per corpus `hidden.`, `loss.` and `token_ids.`.
+        Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `largest_saturation.<corpus>`,
+        `lowest_sqnr.<corpus>`, `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
+        `token_ids.`; corpus -> block -> saturation report (of the first `PROBED_WINDOWS` windows).
     """
-    token_ids = torch.cat(list(windows.values()))
-    hidden, fired = compute_final_hidden(checkpoint, token_ids, runner, prefix_kv)
+    hidden, fired, saturation = compute_final_hidden(checkpoint, windows, runner, prefix_kv)
     lm_head = checkpoint.load_lm_head()
     metrics: dict[str, Any] = {"perplexity": {}} | ({"kl": {}, "top1_agreement": {}} if original else {})
     tensors: dict[str, torch.Tensor] = {}
-    parts = zip(windows.items(), hidden.split([len(ids) for ids in windows.values()]), strict=True)
-    for (corpus, ids), part in parts:
+    for corpus, ids in windows.items():
+        part = hidden[corpus]
         reference = (original.hidden(corpus, ids), original.lm_head) if original else None
         scores = score_hidden(part, lm_head, ids, reference, runner.device)
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
@@ -104,42 +106,53 @@ def evaluate_windows(
             metrics["kl"][corpus] = round(scores.kl, 5)
             metrics["top1_agreement"][corpus] = round(scores.top1_agreement, 4)
         tensors |= {f"hidden.{corpus}": part, f"loss.{corpus}": scores.losses, f"token_ids.{corpus}": ids}
+    metrics |= summarise_saturation(saturation)
     metrics["quantizers_fired"] = sum(fired.values())
     metrics["settings"] = {
         "prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2],
         "windows": {corpus: len(ids) for corpus, ids in windows.items()},
-        "targets_per_window": token_ids.shape[1] - 1,
+        "targets_per_window": next(iter(windows.values())).shape[1] - 1,
         "special_tokens": "none added",
     }
-    return metrics, tensors
+    return metrics, tensors, saturation
 
 
+@torch.no_grad()
 def compute_final_hidden(
-    checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, prefix_kv: torch.Tensor | None
-) -> tuple[torch.Tensor, dict[str, int]]:
-    """Hidden states behind the final norm, [N, T, D] on the CPU, and how many quantizers of each kind fired.
+    checkpoint: Checkpoint, windows: dict[str, torch.Tensor], runner: BlockRunner, prefix_kv: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
+    """Walk all corpora through the model.
+
+    Returns:
+        Corpus -> hidden states behind the final norm, [N, T, D] on the CPU; how many quantizers of each kind fired;
+        corpus -> block -> saturation report.
 
     Raises:
         QuantizerCountError: the count differs from what the checkpoint's settings ask for.
         NonFiniteError: a hidden state is NaN or infinite.
     """
-    fired: Counter[str] = Counter()
-
-    def count(index: int, block: nn.Module) -> None:
-        fired.update(count_fired_quantizers(block, checkpoint.architecture))
-
-    hidden = walk(checkpoint, checkpoint.embed(token_ids), runner, "evaluating", prefix_kv, after=count)
-    if not torch.isfinite(hidden).all():
-        raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
-    per_block = count_expected_quantizers(block_settings(checkpoint))
-    expected = {kind: number * checkpoint.block_count for kind, number in per_block.items()}
-    if dict(fired) != expected:
-        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {expected}")
+    hidden = {corpus: checkpoint.embed(ids) for corpus, ids in windows.items()}
+    saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
+    fired, expected = Counter[str](), Counter[str]()
+    for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "evaluating"):
+        block = load_block(checkpoint, index, runner.device)
+        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        for corpus, states in hidden.items():
+            with SaturationProbe(block, checkpoint.architecture) as probe:
+                runner.advance_(block, states[:PROBED_WINDOWS], own_prefix)
+            runner.advance_(block, states[PROBED_WINDOWS:], own_prefix)
+            saturation[corpus][index] = probe.report()
+        fired += count_fired_quantizers(block, checkpoint.architecture)
+        expected += count_expected_quantizers(block_settings(checkpoint, index))
+    if fired != expected:
+        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
     norm = checkpoint.load_final_norm()
-    with torch.no_grad():
-        for window in hidden:
+    for states in hidden.values():
+        if not torch.isfinite(states).all():
+            raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
+        for window in states:
             window.copy_(norm(window))
-    return hidden, dict(fired)
+    return hidden, fired, saturation
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ The same structure serves three lives of a block: rotated in full precision (not
 calibration (hooks on its quantizers), and quantized. Its state dict is what the artifact of a block holds.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,54 +24,87 @@ from pipeline.architectures import Architecture
 from pipeline.checkpoint import Checkpoint
 from pipeline.hadamard import hadamard_transform
 from pipeline.kv_cache import KeyQuantizer
-from pipeline.quantizer import StaticQuantizer, dequantize_weight
+from pipeline.params import site_group
+from pipeline.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight
+
+_QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift"))
+_BUFFERS = (".weight_scale", ".weight_zero_point", *_QUANTIZER)
 
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What a block is asked for; kept in config.json beside the weights it belongs to. 16 bits: not quantized."""
+    """What one block is asked for; kept in config.json beside the weights it belongs to.
 
-    weight_bits: int = 16
-    weight_group_size: int = -1
-    activation_bits: int = 16
-    key_bits: int = 16
-    value_bits: int = 16
+    Attributes:
+        online_r3, online_r4: the online rotations the weights count on.
+        key_before_rope: keys are quantized before RoPE, without R3.
+        sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
+            site that is not listed is not quantized.
+    """
+
     online_r3: bool = False
     online_r4: bool = False
+    key_before_rope: bool = False
+    sites: dict[str, QuantizerSpec] = field(default_factory=dict)
+
+    def spec(self, site: str) -> QuantizerSpec:
+        return self.sites.get(site, QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BlockSettings":
+        return cls(**values | {"sites": {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}})
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
 
     Attributes:
-        weight: float [out, in], or int8 [out, in] once quantized.
+        weight: float [out, in]; int8 (symmetric) or uint8 [out, in] once quantized.
         weight_scale: float32 [out, G] once quantized.
-        bias: float [out] or None; never quantized.
+        weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
+        bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
     """
 
-    def __init__(self, linear: nn.Linear, rotate_input: bool, input_quantizer: StaticQuantizer | None) -> None:
+    def __init__(
+        self, linear: nn.Linear, spec: QuantizerSpec, rotate_input: bool, input_quantizer: ActivationQuantizer | None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.spec = spec
         self.rotate_input = rotate_input
         self.input_quantizer = input_quantizer
+        self.compute_dtype = linear.weight.dtype
         self.register_buffer("weight", linear.weight.detach())
         self.register_buffer("weight_scale", None)
+        self.register_buffer("weight_zero_point", None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self._dequantized: torch.Tensor | None = None
 
-    def declare_quantized_(self, group_size: int) -> None:
+    def declare_quantized_(self) -> None:
         """Give the buffers the types and shapes of a quantized weight, to be filled by `load_state_dict`."""
-        groups = 1 if group_size == -1 else self.in_features // group_size
-        device = self.weight.device
-        self.weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device=device)
-        self.weight_scale = torch.empty(self.out_features, groups, dtype=torch.float32, device=device)
+        if not self.spec.enabled:
+            return
+        scales, device = (self.out_features, self.spec.count_groups(self.in_features)), self.weight.device
+        integers = torch.int8 if self.spec.symmetric else torch.uint8
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=integers, device=device)
+        self.weight_scale = torch.empty(scales, device=device)
+        self.weight_zero_point = None if self.spec.symmetric else torch.empty(scales, device=device)
+        if self.spec.centered and self.bias is None:
+            self.bias = torch.empty(self.out_features, device=device)
 
-    def set_integers_(self, integers: torch.Tensor, scale: torch.Tensor) -> None:
-        """Replace the weight by int8 [out, in] and their scales [out, G]."""
-        self.weight, self.weight_scale = integers, scale.float()
+    def correct_bias_(self, correction: torch.Tensor) -> None:
+        """Add [out] to the bias, which the layer gets if it had none."""
+        bias = torch.zeros_like(correction) if self.bias is None else self.bias.float()
+        self.bias = (bias + correction).to(self.compute_dtype)
+
+    def set_integers_(
+        self, integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+    ) -> None:
+        """Replace the weight by integers [out, in] and their scales and zero points [out, G]."""
+        self.weight, self.weight_scale, self.weight_zero_point = integers, scale, zero_point
         self._dequantized = None
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -78,7 +112,7 @@ class QuantizedLinear(nn.Module):
         if self.weight_scale is None:
             return self.weight
         if self._dequantized is None or self._dequantized.dtype != dtype:
-            self._dequantized = dequantize_weight(self.weight, self.weight_scale).to(dtype)
+            self._dequantized = dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
         return self._dequantized
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,22 +129,32 @@ def _quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torc
 
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
     """Replace the modules of a plain decoder layer as listed in the module's docstring; nothing is calibrated yet."""
-    for name in (architecture.attention_norm, architecture.mlp_norm):
+    widths = architecture.site_widths(block)
+    for site, name in (("attention_input", architecture.attention_norm), ("mlp_input", architecture.mlp_norm)):
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
         norm = block.get_submodule(name)
-        norm.quantizer = StaticQuantizer(settings.activation_bits)
+        norm.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
         norm.register_forward_hook(_quantize_output)
-    for name in architecture.linears:
-        own_site = name in (architecture.attention_output, architecture.mlp_output)
-        quantizer = StaticQuantizer(settings.activation_bits) if own_site else None
+    own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
+    for short, name in architecture.linear_sites.items():
+        site = own_sites.get(name)
+        quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
         rotate = settings.online_r4 and name == architecture.mlp_output
-        block.set_submodule(name, QuantizedLinear(block.get_submodule(name), rotate, quantizer))
-    block.self_attn.key_quantizer = KeyQuantizer(settings.key_bits, kv_heads, settings.online_r3)
-    block.self_attn.value_quantizer = StaticQuantizer(settings.value_bits, (kv_heads, 1, 1))
+        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer)
+        block.set_submodule(name, linear)
+    attention = block.self_attn
+    before_rope = settings.key_before_rope
+    rotate = settings.online_r3 and not before_rope
+    attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
+    if before_rope:
+        attention.key_quantizer.hook_before_rope_(attention)
+    attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
 
 
-def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, StaticQuantizer]:
-    """The six activation quantizers of a block with quantizers, by the names of DESIGN's table of sites."""
+def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
+    """The six activation quantizers of a block with quantizers, in the order data flows; none for a plain block."""
+    if not hasattr(block.self_attn, "key_quantizer"):
+        return {}
     return {
         "attention_input": block.get_submodule(architecture.attention_norm).quantizer,
         "key": block.self_attn.key_quantizer.quantizer,
@@ -132,29 +176,18 @@ def site_readers(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     }
 
 
-def count_expected_quantizers(settings: BlockSettings | None) -> dict[str, int]:
+def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
     """How many quantizers of each kind one block must have: what the params ask for, not what was built."""
-    settings = settings or BlockSettings()
-    return {
-        "weights": 7 * (settings.weight_bits < 16),
-        "activations": 4 * (settings.activation_bits < 16),
-        "keys": int(settings.key_bits < 16),
-        "values": int(settings.value_bits < 16),
-    }
+    return Counter(site_group(site) for site in (settings.sites if settings else ()))
 
 
-def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, int]:
+def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
     """How many quantizers of each kind have acted in this block since it was loaded."""
-    weights = sum(
-        isinstance(module, QuantizedLinear) and module.weight_scale is not None and module._dequantized is not None
-        for module in block.modules()
-    )
-    if not hasattr(block.self_attn, "key_quantizer"):
-        return {"weights": weights, "activations": 0, "keys": 0, "values": 0}
+    weights = sum(linear.weight_scale is not None and linear._dequantized is not None for linear in _linears(block))
+    fired = Counter({"weights": weights} if weights else {})
     sites = find_site_quantizers(block, architecture)
-    fired = {name: int(quantizer.fired > 0) for name, quantizer in sites.items()}
-    activations = sum(fired[name] for name in site_readers(architecture))
-    return {"weights": weights, "activations": activations, "keys": fired["key"], "values": fired["value"]}
+    fired.update(site_group(site) for site, quantizer in sites.items() if quantizer.fired)
+    return fired
 
 
 def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -164,7 +197,9 @@ def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = 
         ArtifactError: the shard is missing or damaged.
         RuntimeError: its tensors are not those the config asks for (torch's message lists them).
     """
-    return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), block_settings(checkpoint), device)
+    return fill_block(
+        checkpoint, index, checkpoint.load_block_tensors(index), block_settings(checkpoint, index), device
+    )
 
 
 def fill_block(
@@ -182,40 +217,34 @@ def fill_block(
     block = checkpoint.build_block(index)
     if settings is not None:
         add_quantizers_(block, checkpoint.architecture, settings, checkpoint.config.num_key_value_heads)
-    quantized = any(name.endswith(".weight_scale") for name in tensors)
-    for linear in _linears(block) if quantized else ():
-        linear.declare_quantized_(settings.weight_group_size)
-    # Integers stay integers; float weights and biases take the dtype the model computes in, scales stay float32.
+    for linear in _linears(block) if any(name.endswith(".weight_scale") for name in tensors) else ():
+        linear.declare_quantized_()
+    # Integers stay integers; float weights and biases take the dtype the model computes in, quantizers stay float32.
     dtype = dtype or checkpoint.dtype
-    is_scale = (".weight_scale", "quantizer.scale")
     cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(is_scale) else tensor
+        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(_BUFFERS) else tensor
         for name, tensor in tensors.items()
     }
-    calibrated = any(name.endswith("quantizer.scale") for name in tensors)
+    calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
     missing, unexpected = block.load_state_dict(cast, strict=False, assign=True)
-    missing = [name for name in missing if calibrated or not name.endswith("quantizer.scale")]
+    missing = [name for name in missing if calibrated or "quantizer." not in name]
     if missing or unexpected:
         raise RuntimeError(f"block {index}: missing tensors {missing}, unexpected {unexpected}")
-    for module in block.modules():
-        if isinstance(module, StaticQuantizer) and module.bits < 16:
-            if calibrated:
-                module.calibrated = True
-            else:
-                module.scale = torch.full(module.scale.shape, torch.nan)
+    for quantizer in find_site_quantizers(block, checkpoint.architecture).values():
+        quantizer.calibrated = calibrated and quantizer.spec.enabled
     return block.requires_grad_(False).to(device)
 
 
-def block_settings(checkpoint: Checkpoint) -> BlockSettings | None:
-    """What a checkpoint's config.json records of its blocks; None for a plain model."""
-    recorded = checkpoint.settings.get("block")
-    return None if recorded is None else BlockSettings(**recorded)
+def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
+    """For config.json: the first block's settings, and those of the blocks that differ from it."""
+    overrides = {str(index): own.to_dict() for index, own in enumerate(settings) if own != settings[0]}
+    return {"block": settings[0].to_dict()} | ({"overrides": overrides} if overrides else {})
 
 
-def linear_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Name in the checkpoint -> in_features, of the first block's linears (all blocks are alike)."""
-    block, prefix = checkpoint.build_block(0), checkpoint.architecture.block_prefix.format(index=0)
-    return {prefix + name: block.get_submodule(name).in_features for name in checkpoint.architecture.linears}
+def block_settings(checkpoint: Checkpoint, index: int) -> BlockSettings | None:
+    """What a checkpoint's config.json records of block `index`; None for a plain model."""
+    recorded = checkpoint.settings.get("overrides", {}).get(str(index)) or checkpoint.settings.get("block")
+    return None if recorded is None else BlockSettings.from_dict(recorded)
 
 
 def _linears(block: nn.Module) -> Iterator[QuantizedLinear]:

@@ -1,111 +1,249 @@
-"""Symmetric integer quantization: choose a scale, quantize, dequantize, and the two in one (fake quantization).
+"""Integer quantization: choose a scale, quantize, dequantize, and the two in one (fake quantization).
 
-A b-bit quantizer maps x to the integer round(x / scale), clipped to [-2^(b-1), 2^(b-1) - 1]; the value it stands for
-is integer * scale. The scale puts the largest magnitude on the largest *positive* integer:
+A b-bit quantizer maps x to the integer round(x / scale) + zero_point, clipped to its range; the value it stands for is
+(integer - zero_point) * scale. Two kinds, told apart by whether there is a zero point:
 
-    scale = factor * max|x| / (2^(b-1) - 1)          x = [-3.5, 1, 7], 4 bits -> scale 1, integers [-4, 1, 7]
+    symmetric   integers -2^(b-1) … 2^(b-1)-1     scale = max|x| / (2^(b-1) - 1)
+                x = [-3.5, 1, 7], 4 bits -> scale 1, integers [-4, 1, 7]
+    asymmetric  integers 0 … 2^b-1                scale = (high - low) / (2^b - 1), zero_point = round(-low / scale)
+                x = [-3, 0, 12], 4 bits -> scale 1, zero_point 3, integers [0, 3, 15]
 
-(round half to even, as torch.round). `factor` < 1 clips: the outermost values move to the edge and all others get a
-finer step. 16 bits means "not quantized" throughout the project. Zero is always representable.
+with low = min(x, 0) and high = max(x, 0), so that zero is always representable. Rounding is half to even, as
+torch.round. A clip factor f < 1 shrinks low and high before the scale is chosen: the outermost values move to the edge
+and all others get a finer step. 16 bits means "not quantized" throughout the project.
+
+A *centered* quantizer of activations acts on x - mean, with the mean of each channel measured once on calibration text,
+and adds the mean back: Q(x - mean) + mean (channel-wise shifting, arXiv:2304.09145, Eq. 5). In the layers that follow,
+the constant part is a bias, W mean, known beforehand; it costs nothing and leaves the integers the part that varies.
+
+Values that share a scale are consecutive along the last dimension: a *group*. [..., C] with groups of g is seen as
+[..., G, g] and has scales [..., G]; group_size -1 is one group for the whole dimension.
+
+In training, rounding passes gradients straight through (`torch.autograd`): the value, the scale and the zero point all
+receive the gradient of the formula above with each round's own offset held constant.
 """
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-
-def integer_range(bits: int) -> tuple[int, int]:
-    """(qmin, qmax) of a signed `bits`-bit integer: 4 -> (-8, 7)."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+_TINY = torch.finfo(torch.float32).tiny
 
 
-def choose_scale(max_abs: torch.Tensor, bits: int, factor: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """The scale for a largest magnitude, elementwise; never zero, infinite or NaN.
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """What one quantizer is asked for.
+
+    Attributes:
+        bits: 2 to 8, or 16 for "not quantized".
+        symmetric: without (True) or with a zero point.
+        group_size: consecutive channels that share a scale; -1 for all of the last dimension.
+        dynamic: the range is measured on every token anew (activations, keys and values only) instead of fixed.
+        centered: activations, keys and values: the mean of each channel is subtracted before quantization and added
+            back behind it. Weights: the mean input's share of the rounding error goes into the layer's bias.
+    """
+
+    bits: int = 16
+    symmetric: bool = True
+    group_size: int = -1
+    dynamic: bool = False
+    centered: bool = False
+
+    @property
+    def enabled(self) -> bool:
+        return self.bits < 16
+
+    def count_groups(self, width: int) -> int:
+        """G for a last dimension of `width`."""
+        return 1 if self.group_size == -1 else width // self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def integer_range(bits: int, symmetric: bool = True) -> tuple[int, int]:
+    """(qmin, qmax): 4 bits -> (-8, 7) symmetric, (0, 15) asymmetric."""
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+
+
+def group(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """View by quantization groups: [..., C] -> [..., G, C / G]."""
+    return x.unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
+
+
+def measure_range(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high) of each group, float32: [..., G, g] -> [..., G] twice; low <= 0 <= high."""
+    low, high = torch.aminmax(grouped, dim=-1)
+    return low.float().clamp_max(0), high.float().clamp_min(0)
+
+
+def choose_parameters(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of a range, elementwise; the scale is never zero, infinite or NaN for finite ranges.
 
     Args:
-        max_abs: largest |x| per quantizer, any shape, finite and >= 0, float32.
+        low, high: any shape, float32, low <= 0 <= high; already multiplied by clip factors.
         bits: 2 to 8.
-        factor: clip factor, broadcast against `max_abs`.
 
     Returns:
-        float32, shape of `max_abs` (broadcast). Where `max_abs` is 0 the scale is 1: every value is zero anyway.
-
-    Raises:
-        ValueError: `max_abs` holds NaN or infinities (the statistics are broken; nothing sensible can follow).
+        scale, float32; where the range is empty it is 1: every value is zero anyway. zero_point, float32 holding
+        integers in `integer_range`, or None when symmetric. Both differentiable (straight through the rounding).
     """
-    if not torch.isfinite(max_abs).all():
-        raise ValueError("the largest magnitude is not finite; the calibration data or the model overflow")
-    scale = max_abs.float() * factor / integer_range(bits)[1]
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(max_abs > 0, scale.clamp_min(tiny), torch.ones_like(scale))
+    qmin, qmax = integer_range(bits, symmetric)
+    # Divided before they are added: the difference of two huge finite numbers may overflow.
+    scale = torch.maximum(-low, high) / qmax if symmetric else high / qmax - low / qmax
+    scale = torch.where((low < 0) | (high > 0), scale.clamp_min(_TINY), torch.ones_like(scale))
+    if symmetric:
+        return scale, None
+    return scale, round_through(-low / scale).clamp(qmin, qmax)
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers in `integer_range(bits)`, still in x's dtype (a cast to int8 loses nothing). `scale` broadcasts."""
-    qmin, qmax = integer_range(bits)
-    return (x / scale).round_().clamp_(qmin, qmax)
+def require_finite(low: torch.Tensor, high: torch.Tensor) -> None:
+    """Raises ValueError where a measured range holds NaN or infinities: nothing sensible can follow."""
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise ValueError("a range is not finite; the calibration data or the model overflow")
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """round(x) whose gradient is 1: the straight-through estimator (arXiv:1308.3432)."""
+    return _RoundThrough.apply(x) if x.requires_grad and torch.is_grad_enabled() else x.round()
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None) -> torch.Tensor:
+    """Integers in the range of `bits`, in the dtype of x / scale. `scale` and `zero_point` broadcast; no gradients."""
+    qmin, qmax = integer_range(bits, zero_point is None)
+    integers = (x / scale).round_()
+    if zero_point is not None:
+        integers += zero_point
+    return integers.clamp_(qmin, qmax)
+
+
+def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
+    """The values that float `integers` stand for; overwrites `integers`."""
+    if zero_point is not None:
+        integers -= zero_point
+    return integers.mul_(scale)
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
     """quantize, then dequantize: x moved to the nearest representable value, same shape and dtype.
 
-    The division runs in float32 at least, so that bfloat16 activations do not pick another integer.
+    Computed in float32 at least, so that bfloat16 activations do not pick another integer. Where gradients are wanted
+    they reach x (1 inside the range, 0 beyond), scale and zero_point; the values are the same.
     """
-    return quantize(x.float(), scale, bits).mul_(scale).to(x.dtype)
+    wide = x if x.dtype == torch.float64 else x.float()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point)):
+        qmin, qmax = integer_range(bits, zero_point is None)
+        offset = 0 if zero_point is None else round_through(zero_point)
+        integers = (round_through(wide / scale) + offset).clamp(qmin, qmax) - offset
+        return (integers * scale).to(x.dtype)
+    return dequantize(quantize(wide, scale, bits, zero_point), scale, zero_point).to(x.dtype)
 
 
-def group_weight(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """View a weight by quantization groups: [out, in] -> [out, G, in / G]; group_size -1 is one group a row."""
-    size = weight.shape[1] if group_size == -1 else group_size
-    return weight.reshape(weight.shape[0], -1, size)
-
-
-def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def quantize_weight(
+    weight: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
     """Round a weight to the nearest integers.
 
     Args:
         weight: [out, in] float.
-        scale: [out, G] float32, G groups along the input: weight [8, 16], group_size 4 -> scale [8, 4].
+        scale, zero_point: [out, G], G groups along the input: weight [8, 16], group_size 4 -> scale [8, 4].
 
     Returns:
-        int8 [out, in].
+        [out, in], int8 when symmetric, uint8 otherwise.
     """
     grouped = weight.float().reshape(*scale.shape, -1)
-    return quantize(grouped, scale.unsqueeze(-1), bits).to(torch.int8).reshape(weight.shape)
+    zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+    integers = quantize(grouped, scale.unsqueeze(-1), bits, zero_point)
+    return integers.to(torch.int8 if zero_point is None else torch.uint8).reshape(weight.shape)
 
 
-def dequantize_weight(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in] from int8 [out, in] and scale [out, G]."""
+def dequantize_weight(
+    integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 [out, in] from int8 or uint8 [out, in] with scale and zero_point [out, G]."""
     grouped = integers.float().reshape(*scale.shape, -1)
-    return (grouped * scale.unsqueeze(-1)).reshape(integers.shape)
+    zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+    return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(integers.shape)
 
 
-class StaticQuantizer(nn.Module):
-    """Fake-quantizes whatever passes with a fixed scale: one for the tensor, or one per head.
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes whatever passes: activations [..., C], or keys and values [B, heads, T, d] when it has `heads`.
 
-    Until it has a scale (and always at 16 bits) it passes its input on unchanged, which is how statistics are taken:
+    Until it is calibrated (and always at 16 bits) it passes its input on unchanged, which is how statistics are taken:
     a forward hook on the quantizer sees exactly the values it will be asked to quantize.
 
     Attributes:
-        bits: 2-8, or 16 for "not quantized".
-        scale: float32 of the shape given, [] per tensor or [heads, 1, 1] against [B, heads, T, d].
+        spec: what it was asked for.
+        scale, zero_point: static only; float32 [G], or [heads, 1, G] against [B, heads, T, G, g]; the zero point only
+            when asymmetric.
+        shift: centered only; float32 [C] or [heads, 1, d], the mean of each channel.
+        clip_factor: dynamic only; float32 [G, 2] or [heads, 1, G, 2]: what the low and the high end of the range
+            measured on a token are multiplied by.
         fired: how many times it has quantized, so that an evaluation can check that every quantizer took part.
     """
 
-    def __init__(self, bits: int, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
+        """`width` is C or d."""
         super().__init__()
-        self.bits = bits
+        self.spec = spec
         self.fired = 0
-        if bits < 16:
-            self.register_buffer("scale", torch.full(shape, torch.nan, dtype=torch.float32))
         self.calibrated = False
+        if not spec.enabled:
+            return
+        if spec.centered:
+            self.register_buffer("shift", torch.full((width,) if heads is None else (heads, 1, width), torch.nan))
+        groups = spec.count_groups(width)
+        shape = (groups,) if heads is None else (heads, 1, groups)
+        if spec.dynamic:
+            self.register_buffer("clip_factor", torch.full((*shape, 2), torch.nan))
+            return
+        self.register_buffer("scale", torch.full(shape, torch.nan))
+        if not spec.symmetric:
+            self.register_buffer("zero_point", torch.full(shape, torch.nan))
 
-    def set_scale_(self, scale: torch.Tensor) -> None:
-        """Fix the scale (any shape with the right number of elements); from now on the quantizer acts."""
-        self.scale = scale.detach().float().reshape(self.scale.shape).to(self.scale.device)
+    def calibrate_(self, **buffers: torch.Tensor) -> None:
+        """Fix the buffers (any shape with the right number of elements); from now on the quantizer acts."""
+        expected = dict(self.named_buffers())
+        assert buffers.keys() == expected.keys(), (buffers.keys(), expected.keys())
+        for name, value in buffers.items():
+            setattr(self, name, value.detach().float().reshape(expected[name].shape).to(expected[name].device))
         self.calibrated = True
 
+    def find_parameters(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero point for x [..., G, g], each [..., G, 1] (or broadcasting to it)."""
+        if self.spec.dynamic:
+            low, high = measure_range(grouped)
+            low, high = low * self.clip_factor[..., 0], high * self.clip_factor[..., 1]
+            scale, zero_point = choose_parameters(low, high, self.spec.bits, self.spec.symmetric)
+        else:
+            scale, zero_point = self.scale, None if self.spec.symmetric else self.zero_point
+        return scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bits >= 16 or not self.calibrated:
+        if not self.spec.enabled or not self.calibrated:
             return x
         self.fired += 1
-        return fake_quantize(x, self.scale, self.bits)
+        grouped = group(self.center(x), self.spec.group_size)
+        scale, zero_point = self.find_parameters(grouped)
+        quantized = fake_quantize(grouped, scale, self.spec.bits, zero_point).flatten(-2)
+        return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
+
+    def center(self, x: torch.Tensor) -> torch.Tensor:
+        """x - shift in float32 at least, or x itself when the quantizer is not centered."""
+        return x - self.shift if self.spec.centered else x

@@ -26,7 +26,7 @@ from pipeline.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from pipeline.errors import PipelineError
 from pipeline.hadamard import hadamard_transform, random_orthogonal, random_signs
 from pipeline.progress import show_progress
-from pipeline.quantized_block import BlockSettings, fill_block
+from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
 from pipeline.walk import BlockRunner
 
 ROTATIONS = "rotations.safetensors"
@@ -173,7 +173,7 @@ def rotate_model(
         save_tensors(partial / ROTATIONS, r1.tensors("r1") | r2.tensors("r2"), header)
         copy_companions(checkpoint.folder, partial)
         untied = {"tie_word_embeddings": False, "dtype": str(dtype).removeprefix("torch.")}
-        writer.finish(checkpoint.read_config() | untied, {"block": settings.to_dict()})
+        writer.finish(checkpoint.read_config() | untied, describe_blocks([settings]))
     return metrics
 
 

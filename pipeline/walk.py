@@ -53,6 +53,12 @@ class BlockRunner:
         hidden = self._run(block, hidden, cache)
         return hidden, torch.stack((cache.layers[0].keys[0], cache.layers[0].values[0]))
 
+    def run_with_kv(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `run` without a prefix in the cache; also keys (behind RoPE) and values, [B, heads, T, d] each."""
+        cache = make_block_cache(block, None)
+        hidden = self._run(block, hidden, cache)
+        return hidden, cache.layers[0].keys, cache.layers[0].values
+
     def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
         mask, positions = self._prepare(hidden, cache)
         return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
@@ -62,6 +68,11 @@ class BlockRunner:
         """Replace `hidden` [N, T, D] (anywhere) by the block's outputs, batch by batch, in place."""
         for rows in batches(len(hidden), self.batch_size):
             hidden[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(hidden.device)
+
+    def rotary_tables(self, hidden: torch.Tensor, prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of the positions of hidden [B, T, D] behind a prefix, each [1, T, d]."""
+        positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
+        return self._rotary(hidden, position_ids=positions)
 
     def _prepare(
         self, hidden: torch.Tensor, cache: Cache

@@ -6,8 +6,9 @@
 
 Reads   the variant's checkpoint and prefix, artifacts/calibration/evaluation/; for all but `original` also
         artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with
-Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), metrics/evaluation/VARIANT.json
-Packaged model: about 25 seconds (original) and 45 (quantized) for 8 windows of 1,024 tokens, 1.1 GiB.
+Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), VARIANT_saturation.csv beside
+        it (how well static ranges fit this text, for dvc plots), metrics/evaluation/VARIANT.json
+Packaged model: about 20 seconds (original) and 30 (quantized) for 8 windows of 1,024 tokens, 1.1 GiB.
 """
 
 import argparse
@@ -21,12 +22,13 @@ from pipeline.params import Params, load_params
 from pipeline.perplexity import Original, evaluate_windows
 from pipeline.prefix import load_prefix, load_prefix_kv
 from pipeline.progress import run_main, run_stage, select_device
+from pipeline.saturation import write_saturation
 from pipeline.walk import BlockRunner, compute_prefix_kv
 from pipeline.windows import load_windows
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
-PREFIX = Path("artifacts/prefix_search/prefix.safetensors")
+PREFIX = Path("artifacts/prefix_training/prefix.safetensors")
 QUANTIZER_INIT = Path("artifacts/quantizer_init")
 WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
@@ -50,10 +52,11 @@ def main() -> None:
         compared = variant != "original" and params.evaluation.compare_with_original
         original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
         token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
-        measured, tensors = evaluate_windows(checkpoint, token_ids, runner, prefix_kv, original)
+        measured, tensors, saturation = evaluate_windows(checkpoint, token_ids, runner, prefix_kv, original)
         metrics |= measured
         header = make_header("evaluation", {"variant": variant}, inputs | {"checkpoint": checkpoint.header})
         save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)
+        write_saturation(EVALUATION / f"{variant}_saturation.csv", saturation)
 
 
 def open_prefix(
@@ -64,9 +67,9 @@ def open_prefix(
         return load_prefix_kv(checkpoint.folder, checkpoint.stage), {}
     if variant == "original":
         return None, {}
-    _, embeddings, header = load_prefix(PREFIX, params.prefix.use)
+    _, embeddings, header = load_prefix(PREFIX, params.prefix.use, params.prefix.length)
     check_input(header, "model", checkpoint.header, PREFIX)
-    return compute_prefix_kv(checkpoint, embeddings, runner), {"prefix_search": header}
+    return compute_prefix_kv(checkpoint, embeddings, runner), {"prefix_training": header}
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """Compute the prefix's KV in the rotated model, then choose every scale and round the weights, block by block.
 
-Reads   artifacts/rotation/, artifacts/prefix_search/prefix.safetensors, artifacts/calibration/train.safetensors
-Writes  artifacts/quantizer_init/ (a checkpoint of integers and scales, with the prefix in use and report.json),
+Reads   artifacts/rotation/, artifacts/prefix_training/prefix.safetensors, artifacts/calibration/train.safetensors
+Writes  artifacts/quantizer_init/ (a checkpoint of integers and scales, with the prefix in use, report.json
+        and saturation.csv for dvc plots),
         metrics/quantizer_init.json
 Finished blocks are kept in .work/quantizer_init/ until the end: a killed run continues where it was.
-arXiv:2410.05265, §5. Packaged model: about 2.5 minutes for 16 windows of 512 tokens, 1.1 GiB.
+arXiv:2410.05265, §5. Packaged model: about 1.5 minutes for 16 windows of 512 tokens, 1 GiB.
 """
 
 from pathlib import Path
-
-import torch
 
 from pipeline.artifacts import check_same_origin, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import check_against_model, load_params
 from pipeline.prefix import load_prefix
 from pipeline.progress import run_main, run_stage, select_device
-from pipeline.quantized_block import linear_widths
-from pipeline.quantizer_init import InitSettings, init_quantizers
+from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 
 PARAMS = Path("params.yaml")
 ROTATION = Path("artifacts/rotation")
-PREFIX = Path("artifacts/prefix_search/prefix.safetensors")
+PREFIX = Path("artifacts/prefix_training/prefix.safetensors")
 TRAIN = Path("artifacts/calibration/train.safetensors")
 WORK = Path(".work/quantizer_init")
 QUANTIZER_INIT = Path("artifacts/quantizer_init")
@@ -35,30 +33,20 @@ def main() -> None:
     init = params.quantizer_init
     with run_stage("quantizer_init", METRICS, params.runtime) as metrics:
         checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
-        check_against_model(params, linear_widths(checkpoint), checkpoint.config.max_position_embeddings)
-        token_ids, embeddings, prefix_header = load_prefix(PREFIX, params.prefix.use)
+        widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
+        check_against_model(params, widths, checkpoint.block_count, checkpoint.config.max_position_embeddings)
+        token_ids, embeddings, prefix_header = load_prefix(PREFIX, params.prefix.use, params.prefix.length)
         check_same_origin(checkpoint.header, prefix_header, "model")
         header = make_header(
             "quantizer_init",
-            init.model_dump() | {"prefix.use": params.prefix.use},
-            {"rotation": checkpoint.header, "prefix_search": prefix_header, "windows": windows.header},
+            init.model_dump() | {"prefix": params.prefix.model_dump()},
+            {"rotation": checkpoint.header, "prefix_training": prefix_header, "windows": windows.header},
         )
         metrics |= init_quantizers(
             checkpoint,
             (token_ids, embeddings),
             windows.token_ids,
-            InitSettings(
-                weight_bits=init.weights.bits,
-                weight_group_size=init.weights.group_size,
-                activation_bits=init.activations.bits,
-                key_bits=init.keys.bits,
-                value_bits=init.values.bits,
-                rounding=init.weights.rounding,
-                damping=init.weights.damping,
-                scale_search=init.scale_search,
-                search_tokens=init.search_tokens,
-                embedding_dtype=getattr(torch, init.embedding_dtype),
-            ),
+            init,
             BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size),
             WORK,
             QUANTIZER_INIT,

@@ -19,6 +19,7 @@ from transformers import (
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.model_import import import_model
+from pipeline.params import QuantizerInitParams
 from pipeline.walk import BlockRunner
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
         params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
     params["calibration"]["validation"]["windows"] = 1
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
-    params["quantizer_init"]["search_tokens"] = 64
+    params["quantizer_init"]["mse_samples"] = 2
     params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}
     return params
 
@@ -129,6 +130,18 @@ def project(tmp_path, model_folders, monkeypatch) -> Path:
     write_params(tmp_path, tiny_params(model_folders["llama_tied"], corpus))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def init_params(changes: dict | None = None) -> QuantizerInitParams:
+    """The project's `quantizer_init` params with dotted keys changed ("weights.bits": 3) and two sampled windows."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["quantizer_init"] | {"mse_samples": 2}
+    for dotted, value in (changes or {}).items():
+        *path, last = dotted.split(".")
+        group = values
+        for key in path:
+            group = group[key]
+        group[last] = value
+    return QuantizerInitParams.model_validate(values)
 
 
 def write_params(folder: Path, params: dict) -> None:

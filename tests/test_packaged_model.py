@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import init_params
 from test_rotation import rotate
 from test_walk import assert_close, walked_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,7 @@ from pipeline.model_import import import_model
 from pipeline.params import PACKAGED_MODEL
 from pipeline.prefix_search import choose_start_token
 from pipeline.quantized_block import block_settings
-from pipeline.quantizer_init import InitSettings, init_quantizers
+from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 pytestmark = pytest.mark.slow
@@ -80,12 +81,13 @@ def test_rotated_with_and_without_prefix_equals_the_original(original, rotated, 
 
 def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, token_ids, tmp_path):
     checkpoint, runner, _ = rotated
-    init = InitSettings(16, -1, 16, 16, 16, "rtn", 0.01, "mse", 64, torch.float32)
+    off = {f"{group}.bits": 16 for group in ("weights", "activations", "keys", "values")}
+    init = init_params(off | {"embedding_dtype": "float32"})
     empty = torch.tensor([], dtype=torch.int64), torch.zeros(0, 576)
     header = make_header("quantizer_init", {})
     init_quantizers(checkpoint, empty, token_ids, init, runner, tmp_path / "work", tmp_path / "out", header)
     quantized = Checkpoint(tmp_path / "out", "quantizer_init")
-    assert block_settings(quantized).online_r4
+    assert block_settings(quantized, 0).online_r4
     with torch.no_grad():
         expected = original(token_ids).logits
     assert_close(walked_logits(quantized, BlockRunner(quantized, torch.device("cpu"), 4), token_ids), expected, 1e-4)

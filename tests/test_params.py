@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.params import ParamsError, check_against_model, load_params, parse_params
+from pipeline.params import ParamsError, check_against_model, load_params, parse_params, site_params
 
 DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -28,11 +28,15 @@ def test_the_default_file_is_valid():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("quantizer_init.scale_serch", "mse", r"quantizer_init\.scale_serch: unknown key; did you mean 'scale_search'"),
+        ("quantizer_init.mse_sample", 4, r"quantizer_init\.mse_sample: unknown key; did you mean 'mse_samples'"),
+        ("quantizer_init.keys.rnge", "max", r"quantizer_init\.keys\.rnge: unknown key; did you mean 'range'"),
+        ("quantizer_init.weights.mode", "static", r"quantizer_init\.weights\.mode: unknown key"),
+        ("quantizer_init.values.range", "minmax", r"values\.range='minmax': allowed are 'max', 'percentile', 'tensor'"),
+        ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* set rotation\.r3: identity"),
         ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key; did you mean 'source'"),
         ("bits", 4, r"bits: unknown key; remove it \(known here: calibration, corpora"),
         ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"),
-        ("prefix.use", "nothing", r"prefix\.use='nothing': allowed are 'none' or 'found'"),
+        ("prefix.use", "nothing", r"prefix\.use='nothing': allowed are 'none', 'found', 'trained'"),
         ("quantizer_init.weights.bits", 9, r"weights\.bits=9: allowed are 2, 3, 4, 5, 6, 7, 8 or 16"),
         ("quantizer_init.weights.bits", "four", r"weights\.bits='four': allowed are 2, 3"),
         ("calibration.train.windows", "many", r"calibration\.train\.windows='many' \(str\).*integer"),
@@ -44,6 +48,9 @@ def test_the_default_file_is_valid():
         ("calibration.train.corpora", ["wikipdia"], r"calibration\.train\.corpora='wikipdia' is not among the corpora"),
         ("calibration.train.corpora", ["news", "news"], "names a corpus twice"),
         ("quantizer_init.weights.group_size", 0, r"group_size=0: allowed are -1"),
+        ("prefix.use", "trained", r"prefix\.use='trained' needs a trained prefix; set prefix_training\.enabled: true"),
+        ("prefix_training.loss_type", "l1", r"loss_type='l1': allowed are 'quantization', 'outlier', 'l2' or 'var'"),
+        ("prefix_training.learning_rate", 0, r"learning_rate=0 .*greater than 0"),
         ("model.source", "packaged:llama", r"model\.source='packaged:llama' is not packaged; packaged are"),
         ("corpora.news.source", "packaged:new", r"packaged are: packaged:wikipedia, packaged:news"),
     ],
@@ -72,20 +79,94 @@ def test_numbers_written_with_an_exponent_are_numbers(written):
     )
 
 
-def test_group_size_that_does_not_divide_lists_every_layer():
+WIDTHS = {"q_proj": 256, "down_proj": 200, "o_proj": 100, "mlp_hidden": 200, "key": 64, "value": 64}
+
+
+def test_group_size_that_does_not_divide_lists_every_site():
     params = parse_params(changed("quantizer_init.weights.group_size", 128))
-    with pytest.raises(ParamsError, match=r"group_size=128 does not divide in_features=200 \(a\.down_proj\)") as error:
-        check_against_model(params, {"a.q_proj": 256, "a.down_proj": 200, "a.o_proj": 100}, 2048)
-    assert "a.o_proj" in str(error.value)
-    assert "a.q_proj" not in str(error.value)
-    check_against_model(params, {"a.q_proj": 256}, 2048)
+    with pytest.raises(
+        ParamsError, match=r"weights\.group_size=128 does not divide 200, the width of down_proj"
+    ) as error:
+        check_against_model(params, WIDTHS, 4, 2048)
+    assert "width of o_proj" in str(error.value)
+    assert "q_proj" not in str(error.value)
+    assert "mlp_hidden" not in str(error.value)
+    check_against_model(params, {"q_proj": 256}, 4, 2048)
+    params = parse_params(changed("quantizer_init.keys.group_size", 48))
+    with pytest.raises(ParamsError, match=r"1 problem\s+quantizer_init\.keys\.group_size=48 does not divide 64"):
+        check_against_model(params, WIDTHS, 4, 2048)
+
+
+def test_target_layers_that_do_not_exist_are_listed():
+    params = parse_params(changed("prefix_training.target_layers", [1, 4]))
+    with pytest.raises(ParamsError, match=r"prefix_training\.target_layers=4: the model has blocks 0 to 3"):
+        check_against_model(params, {}, 4, 2048)
 
 
 def test_windows_longer_than_the_model_are_listed():
     params = parse_params(changed("calibration.evaluation.length", 4096))
     with pytest.raises(ParamsError, match=r"evaluation\.length=4096 exceeds .*max_position_embeddings=2048"):
-        check_against_model(params, {}, 2048)
-    check_against_model(params, {}, 8192)
+        check_against_model(params, {}, 4, 2048)
+    check_against_model(params, {}, 4, 8192)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"sites": ["down_prj"], "bits": 8}, r"overrides\[0\]\.sites='down_prj': .*did you mean 'down_proj'"),
+        ({"sites": ["down_proj"], "blocks": [2, 4], "bits": 8}, r"blocks=4: the model has blocks 0 to 3"),
+        ({"sites": ["key"], "group_size": 48}, r"overrides\[0\]\.group_size=48 does not divide 64, the width of key"),
+    ],
+)
+def test_overrides_are_checked_against_the_model(override, message):
+    params = parse_params(changed("quantizer_init.overrides", [override]))
+    with pytest.raises(ParamsError, match=message):
+        check_against_model(params, WIDTHS, 4, 2048)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"sites": ["down_proj"], "mode": "dynamic"}, r"overrides\[0\]\.mode: down_proj has no such setting"),
+        ({"sites": ["mlp_hidden"], "rounding": "rtn"}, r"overrides\[0\]\.rounding: mlp_hidden has no such setting"),
+        ({"sites": ["q_proj"], "range": "percentile"}, r"range='percentile': not for weights"),
+        ({"sites": ["q_proj"]}, r"overrides\[0\] changes nothing"),
+        ({"sites": ["q_proj"], "group_size": 1}, r"group_size=1: allowed are -1"),
+        ({"sites": [], "bits": 8}, r"sites=\[\]"),
+        ({"sites": ["q_proj"], "bit": 8}, r"bit: unknown key"),
+        ({"sites": ["q_proj"], "bits": 9}, r"bits=9: allowed are"),
+    ],
+)
+def test_contradictory_overrides_are_refused(override, message):
+    with pytest.raises(ParamsError, match=message):
+        parse_params(changed("quantizer_init.overrides", [override]))
+
+
+def test_dynamic_percentiles_are_refused():
+    params = changed("quantizer_init.activations.mode", "dynamic")
+    params["quantizer_init"]["activations"]["range"] = "percentile"
+    with pytest.raises(ParamsError, match=r"activations\.range='percentile' needs mode: static"):
+        parse_params(params)
+
+
+def test_an_override_that_makes_percentiles_dynamic_is_refused():
+    params = changed("quantizer_init.overrides", [{"sites": ["mlp_hidden"], "mode": "dynamic"}])
+    parse_params(params)
+    params["quantizer_init"]["activations"]["range"] = "percentile"
+    with pytest.raises(ParamsError, match=r"overrides\[0\]: mlp_hidden would be dynamic with range='percentile'"):
+        parse_params(params)
+
+
+def test_the_last_override_that_names_site_and_block_wins():
+    overrides = [
+        {"sites": ["down_proj", "key"], "bits": 8},
+        {"sites": ["down_proj"], "blocks": [2], "bits": 6, "symmetric": False},
+    ]
+    init = parse_params(changed("quantizer_init.overrides", overrides)).quantizer_init
+    found = [site_params(init, "down_proj", block)[1] for block in (1, 2)]
+    assert [(values["bits"], values["symmetric"]) for values in found] == [(8, True), (6, False)]
+    assert site_params(init, "key", 0)[1]["bits"] == 8
+    assert site_params(init, "value", 0)[1]["bits"] == 4
 
 
 def test_missing_and_broken_files_say_so(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def three_line_loop(model, token_ids):
 
 
 def original_of(checkpoint, runner, windows, path):
-    _, tensors = evaluate_windows(checkpoint, windows, runner, None, None)
+    _, tensors, _ = evaluate_windows(checkpoint, windows, runner, None, None)
     save_tensors(path, tensors, make_header("evaluation", {"variant": "original"}, {"checkpoint": checkpoint.header}))
     return Original(checkpoint, path)
 
@@ -27,7 +28,7 @@ def original_of(checkpoint, runner, windows, path):
 def test_perplexity_equals_a_three_line_loop(family, imported, token_ids):
     checkpoint, runner = open_model(imported[family])
     windows = {"a": token_ids[:2], "b": token_ids[2:]}
-    metrics, tensors = evaluate_windows(checkpoint, windows, runner, None, None)
+    metrics, tensors, _ = evaluate_windows(checkpoint, windows, runner, None, None)
     for name, ids in windows.items():
         assert metrics["perplexity"][name] == pytest.approx(three_line_loop(make_model(family), ids), rel=1e-5)
         assert tensors[f"loss.{name}"].shape == (len(ids),)
@@ -38,7 +39,7 @@ def test_perplexity_equals_a_three_line_loop(family, imported, token_ids):
 
 def test_slices_of_positions_change_nothing(imported, token_ids, monkeypatch):
     checkpoint, runner = open_model(imported["llama_tied"])
-    _, tensors = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
+    _, tensors, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
     head = checkpoint.load_lm_head()
     whole = score_hidden(tensors["hidden.a"], head, token_ids, (tensors["hidden.a"] + 0.1, head))
     monkeypatch.setattr(perplexity, "_POSITIONS", 5)
@@ -51,14 +52,14 @@ def test_divergence_and_agreement_equal_their_definitions(imported, token_ids, t
     first, runner = open_model(imported["llama_tied"])
     second, other_runner = open_model(imported["qwen2"])
     original = original_of(first, runner, {"a": token_ids}, tmp_path / "original.safetensors")
-    metrics, _ = evaluate_windows(second, {"a": token_ids}, other_runner, None, original)
+    metrics, *_ = evaluate_windows(second, {"a": token_ids}, other_runner, None, original)
     with torch.no_grad():
         p, q = (make_model(name)(token_ids).logits[:, :-1].softmax(-1).double() for name in ("llama_tied", "qwen2"))
     assert metrics["kl"]["a"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert metrics["top1_agreement"]["a"] == pytest.approx(
         (p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-4
     )
-    same, _ = evaluate_windows(first, {"a": token_ids}, runner, None, original)
+    same, *_ = evaluate_windows(first, {"a": token_ids}, runner, None, original)
     assert same["kl"]["a"] == pytest.approx(0, abs=1e-6)
     assert same["top1_agreement"]["a"] == 1
 
@@ -75,9 +76,9 @@ def test_comparison_with_other_windows_or_another_model_is_refused(imported, tok
 
 def test_a_quantizer_that_does_not_fire_is_an_error(imported, token_ids, monkeypatch):
     checkpoint, runner = open_model(imported["llama_tied"])
-    expected = {"weights": 7, "activations": 4, "keys": 1, "values": 1}
+    expected = Counter({"weights": 7, "activations": 4, "keys": 1, "values": 1})
     monkeypatch.setattr(perplexity, "count_expected_quantizers", lambda settings: expected)
-    with pytest.raises(QuantizerCountError, match=r"'activations': 0.*the params ask for .*'activations': 12"):
+    with pytest.raises(QuantizerCountError, match=r"fired: \{\}, the params ask for .*'activations': 12"):
         evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
 
 

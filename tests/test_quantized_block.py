@@ -1,6 +1,6 @@
 """A block with quantizers: exact at 16 bits, equal to a slow reference below, the same after a round trip to disk."""
 
-from dataclasses import asdict
+import json
 
 import pytest
 import torch
@@ -11,31 +11,53 @@ from pipeline.hadamard import hadamard_matrix
 from pipeline.kv_cache import KeyQuantizer, PrefixLayer
 from pipeline.quantized_block import (
     BlockSettings,
+    block_settings,
     count_expected_quantizers,
     count_fired_quantizers,
+    describe_blocks,
     fill_block,
     find_site_quantizers,
-    linear_widths,
     load_block,
 )
-from pipeline.quantizer import StaticQuantizer, fake_quantize, quantize_weight
+from pipeline.quantizer import ActivationQuantizer, QuantizerSpec, fake_quantize, quantize_weight
 from pipeline.walk import compute_prefix_kv
 
 WEIGHT_SCALE = 0.0471728  # integers of weights times integers of inputs must not fall between two integers of values
 ACTIVATION_SCALE = 0.05
 
 
+WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
+
+
+def settings_of(weights=16, activations=16, key=16, value=16, online=False, before_rope=False, **mode):
+    """Bits per kind of site, all in one mode."""
+    bits = dict.fromkeys(WEIGHTS, weights) | dict.fromkeys(ACTIVATIONS, activations) | {"key": key, "value": value}
+    sites = {}
+    for site, number in bits.items():
+        if number < 16:
+            own = {name: v for name, v in mode.items() if not (site in WEIGHTS and name == "dynamic")}
+            sites[site] = QuantizerSpec(number, **own)
+    return BlockSettings(online and not before_rope, online, before_rope, sites)
+
+
 def quantized_block(checkpoint, settings, dtype=torch.float32):
     """Block 1 with arbitrary but fixed scales everywhere."""
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings, dtype=dtype)
+    values = {"scale": ACTIVATION_SCALE, "zero_point": 6.0, "clip_factor": 0.9, "shift": 0.03}
     for quantizer in find_site_quantizers(block, checkpoint.architecture).values():
-        if quantizer.bits < 16:
-            quantizer.set_scale_(torch.full(quantizer.scale.shape, ACTIVATION_SCALE))
+        if quantizer.spec.enabled:
+            buffers = quantizer.named_buffers()
+            quantizer.calibrate_(**{name: torch.full(buffer.shape, values[name]) for name, buffer in buffers})
     for name in checkpoint.architecture.linears:
         linear = block.get_submodule(name)
-        if settings.weight_bits < 16:
-            scale = torch.full((linear.out_features, 1), WEIGHT_SCALE)
-            linear.set_integers_(quantize_weight(linear.weight, scale, settings.weight_bits), scale)
+        if linear.spec.enabled:
+            scale = torch.full((linear.out_features, linear.spec.count_groups(linear.in_features)), WEIGHT_SCALE)
+            zero_point = None if linear.spec.symmetric else torch.full_like(scale, 7.0)
+            integers = quantize_weight(linear.weight, scale, linear.spec.bits, zero_point)
+            linear.set_integers_(integers, scale, zero_point)
+            if linear.spec.centered:
+                linear.correct_bias_(torch.linspace(0, 0.1, linear.out_features))
     return block
 
 
@@ -56,8 +78,7 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
     """
     generator = torch.Generator().manual_seed(6)
     checkpoint, runner, _ = rotate(imported[family], tmp_path / "out")
-    settings = BlockSettings(4, -1, 4, 4, 4, online_r3=True, online_r4=True)
-    block = quantized_block(checkpoint, settings, dtype=torch.float64)
+    block = quantized_block(checkpoint, settings_of(4, 4, 4, 4, online=True), dtype=torch.float64)
     prefix_kv = compute_prefix_kv(checkpoint, torch.randn(2, 48, generator=generator), runner)[1]
     hidden = torch.randn(1, 9, 48, generator=generator, dtype=torch.float64)
     found = runner.run(block, hidden, prefix_kv)
@@ -97,39 +118,38 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
 def test_counts_of_what_fired_match_what_is_asked_for(imported):
     checkpoint, runner = open_model(imported["qwen2"])
     hidden = torch.randn(1, 6, 48)
-    for settings in (
-        BlockSettings(4, -1, 8, 4, 2),
-        BlockSettings(16, -1, 4, 16, 16),
-        BlockSettings(4),
-        BlockSettings(16, -1, 16, 3, 16),
-        BlockSettings(),
-    ):
+    for settings in (settings_of(4, 8, 4, 2), settings_of(16, 4), settings_of(4), settings_of(key=3), BlockSettings()):
         block = quantized_block(checkpoint, settings)
-        nothing = {"weights": 0, "activations": 0, "keys": 0, "values": 0}
-        assert count_fired_quantizers(block, checkpoint.architecture) == nothing
+        assert not count_fired_quantizers(block, checkpoint.architecture)
         runner.run(block, hidden)
         assert count_fired_quantizers(block, checkpoint.architecture) == count_expected_quantizers(settings)
-    assert count_expected_quantizers(BlockSettings(4, -1, 4, 4, 4)) == {
-        "weights": 7,
-        "activations": 4,
-        "keys": 1,
-        "values": 1,
-    }
-    assert count_expected_quantizers(None) == nothing
+    expected = {"weights": 7, "activations": 4, "keys": 1, "values": 1}
+    assert count_expected_quantizers(settings_of(4, 4, 4, 4)) == expected
+    assert not count_expected_quantizers(None)
+    only = BlockSettings(sites={"down_proj": QuantizerSpec(8), "mlp_hidden": QuantizerSpec(4)})
+    block = quantized_block(checkpoint, only)
+    runner.run(block, hidden)
+    assert count_fired_quantizers(block, checkpoint.architecture) == {"weights": 1, "activations": 1}
 
 
-@pytest.mark.parametrize(
-    "settings", [BlockSettings(4, 4, 4, 4, 4, True, True), BlockSettings(8, -1, 16, 4, 16), BlockSettings(16, -1, 4)]
-)
-def test_what_is_loaded_computes_what_was_saved(settings, imported, tmp_path):
-    checkpoint, runner = open_model(imported["llama_untied_biases"])
+MODES = [
+    {"online": True},
+    {"symmetric": False},
+    {"group_size": 4},
+    {"centered": True},
+    {"dynamic": True},
+    {"before_rope": True},
+    {"symmetric": False, "group_size": 4, "dynamic": True, "centered": True, "online": True},
+]
+
+
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_what_is_loaded_computes_what_was_saved(mode, family, imported):
+    checkpoint, runner = open_model(imported[family])
+    settings = settings_of(4, 4, 4, 4, **mode)
+    assert BlockSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     block = quantized_block(checkpoint, settings)
-    if settings.weight_group_size != -1:
-        for name in checkpoint.architecture.linears:
-            linear = block.get_submodule(name)
-            original = checkpoint.load_block_tensors(1)[name + ".weight"]
-            scale = torch.rand(linear.out_features, linear.in_features // 4) / 10 + 0.01
-            linear.set_integers_(quantize_weight(original, scale, 4), scale)
     hidden = torch.randn(2, 10, 48)
     expected = runner.run(block, hidden)
     loaded = fill_block(checkpoint, 1, block.state_dict(), settings)
@@ -137,9 +157,35 @@ def test_what_is_loaded_computes_what_was_saved(settings, imported, tmp_path):
     assert not torch.equal(expected, runner.run(load_block(checkpoint, 1), hidden))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_keys_before_rope_are_quantized_between_the_projection_and_rope(family, imported):
+    """Against the plain block with its k_proj (or k_norm) output quantized by hand; values and queries untouched."""
+    checkpoint, runner = open_model(imported[family])
+    settings = settings_of(key=4, before_rope=True)
+    block, plain = quantized_block(checkpoint, settings), load_block(checkpoint, 1)
+    hidden = torch.randn(2, 7, checkpoint.config.hidden_size)
+    attention = plain.self_attn
+    source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    source.register_forward_hook(lambda module, args, out: fake_quantize(out, torch.tensor(ACTIVATION_SCALE), 4))
+    assert torch.allclose(runner.run(block, hidden), runner.run(plain, hidden), atol=1e-5)
+    exact = runner.run(load_block(checkpoint, 1), hidden)
+    assert not torch.allclose(runner.run(block, hidden), exact, atol=1e-3)
+
+
+def test_settings_of_blocks_that_differ_are_recorded_and_found(imported):
+    checkpoint, _ = open_model(imported["llama_tied"])
+    common, other = settings_of(4, 4), settings_of(8, 4, 4, 4)
+    recorded = describe_blocks([common, other, common])
+    assert recorded.keys() == {"block", "overrides"}
+    checkpoint.settings = json.loads(json.dumps(recorded))
+    assert [block_settings(checkpoint, index) for index in range(3)] == [common, other, common]
+    assert "overrides" not in describe_blocks([common, common])
+
+
 def test_missing_and_unexpected_tensors_are_errors(imported):
     checkpoint, _ = open_model(imported["llama_tied"])
-    settings = BlockSettings(4, -1, 4, 4, 4)
+    settings = settings_of(4, 4, 4, 4)
     tensors = quantized_block(checkpoint, settings).state_dict()
     for name in ("mlp.down_proj.weight_scale", "self_attn.value_quantizer.scale", "input_layernorm.weight"):
         with pytest.raises(RuntimeError, match=rf"missing tensors .*{name}"):
@@ -151,21 +197,21 @@ def test_missing_and_unexpected_tensors_are_errors(imported):
 def test_r3_inside_the_key_quantizer_equals_rotating_queries_and_keys():
     generator = torch.Generator().manual_seed(6)
     q, k = torch.randn(2, 1, 2, 5, 16, generator=generator).double().unbind(0)
-    quantizer = KeyQuantizer(4, 2, rotate=True)
-    quantizer.quantizer.set_scale_(torch.tensor([0.3, 0.2]))
+    quantizer = KeyQuantizer(QuantizerSpec(4), 2, 16, rotate=True, before_rope=False)
+    quantizer.quantizer.calibrate_(scale=torch.tensor([0.3, 0.2]))
     r3 = hadamard_matrix(16)
     scale = torch.tensor([0.3, 0.2]).view(2, 1, 1)
     expected = (q @ r3) @ fake_quantize(k @ r3, scale, 4).transpose(-1, -2)
     assert torch.allclose(q @ quantizer(k).transpose(-1, -2), expected, atol=1e-6)
-    unrotated = KeyQuantizer(4, 2, rotate=False)
-    unrotated.quantizer.set_scale_(torch.tensor([0.3, 0.2]))
+    unrotated = KeyQuantizer(QuantizerSpec(4), 2, 16, rotate=False, before_rope=False)
+    unrotated.quantizer.calibrate_(scale=torch.tensor([0.3, 0.2]))
     assert torch.equal(unrotated(k), fake_quantize(k, scale, 4))
 
 
 def test_cache_quantizes_what_is_appended_and_never_the_prefix():
     prefix = torch.randn(2, 2, 3, 8)
-    quantizer = StaticQuantizer(4, (2, 1, 1))
-    quantizer.set_scale_(torch.tensor([0.5, 0.5]))
+    quantizer = ActivationQuantizer(QuantizerSpec(4), 8, 2)
+    quantizer.calibrate_(scale=torch.tensor([0.5, 0.5]))
     layer = PrefixLayer(prefix, quantizer, quantizer)
     assert layer.get_seq_length() == 3
     keys, values = torch.randn(2, 4, 2, 5, 8).unbind(0)
@@ -178,10 +224,16 @@ def test_cache_quantizes_what_is_appended_and_never_the_prefix():
     assert layer.get_seq_length() == 3
 
 
-def test_widths_of_linears_for_the_plan(imported):
-    checkpoint, _ = open_model(imported["llama_tied"])
-    widths = linear_widths(checkpoint)
-    assert widths["model.layers.0.mlp.down_proj"] == 96
-    assert widths["model.layers.0.self_attn.q_proj"] == 48
-    assert len(widths) == 7
-    assert asdict(BlockSettings())["weight_bits"] == 16
+def test_widths_of_sites_for_the_plan(imported):
+    checkpoint, _ = open_model(imported["qwen3"])
+    widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
+    assert widths == dict.fromkeys(WEIGHTS, 48) | {
+        "down_proj": 96,
+        "o_proj": 64,
+        "attention_input": 48,
+        "attention_output": 64,
+        "mlp_input": 48,
+        "mlp_hidden": 96,
+        "key": 16,
+        "value": 16,
+    }

@@ -40,9 +40,11 @@ def test_overrides_are_valid_params():
         parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in pairs}))
 
 
-def test_the_corpora_example_is_valid():
-    (example,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+def test_the_yaml_examples_are_valid():
+    override_example, example = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
     params = read_params()
+    params["quantizer_init"] |= yaml.safe_load(override_example)["quantizer_init"]
+    assert parse_params(params).quantizer_init.overrides[0].blocks == [2, 11, 28]
     params["corpora"] |= yaml.safe_load(example)["corpora"]
     assert set(parse_params(params).corpora) == {"wikipedia", "news", "mine", "c4"}
 

@@ -58,7 +58,7 @@ def test_nothing_changed_reruns_nothing(repository):
 
 
 def test_a_quantizer_key_reruns_only_its_stage_and_its_evaluation(repository):
-    change(repository, "quantizer_init", scale_search="minmax")
+    change(repository, "quantizer_init", equalize=False)
     assert repro(repository) == {"quantizer_init", "evaluation@quantizer_init"}
 
 
@@ -67,6 +67,11 @@ def test_the_outlier_threshold_does_not_rerun_rotation(repository):
     ran = repro(repository)
     assert "prefix_search" in ran
     assert not ran & {"model", "calibration", "rotation", "evaluation@original"}
+
+
+def test_a_training_key_reruns_nothing_else_while_training_is_off(repository):
+    change(repository, "prefix_training", epochs=7)
+    assert repro(repository) == {"prefix_training"}
 
 
 def test_runtime_settings_rerun_nothing(repository):

@@ -1,0 +1,100 @@
+"""What choosing ranges costs and what error it leaves, by what they are judged by, on a few blocks in one run.
+
+    python -m benchmarks.search                      # packaged model, 16 x 512 calibration tokens, blocks 2, 11, 28
+    python -m benchmarks.search --json search.json   # keeps the rows
+
+W4A4KV4 static, weights to nearest, so that ranges are all that differs. `cost` is the time to choose all quantizers of
+a block, in plain forwards of the block over all calibration windows, measured right before; `error` is that of the
+block's output on the sampled windows, relative to what the block adds. `block` is the official method: the block runs
+for every factor of every site.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.workspace import Workspace, override, read_params
+from pipeline.artifacts import write_json
+from pipeline.block_init import choose_quantizers_, measure_block_error
+from pipeline.checkpoint import Checkpoint
+from pipeline.equalization import equalize_mlp_
+from pipeline.params import QuantizerInitParams, parse_params
+from pipeline.prefix import load_prefix
+from pipeline.quantized_block import fill_block, load_block
+from pipeline.quantizer_init import plan_block
+from pipeline.rotation import load_rotation
+from pipeline.site_statistics import choose_windows, record_block
+from pipeline.walk import BlockRunner, compute_prefix_kv
+from pipeline.windows import load_windows
+
+BLOCKS = (2, 11, 28)
+RANGES = ("max", "tensor", "layer", "block")
+GROUPS = ("weights", "activations", "keys", "values")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=RANGES, default=list(RANGES), help="ranges (default: all)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
+    arguments = parser.parse_args()
+    workspace, base = Workspace(arguments.work), read_params()
+    rotation = Checkpoint(workspace.run("rotation", base) / "artifacts/rotation", "rotation")
+    found = workspace.run("prefix_training", base) / "artifacts/prefix_training/prefix.safetensors"
+    train = workspace.run("calibration", base) / "artifacts/calibration/train.safetensors"
+    runner = BlockRunner(rotation, torch.device("cpu"), base["runtime"]["batch_size"])
+    _, embeddings, _ = load_prefix(found, "found")
+    r1 = load_rotation(rotation.folder, "r1")
+    prefix_kv = compute_prefix_kv(rotation, r1.apply(embeddings.double()), runner)
+    hidden = rotation.embed(load_windows(train).token_ids)
+    rows: dict[str, Any] = {name: {"cost": [], "error": []} for name in arguments.rows}
+    for index in range(max(BLOCKS) + 1):
+        if index in BLOCKS:
+            for name, row in rows.items():
+                changes = {f"quantizer_init.{group}.range": name for group in GROUPS}
+                changes["quantizer_init.weights.rounding"] = "rtn"
+                init = parse_params(override(base, changes)).quantizer_init
+                cost, error = measure(rotation, index, hidden, prefix_kv[index], init, runner)
+                row["cost"].append(cost)
+                row["error"].append(error)
+        runner.advance_(load_block(rotation, index), hidden, prefix_kv[index])
+    if arguments.json is not None:
+        write_json(arguments.json, rows)
+    columns = [f"block {index}: {what}" for index in BLOCKS for what in ("cost", "error")]
+    print("| range | " + " | ".join(columns) + " |")
+    print("| --- |" + " ---: |" * len(columns))
+    for name, row in rows.items():
+        cells = [f"{c:.2f} | {e:.4f}" for c, e in zip(row["cost"], row["error"], strict=True)]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+@torch.no_grad()
+def measure(
+    rotation: Checkpoint,
+    index: int,
+    hidden: torch.Tensor,
+    prefix_kv: torch.Tensor,
+    init: QuantizerInitParams,
+    runner: BlockRunner,
+) -> tuple[float, float]:
+    """(cost, error) of one way of choosing on one block."""
+    plain, copy = load_block(rotation, index), hidden.clone()
+    start = time.perf_counter()
+    runner.advance_(plain, copy, prefix_kv)
+    forward = time.perf_counter() - start
+    settings, plan = plan_block(init, rotation, index)
+    block = fill_block(rotation, index, rotation.load_block_tensors(index), settings)
+    sample = hidden[choose_windows(len(hidden), init.mse_samples)]
+    equalize_mlp_(block, rotation.architecture, sample, prefix_kv, runner, settings.spec("mlp_hidden").centered)
+    statistics = record_block(block, rotation.architecture, hidden, prefix_kv, runner, init.mse_samples)
+    start = time.perf_counter()
+    choose_quantizers_(block, rotation.architecture, statistics, prefix_kv, plan, runner)
+    seconds = time.perf_counter() - start
+    return seconds / forward, measure_block_error(block, statistics, prefix_kv, runner)[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Choose the scales, zero points and clip factors of every quantizer of one block, and round its weights.
+
+Quantizers are taken in the order data flows through the block, activations first. Each is judged with the statistics of
+the block in full precision (`scale_search.py`), except for the objective `block`: there the block is run with the
+quantizers chosen so far in place, for every factor tried, and its output compared with the full-precision one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
+
+from pipeline.architectures import Architecture
+from pipeline.gptq import InverseFactor, factor_inverse, round_gptq
+from pipeline.quantized_block import QuantizedLinear, find_site_quantizers, site_readers
+from pipeline.quantizer import group, measure_range, quantize_weight
+from pipeline.scale_search import (
+    Candidate,
+    ClipSearch,
+    ErrorOf,
+    activation_error,
+    attention_error,
+    attention_output_error,
+    keep_range,
+    search_factors,
+    tensor_error,
+    weight_error,
+)
+from pipeline.site_statistics import BlockStatistics
+from pipeline.walk import BlockRunner, batches
+
+SitePlan = dict[str, Any]  # the values of a site's params: bits, range, rounding, …
+
+
+@torch.no_grad()
+def choose_quantizers_(
+    block: nn.Module,
+    architecture: Architecture,
+    statistics: BlockStatistics,
+    prefix_kv: torch.Tensor | None,
+    plan: dict[str, SitePlan],
+    runner: BlockRunner,
+) -> dict[str, dict[str, Any]]:
+    """Calibrate every quantizer of `block` in place and replace its weights by integers.
+
+    Args:
+        block: as it was recorded, not calibrated.
+        plan: site -> its values as in params.yaml, overrides applied.
+
+    Returns:
+        Site -> {"clip_factor", "relative_error", "at_grid_edge"} (weights also "damping", where GPTQ took it): the
+        mean factor, the error relative to the signal in the objective of the site, how many optima lie on the grid's
+        end.
+    """
+    chooser = _Chooser(block, architecture, statistics, prefix_kv, plan, runner)
+    report = {}
+    for site, quantizer in find_site_quantizers(block, architecture).items():
+        if quantizer.spec.enabled:
+            report[site] = chooser.calibrate_(site)
+    for site, readers in site_readers(architecture).items():
+        for name in readers:
+            if block.get_submodule(name).spec.enabled:
+                report[name.rpartition(".")[2]] = chooser.quantize_weight_(name, site)
+    return report
+
+
+class _Chooser:
+    def __init__(
+        self,
+        block: nn.Module,
+        architecture: Architecture,
+        statistics: BlockStatistics,
+        prefix_kv: torch.Tensor | None,
+        plan: dict[str, SitePlan],
+        runner: BlockRunner,
+    ) -> None:
+        self.block = block
+        self.readers = site_readers(architecture)
+        self.quantizers = find_site_quantizers(block, architecture)
+        self.statistics = statistics
+        self.prefix_kv = prefix_kv
+        self.plan = plan
+        self.runner = runner
+        self._factors: dict[tuple[str, bool], InverseFactor] = {}
+
+    def calibrate_(self, site: str) -> dict[str, Any]:
+        quantizer, plan, kept = self.quantizers[site], self.plan[site], self.statistics.sites[site]
+        spec = quantizer.spec
+        mean = kept.channels.mean if spec.centered else None
+        if plan["range"] == "percentile":
+            ends = kept.histogram.find_range(plan["percentile"])
+        else:
+            ends = kept.channels.find_range(spec.group_size, mean)
+        fixed = {} if mean is None else {"shift": mean.reshape(quantizer.shift.shape)}
+        scales = quantizer.clip_factor[..., 0] if spec.dynamic else quantizer.scale
+        candidate = Candidate.for_samples(spec, kept.sample, ends, tuple(scales.shape), fixed.get("shift"))
+
+        def apply(factor: torch.Tensor) -> None:
+            if spec.dynamic:
+                quantizer.calibrate_(clip_factor=factor.expand(candidate.count, 2), **fixed)
+                return
+            scale, zero_point = candidate.parameters(factor)
+            chosen = {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}
+            quantizer.calibrate_(**chosen, **fixed)
+
+        if plan["range"] == "block":
+            error_of, reference = self._block_error(apply)
+        elif plan["range"] == "tensor":
+            error_of, reference = tensor_error(kept.sample, candidate)
+        else:
+            error_of, reference = self._layer_error(site, kept.sample, candidate)
+        clipping = plan["clipping"]
+        if plan["range"] in ("max", "percentile") or (spec.dynamic and not clipping):
+            search = keep_range(error_of, reference)
+        else:
+            search = search_factors(error_of, reference, two_sided=clipping and not spec.symmetric)
+        apply(search.factor)
+        return _describe(search)
+
+    def quantize_weight_(self, name: str, site: str) -> dict[str, Any]:
+        """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
+        linear: QuantizedLinear = self.block.get_submodule(name)
+        plan, spec, weight = self.plan[name.rpartition(".")[2]], linear.spec, linear.weight.float()
+        kept = self.statistics.sites[site]
+        hessian = kept.hessian(spec.centered)
+        ends = measure_range(group(weight, spec.group_size))
+        candidate = Candidate(spec, *ends, tuple(ends[0].shape))
+
+        def apply(factor: torch.Tensor) -> None:
+            scale, zero_point = candidate.parameters(factor)
+            linear.set_integers_(quantize_weight(weight, scale, spec.bits, zero_point), scale, zero_point)
+
+        if plan["range"] == "block":
+            error_of, reference = self._block_error(apply)
+        else:
+            error_of, reference = weight_error(weight, candidate, None if plan["range"] == "tensor" else hessian)
+        if plan["range"] == "max":
+            search = keep_range(error_of, reference)
+        else:
+            search = search_factors(error_of, reference, two_sided=not spec.symmetric)
+        report = {}
+        if plan["rounding"] == "gptq":
+            scale, zero_point = candidate.parameters(search.factor)
+            factor = self._factor_inverse(site, spec.centered, plan["damping"])
+            linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.bits), scale, zero_point)
+            report = {"damping": factor.damping}
+        else:
+            apply(search.factor)
+        change = linear.dense_weight(torch.float32) - weight
+        if spec.centered:
+            linear.correct_bias_(-(change @ kept.channels.mean))
+        error, energy = (((x @ hessian) * x).sum().item() for x in (change, weight))
+        return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
+
+    def _factor_inverse(self, site: str, centered: bool, damping: float) -> InverseFactor:
+        """Computed once for all linears that read a site."""
+        if (site, centered) not in self._factors:
+            self._factors[site, centered] = factor_inverse(self.statistics.sites[site].hessian(centered), damping)
+        return self._factors[site, centered]
+
+    def _layer_error(self, site: str, samples: torch.Tensor, candidate: Candidate) -> tuple[ErrorOf, torch.Tensor]:
+        if site in self.readers:
+            weights = [self.block.get_submodule(name).weight for name in self.readers[site]]
+            return activation_error(samples, candidate, weights)
+        attention, kept = self.block.self_attn, self.statistics
+        prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
+        if site == "value":
+            return attention_output_error(kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling)
+        if attention.key_quantizer.before_rope:
+            prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[-2]
+            cos, sin = self.runner.rotary_tables(kept.inputs, prefix_tokens)
+            return attention_error(
+                kept.queries,
+                samples,
+                prefix_keys,
+                candidate,
+                attention.scaling,
+                lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1],
+            )
+        to_basis = attention.key_quantizer.to_basis
+        prefix_keys = None if prefix_keys is None else to_basis(prefix_keys)
+        return attention_error(to_basis(kept.queries), samples, prefix_keys, candidate, attention.scaling)
+
+    def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
+        """One factor for all scales of a site, judged by the whole block's output."""
+
+        def error_of(factor: torch.Tensor) -> torch.Tensor:
+            apply(factor)
+            return measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)[0].reshape(1)
+
+        kept = self.statistics
+        return error_of, (kept.outputs - kept.inputs.float()).square().sum().reshape(1)
+
+
+@torch.no_grad()
+def measure_block_error(
+    block: nn.Module, statistics: BlockStatistics, prefix_kv: torch.Tensor | None, runner: BlockRunner
+) -> tuple[torch.Tensor, float]:
+    """How far a block's output on the sampled windows is from that in full precision.
+
+    Returns:
+        The squared error, [] float32, and its share in the energy of what the block adds to its input.
+    """
+    error = torch.zeros((), dtype=torch.float64, device=statistics.inputs.device)
+    for rows in batches(len(statistics.inputs), runner.batch_size):
+        found = runner.run(block, statistics.inputs[rows], prefix_kv)
+        error += (found.float() - statistics.outputs[rows]).square().sum()
+    energy = (statistics.outputs - statistics.inputs.float()).square().sum().item()
+    return error.float(), error.item() / energy if energy > 0 else 0.0
+
+
+def _describe(search: ClipSearch) -> dict[str, Any]:
+    return {
+        "clip_factor": search.factor.mean().item(),
+        "relative_error": search.relative_error,
+        "at_grid_edge": search.at_edge,
+    }
