@@ -167,10 +167,10 @@ def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monk
 def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
 
-    def refuse(linears, max_positions):
-        assert max_positions == 256
-        assert linears["model.layers.0.mlp.down_proj"] == 96
-        assert len(linears) == 7
+    def refuse(widths, blocks, max_positions):
+        assert (blocks, max_positions) == (3, 256)
+        assert widths["down_proj"] == widths["mlp_hidden"] == 96
+        assert len(widths) == 13
         raise KeyError("refused")
 
     with pytest.raises(KeyError, match="refused"):

@@ -68,10 +68,10 @@ def test_rotation_really_rotates(imported, tmp_path):
 
 def test_settings_record_exactly_the_online_rotations(imported, tmp_path):
     rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="hadamard", r4="identity")
-    settings = block_settings(rotated)
+    settings = block_settings(rotated, 0)
     assert (settings.online_r3, settings.online_r4) == (True, False)
     rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="identity", r4="hadamard")
-    settings = block_settings(rotated)
+    settings = block_settings(rotated, 0)
     assert (settings.online_r3, settings.online_r4) == (False, True)
 
 
