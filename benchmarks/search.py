@@ -93,7 +93,7 @@ def measure(
     start = time.perf_counter()
     choose_quantizers_(block, rotation.architecture, statistics, prefix_kv, plan, runner)
     seconds = time.perf_counter() - start
-    return seconds / forward, measure_block_error(block, statistics, prefix_kv, runner)[1]
+    return seconds / forward, measure_block_error(block, statistics, prefix_kv, runner) / statistics.energy
 
 
 if __name__ == "__main__":

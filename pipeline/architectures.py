@@ -33,25 +33,28 @@ class Architecture:
     @property
     def linears(self) -> tuple[str, ...]:
         """The quantized linears of a block, in the order data flows through them."""
-        attention, mlp = self.norms.values()
-        return (*attention, self.attention_output, *mlp, self.mlp_output)
+        return tuple(name for readers in self.site_readers.values() for name in readers)
 
     @property
     def linear_sites(self) -> dict[str, str]:
         """Short name, as in params and reports -> linear: {"q_proj": "self_attn.q_proj", …}."""
         return {name.rpartition(".")[2]: name for name in self.linears}
 
+    @property
+    def site_readers(self) -> dict[str, tuple[str, ...]]:
+        """Activation site -> the linears that read it, in the order data flows through them."""
+        attention, mlp = self.norms.values()
+        return {
+            "attention_input": attention,
+            "attention_output": (self.attention_output,),
+            "mlp_input": mlp,
+            "mlp_hidden": (self.mlp_output,),
+        }
+
     def site_widths(self, block: Any) -> dict[str, int]:
         """Size of the last dimension at every site of a plain decoder layer: what a group size must divide."""
-        widths = {site: block.get_submodule(name).in_features for site, name in self.linear_sites.items()}
-        (attention, *_), (mlp, *_) = self.norms.values()
-        readers = {
-            "attention_input": attention,
-            "attention_output": self.attention_output,
-            "mlp_input": mlp,
-            "mlp_hidden": self.mlp_output,
-        }
-        widths |= {site: block.get_submodule(name).in_features for site, name in readers.items()}
+        linears = self.linear_sites | {site: readers[0] for site, readers in self.site_readers.items()}
+        widths = {site: block.get_submodule(name).in_features for site, name in linears.items()}
         return widths | {"key": block.self_attn.head_dim, "value": block.self_attn.head_dim}
 
     def tensor_prefix(self, index: int) -> str:

@@ -7,8 +7,10 @@ would change the file's hash. A folder that other tools read too (a checkpoint) 
 `artifact.json`.
 """
 
+import csv
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.errors import PipelineError
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 METADATA_KEY = "prefixquant"
@@ -87,6 +91,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Write a table for `dvc plots`, replacing `path` in one step; cells a row lacks are empty."""
+    with _replacing(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
     """Write tensors (any device; stored contiguous, on the CPU) with their header, replacing `path` in one step."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -99,6 +111,21 @@ def load_tensors(path: Path, stage: str) -> tuple[dict[str, torch.Tensor], Heade
     """Read a whole artifact file written by `stage`; see `open_tensors`."""
     with open_tensors(path, stage) as (file, header):
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+def load_unfinished(path: Path, header: Header) -> dict[str, torch.Tensor] | None:
+    """The state that an unfinished run of the same header left in `path`, or None, saying why where there is one."""
+    if not path.is_file():
+        return None
+    try:
+        tensors, found = load_tensors(path, header.stage)
+    except ArtifactError as error:
+        logger.warning("starting over: %s", error)
+        return None
+    if found != header:
+        logger.warning("starting over: the unfinished run in %s had other settings or inputs", path.parent)
+        return None
+    return tensors
 
 
 def write_folder_header(folder: Path, header: Header) -> None:

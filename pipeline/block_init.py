@@ -6,6 +6,7 @@ quantizers chosen so far in place, for every factor tried, and its output compar
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 
 from pipeline.architectures import Architecture
 from pipeline.gptq import InverseFactor, factor_inverse, round_gptq
-from pipeline.quantized_block import QuantizedLinear, find_site_quantizers, site_readers
+from pipeline.quantized_block import QuantizedLinear, find_site_quantizers
 from pipeline.quantizer import group, measure_range, quantize_weight
 from pipeline.scale_search import (
     Candidate,
@@ -56,38 +57,36 @@ def choose_quantizers_(
     """
     chooser = _Chooser(block, architecture, statistics, prefix_kv, plan, runner)
     report = {}
-    for site, quantizer in find_site_quantizers(block, architecture).items():
+    for site, quantizer in chooser.quantizers.items():
         if quantizer.spec.enabled:
             report[site] = chooser.calibrate_(site)
-    for site, readers in site_readers(architecture).items():
+    for site, readers in chooser.readers.items():
         for name in readers:
             if block.get_submodule(name).spec.enabled:
                 report[name.rpartition(".")[2]] = chooser.quantize_weight_(name, site)
     return report
 
 
+@dataclass
 class _Chooser:
-    def __init__(
-        self,
-        block: nn.Module,
-        architecture: Architecture,
-        statistics: BlockStatistics,
-        prefix_kv: torch.Tensor | None,
-        plan: dict[str, SitePlan],
-        runner: BlockRunner,
-    ) -> None:
-        self.block = block
-        self.readers = site_readers(architecture)
-        self.quantizers = find_site_quantizers(block, architecture)
-        self.statistics = statistics
-        self.prefix_kv = prefix_kv
-        self.plan = plan
-        self.runner = runner
+    """What `choose_quantizers_` was given, and what several of its choices share."""
+
+    block: nn.Module
+    architecture: Architecture
+    statistics: BlockStatistics
+    prefix_kv: torch.Tensor | None
+    plan: dict[str, SitePlan]
+    runner: BlockRunner
+
+    def __post_init__(self) -> None:
+        self.readers = self.architecture.site_readers
+        self.quantizers = find_site_quantizers(self.block, self.architecture)
+        self._hessians: dict[tuple[str, bool], torch.Tensor] = {}
         self._factors: dict[tuple[str, bool], InverseFactor] = {}
 
     def calibrate_(self, site: str) -> dict[str, Any]:
         quantizer, plan, kept = self.quantizers[site], self.plan[site], self.statistics.sites[site]
-        spec = quantizer.spec
+        spec, samples = quantizer.spec, kept.sample
         mean = kept.channels.mean if spec.centered else None
         if plan["range"] == "percentile":
             ends = kept.histogram.find_range(plan["percentile"])
@@ -95,7 +94,7 @@ class _Chooser:
             ends = kept.channels.find_range(spec.group_size, mean)
         fixed = {} if mean is None else {"shift": mean.reshape(quantizer.shift.shape)}
         scales = quantizer.clip_factor[..., 0] if spec.dynamic else quantizer.scale
-        candidate = Candidate.for_samples(spec, kept.sample, ends, tuple(scales.shape), fixed.get("shift"))
+        candidate = Candidate.for_samples(spec, samples, ends, tuple(scales.shape), fixed.get("shift"))
 
         def apply(factor: torch.Tensor) -> None:
             if spec.dynamic:
@@ -108,9 +107,9 @@ class _Chooser:
         if plan["range"] == "block":
             error_of, reference = self._block_error(apply)
         elif plan["range"] == "tensor":
-            error_of, reference = tensor_error(kept.sample, candidate)
+            error_of, reference = tensor_error(samples, candidate)
         else:
-            error_of, reference = self._layer_error(site, kept.sample, candidate)
+            error_of, reference = self._layer_error(site, samples, candidate)
         clipping = plan["clipping"]
         if plan["range"] in ("max", "percentile") or (spec.dynamic and not clipping):
             search = keep_range(error_of, reference)
@@ -123,8 +122,7 @@ class _Chooser:
         """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
         linear: QuantizedLinear = self.block.get_submodule(name)
         plan, spec, weight = self.plan[name.rpartition(".")[2]], linear.spec, linear.weight.float()
-        kept = self.statistics.sites[site]
-        hessian = kept.hessian(spec.centered)
+        hessian = self._hessian(site, spec.centered)
         ends = measure_range(group(weight, spec.group_size))
         candidate = Candidate(spec, *ends, tuple(ends[0].shape))
 
@@ -150,14 +148,19 @@ class _Chooser:
             apply(search.factor)
         change = linear.dense_weight(torch.float32) - weight
         if spec.centered:
-            linear.correct_bias_(-(change @ kept.channels.mean))
+            linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
         error, energy = (((x @ hessian) * x).sum().item() for x in (change, weight))
         return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
 
+    def _hessian(self, site: str, centered: bool) -> torch.Tensor:
+        """Computed once for all linears that read a site, as is its inverse factor."""
+        if (site, centered) not in self._hessians:
+            self._hessians[site, centered] = self.statistics.sites[site].hessian(centered)
+        return self._hessians[site, centered]
+
     def _factor_inverse(self, site: str, centered: bool, damping: float) -> InverseFactor:
-        """Computed once for all linears that read a site."""
         if (site, centered) not in self._factors:
-            self._factors[site, centered] = factor_inverse(self.statistics.sites[site].hessian(centered), damping)
+            self._factors[site, centered] = factor_inverse(self._hessian(site, centered), damping)
         return self._factors[site, centered]
 
     def _layer_error(self, site: str, samples: torch.Tensor, candidate: Candidate) -> tuple[ErrorOf, torch.Tensor]:
@@ -188,27 +191,21 @@ class _Chooser:
 
         def error_of(factor: torch.Tensor) -> torch.Tensor:
             apply(factor)
-            return measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)[0].reshape(1)
+            return torch.tensor([measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)])
 
-        kept = self.statistics
-        return error_of, (kept.outputs - kept.inputs.float()).square().sum().reshape(1)
+        return error_of, torch.tensor([self.statistics.energy])
 
 
 @torch.no_grad()
 def measure_block_error(
     block: nn.Module, statistics: BlockStatistics, prefix_kv: torch.Tensor | None, runner: BlockRunner
-) -> tuple[torch.Tensor, float]:
-    """How far a block's output on the sampled windows is from that in full precision.
-
-    Returns:
-        The squared error, [] float32, and its share in the energy of what the block adds to its input.
-    """
+) -> float:
+    """How far a block's output on the sampled windows is from that in full precision: the squared error, summed."""
     error = torch.zeros((), dtype=torch.float64, device=statistics.inputs.device)
     for rows in batches(len(statistics.inputs), runner.batch_size):
         found = runner.run(block, statistics.inputs[rows], prefix_kv)
         error += (found.float() - statistics.outputs[rows]).square().sum()
-    energy = (statistics.outputs - statistics.inputs.float()).square().sum().item()
-    return error.float(), error.item() / energy if energy > 0 else 0.0
+    return error.item()
 
 
 def _describe(search: ClipSearch) -> dict[str, Any]:

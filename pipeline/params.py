@@ -123,22 +123,23 @@ class PrefixParams(Group):
     length: Annotated[int, Field(ge=1)] | None
 
 
-class WeightParams(Group):
+class QuantizerParams(Group):
+    """What every quantizer has."""
+
     bits: Bits
     symmetric: bool
     group_size: int
     centered: bool
+
+
+class WeightParams(QuantizerParams):
     range: Literal["max", "tensor", "layer", "block"]
     rounding: Literal["rtn", "gptq"]
     damping: Annotated[Number, Field(gt=0, le=1)]
 
 
-class ActivationParams(Group):
-    bits: Bits
+class ActivationParams(QuantizerParams):
     mode: Literal["static", "dynamic"]
-    symmetric: bool
-    group_size: int
-    centered: bool
     range: Literal["max", "percentile", "tensor", "layer", "block"]
     percentile: Annotated[Number, Field(gt=50, le=100)]
     clipping: bool

@@ -23,7 +23,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
 from pipeline.progress import show_progress
 from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers, load_block
-from pipeline.saturation import PROBED_WINDOWS, Report, SaturationProbe, summarise_saturation
+from pipeline.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.walk import BlockRunner
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
@@ -91,7 +91,7 @@ def evaluate_windows(
     Returns:
         Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `largest_saturation.<corpus>`,
         `lowest_sqnr.<corpus>`, `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
-        `token_ids.`; corpus -> block -> saturation report (of the first `PROBED_WINDOWS` windows).
+        `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
     hidden, fired, saturation = compute_final_hidden(checkpoint, windows, runner, prefix_kv)
     lm_head = checkpoint.load_lm_head()
@@ -138,10 +138,7 @@ def compute_final_hidden(
         block = load_block(checkpoint, index, runner.device)
         own_prefix = None if prefix_kv is None else prefix_kv[index]
         for corpus, states in hidden.items():
-            with SaturationProbe(block, checkpoint.architecture) as probe:
-                runner.advance_(block, states[:PROBED_WINDOWS], own_prefix)
-            runner.advance_(block, states[PROBED_WINDOWS:], own_prefix)
-            saturation[corpus][index] = probe.report()
+            saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, own_prefix)
         fired += count_fired_quantizers(block, checkpoint.architecture)
         expected += count_expected_quantizers(block_settings(checkpoint, index))
     if fired != expected:

@@ -12,11 +12,10 @@ Blocks are run one after the other inside `torch.utils.checkpoint`: what stays i
 hidden states between blocks.
 """
 
-import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.artifacts import ArtifactError, Header, load_tensors, replacing_folder, save_tensors, write_json
+from pipeline.artifacts import Header, load_unfinished, replacing_folder, save_tensors, write_csv, write_json
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
 from pipeline.params import PrefixTrainingParams
@@ -171,12 +170,7 @@ def write_candidates(folder: Path, candidates: Candidates, header: Header) -> No
     with replacing_folder(folder) as partial:
         save_tensors(partial / PREFIX, candidates.tensors, header)
         write_json(partial / "report.json", candidates.report)
-        with (partial / LOSSES).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(
-                file, list(history[0]) if history else ["epoch", "train", "validation"], lineterminator="\n"
-            )
-            writer.writeheader()
-            writer.writerows(history)
+        write_csv(partial / LOSSES, list(history[0]) if history else ["epoch", "train", "validation"], history)
 
 
 def initial_embeddings(found: torch.Tensor, table: torch.Tensor, length: int | None, seed: int) -> torch.Tensor:
@@ -245,10 +239,11 @@ def train_prefix(
             losses.append(total.item())
         if stopped:
             break
-        state.finish_epoch(epoch, sum(losses) / len(losses), model.evaluate(prefix, validation, params.batch_size))
-        if not math.isfinite(state.history[-1]["validation"]):
+        measured = model.evaluate(prefix, validation, params.batch_size)
+        if not math.isfinite(measured["validation"]):
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break
+        state.finish_epoch(epoch, sum(losses) / len(losses), measured)
         if epoch - state.best_epoch >= params.early_stop:
             stopped = f"no lower validation loss for {params.early_stop} epochs"
             break
@@ -287,15 +282,8 @@ class _State:
 
     def resume(self) -> bool:
         """Load an unfinished run of the same header, if there is one."""
-        if not (self.work / _STATE).is_file():
-            return False
-        try:
-            saved, found = load_tensors(self.work / _STATE, self.header.stage)
-        except ArtifactError as error:
-            logger.warning("starting over: %s", error)
-            return False
-        if found != self.header:
-            logger.warning("starting over: the unfinished run in %s had other settings or inputs", self.work)
+        saved = load_unfinished(self.work / _STATE, self.header)
+        if saved is None:
             return False
         history = json.loads((self.work / _HISTORY).read_text(encoding="utf-8"))
         self.history = history[: int(saved["epochs"])]
@@ -364,7 +352,7 @@ class FrozenModel:
 
     def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         weights = self.params.weights.model_dump()
-        return sum(weights.get(name, 1.0) * value for name, value in terms.items())
+        return sum(weights[name] * value for name, value in terms.items())
 
     @torch.no_grad()
     def evaluate(self, prefix: torch.Tensor, token_ids: torch.Tensor, batch_size: int) -> dict[str, float]:
@@ -400,9 +388,5 @@ class FrozenModel:
             return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
         flat, exact = hidden.flatten(0, 1), original.flatten(0, 1)
-        total = sum(recompute(part, flat[rows], exact[rows], use_reentrant=False) for rows in _slices(len(flat)))
-        return total / len(flat)
-
-
-def _slices(count: int) -> Iterator[slice]:
-    return batches(count, _POSITIONS)
+        parts = batches(len(flat), _POSITIONS)
+        return sum(recompute(part, flat[rows], exact[rows], use_reentrant=False) for rows in parts) / len(flat)

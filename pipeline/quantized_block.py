@@ -165,17 +165,6 @@ def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[s
     }
 
 
-def site_readers(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """Activation site -> the linears that read it."""
-    attention, mlp = architecture.norms.values()
-    return {
-        "attention_input": attention,
-        "attention_output": (architecture.attention_output,),
-        "mlp_input": mlp,
-        "mlp_hidden": (architecture.mlp_output,),
-    }
-
-
 def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
     """How many quantizers of each kind one block must have: what the params ask for, not what was built."""
     return Counter(site_group(site) for site in (settings.sites if settings else ()))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts import ArtifactError, Header, load_tensors, replacing_folder, save_tensors, write_json
+from pipeline.artifacts import Header, load_unfinished, replacing_folder, save_tensors, write_json
 from pipeline.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.checkpoint import BLOCK, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.equalization import equalize_mlp_
@@ -30,7 +30,7 @@ from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, block_settings, describe_blocks, fill_block
 from pipeline.quantizer import QuantizerSpec
 from pipeline.rotation import load_rotation
-from pipeline.saturation import PROBED_WINDOWS, SaturationProbe, summarise_saturation, write_saturation
+from pipeline.saturation import advance_probed_, summarise_saturation, write_saturation
 from pipeline.site_statistics import NumericalError, choose_windows, record_block
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _HIDDEN = "hidden.safetensors"
 SATURATION = "saturation.csv"
+_TINY = 1e-30
 
 
 def plan_block(
@@ -125,8 +126,10 @@ def init_blocks(
         NumericalError: NaN or infinity in a block's activations.
     """
     work.mkdir(parents=True, exist_ok=True)
-    start = _resume(work, header, hidden)
-    if start:
+    start, saved = 0, load_unfinished(work / _HIDDEN, header)
+    if saved is not None:
+        start = int(saved["finished"])
+        hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
         report, tensors = _init_block(checkpoint, index, hidden, prefix_kv, init, runner)
@@ -160,13 +163,11 @@ def _init_block(
         report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
-    _, block_error = measure_block_error(block, statistics, own_prefix, runner)
-    with SaturationProbe(block, architecture) as probe:
-        runner.advance_(block, hidden[:PROBED_WINDOWS], own_prefix)
-    runner.advance_(block, hidden[PROBED_WINDOWS:], own_prefix)
+    block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
+    saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not torch.isfinite(hidden).all():
         raise NumericalError(f"block {index}: its quantized output is not finite")
-    return {"block_error": block_error, "sites": report, "saturation": probe.report()}, block.state_dict()
+    return {"block_error": block_error, "sites": report, "saturation": saturation}, block.state_dict()
 
 
 def assemble_checkpoint(
@@ -201,22 +202,6 @@ def assemble_checkpoint(
         write_saturation(partial / SATURATION, {"calibration": blocks})
         copy_companions(checkpoint.folder, partial)
         writer.finish(checkpoint.read_config(), describe_blocks(settings))
-
-
-def _resume(work: Path, header: Header, hidden: torch.Tensor) -> int:
-    """Load the hidden states of an unfinished run of the same header into `hidden`; how many blocks it finished."""
-    if not (work / _HIDDEN).is_file():
-        return 0
-    try:
-        saved, found = load_tensors(work / _HIDDEN, header.stage)
-    except ArtifactError as error:
-        logger.warning("starting over: %s", error)
-        return 0
-    if found != header:
-        logger.warning("starting over: the unfinished run in %s had other settings or inputs", work)
-        return 0
-    hidden.copy_(saved["hidden"])
-    return int(saved["finished"])
 
 
 def _summarise(report: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ off, or use a small part of it, where the step is coarse. Per site and block thi
 Prefix positions never pass a quantizer and are not counted.
 """
 
-import csv
 import logging
 import math
 from pathlib import Path
@@ -20,13 +19,15 @@ import torch
 from torch import nn
 
 from pipeline.architectures import Architecture
+from pipeline.artifacts import write_csv
 from pipeline.quantized_block import find_site_quantizers
 from pipeline.quantizer import ActivationQuantizer, group, integer_range
+from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
-PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
+_PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
 
 
@@ -66,6 +67,20 @@ class SaturationProbe:
             self._sums[site] += torch.tensor([float(value) for value in values], dtype=torch.float64)
 
         return hook
+
+
+def advance_probed_(
+    runner: BlockRunner,
+    block: nn.Module,
+    architecture: Architecture,
+    hidden: torch.Tensor,
+    prefix_kv: torch.Tensor | None,
+) -> Report:
+    """Move `hidden` [N, T, D] behind a block, as `runner.advance_`; the report of its first few windows."""
+    with SaturationProbe(block, architecture) as probe:
+        runner.advance_(block, hidden[:_PROBED_WINDOWS], prefix_kv)
+    runner.advance_(block, hidden[_PROBED_WINDOWS:], prefix_kv)
+    return probe.report()
 
 
 @torch.no_grad()
@@ -114,8 +129,4 @@ def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
             row[f"{site}_share"] = f"{max(report[site]['share'] for report in own):.6g}"
             row[f"{site}_sqnr"] = f"{min(report[site]['sqnr'] for report in own):.6g}"
         rows.append(row)
-    columns = dict.fromkeys(["block", *(name for row in rows for name in row)])
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, list(dict.fromkeys(["block", *(name for row in rows for name in row)])), rows)

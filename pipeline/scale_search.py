@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.quantizer import QuantizerSpec, choose_parameters, fake_quantize, group, measure_range
+from pipeline.quantizer import QuantizerSpec, choose_parameters, fake_quantize, group, measure_range, require_finite
 
 _COARSE = 0.85
 _STEPS = 20  # down to 0.85^20 = 0.039
@@ -81,6 +81,9 @@ class Candidate:
     high: torch.Tensor
     shape: tuple[int, ...]
     shift: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_finite(self.low, self.high)
 
     @classmethod
     def for_samples(

@@ -5,6 +5,7 @@ statistic is of exactly the values that will be quantized: mlp_hidden behind R4,
 both), with the prefix in the cache but none of its positions counted.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class SiteStatistics:
         channels: extrema and mean of every channel, [C] or [heads, d].
         histogram: of the values, less the channels' means where the quantizer is centered; only where asked for.
         samples: per batch; some tokens [n, C] of activations, whole windows [B, heads, T, d] of keys and values.
-        gram: sum over all tokens of x^T x, [C, C] (activations only).
+        gram: sum over all tokens of x^T x, [C, C] (activations read by a weight that is to be quantized).
     """
 
     channels: ChannelObserver = field(default_factory=ChannelObserver)
@@ -81,6 +82,11 @@ class BlockStatistics:
     keys: torch.Tensor
     inputs: torch.Tensor
     outputs: torch.Tensor
+
+    @functools.cached_property
+    def energy(self) -> float:
+        """Of what the block adds to its input on the sampled windows: the squared difference, summed."""
+        return (self.outputs - self.inputs.float()).square().sum().item()
 
 
 def choose_windows(windows: int, wanted: int) -> list[int]:
@@ -121,6 +127,11 @@ def record_block(
         for site, quantizer in quantizers.items()
         if quantizer.spec.enabled or site not in ("key", "value")
     }
+    weighed = {
+        site
+        for site, readers in architecture.site_readers.items()
+        if any(block.get_submodule(name).spec.enabled for name in readers)
+    }
     queries, keys, outputs = [], [], []
     rows = slice(0, 0)
 
@@ -138,8 +149,9 @@ def record_block(
         kept.channels.update(tokens)
         first = -(rows.start * length) % stride
         kept.samples.append(tokens[first::stride].clone())
-        gram = tokens.T @ tokens
-        kept.gram = gram if kept.gram is None else kept.gram.add_(gram)
+        if site in weighed:
+            gram = tokens.T @ tokens
+            kept.gram = gram if kept.gram is None else kept.gram.add_(gram)
 
     def count_values(site: str, x: torch.Tensor) -> None:
         spec, kept = quantizers[site].spec, sites[site]
@@ -157,7 +169,7 @@ def record_block(
     attention.config._attn_implementation = "sdpa"
     del attention.recorded
     for site, kept in sites.items():
-        if not torch.isfinite(kept.channels.high - kept.channels.low).all():
+        if not (torch.isfinite(kept.channels.low).all() and torch.isfinite(kept.channels.high).all()):
             raise NumericalError(f"the activations at {site} are not finite")
     if percentiles:  # a second pass: what is counted depends on the means
         with _hooks({site: quantizers[site] for site in percentiles}, count_values):
