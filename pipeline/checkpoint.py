@@ -39,6 +39,7 @@ from pipeline.artifacts import (
 
 CONFIG = "config.json"
 CONFIG_KEY = "prefixquant"
+REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = "embeddings.safetensors"
 BLOCK = "block-{index:05d}.safetensors"
@@ -188,12 +189,16 @@ def build_skeleton(config: Any) -> nn.Module:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what makes a checkpoint usable beside its tensors: tokenizer, chat template, generation config."""
+    """Copy what makes a checkpoint usable beside its tensors: tokenizer, chat template, generation config.
+
+    Not what a stage wrote about its own work.
+    """
     for path in sorted(Path(source).iterdir()):
         companion = path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name not in {
             CONFIG,
             INDEX,
             FOLDER_HEADER,
+            REPORT,
         }
         if path.is_file() and companion:
             shutil.copyfile(path, target / path.name)

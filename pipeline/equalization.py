@@ -19,6 +19,7 @@ from pipeline.hadamard import hadamard_transform
 from pipeline.quantized_block import QuantizedLinear
 from pipeline.walk import BlockRunner, batches
 
+EQUALIZATION = "equalization.safetensors"  # scales [L, F] of all blocks
 _SPREAD = 32.0  # at most so far from their geometric mean: a channel that is silent here may speak elsewhere
 
 
@@ -41,7 +42,6 @@ def equalize_mlp_(
     Returns:
         s, [F] float32, of geometric mean 1.
     """
-    up: QuantizedLinear = block.get_submodule(architecture.norms[architecture.mlp_norm][-1])
     down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
     total = torch.zeros(2, down.in_features, dtype=torch.float64, device=down.weight.device)
 
@@ -63,10 +63,22 @@ def equalize_mlp_(
     scales = torch.where(used, (norms / rms.where(used, 1.0)).sqrt(), 1.0)
     if used.any():
         scales = torch.where(used, scales / scales[used].log().mean().exp(), 1.0).clamp(1 / _SPREAD, _SPREAD)
+    scales = scales.float()  # as they are stored: who starts from full-precision weights must get these
+    scale_mlp_(block, architecture, scales)
+    return scales
+
+
+@torch.no_grad()
+def scale_mlp_(block: nn.Module, architecture: Architecture, scales: torch.Tensor) -> None:
+    """Multiply row c of up_proj by scales[c] and divide column c of down_proj by it, in place; weights are float."""
+    up: QuantizedLinear = block.get_submodule(architecture.norms[architecture.mlp_norm][-1])
+    down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
+    scales = scales.double().to(down.weight.device)
+    columns = down.weight.double()
+    columns = hadamard_transform(columns, inverse=True) if down.rotate_input else columns
     columns = columns / scales
     columns = hadamard_transform(columns) if down.rotate_input else columns
     down.weight = columns.to(down.weight.dtype)
     up.weight = (up.weight.double() * scales.unsqueeze(1)).to(up.weight.dtype)
     if up.bias is not None:
         up.bias = (up.bias.double() * scales).to(up.bias.dtype)
-    return scales.float()

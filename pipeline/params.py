@@ -106,6 +106,7 @@ class PrefixTrainingParams(Group):
     enabled: bool
     length: Annotated[int, Field(ge=1)] | None
     loss_type: Literal["quantization", "outlier", "l2", "var"]
+    simulate: bool
     weights: PrefixLossWeights
     target_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
     outlier_threshold: Annotated[Number, Field(gt=1)]
@@ -174,6 +175,34 @@ class QuantizerInitParams(Group):
     embedding_dtype: FloatDtype
 
 
+class EndToEndParams(Group):
+    enabled: bool
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    quant_lr: Annotated[Number, Field(ge=0)]
+    norm_lr: Annotated[Number, Field(ge=0)]
+    prefix_lr: Annotated[Number, Field(ge=0)]
+    min_lr_factor: Annotated[Number, Field(ge=1)]
+    clip_grad: Annotated[Number, Field(gt=0)]
+    early_stop: Annotated[int, Field(ge=1)]
+
+
+class FinetuningParams(Group):
+    start: Literal["quantizer_init", "full_precision"]
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+    quant_lr: Annotated[Number, Field(ge=0)]
+    weight_lr: Annotated[Number, Field(ge=0)]
+    min_lr_factor: Annotated[Number, Field(ge=1)]
+    weight_decay: Annotated[Number, Field(ge=0)]
+    clip_grad: Annotated[Number, Field(gt=0)]
+    loss_type: Literal["mse", "clamp_mse", "skip_mse", "normalized_mse", "cosine"]
+    target: Literal["fp_input", "quant_input", "both"]
+    early_stop: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    end_to_end: EndToEndParams
+
+
 class EvaluationParams(Group):
     compare_with_original: bool
 
@@ -193,6 +222,7 @@ class Params(Group):
     prefix_training: PrefixTrainingParams
     prefix: PrefixParams
     quantizer_init: QuantizerInitParams
+    finetuning: FinetuningParams
     evaluation: EvaluationParams
     runtime: RuntimeParams
 

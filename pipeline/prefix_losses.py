@@ -1,7 +1,6 @@
 """What a trainable prefix is trained for: losses of the positions behind it, layer by layer, and of the prefix itself.
 
-A measure is called with the index of a block and what the block's sites see behind the prefix, and returns one number
-per name in `names`:
+A measure is shown what passes its sites in a block, behind the prefix, and returns one number per name in `names`:
 
     outlier       r_t = M_t / median(M) as in `outliers.py`: excess over the threshold + LogSumExp over t (a smooth
                   maximum) + mean of the top 1 %; and smoothness, the mean step of r between consecutive positions
@@ -10,12 +9,15 @@ per name in `names`:
     l2            the energy of the attention outputs
     var           their variance over tokens
 
+and what is to go on in place of what it saw: the same, or (quantization, `simulate`) what the quantizers leave of it,
+so that everything behind, the divergence from the original above all, is that of a quantized model.
+
 All sites are float32: attention_input, attention_output, mlp_input, mlp_hidden [B, T, C] as the original model has them
 (norm weights included, no rotation), o_proj [B, T, D], its output, key and value [B, heads, T, d].
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from pipeline.params import PrefixTrainingParams
 from pipeline.quantizer import choose_parameters, fake_quantize
 
 _FACTORS = tuple(0.85**step for step in range(16))  # clip factors tried for simulated quantizers
-_SAMPLED = 1 << 15  # values per scale the factors are judged on
+_SAMPLED = 1 << 14  # values per scale the factors are judged on
 
 
 def diversity(prefix: torch.Tensor) -> torch.Tensor:
@@ -44,16 +46,38 @@ def magnitude(prefix: torch.Tensor, largest: float) -> torch.Tensor:
     return (prefix.norm(dim=-1) / largest - 1).clamp_min(0).mean()
 
 
+class Measure(Protocol):
+    """What a loss type is.
+
+    Attributes:
+        names: of the terms.
+        sites: where it looks.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    def begin_batch(self) -> None:
+        """Called before the first block sees a new batch."""
+
+    def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes on in place of x in block `index`, and the terms [len(names)]; called twice when recomputed."""
+
+
 class OutlierMeasure:
     """Terms `outlier` and `smoothness` of the ratios r [B, T] of the input of down_proj."""
 
     names = ("outlier", "smoothness")
+    sites = ("mlp_hidden",)
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.threshold = params.outlier_threshold
 
-    def __call__(self, index: int, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.terms(outlier_ratios(token_maxima(seen["mlp_hidden"])))
+    def begin_batch(self) -> None:
+        pass
+
+    def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, self.terms(outlier_ratios(token_maxima(x)))
 
     def terms(self, ratios: torch.Tensor) -> torch.Tensor:
         excess = (ratios - self.threshold).clamp_min(0).mean()
@@ -66,13 +90,17 @@ class OutlierMeasure:
 class AttentionMeasure:
     """The attention outputs [B, T, D]: their energy (`l2`) or their variance over tokens (`var`)."""
 
+    sites = ("o_proj",)
+
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.names = (params.loss_type,)
 
-    def __call__(self, index: int, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        x = seen["o_proj"]
+    def begin_batch(self) -> None:
+        pass
+
+    def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         term = x.square().mean() if self.names == ("l2",) else x.var(dim=1, correction=0).mean()
-        return term.unsqueeze(0)
+        return x, term.unsqueeze(0)
 
 
 class QuantizationMeasure:
@@ -82,9 +110,10 @@ class QuantizationMeasure:
     """
 
     names = ("quantization",)
+    sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
-        self.bits = params.bits
+        self.bits, self.simulate = params.bits, params.simulate
         architecture = checkpoint.architecture
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
         self.signs = signs.float()
@@ -94,43 +123,57 @@ class QuantizationMeasure:
             for index in range(checkpoint.block_count)
         ]
         self.heads = checkpoint.config.num_attention_heads
+        self._scales: dict[tuple[int, str], torch.Tensor] = {}
 
-    def __call__(self, index: int, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        errors = []
-        for site, weight in self.norms[index].items():
-            x, weight = seen[site], weight.to(seen[site].device)
-            plain = x / weight.where(weight != 0, 1.0)
-            errors.append(self.error(hadamard_transform(plain * self.signs.to(x.device))))
-        per_head = seen["attention_output"].unflatten(-1, (self.heads, -1))
-        errors.append(self.error(hadamard_transform(per_head).flatten(-2)))
-        errors.append(self.error(hadamard_transform(seen["mlp_hidden"])))
-        errors += [self.error(hadamard_transform(seen[site]), heads=True) for site in ("key", "value")]
-        return torch.stack(errors).mean().unsqueeze(0)
+    def begin_batch(self) -> None:
+        self._scales.clear()
 
-    def error(self, x: torch.Tensor, heads: bool = False) -> torch.Tensor:
-        """Relative squared error of a static quantizer: [B, T, C] with one scale, [B, heads, T, d] with one a head."""
-        over = (0, 2) if heads else (0, 1)
-        with torch.no_grad():
-            mean = x.mean(over, keepdim=True)
-            values = (x - mean).movedim(1, 0).flatten(1) if heads else (x - mean).flatten().unsqueeze(0)
-            scale = self._search(values)
-            scale = scale.view(-1, 1, 1) if heads else scale
+    def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = self._rotate(index, site, x)
+        quantized, error = self.quantize(turned, (index, site))
+        return self._rotate_back(index, site, quantized) if self.simulate else x, error.unsqueeze(0)
+
+    def _rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
+        if site in self.norms[index]:  # a norm's weight goes into the linears behind it; a zero stays a zero
+            weight = self.norms[index][site].to(x.device)
+            return hadamard_transform(x / weight.where(weight != 0, 1.0) * self.signs.to(x.device))
+        if site == "attention_output":
+            return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return hadamard_transform(x)
+
+    def _rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
+        if site in self.norms[index]:
+            return hadamard_transform(x, inverse=True) * self.signs.to(x.device) * self.norms[index][site].to(x.device)
+        if site == "attention_output":
+            return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)
+        return hadamard_transform(x, inverse=True)
+
+    def quantize(self, x: torch.Tensor, key: tuple[int, str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a static quantizer leaves of x, and its squared error relative to the energy of x - mean.
+
+        [B, T, C] has one scale, [B, heads, T, d] one a head. The scale found under a `key` serves the whole batch.
+        """
+        per_head = x.dim() == 4
+        over = (0, 2) if per_head else (0, 1)
+        mean = x.detach().mean(over, keepdim=True)
         centered = x - mean
-        quantized = fake_quantize(centered, scale, self.bits)
-        return (quantized - centered).square().sum() / centered.detach().square().sum().clamp_min(1e-30)
+        if key is None or key not in self._scales:
+            values = centered.detach()
+            self._scales[key] = self._search(values.movedim(1, 0).flatten(1) if per_head else values.flatten()[None])
+        scale = self._scales[key]
+        quantized = fake_quantize(centered, scale.view(-1, 1, 1) if per_head else scale, self.bits)
+        error = (quantized - centered).square().sum() / centered.detach().square().sum().clamp_min(1e-30)
+        return quantized + mean, error
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:
         """[S, n] values -> [S] scales with the least squared error on a subset of them."""
         largest = values.abs().amax(1)
         subset = values[:, :: max(1, values.shape[1] // _SAMPLED)]
-        best, least = None, None
-        for factor in _FACTORS:
-            scale, _ = choose_parameters(-largest * factor, largest * factor, self.bits, symmetric=True)
-            error = (fake_quantize(subset, scale.unsqueeze(1), self.bits) - subset).square().sum(1)
-            better = None if least is None else error < least
-            best = scale if best is None else torch.where(better, scale, best)
-            least = error if least is None else torch.where(better, error, least)
-        return best
+        factors = torch.tensor(_FACTORS, device=values.device)
+        ends = factors.unsqueeze(1) * largest
+        scales, _ = choose_parameters(-ends, ends, self.bits, symmetric=True)  # [factors, S]
+        errors = (fake_quantize(subset.expand(len(factors), -1, -1), scales.unsqueeze(-1), self.bits) - subset).square()
+        return scales.gather(0, errors.sum(-1).argmin(0, keepdim=True)).squeeze(0)
 
 
 MEASURES: dict[str, Any] = {

@@ -6,7 +6,7 @@ frozen, and every loss looks at the positions behind the prefix only. The loss i
     the terms of `loss_type`, mean over layers (`prefix_losses.py`)
     diversity   squared cosine similarity between different rows of the prefix
     magnitude   norms beyond the largest of the embedding table
-    kl          KL(original without prefix ‖ with prefix), in nats
+    kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
 
 Blocks are run one after the other inside `torch.utils.checkpoint`: what stays in memory for the backward pass is the
 hidden states between blocks.
@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from pipeline.artifacts import Header, load_unfinished, replacing_folder, save_tensors, write_csv, write_json
 from pipeline.checkpoint import Checkpoint
+from pipeline.divergence import mean_divergence
 from pipeline.errors import PipelineError
 from pipeline.params import PrefixTrainingParams
 from pipeline.prefix import PREFIX, resize_rows
-from pipeline.prefix_losses import MEASURES, diversity, magnitude
+from pipeline.prefix_losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix_search import measure_outliers
 from pipeline.progress import show_progress
 from pipeline.quantized_block import load_block
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 LOSSES = "losses.csv"
 _STATE = "state.safetensors"
 _HISTORY = "history.json"
-_POSITIONS = 256  # logits of so many positions at a time
 
 
 class PrefixTrainingError(PipelineError):
@@ -216,8 +216,9 @@ def train_prefix(
     optimizer = torch.optim.AdamW([prefix], lr=params.learning_rate, weight_decay=0.0)
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
     state = _State(prefix, optimizer, work, header)
+    exact, exact_validation = model.run_original(train), model.run_original(validation)
     if not state.resume():
-        state.finish_epoch(0, None, model.evaluate(prefix, validation, params.batch_size))
+        state.finish_epoch(0, None, model.evaluate(prefix, validation, exact_validation))
     stopped = None
     for epoch in range(len(state.history), params.epochs + 1):
         generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
@@ -228,7 +229,8 @@ def train_prefix(
             step = (epoch - 1) * len(parts) + number
             optimizer.param_groups[0]["lr"] = params.learning_rate * cosine(step, steps)
             optimizer.zero_grad()
-            terms = model.losses(prefix, train[order[rows]])
+            chosen = order[rows]
+            terms = model.losses(prefix, train[chosen], None if exact is None else exact[chosen])
             total = model.weigh(terms)
             total.backward()
             norm = nn.utils.clip_grad_norm_([prefix], params.clip_grad)
@@ -239,7 +241,7 @@ def train_prefix(
             losses.append(total.item())
         if stopped:
             break
-        measured = model.evaluate(prefix, validation, params.batch_size)
+        measured = model.evaluate(prefix, validation, exact_validation)
         if not math.isfinite(measured["validation"]):
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break
@@ -306,48 +308,78 @@ class FrozenModel:
         self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
         self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
         self.table_norm = checkpoint.load_tensor(checkpoint.architecture.embedding).float().norm(dim=-1).max().item()
-        self.measure = MEASURES[params.loss_type](checkpoint, params)
+        self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
         self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
         self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
-        self._captured: dict[str, torch.Tensor] = {}
+        self._terms: list[torch.Tensor] | None = None  # of the block that runs; None: nobody is looking
+        self._prefix_tokens = 0
         for index in sorted(self.layers):
-            self._hook(self.blocks[index])
+            self._watch(index)
 
-    def _hook(self, block: nn.Module) -> None:
-        architecture = self.checkpoint.architecture
+    def _watch(self, index: int) -> None:
+        """Show the measure what passes its sites in block `index`, behind the prefix."""
+        block, architecture = self.blocks[index], self.checkpoint.architecture
 
-        def keep_input(name: str) -> Callable[..., None]:
-            return lambda module, args: self._captured.__setitem__(name, args[0])
+        def see(site: str, x: torch.Tensor) -> torch.Tensor:
+            if self._terms is None:
+                return x
+            before, behind = x[..., : self._prefix_tokens, :], x[..., self._prefix_tokens :, :]
+            seen, terms = self.measure.see(index, site, behind.float())
+            self._terms.append(terms)
+            return torch.cat((before, seen.to(x.dtype)), dim=-2)
 
-        def keep_output(name: str) -> Callable[..., None]:
-            return lambda module, args, output: self._captured.__setitem__(name, output)
+        def watch_input(site: str, name: str) -> None:
+            block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
 
-        o_proj, down_proj = (
-            block.get_submodule(name) for name in (architecture.attention_output, architecture.mlp_output)
-        )
-        o_proj.register_forward_pre_hook(keep_input("attention_output"))
-        o_proj.register_forward_hook(keep_output("o_proj"))
-        down_proj.register_forward_pre_hook(keep_input("mlp_hidden"))
-        block.get_submodule(architecture.attention_norm).register_forward_hook(keep_output("attention_input"))
-        block.get_submodule(architecture.mlp_norm).register_forward_hook(keep_output("mlp_input"))
+        def watch_output(site: str, name: str) -> None:
+            block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
 
-    def losses(self, prefix: torch.Tensor, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every term of one batch [B, T], unweighted: the layers' means, and those of the prefix itself."""
-        token_ids = token_ids.to(self.runner.device)
+        hang = {
+            "attention_input": lambda site: watch_output(site, architecture.attention_norm),
+            "key": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
+            "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+            "attention_output": lambda site: watch_input(site, architecture.attention_output),
+            "o_proj": lambda site: watch_output(site, architecture.attention_output),
+            "mlp_input": lambda site: watch_output(site, architecture.mlp_norm),
+            "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
+        }
+        for site in self.measure.sites:
+            hang[site](site)
+
+    @torch.no_grad()
+    def run_original(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Final hidden states [N, T, D] (CPU) of windows without a prefix; None where no term asks for them."""
+        if not self.params.weights.kl:
+            return None
+        self._terms = None
+        hidden = self.checkpoint.embed(token_ids)
+        for block in self.blocks:
+            self.runner.advance_(block, hidden)
+        return hidden
+
+    def losses(
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Every term of one batch [B, T], unweighted: the layers' means, and those of the prefix itself.
+
+        `original` is `run_original` of the same windows.
+        """
         embedded = self.checkpoint.embed(token_ids.cpu()).to(self.runner.device)
-        count = len(prefix)
+        self._prefix_tokens = count = len(prefix)
+        self.measure.begin_batch()
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
         for index in range(len(self.blocks)):
-            hidden, terms = recompute(self._run_block, index, hidden, count, use_reentrant=False)
+            hidden, terms = recompute(self._run_block, index, hidden, use_reentrant=False)
             if index in self.layers:
                 collected.append(terms)
         means = torch.stack(collected).mean(0)
         result = dict(zip(self.measure.names, means, strict=True))
         result["diversity"] = diversity(prefix)
         result["magnitude"] = magnitude(prefix, self.table_norm)
-        if self.params.weights.kl:
-            result["kl"] = self._divergence(hidden[:, count:], self._original(embedded))
+        if original is not None:
+            exact = self.norm(original.to(self.runner.device))
+            result["kl"] = mean_divergence(self.norm(hidden[:, count:]), exact, self.lm_head)
         return result
 
     def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -355,38 +387,32 @@ class FrozenModel:
         return sum(weights[name] * value for name, value in terms.items())
 
     @torch.no_grad()
-    def evaluate(self, prefix: torch.Tensor, token_ids: torch.Tensor, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
+    ) -> dict[str, float]:
         """Means over windows [M, T]: `validation`, the weighted sum, and every term."""
         totals: dict[str, float] = {}
-        for rows in batches(len(token_ids), batch_size):
-            terms = self.losses(prefix, token_ids[rows])
+        for rows in batches(len(token_ids), self.params.batch_size):
+            terms = self.losses(prefix, token_ids[rows], None if original is None else original[rows])
             share = (rows.stop - rows.start) / len(token_ids)
             for name, value in ({"validation": self.weigh(terms)} | terms).items():
                 totals[name] = totals.get(name, 0.0) + share * value.item()
         return totals
 
-    def _run_block(self, index: int, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._captured.clear()
-        output, keys, values = self.runner.run_with_kv(self.blocks[index], hidden)
-        if index not in self.layers:
-            return output, hidden.new_zeros(())
-        seen = {name: x[:, count:].float() for name, x in self._captured.items()}
-        seen |= {"key": keys[:, :, count:].float(), "value": values[:, :, count:].float()}
-        self._captured.clear()
-        return output, self.measure(index, seen)
+    def _run_block(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._terms = []
+        output = self.runner.run(self.blocks[index], hidden)
+        return output, torch.stack(self._terms).mean(0) if self._terms else hidden.new_zeros(())
 
-    @torch.no_grad()
-    def _original(self, hidden: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            hidden = self.runner.run(block, hidden)
-        self._captured.clear()
-        return hidden
 
-    def _divergence(self, hidden: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-        def part(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-            log_p, log_q = ((self.norm(x) @ self.lm_head.T).float().log_softmax(-1) for x in (exact, ours))
-            return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+class _CacheSite(nn.Module):
+    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
 
-        flat, exact = hidden.flatten(0, 1), original.flatten(0, 1)
-        parts = batches(len(flat), _POSITIONS)
-        return sum(recompute(part, flat[rows], exact[rows], use_reentrant=False) for rows in parts) / len(flat)
+    before_rope = False
+
+    def __init__(self, see: Callable[[str, torch.Tensor], torch.Tensor], site: str) -> None:
+        super().__init__()
+        self.see, self.site = see, site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.see(self.site, x)

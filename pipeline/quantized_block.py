@@ -25,7 +25,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.hadamard import hadamard_transform
 from pipeline.kv_cache import KeyQuantizer
 from pipeline.params import site_group
-from pipeline.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight
+from pipeline.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
 
 _QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift"))
 _BUFFERS = (".weight_scale", ".weight_zero_point", *_QUANTIZER)
@@ -62,9 +62,10 @@ class QuantizedLinear(nn.Module):
     """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
 
     Attributes:
-        weight: float [out, in]; int8 (symmetric) or uint8 [out, in] once quantized.
+        weight: float [out, in]; int8 (symmetric) or uint8 [out, in] once quantized; float again while it is trained.
         weight_scale: float32 [out, G] once quantized.
         weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
+        unfrozen: its scales are being trained: what it multiplies by changes from step to step.
         bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
     """
 
@@ -81,6 +82,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.unfrozen = False
         self._dequantized: torch.Tensor | None = None
 
     def declare_quantized_(self) -> None:
@@ -108,9 +110,16 @@ class QuantizedLinear(nn.Module):
         self._dequantized = None
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight the layer multiplies by, [out, in]; computed once from the integers and kept."""
+        """The weight the layer multiplies by, [out, in]; computed once from integers that stand still, and kept."""
         if self.weight_scale is None:
             return self.weight
+        if self.weight.is_floating_point():  # being trained, to be rounded
+            zero_point = None if self.weight_zero_point is None else self.weight_zero_point.unsqueeze(-1)
+            grouped = group(self.weight, self.spec.group_size)
+            rounded = fake_quantize(grouped, self.weight_scale.unsqueeze(-1), self.spec.bits, zero_point)
+            return rounded.flatten(-2).to(dtype)
+        if self.unfrozen:
+            return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
         if self._dequantized is None or self._dequantized.dtype != dtype:
             self._dequantized = dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
         return self._dequantized

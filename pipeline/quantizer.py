@@ -148,11 +148,42 @@ def fake_quantize(
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point)):
-        qmin, qmax = integer_range(bits, zero_point is None)
-        offset = 0 if zero_point is None else round_through(zero_point)
-        integers = (round_through(wide / scale) + offset).clamp(qmin, qmax) - offset
-        return (integers * scale).to(x.dtype)
+        return _FakeQuantize.apply(wide, scale, bits, zero_point).to(x.dtype)
     return dequantize(quantize(wide, scale, bits, zero_point), scale, zero_point).to(x.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """quantize and dequantize with their straight-through gradients, written out so that one tensor is kept, not six.
+
+    With v = x / scale, z the rounded zero point and n = clip(round(v) + z) - z, the output is n * scale. Inside the
+    range its gradients are 1 (x), n - v (scale), 0 (zero point); beyond it 0, n, -scale: n is the end of the range.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.bits = bits
+        ctx.save_for_backward(x, scale, zero_point)
+        offset = None if zero_point is None else zero_point.round()
+        return dequantize(quantize(x, scale, bits, offset), scale, offset)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        qmin, qmax = integer_range(ctx.bits, zero_point is None)
+        offset = 0 if zero_point is None else zero_point.round()
+        v = x / scale
+        n = v.round() + offset
+        inside = (n >= qmin) & (n <= qmax)
+        for_x = upstream * inside if ctx.needs_input_grad[0] else None
+        for_scale = for_zero_point = None
+        if ctx.needs_input_grad[1]:
+            n = n.clamp_(qmin, qmax) - offset
+            for_scale = (upstream * n.sub_(v.mul_(inside))).sum_to_size(scale.shape)
+        if zero_point is not None and ctx.needs_input_grad[3]:
+            for_zero_point = (upstream * scale * inside.logical_not()).neg_().sum_to_size(zero_point.shape)
+        return for_x, for_scale, None, for_zero_point
 
 
 def quantize_weight(

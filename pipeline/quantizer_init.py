@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts import Header, load_unfinished, replacing_folder, save_tensors, write_json
+from pipeline.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
 from pipeline.block_init import SitePlan, choose_quantizers_, measure_block_error
-from pipeline.checkpoint import BLOCK, Checkpoint, CheckpointWriter, copy_companions
-from pipeline.equalization import equalize_mlp_
+from pipeline.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.equalization import EQUALIZATION, equalize_mlp_
 from pipeline.params import QuantizerInitParams, site_group, site_params
 from pipeline.prefix import PREFIX
 from pipeline.progress import show_progress
@@ -37,6 +37,7 @@ from pipeline.walk import BlockRunner, compute_prefix_kv
 logger = logging.getLogger(__name__)
 
 _HIDDEN = "hidden.safetensors"
+_SCALES = "equalization-{index:05d}.safetensors"
 SATURATION = "saturation.csv"
 _TINY = 1e-30
 
@@ -132,8 +133,10 @@ def init_blocks(
         hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
-        report, tensors = _init_block(checkpoint, index, hidden, prefix_kv, init, runner)
+        report, tensors, scales = _init_block(checkpoint, index, hidden, prefix_kv, init, runner)
         prefix = checkpoint.architecture.tensor_prefix(index)
+        if scales is not None:
+            save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
         write_json(work / f"block-{index:05d}.json", {"block": index} | report)
         save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
         # Last, and with the number of finished blocks inside: whatever a kill leaves, this file is the truth.
@@ -148,15 +151,16 @@ def _init_block(
     prefix_kv: torch.Tensor | None,
     init: QuantizerInitParams,
     runner: BlockRunner,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Quantize one block and move `hidden` behind it; its report and its tensors."""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+    """Quantize one block and move `hidden` behind it; its report, its tensors, and the scales of `equalize_mlp_`."""
     architecture = checkpoint.architecture
     settings, plan = plan_block(init, checkpoint, index)
     own_prefix = None if prefix_kv is None else prefix_kv[index]
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings, runner.device)
+    scales = None
     if init.equalize:
         sample = hidden[choose_windows(len(hidden), init.mse_samples)]
-        equalize_mlp_(block, architecture, sample, own_prefix, runner, settings.spec("mlp_hidden").centered)
+        scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, settings.spec("mlp_hidden").centered)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
         statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles)
@@ -167,7 +171,7 @@ def _init_block(
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not torch.isfinite(hidden).all():
         raise NumericalError(f"block {index}: its quantized output is not finite")
-    return {"block_error": block_error, "sites": report, "saturation": saturation}, block.state_dict()
+    return {"block_error": block_error, "sites": report, "saturation": saturation}, block.state_dict(), scales
 
 
 def assemble_checkpoint(
@@ -197,7 +201,11 @@ def assemble_checkpoint(
         embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
         writer.write_embeddings(embeddings)
         save_tensors(partial / PREFIX, prefix, header)
-        write_json(partial / "report.json", {"blocks": report})
+        if init.equalize:
+            paths = [work / _SCALES.format(index=index) for index in range(checkpoint.block_count)]
+            scales = torch.stack([load_tensors(path, header.stage)[0]["scales"] for path in paths])
+            save_tensors(partial / EQUALIZATION, {"scales": scales}, header)
+        write_json(partial / REPORT, {"blocks": report})
         blocks = {block["block"]: block["saturation"] for block in report}
         write_saturation(partial / SATURATION, {"calibration": blocks})
         copy_companions(checkpoint.folder, partial)

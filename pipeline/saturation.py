@@ -22,6 +22,7 @@ from pipeline.architectures import Architecture
 from pipeline.artifacts import write_csv
 from pipeline.quantized_block import find_site_quantizers
 from pipeline.quantizer import ActivationQuantizer, group, integer_range
+from pipeline.streams import Stream
 from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,14 @@ def advance_probed_(
     runner: BlockRunner,
     block: nn.Module,
     architecture: Architecture,
-    hidden: torch.Tensor,
+    hidden: Stream,
     prefix_kv: torch.Tensor | None,
 ) -> Report:
     """Move `hidden` [N, T, D] behind a block, as `runner.advance_`; the report of its first few windows."""
+    probed = min(_PROBED_WINDOWS, len(hidden))
     with SaturationProbe(block, architecture) as probe:
-        runner.advance_(block, hidden[:_PROBED_WINDOWS], prefix_kv)
-    runner.advance_(block, hidden[_PROBED_WINDOWS:], prefix_kv)
+        runner.advance_(block, hidden, prefix_kv, windows=range(probed))
+    runner.advance_(block, hidden, prefix_kv, windows=range(probed, len(hidden)))
     return probe.report()
 
 

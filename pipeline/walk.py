@@ -22,6 +22,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.kv_cache import make_block_cache
 from pipeline.progress import show_progress
 from pipeline.quantized_block import load_block
+from pipeline.streams import Stream
 
 
 class BlockRunner:
@@ -64,10 +65,23 @@ class BlockRunner:
         return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
 
     @torch.no_grad()
-    def advance_(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> None:
-        """Replace `hidden` [N, T, D] (anywhere) by the block's outputs, batch by batch, in place."""
-        for rows in batches(len(hidden), self.batch_size):
-            hidden[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(hidden.device)
+    def advance_(
+        self,
+        block: nn.Module,
+        hidden: Stream,
+        prefix_kv: torch.Tensor | None = None,
+        into: Stream | None = None,
+        windows: range | None = None,
+    ) -> None:
+        """Replace `hidden` [N, T, D] (anywhere) by the block's outputs, batch by batch, in place or `into` another.
+
+        `windows`, consecutive ones, are those to advance; None: all.
+        """
+        target = hidden if into is None else into
+        windows = range(len(hidden)) if windows is None else windows
+        for part in batches(len(windows), self.batch_size):
+            rows = slice(windows.start + part.start, windows.start + part.stop)
+            target[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(target.device)
 
     def rotary_tables(self, hidden: torch.Tensor, prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of the positions of hidden [B, T, D] behind a prefix, each [1, T, d]."""

@@ -3,6 +3,7 @@
     original          the imported model as it is
     original_prefix   the imported model in full precision, with the prefix in use: the honest baseline
     quantizer_init    the rotated, quantized model with the prefix in use
+    finetuning        the same, fine-tuned
 
 Reads   the variant's checkpoint and prefix, artifacts/calibration/evaluation/; for all but `original` also
         artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with
@@ -29,11 +30,11 @@ from pipeline.windows import load_windows
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 PREFIX = Path("artifacts/prefix_training/prefix.safetensors")
-QUANTIZER_INIT = Path("artifacts/quantizer_init")
+QUANTIZED = {"quantizer_init": Path("artifacts/quantizer_init"), "finetuning": Path("artifacts/finetuning")}
 WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
 METRICS = Path("metrics/evaluation")
-VARIANTS = ("original", "original_prefix", "quantizer_init")
+VARIANTS = ("original", "original_prefix", *QUANTIZED)
 
 
 def main() -> None:
@@ -42,8 +43,7 @@ def main() -> None:
     variant = parser.parse_args().variant
     params = load_params(PARAMS)
     with run_stage(f"evaluation@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics:
-        quantized = variant == "quantizer_init"
-        checkpoint = Checkpoint(QUANTIZER_INIT, "quantizer_init") if quantized else Checkpoint(MODEL, "model")
+        checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
         runner = BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size)
         prefix_kv, inputs = open_prefix(variant, params, checkpoint, runner)
         corpora = params.calibration.evaluation.corpora
@@ -63,7 +63,7 @@ def open_prefix(
     variant: str, params: Params, checkpoint: Checkpoint, runner: BlockRunner
 ) -> tuple[torch.Tensor | None, dict[str, Header]]:
     """The variant's prefix KV [L, 2, kv_heads, P, d] or None, and the headers of what it was made from."""
-    if variant == "quantizer_init":
+    if variant in QUANTIZED:
         return load_prefix_kv(checkpoint.folder, checkpoint.stage), {}
     if variant == "original":
         return None, {}

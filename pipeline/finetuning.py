@@ -1,0 +1,386 @@
+"""Block-wise fine-tuning (PrefixQuant, arXiv:2410.05265, §5; EfficientQAT, arXiv:2407.11062, §3.2).
+
+Blocks in order. Two streams of hidden states stand before a block: what the quantized blocks before it made of the
+windows, which it is trained on, and the full-precision model's, from which its target comes:
+
+    fp_input      block(full-precision input): also makes up for what the blocks before it lost
+    quant_input   block(quantized input): only the block's own error
+    both          the mean of the two losses
+
+Prefix positions are keys and values in the cache, never outputs, and so in no loss. Weights and quantizer parameters
+are trained by AdamW along a cosine; after each epoch the loss of validation windows is taken, and in the end the best
+epoch stands. Epoch 0, the start, counts: no block gets worse on validation windows.
+
+Each finished block is on disk before the next one starts, with the streams behind it.
+"""
+
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.artifacts import (
+    Header,
+    load_tensors,
+    load_unfinished,
+    replacing_folder,
+    save_tensors,
+    write_csv,
+    write_json,
+)
+from pipeline.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.end_to_end import EndToEndTrainer, ModelData, run_original
+from pipeline.equalization import EQUALIZATION, scale_mlp_
+from pipeline.params import FinetuningParams
+from pipeline.prefix import PREFIX, load_prefix_kv
+from pipeline.progress import show_progress
+from pipeline.quantized_block import block_settings, describe_blocks, fill_block, load_block
+from pipeline.ranks import Ranks
+from pipeline.reconstruction import LOSSES
+from pipeline.saturation import advance_probed_, write_saturation
+from pipeline.streams import Offload, Stream, as_tensor
+from pipeline.trainable import Trainables, freeze_, unfreeze_
+from pipeline.training import Outcome, Trainer
+from pipeline.walk import BlockRunner
+
+logger = logging.getLogger(__name__)
+
+SATURATION = "saturation.csv"
+LOSSES_CSV = "losses.csv"
+BLOCKS_CSV = "blocks.csv"
+END_TO_END_CSV = "end_to_end.csv"
+_STREAMS = "streams-{rank:05d}.safetensors"
+_REPORT = "block-{index:05d}.json"
+TARGETS = {"fp_input": ("fp_input",), "quant_input": ("quant_input",), "both": ("fp_input", "quant_input")}
+
+
+@dataclass
+class BlockData:
+    """What a block is trained on.
+
+    Attributes:
+        inputs: [N, T, D], this rank's windows as the quantized blocks before it made them.
+        targets: one or two times [N, T, D], what the block should make of them.
+        count: how many windows all ranks have together.
+    """
+
+    inputs: Stream
+    targets: list[Stream]
+    count: int
+
+
+class BlockTrainer(Trainer):
+    """Trains one block on windows before it."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        trainables: Trainables,
+        prefix_kv: torch.Tensor | None,
+        runner: BlockRunner,
+        params: FinetuningParams,
+        ranks: Ranks,
+    ) -> None:
+        groups = [(trainables.quantizers, params.quant_lr), (trainables.weights, params.weight_lr)]
+        super().__init__(groups, params, params.weight_decay, runner.device, ranks)
+        self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
+        self.loss_of = LOSSES[params.loss_type]
+
+    def losses(self, data: BlockData, rows: Any) -> torch.Tensor:
+        """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
+        output = self.runner.run(self.block, data.inputs[rows].to(self.device), self.prefix_kv)
+        return torch.stack([self.loss_of(output, target[rows].to(self.device)) for target in data.targets]).mean(0)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The original, the rotated one in full precision, and the quantized one to start from."""
+
+    original: Checkpoint
+    rotated: Checkpoint
+    initial: Checkpoint
+
+
+def finetune(
+    models: Models,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    runner: BlockRunner,
+    offload: Offload,
+    ranks: Ranks,
+    work: Path,
+    folder: Path,
+    header: Header,
+) -> dict[str, Any]:
+    """From a quantized checkpoint to a better one.
+
+    Args:
+        train, validation: all windows [N, T] and [M, T].
+        offload: where streams are kept.
+        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
+        folder: replaced by the checkpoint at the end.
+        header: of the artifact.
+
+    Returns:
+        The stage's metrics.
+    """
+    blocks = finetune_blocks(models, train, validation, params, runner, offload, ranks, work, header)
+    report: dict[str, Any] = {"blocks": blocks}
+    metrics = summarise_blocks(blocks)
+    prefix, _ = load_tensors(models.initial.folder / PREFIX, models.initial.stage)
+    finished = work
+    if params.end_to_end.enabled:
+        finished = work / "end_to_end"
+        outcome, kv = _finetune_end_to_end(
+            models, prefix.get("kv"), train, validation, params, runner, offload, ranks, work, finished, header
+        )
+        prefix |= {} if kv is None else {"kv": kv}
+        report["end_to_end"] = vars(outcome)
+        metrics |= summarise_end_to_end(outcome)
+    if ranks.first:
+        assemble_checkpoint(models.initial, finished, folder, prefix, report, header)
+        shutil.rmtree(work)
+    ranks.wait()
+    return metrics
+
+
+def _finetune_end_to_end(
+    models: Models,
+    prefix_kv: torch.Tensor | None,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    runner: BlockRunner,
+    offload: Offload,
+    ranks: Ranks,
+    work: Path,
+    finished: Path,
+    header: Header,
+) -> tuple[Outcome, torch.Tensor | None]:
+    """Train the blocks in `work` together into `finished`; how it went, and the prefix's KV."""
+    data = []
+    for name, windows in (("train", train), ("validation", validation)):
+        own = windows[ranks.own(len(windows))]
+        exact = offload.keep(f"original-{name}", run_original(models.original, own, runner))
+        data.append(ModelData(own, exact, len(windows)))
+    trainer = EndToEndTrainer(
+        models.initial, models.original, work, prefix_kv, params.end_to_end, runner, ranks, work, header
+    )
+    outcome = trainer.train_(*data, params.seed)
+    if outcome.failure:
+        logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)
+    if ranks.first:
+        finished.mkdir(exist_ok=True)
+        return outcome, trainer.write_(finished)
+    return outcome, None
+
+
+def finetune_blocks(
+    models: Models,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    runner: BlockRunner,
+    offload: Offload,
+    ranks: Ranks,
+    work: Path,
+    header: Header,
+) -> list[dict[str, Any]]:
+    """Train all blocks into `work`, continuing there if an earlier run with the same header was cut short.
+
+    Returns:
+        Per block: {"block", "validation_before", "validation_after", "best_epoch", "failure", "history",
+        "changed_integers": share of the weights' integers that differ from the start's, "saturation"}.
+    """
+    rotated, initial = models.rotated, models.initial
+    work.mkdir(parents=True, exist_ok=True)
+    prefix_kv = load_prefix_kv(initial.folder, initial.stage)
+    wanted = TARGETS[params.target]
+    windows = {"train": train[ranks.own(len(train))], "validation": validation[ranks.own(len(validation))]}
+    counts = {"train": len(train), "validation": len(validation)}
+    path = work / _STREAMS.format(rank=ranks.rank)
+    saved = load_unfinished(path, header)
+    start = 0 if saved is None else int(saved.pop("finished"))
+    start = ranks.least(start)
+    kept = {"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})
+    streams: dict[str, dict[str, Stream]] = {}
+    for kind, checkpoint in kept.items():
+        streams[kind] = {
+            split: offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
+            for split, ids in windows.items()
+        }
+    del saved
+    if start:
+        logger.info("continuing at block %d of %d", start, initial.block_count)
+    own_target = {
+        split: offload.keep(f"target-{split}", torch.empty_like(as_tensor(stream)))
+        for split, stream in streams["quantized"].items()
+        if "quant_input" in wanted
+    }
+    progress = show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning")
+    for index in progress:
+        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        exact_block = load_block(rotated, index, runner.device)
+        data = {}
+        for split, inputs in streams["quantized"].items():
+            targets = []
+            if "fp_input" in wanted:
+                runner.advance_(exact_block, streams["exact"][split], own_prefix)
+                targets.append(streams["exact"][split])
+            if "quant_input" in wanted:
+                runner.advance_(exact_block, inputs, own_prefix, into=own_target[split])
+                targets.append(own_target[split])
+            data[split] = BlockData(inputs, targets, counts[split])
+        del exact_block
+        report, tensors = _finetune_block(
+            rotated, initial, index, data, own_prefix, params, runner, ranks, streams["quantized"]
+        )
+        if ranks.first:
+            prefix = initial.architecture.tensor_prefix(index)
+            write_json(work / _REPORT.format(index=index), {"block": index} | report)
+            save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+        # Last, and with the number of finished blocks inside: whatever a kill leaves, this file is the truth.
+        finished = {
+            f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
+        }
+        save_tensors(path, finished | {"finished": torch.tensor(index + 1)}, header)
+        ranks.wait()
+    paths = [work / _REPORT.format(index=index) for index in range(initial.block_count)]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _finetune_block(
+    rotated: Checkpoint,
+    initial: Checkpoint,
+    index: int,
+    data: dict[str, BlockData],
+    prefix_kv: torch.Tensor | None,
+    params: FinetuningParams,
+    runner: BlockRunner,
+    ranks: Ranks,
+    quantized: dict[str, Stream],
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Train one block and move the quantized streams behind it; its report and its tensors."""
+    architecture = initial.architecture
+    block = load_block(initial, index, runner.device)
+    before = {name: block.get_submodule(name).weight for name in architecture.linears}
+    weights = None
+    if params.start == "full_precision":
+        weights = load_full_precision_weights(rotated, initial, index)
+    elif params.weight_lr > 0:
+        weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
+    trainables = unfreeze_(block, architecture, weights=weights)
+    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, ranks)
+    outcome = trainer.train_(data["train"], data["validation"], params.seed * 10_000 + index)
+    freeze_(block)
+    saturation = advance_probed_(runner, block, architecture, quantized["train"], prefix_kv)
+    runner.advance_(block, quantized["validation"], prefix_kv)
+    if outcome.failure:
+        logger.warning("block %d: %s; it keeps its state of epoch %d", index, outcome.failure, outcome.best_epoch)
+    changed = sum((block.get_submodule(name).weight != weight).sum().item() for name, weight in before.items())
+    losses = [row["validation"] for row in outcome.history]
+    report = {
+        "validation_before": losses[0],
+        "validation_after": losses[outcome.best_epoch],
+        "best_epoch": outcome.best_epoch,
+        "failure": outcome.failure,
+        "changed_integers": changed / sum(weight.numel() for weight in before.values()),
+        "history": outcome.history,
+        "saturation": saturation,
+    }
+    return report, block.state_dict()
+
+
+def load_full_precision_weights(rotated: Checkpoint, initial: Checkpoint, index: int) -> dict[str, torch.Tensor]:
+    """Linear -> the rotated model's weight [out, in] of block `index`, equalized as the quantized one was."""
+    settings = block_settings(initial, index)
+    block = fill_block(rotated, index, rotated.load_block_tensors(index), settings)
+    if (initial.folder / EQUALIZATION).is_file():
+        scales, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
+        scale_mlp_(block, rotated.architecture, scales["scales"][index])
+    return {name: block.get_submodule(name).weight for name in rotated.architecture.linears}
+
+
+def assemble_checkpoint(
+    initial: Checkpoint,
+    work: Path,
+    folder: Path,
+    prefix: dict[str, torch.Tensor],
+    report: dict[str, Any],
+    header: Header,
+) -> None:
+    """Put the finished blocks of `work` and what else `initial` consists of into `folder`, with losses for dvc plots.
+
+    Args:
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
+        report: {"blocks": of `finetune`, …}.
+    """
+    architecture = initial.architecture
+    with replacing_folder(folder) as partial:
+        writer = CheckpointWriter(partial, architecture, header.stage, header)
+        for index in range(initial.block_count):
+            writer.adopt_block(index, work / BLOCK.format(index=index))
+        names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
+        writer.write_embeddings({name: initial.load_tensor(name) for name in names})
+        save_tensors(partial / PREFIX, prefix, header)
+        write_json(partial / REPORT, report)
+        write_losses(partial, report["blocks"])
+        end_to_end = report.get("end_to_end", {"history": []})["history"]
+        write_csv(partial / END_TO_END_CSV, ["epoch", "train", "validation"], end_to_end)
+        saturation = {block["block"]: block["saturation"] for block in report["blocks"]}
+        write_saturation(partial / SATURATION, {"calibration": saturation})
+        copy_companions(initial.folder, partial)
+        settings = [block_settings(initial, index) for index in range(initial.block_count)]
+        config = initial.read_config()
+        config.pop(CONFIG_KEY)
+        writer.finish(config, describe_blocks(settings))
+
+
+def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
+    """losses.csv, a row per block and epoch, and blocks.csv, a row per block; losses relative to the block's first."""
+    epochs, before_after = [], []
+    for block in blocks:
+        first = block["validation_before"] or 1.0
+        for row in block["history"]:
+            place = block["block"] + row["epoch"] / len(block["history"])
+            train = None if row["train"] is None else f"{row['train'] / first:.6g}"
+            own = {"place": f"{place:.4g}", "block": block["block"], "epoch": row["epoch"]}
+            epochs.append(own | {"train": train, "validation": f"{row['validation'] / first:.6g}"})
+        after = block["validation_after"]
+        values = {"before": block["validation_before"], "after": after, "ratio": after / first}
+        before_after.append({"block": block["block"]} | {name: f"{value:.6g}" for name, value in values.items()})
+    write_csv(folder / LOSSES_CSV, ["place", "block", "epoch", "train", "validation"], epochs)
+    write_csv(folder / BLOCKS_CSV, ["block", "before", "after", "ratio"], before_after)
+
+
+def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stage's metrics of the block-wise phase; a warning names the blocks whose training was given up."""
+    ratios = [block["validation_after"] / block["validation_before"] for block in blocks if block["validation_before"]]
+    failed = [block["block"] for block in blocks if block["failure"]]
+    if failed:
+        logger.warning("training was given up in blocks %s; they keep their best state", ", ".join(map(str, failed)))
+    return {
+        "validation_ratio": round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 4) if all(ratios) else 0.0,
+        "changed_integers": round(sum(block["changed_integers"] for block in blocks) / len(blocks), 5),
+        "blocks_unchanged": sum(block["best_epoch"] == 0 for block in blocks),
+        "blocks_failed": failed,
+    }
+
+
+def summarise_end_to_end(outcome: Outcome) -> dict[str, Any]:
+    """The stage's metrics of the second phase: KL from the original on validation windows, in nats."""
+    losses = [row["validation"] for row in outcome.history]
+    return {
+        "end_to_end": {
+            "kl_before": round(losses[0], 5),
+            "kl_after": round(losses[outcome.best_epoch], 5),
+            "best_epoch": outcome.best_epoch,
+        }
+    }

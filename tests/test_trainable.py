@@ -1,0 +1,99 @@
+"""What is unfrozen computes what it computed; what is frozen again computes what was trained."""
+
+import pytest
+import torch
+from conftest import open_model
+from test_quantized_block import quantized_block, settings_of
+
+from pipeline.quantizer import quantize_weight
+from pipeline.trainable import freeze_, unfreeze_
+from pipeline.walk import BlockRunner
+
+MODES = [
+    {"symmetric": True},
+    {"symmetric": False, "group_size": 4},
+    {"symmetric": False, "dynamic": True},
+]
+
+
+@pytest.fixture(params=MODES, ids=str)
+def block(request, imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    settings = settings_of(weights=4, activations=4, key=4, value=4, online=True, **request.param)
+    return checkpoint, quantized_block(checkpoint, settings)
+
+
+def run(checkpoint, block):
+    hidden = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(9))
+    return BlockRunner(checkpoint, torch.device("cpu"), 2).run(block, hidden)
+
+
+def weights_of(checkpoint, block):
+    return {name: block.get_submodule(name).dense_weight(torch.float32) for name in checkpoint.architecture.linears}
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_unfreezing_and_freezing_changes_nothing(with_weights, block):
+    checkpoint, block = block
+    names, expected = dict(block.state_dict()), run(checkpoint, block)
+    weights = weights_of(checkpoint, block) if with_weights else None
+    unfreeze_(block, checkpoint.architecture, weights=weights, norms=True)
+    with torch.enable_grad():
+        assert torch.equal(run(checkpoint, block), expected)
+    freeze_(block)
+    assert torch.equal(run(checkpoint, block), expected)
+    assert block.state_dict().keys() == names.keys()
+    for name, tensor in block.state_dict().items():
+        assert tensor.dtype == names[name].dtype, name
+        assert torch.equal(tensor, names[name]), name
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+def test_what_was_trained_is_what_is_frozen(block):
+    """After random moves of everything the block in training, without gradients, and the frozen one agree."""
+    checkpoint, block = block
+    before = run(checkpoint, block)
+    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        run(checkpoint, block)  # whatever is kept from here must not be used below
+        for parameter in found.quantizers + found.norms:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for parameter in found.weights:
+            parameter += 0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+        trained = run(checkpoint, block)
+    with torch.enable_grad():
+        assert torch.equal(run(checkpoint, block), trained)
+    assert (trained - before).abs().max() > 0.01
+    freeze_(block)
+    assert (run(checkpoint, block) - trained).abs().max() <= 1e-6 * trained.abs().max()
+    for name in checkpoint.architecture.linears:
+        assert not block.get_submodule(name).weight.is_floating_point()
+
+
+def test_integers_stand_still_and_are_rounded_with_the_trained_scales(imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    block = quantized_block(checkpoint, settings_of(weights=4))
+    start = weights_of(checkpoint, block)
+    linear = block.mlp.up_proj
+    scale = linear.weight_scale.clone()
+    found = unfreeze_(block, checkpoint.architecture, weights=start)
+    theta = linear.parametrizations["weight_scale"].original
+    assert any(theta is parameter for parameter in found.quantizers)
+    with torch.no_grad():
+        theta += 0.3
+    freeze_(block)
+    assert torch.allclose(linear.weight_scale, scale * torch.e**0.3)
+    assert torch.equal(linear.weight, quantize_weight(start["mlp.up_proj"], linear.weight_scale, 4))
+
+
+def test_every_quantizer_parameter_gets_a_gradient(block):
+    checkpoint, block = block
+    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    run(checkpoint, block).square().sum().backward()
+    everything = found.quantizers + found.weights + found.norms
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in everything)
+    for parameter in found.weights + found.norms:
+        assert (parameter.grad != 0).any()
+    moved = sum((p.grad != 0).any().item() for p in found.quantizers)
+    assert moved >= len(found.quantizers) / 2  # zero points get one only where something lies beyond the range
