@@ -3,7 +3,6 @@
     python -m benchmarks.quality --size screening                  # 16 x 512 calibration tokens, 4 + 4 windows
     python -m benchmarks.quality --size final --json quality.json  # 64 x 512, 8 + 8 windows of 1,024
     python -m benchmarks.quality --table ablations                 # one choice of the default changed at a time
-    python -m benchmarks.quality --table prefixes                  # none, found, trained, discretised
 
 Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted.
 """
@@ -89,28 +88,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _trained(loss_type: str, use: str = "trained", **changes: Any) -> dict[str, Any]:
-    training = {"enabled": True, "loss_type": loss_type} | changes
-    return {"prefix.use": use} | {f"prefix_training.{key}": value for key, value in training.items()}
-
-
-PREFIXES: dict[str, dict[str, Any]] = {
-    "no prefix": PREFIX_FREE,
-    "found": {},
-    "trained, quantization": _trained("quantization"),
-    "discretised, quantization": _trained("quantization", "discretised"),
-    "trained, outlier": _trained("outlier"),
-    "trained, l2": _trained("l2"),
-    "trained, var": _trained("var"),
-}
-TABLES = {"modes": ROWS, "ablations": ABLATIONS, "prefixes": PREFIXES}
+TABLES = {"modes": ROWS, "ablations": ABLATIONS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--table", choices=TABLES, default="modes", help="bits and modes, choices of the default, or prefixes"
-    )
+    parser.add_argument("--table", choices=TABLES, default="modes", help="bits and modes, or choices of the default")
     parser.add_argument("--size", choices=SIZES, default="screening")
     parser.add_argument("--rows", nargs="*", help="names of rows (default: all)")
     parser.add_argument("--json", type=Path, help="keep finished rows in this file")

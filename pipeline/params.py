@@ -211,6 +211,10 @@ class RuntimeParams(Group):
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1)] | None
     batch_size: Annotated[int, Field(ge=1)]
+    processes: Annotated[int, Field(ge=1)]
+    offload: Literal["auto", "always", "never"]
+    offload_dir: Annotated[str, Field(min_length=1)]
+    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(MiB|GiB)$")] | None
 
 
 class Params(Group):

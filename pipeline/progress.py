@@ -31,19 +31,25 @@ class DeviceError(PipelineError):
 def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Seed, set threads, time the body and write what it puts into the yielded dict, with `seconds` and `peak_rss_gib`.
 
-    The body adds its measurements to the dict; the metrics file appears only when the body ends well.
+    The body adds its measurements to the dict; the metrics file appears only when the body ends well. Of several ranks
+    only the first one writes and logs.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = is_first_rank()
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    elif "LOCAL_WORLD_SIZE" in os.environ:  # the launcher would have each rank use one
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     metrics: dict[str, Any] = {}
     start = time.perf_counter()
     yield metrics
+    if not first:
+        return
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
     write_json(metrics_path, metrics)
@@ -59,17 +65,33 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def select_device(runtime: RuntimeParams) -> torch.device:
-    """`auto` is the GPU where torch sees one. Raises DeviceError when `cuda` is asked for and there is none."""
-    if runtime.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the GPU where torch sees one; of several ranks on a machine each takes a GPU of its own.
+
+    Raises:
+        DeviceError: `cuda` is asked for and there is none, or there are more ranks than GPUs.
+    """
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("runtime.device='cuda', but torch sees no GPU; use cpu or auto, or install a CUDA build")
-    return torch.device(runtime.device)
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if place >= count:
+        raise DeviceError(
+            f"rank {place} of this machine finds {count} GPUs; lower runtime.processes, or use device: cpu"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes and logs."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Iterate with a bar on a terminal, silently elsewhere."""
-    return iter(tqdm(items, total=total, desc=description, disable=None, leave=False, dynamic_ncols=True))
+    """Iterate with a bar on a terminal, silently elsewhere and on all ranks but the first."""
+    disable = None if is_first_rank() else True
+    return iter(tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True))
 
 
 def peak_rss_gib() -> float:
@@ -82,6 +104,15 @@ def peak_rss_gib() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def current_rss_gib() -> float:
+    """Resident memory of this process in GiB; 0 where the system does not say."""
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 2**20
+    return 0.0
 
 
 def _short(value: Any) -> str:

@@ -4,18 +4,21 @@ Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use),
         validation); end to end also artifacts/model/
 Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.json and losses for dvc plots),
         metrics/finetuning.json
-Finished blocks are kept in .work/finetuning/ until the end: a killed run continues where it was.
-arXiv:2410.05265, §5.
+`--plan` says what a run will take, without running. Finished blocks are kept in .work/finetuning/ until the end: a
+killed run continues where it was. arXiv:2410.05265, §5.
 """
 
+import argparse
+import math
 from pathlib import Path
 
 from pipeline.artifacts import check_input, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import Models, finetune
+from pipeline.memory import plan_finetuning
 from pipeline.params import load_params
 from pipeline.progress import run_main, run_stage, select_device
-from pipeline.ranks import Ranks
+from pipeline.ranks import join_ranks, start_ranks
 from pipeline.streams import Offload
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
@@ -31,21 +34,35 @@ METRICS = Path("metrics/finetuning.json")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="say what the run will need, and stop")
+    plan_only = parser.parse_args().plan
     params = load_params(PARAMS)
-    with run_stage("finetuning", METRICS, params.runtime) as metrics:
-        rotated, initial = Checkpoint(ROTATION, "rotation"), Checkpoint(QUANTIZER_INIT, "quantizer_init")
+    if not plan_only and start_ranks(params.runtime.processes):
+        return
+    rotated = Checkpoint(ROTATION, "rotation")
+    train, validation = (load_windows(CALIBRATION / f"{name}.safetensors") for name in ("train", "validation"))
+    device = select_device(params.runtime)
+    windows = (len(train.token_ids) + len(validation.token_ids)) / params.runtime.processes
+    length = max(train.token_ids.shape[1], validation.token_ids.shape[1])
+    on_gpu = device.type == "cuda"
+    need = plan_finetuning(rotated, math.ceil(windows), length, params.finetuning, params.runtime, on_gpu)
+    if plan_only:
+        print(need.describe())
+        return
+    with run_stage("finetuning", METRICS, params.runtime) as metrics, join_ranks(device) as ranks:
+        initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
         check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
-        train, validation = (load_windows(CALIBRATION / f"{name}.safetensors") for name in ("train", "validation"))
         inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
-        with Offload(None) as offload:
+        with Offload(Path(params.runtime.offload_dir) if need.offload else None) as offload:
             metrics |= finetune(
                 Models(Checkpoint(MODEL, "model"), rotated, initial),
                 train.token_ids,
                 validation.token_ids,
                 params.finetuning,
-                BlockRunner(rotated, select_device(params.runtime), params.runtime.batch_size),
+                BlockRunner(rotated, device, params.runtime.batch_size),
                 offload,
-                Ranks(),
+                ranks,
                 WORK,
                 FINETUNING,
                 make_header("finetuning", params.finetuning.model_dump(), inputs),

@@ -110,7 +110,7 @@ def test_every_block_gets_better(quantized, tmp_path):
 @torch.no_grad()
 def test_targets_are_the_full_precision_blocks_outputs(target, quantized, tmp_path):
     """Losses at epoch 0 of the second block, from transformers' layers and nothing of the stage."""
-    models, train, validation = quantized
+    models, _train, validation = quantized
     found = run(quantized, tmp_path, target=target, epochs=0)
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
@@ -409,7 +409,7 @@ def test_offloaded_streams_are_removed_after_a_failure(quantized, tmp_path, monk
 
 
 def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized, tmp_path):
-    models, train, validation = quantized
+    models, train, _validation = quantized
     same = models, train, train  # so few tokens of a random model say nothing about others
     end = {"enabled": True, "epochs": 4, "quant_lr": 0.003, "norm_lr": 0.003, "prefix_lr": 0.003, "early_stop": 9}
     metrics, checkpoint = run_whole(same, tmp_path, epochs=0, end_to_end=end)
@@ -439,7 +439,7 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
 
 @pytest.mark.parametrize("rate", ["quant_lr", "norm_lr", "prefix_lr"])
 def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_path):
-    models, train, validation = quantized
+    models, train, _validation = quantized
     run(quantized, tmp_path, epochs=0)
     values = settings().end_to_end.model_dump() | {"quant_lr": 0.0, "norm_lr": 0.0, "prefix_lr": 0.0, rate: 0.01}
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)

@@ -1,0 +1,139 @@
+"""What fine-tuning a block costs, against a plain forward and backward of the same block on the same windows.
+
+    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, as in params.yaml
+    python -m benchmarks.finetuning --json finetuning.json
+
+First table: seconds of one epoch of one block (rounding of weights, quantizers, loss, AdamW) and of the plain one
+(rotated, full precision, all weights trained, mean squared error, no optimizer), taken in turn in one process; the
+medians and their ratio. Second table: peak memory of the whole stage with streams in memory and in files, beside what
+`--plan` says.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workspace import ROOT, Workspace, append_row, override, read_params
+from pipeline.checkpoint import Checkpoint
+from pipeline.finetuning import BlockData, BlockTrainer
+from pipeline.params import parse_params
+from pipeline.prefix import load_prefix_kv
+from pipeline.quantized_block import load_block
+from pipeline.ranks import Ranks, shuffle
+from pipeline.trainable import unfreeze_
+from pipeline.walk import BlockRunner, batches
+from pipeline.windows import load_windows
+
+BLOCK = 15
+ROUNDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=("epoch", "never", "always"), default=["epoch", "never", "always"])
+    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
+    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    workspace, params = Workspace(arguments.work), read_params()
+    for name in arguments.rows:
+        if name in rows:
+            continue
+        measured = measure_epoch(workspace, params) if name == "epoch" else measure_memory(workspace, params, name)
+        append_row(arguments.json, rows, name, measured)
+    print(format_tables(rows))
+
+
+def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, float]:
+    """Seconds of an epoch of block `BLOCK`: ours, and a plain forward and backward."""
+    params = parse_params(values).finetuning
+    folders = {stage: workspace.run(stage, values) for stage in ("calibration", "rotation", "quantizer_init")}
+    rotated = Checkpoint(folders["rotation"] / "artifacts/rotation", "rotation")
+    initial = Checkpoint(folders["quantizer_init"] / "artifacts/quantizer_init", "quantizer_init")
+    windows = load_windows(folders["calibration"] / "artifacts/calibration/train.safetensors").token_ids
+    runner = BlockRunner(rotated, torch.device("cpu"), params.batch_size)
+    prefix_kv = load_prefix_kv(initial.folder, initial.stage)[BLOCK]
+    inputs = rotated.embed(windows)
+    plain = load_block(rotated, BLOCK)
+    target = torch.empty_like(inputs)
+    runner.advance_(plain, inputs, prefix_kv, into=target)
+    block = load_block(initial, BLOCK)
+    weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in initial.architecture.linears}
+    trainables = unfreeze_(block, initial.architecture, weights=weights)
+    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, Ranks())
+    data = BlockData(inputs, [target], len(inputs))
+    trained = [_make_parameter(plain.get_submodule(name)) for name in initial.architecture.linears]
+    order = shuffle(len(inputs), torch.Generator().manual_seed(0))
+
+    def ours() -> None:
+        for rows in batches(len(inputs), params.batch_size):
+            trainer.step(data, order[rows], 0.0)
+
+    def theirs() -> None:
+        for rows in batches(len(inputs), params.batch_size):
+            output = runner.run(plain, inputs[order[rows]], prefix_kv)
+            nn.functional.mse_loss(output, target[order[rows]]).backward()
+            for parameter in trained:
+                parameter.grad = None
+
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(ROUNDS):
+        for name, epoch in (("ours", ours), ("plain", theirs)):
+            start = time.perf_counter()
+            epoch()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure_memory(workspace: Workspace, values: dict[str, Any], offload: str) -> dict[str, float]:
+    """Peak memory of the stage in GiB, and what it was planned to be."""
+    changed = override(values, {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0})
+    folder = workspace.run("finetuning", changed)
+    peak = json.loads((folder / "metrics/finetuning.json").read_text())["peak_rss_gib"]
+    command = [sys.executable, "-m", "stages.finetuning", "--plan"]
+    text = subprocess.run(
+        command, cwd=folder, env={**_environment(), "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    ).stdout
+    return {"peak": peak, "planned": float(text.split("memory ")[1].split(" GiB")[0])}
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def _make_parameter(linear: nn.Module) -> nn.Parameter:
+    value = linear.weight
+    del linear._buffers["weight"]
+    linear.weight = nn.Parameter(value.clone())
+    return linear.weight
+
+
+def format_tables(rows: dict[str, Any]) -> str:
+    lines = []
+    if "epoch" in rows:
+        ours, plain = rows["epoch"]["ours"], rows["epoch"]["plain"]
+        lines += [
+            "| | seconds | ratio |",
+            "| --- | ---: | ---: |",
+            f"| plain forward and backward | {plain:.2f} | 1.00 |",
+        ]
+        lines += [f"| an epoch of fine-tuning | {ours:.2f} | {ours / plain:.2f} |", ""]
+    memory = {name: rows[name] for name in ("never", "always") if name in rows}
+    if memory:
+        lines += ["| runtime.offload | peak, GiB | planned, GiB |", "| --- | ---: | ---: |"]
+        lines += [f"| {name} | {row['peak']:.2f} | {row['planned']:.2f} |" for name, row in memory.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

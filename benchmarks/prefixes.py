@@ -1,0 +1,114 @@
+"""What each prefix is worth: none, found, trained, discretised, over several calibration seeds, in one table.
+
+    python -m benchmarks.prefixes                                   # 16 x 512 calibration tokens, seeds 0, 1, 2
+    python -m benchmarks.prefixes --size final --seeds 0 --rows none found trained
+    python -m benchmarks.prefixes --json prefixes.json              # keeps finished rows, continues when restarted
+
+Columns: the largest ratio over layers of a window's largest token maximum to the median, and of outlier tokens per
+window (input of down_proj, validation windows); perplexity in full precision with the prefix; perplexity quantized as
+params.yaml says, without training of anything but the prefix. Mean over seeds ± their standard deviation. The last
+columns are the ratio to the found prefix with the same seed: what calibration text does to both cancels.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import SIZES
+from benchmarks.workspace import Workspace, append_row, override, read_params
+
+SEEDS_LOSS = {
+    "loss_type": "outlier",
+    "learning_rate": 1e-3,
+    "weights.kl": 0.0,
+    "weights.diversity": 0.05,
+    "weights.magnitude": 0.01,
+}
+
+
+def _trained(use: str = "trained", **changes: Any) -> dict[str, Any]:
+    training = {"enabled": True} | changes
+    return {"prefix.use": use} | {f"prefix_training.{key}": value for key, value in training.items()}
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "none": {"prefix.use": "none", "prefix_training.enabled": True},
+    "found": {"prefix.use": "found", "prefix_training.enabled": True},
+    "trained, seeds' loss": _trained(**SEEDS_LOSS),
+    "trained": _trained(),
+    "discretised": _trained("discretised"),
+    # What else was tried.
+    "found, repeated to 8": {"prefix.use": "found", "prefix.length": 8, "prefix_training.enabled": True},
+    "trained, as many tokens as found": _trained(length=None),
+    "trained, 16 tokens": _trained(length=16),
+    "trained, quantizers only measured": _trained(simulate=False, **{"weights.quantization": 1.0, "weights.kl": 0.1}),
+    "trained, l2": _trained(**SEEDS_LOSS | {"loss_type": "l2"}),
+    "trained, var": _trained(**SEEDS_LOSS | {"loss_type": "var"}),
+}
+MAIN = ("none", "found", "trained, seeds' loss", "trained", "discretised")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="screening")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of calibration")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(MAIN), help="default: the first five")
+    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
+    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
+    arguments = parser.parse_args()
+    workspace = Workspace(arguments.work)
+    base = override(read_params(), SIZES[arguments.size])
+    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    for seed in arguments.seeds:
+        for name in arguments.rows:
+            if (key := f"{name}/{seed}") not in rows:
+                params = override(base, ROWS[name] | {"calibration.seed": seed})
+                append_row(arguments.json, rows, key, measure(workspace, params))
+    print(format_table(rows))
+
+
+def measure(workspace: Workspace, params: dict[str, Any]) -> dict[str, Any]:
+    """One row for one seed: outliers, perplexities, and what training took."""
+    training = workspace.metrics("prefix_training", params)
+    candidate = params["prefix"]["use"]
+    return {
+        "ratio": training["top1_median_ratio"][candidate],
+        "outliers": training["outlier_tokens_per_window"][candidate],
+        "full_precision": workspace.metrics("evaluation@original_prefix", params)["perplexity"],
+        "quantized": workspace.metrics("evaluation@quantizer_init", params)["perplexity"],
+        "seconds": training["seconds"],
+        "peak_rss_gib": training["peak_rss_gib"],
+    }
+
+
+def format_table(rows: dict[str, Any]) -> str:
+    """A Markdown table: a line per prefix, mean ± standard deviation over the seeds there are."""
+    corpora = list(next(iter(rows.values()))["quantized"])
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
+    head = ["prefix", "seeds", "top-1 / median", "outliers"]
+    head += [f"full precision, {corpus}" for corpus in corpora] + [f"quantized, {corpus}" for corpus in corpora]
+    head += [f"to found, {corpus}" for corpus in corpora]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name in names:
+        own = {key.rpartition("/")[2]: row for key, row in rows.items() if key.rpartition("/")[0] == name}
+        cells = [name, str(len(own)), _spread([r["ratio"] for r in own.values()], 0)]
+        cells.append(_spread([row["outliers"] for row in own.values()], 2))
+        for kind in ("full_precision", "quantized"):
+            cells += [_spread([row[kind][corpus] for row in own.values()], 2) for corpus in corpora]
+        for corpus in corpora:
+            pairs = [(row, rows.get(f"found/{seed}")) for seed, row in own.items()]
+            ratios = [row["quantized"][corpus] / found["quantized"][corpus] for row, found in pairs if found]
+            cells.append(_spread(ratios, 3) if ratios else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
