@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.artifacts import write_json
@@ -40,8 +41,6 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    elif "LOCAL_WORLD_SIZE" in os.environ:  # the launcher would have each rank use one
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -65,27 +64,17 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def select_device(runtime: RuntimeParams) -> torch.device:
-    """`auto` is the GPU where torch sees one; of several ranks on a machine each takes a GPU of its own.
-
-    Raises:
-        DeviceError: `cuda` is asked for and there is none, or there are more ranks than GPUs.
-    """
+    """`auto` is the GPU where torch sees one. Raises DeviceError when `cuda` is asked for and there is none."""
+    if runtime.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("runtime.device='cuda', but torch sees no GPU; use cpu or auto, or install a CUDA build")
-    if runtime.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if place >= count:
-        raise DeviceError(
-            f"rank {place} of this machine finds {count} GPUs; lower runtime.processes, or use device: cpu"
-        )
-    torch.cuda.set_device(place)
-    return torch.device("cuda", place)
+    return torch.device(runtime.device)
 
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and logs."""
-    return os.environ.get("RANK", "0") == "0"
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:

@@ -1,31 +1,11 @@
-"""Several processes on one job: who starts them, who owns which window, and sums over all of them (torch.distributed).
-
-    if start_ranks(params.runtime.processes):     # they have done the work
-        return
-    with join_ranks(device) as ranks: …
-
-A stage started by hand or by DVC starts its ranks itself, with torch's launcher; started by torchrun, on one node or on
-several that share the project's folder, it joins the ranks there.
+"""Several processes on one job: who owns which window, and sums over all of them (torch.distributed).
 
 Window i belongs to rank i mod world, and is that rank's window number i // world. What is summed over ranks is a sum
 over windows, so that one process and N give the same numbers up to the order of summation.
 """
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as run_launcher
-
-from pipeline.errors import PipelineError
-
-
-class RankError(PipelineError):
-    """One of several processes failed."""
 
 
 class Ranks:
@@ -63,37 +43,6 @@ class Ranks:
         """Until all ranks are here."""
         if self.world > 1:
             dist.barrier()
-
-
-def start_ranks(processes: int) -> bool:
-    """Run the program again in so many ranks on this machine; False where one process is enough or ranks are there.
-
-    Raises:
-        RankError: one of them failed; its own message has been shown.
-    """
-    if processes == 1 or "RANK" in os.environ:
-        return False
-    specification = sys.modules["__main__"].__spec__
-    module = specification.name if specification is not None else sys.argv[0]
-    try:
-        run_launcher(["--standalone", f"--nproc-per-node={processes}", "-m", module, *sys.argv[1:]])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankError(f"rank {rank} of {processes} ended with exit code {failure.exitcode}; see above") from None
-    return True
-
-
-@contextmanager
-def join_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The ranks a launcher started, or this process alone."""
-    if "RANK" not in os.environ:
-        yield Ranks()
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
 
 
 def shuffle(count: int, generator: torch.Generator) -> torch.Tensor:

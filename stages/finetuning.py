@@ -12,16 +12,18 @@ import argparse
 import math
 from pathlib import Path
 
+import torch
+
 from pipeline.artifacts import check_input, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import Models, finetune
-from pipeline.memory import plan_finetuning
-from pipeline.params import load_params
+from pipeline.memory import Need, plan_finetuning
+from pipeline.params import Params, load_params
 from pipeline.progress import run_main, run_stage, select_device
-from pipeline.ranks import join_ranks, start_ranks
 from pipeline.streams import Offload
 from pipeline.walk import BlockRunner
-from pipeline.windows import load_windows
+from pipeline.windows import Windows, load_windows
+from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -40,17 +42,11 @@ def main() -> None:
     params = load_params(PARAMS)
     if not plan_only and start_ranks(params.runtime.processes):
         return
-    rotated = Checkpoint(ROTATION, "rotation")
-    train, validation = (load_windows(CALIBRATION / f"{name}.safetensors") for name in ("train", "validation"))
-    device = select_device(params.runtime)
-    windows = (len(train.token_ids) + len(validation.token_ids)) / params.runtime.processes
-    length = max(train.token_ids.shape[1], validation.token_ids.shape[1])
-    on_gpu = device.type == "cuda"
-    need = plan_finetuning(rotated, math.ceil(windows), length, params.finetuning, params.runtime, on_gpu)
     if plan_only:
-        print(need.describe())
+        print(prepare(params, select_device(params.runtime))[-1].describe())
         return
-    with run_stage("finetuning", METRICS, params.runtime) as metrics, join_ranks(device) as ranks:
+    with join_ranks(params.runtime) as (ranks, device), run_stage("finetuning", METRICS, params.runtime) as metrics:
+        rotated, train, validation, need = prepare(params, device)
         initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
         check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
         inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
@@ -67,6 +63,16 @@ def main() -> None:
                 FINETUNING,
                 make_header("finetuning", params.finetuning.model_dump(), inputs),
             )
+
+
+def prepare(params: Params, device: torch.device) -> tuple[Checkpoint, Windows, Windows, Need]:
+    """The rotated model, the windows to train on and to validate on, and what the run will take."""
+    rotated = Checkpoint(ROTATION, "rotation")
+    train, validation = (load_windows(CALIBRATION / f"{name}.safetensors") for name in ("train", "validation"))
+    count = math.ceil((len(train.token_ids) + len(validation.token_ids)) / params.runtime.processes)
+    length = max(train.token_ids.shape[1], validation.token_ids.shape[1])
+    need = plan_finetuning(rotated, count, length, params.finetuning, params.runtime, device.type == "cuda")
+    return rotated, train, validation, need
 
 
 if __name__ == "__main__":

@@ -80,14 +80,15 @@ def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
     plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
     outs = {out.replace("${key}", key) for stage in STAGES.values() for out, key in _outs(stage)}
     sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
-    assert len(plots) == 5
+    assert len(plots) == 8
     for plot in plots:
         ((name, spec),) = plot.items()
         assert {"title", "x_label", "y_label", "template"} <= spec.keys()
         ((path, columns),) = spec["y"].items()
         assert path in outs or str(Path(path).parent) in outs, name
         kind = {"saturation": "share", "sqnr": "sqnr"}.get(name.partition("_")[0])
-        assert columns == ([f"{site}_{kind}" for site in sites] if kind else ["train", "validation"])
+        expected = ["before", "after"] if name == "finetuning_blocks" else ["train", "validation"]
+        assert columns == ([f"{site}_{kind}" for site in sites] if kind else expected)
 
 
 def _outs(stage):

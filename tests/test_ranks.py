@@ -6,9 +6,17 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
+import yaml
+from conftest import ROOT
 from test_finetuning import BlockData, quantized, trainer_of  # noqa: F401 (a fixture)
 
-from pipeline.ranks import Ranks, join_ranks, shuffle
+from pipeline.params import RuntimeParams
+from pipeline.ranks import Ranks, shuffle
+from stages.launcher import join_ranks
+
+RUNTIME = RuntimeParams.model_validate(
+    yaml.safe_load((ROOT / "params.yaml").read_text())["runtime"] | {"device": "cpu"}
+)
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 64, 100])
@@ -36,7 +44,8 @@ def test_windows_are_owned_by_one_rank_and_found_there():
 def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with join_ranks(torch.device("cpu")) as ranks:
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    with join_ranks(RUNTIME) as (ranks, _):
         trainer, _, data = trainer_of(quantized)
         own = ranks.own(data.count)
         trainer.ranks = ranks
