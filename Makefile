@@ -1,6 +1,7 @@
 # make repro   set up and run the whole pipeline on the model in params.yaml
 # make test    set up and run all tests
 # make lint    set up, check format and style
+# make preset NAME=…   put presets/NAME.yaml into params.yaml
 # make table   the results of the last run
 # make help    this list
 
@@ -9,7 +10,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint format table setup help
+.PHONY: repro test lint format preset table setup help
 
 repro: setup
 	dvc repro
@@ -25,6 +26,10 @@ lint: setup
 format: setup
 	ruff check --fix .
 	ruff format .
+
+preset:
+	@test -f "presets/$(NAME).yaml" || { echo "NAME is one of:"; ls presets | sed 's/\.yaml$$//'; exit 1; }
+	cp "presets/$(NAME).yaml" params.yaml
 
 table: setup
 	@python -m benchmarks.summary

@@ -383,8 +383,9 @@ def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     failed = [block["block"] for block in blocks if block["failure"]]
     if failed:
         logger.warning("training was given up in blocks %s; they keep their best state", ", ".join(map(str, failed)))
+    mean = sum(math.log(max(ratio, 1e-6)) for ratio in ratios) / max(len(ratios), 1)
     return {
-        "validation_ratio": round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 4) if all(ratios) else 0.0,
+        "validation_ratio": round(math.exp(mean), 4),
         "changed_integers": round(sum(block["changed_integers"] for block in blocks) / len(blocks), 5),
         "blocks_unchanged": sum(block["best_epoch"] == 0 for block in blocks),
         "blocks_failed": failed,

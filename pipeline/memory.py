@@ -15,7 +15,7 @@ from pipeline.params import FinetuningParams, ParamsError, RuntimeParams
 from pipeline.progress import current_rss_gib
 
 GIB = 2**30
-_POSITIONS = 256  # of divergence.py
+_POSITIONS = 128  # of divergence.py
 _UNITS = {"MiB": 2**20, "GiB": GIB}
 
 
@@ -75,7 +75,7 @@ def plan_finetuning(
     embedding = vocabulary * hidden * item
     phases = [training, forward, embedding]
     if params.end_to_end.enabled:
-        logits = _POSITIONS * vocabulary * 4 * 6
+        logits = _POSITIONS * vocabulary * 4 * 5
         states = blocks * params.end_to_end.batch_size * length * hidden * 4
         model = blocks * numbers * 1.05 + numbers * 4 * 3
         batch = params.end_to_end.batch_size * length * per_token

@@ -6,8 +6,9 @@ Quantizer parameters are trained relative to what they are at the start, so that
     scale, clip factor   initial * exp(theta)
     zero point           round(initial + (qmax - qmin) * theta), kept in range
 
-with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is rounded in the end
-is rounded all along, so that the block under training computes what the frozen one will.
+with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is trained is float32,
+whatever the block computes in. What is rounded in the end is rounded all along, so that the block under training
+computes what the frozen one will.
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +35,20 @@ class Trainables:
     quantizers: list[nn.Parameter] = field(default_factory=list)
     weights: list[nn.Parameter] = field(default_factory=list)
     norms: list[nn.Parameter] = field(default_factory=list)
+
+
+class _Cast(nn.Module):
+    """A float32 parameter in the dtype a module computes in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.dtype)
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        return value.float()
 
 
 class _Relative(nn.Module):
@@ -79,8 +94,12 @@ def unfreeze_(
         linear: QuantizedLinear = block.get_submodule(name)
         linear.unfrozen = True
         if weights is not None:
-            linear.weight = weights[name].to(linear.weight.device, linear.compute_dtype)
-            found.weights += [_make_parameter_(linear, kind) for kind in ("weight", "bias") if _has(linear, kind)]
+            # A weight that is to be rounded is cast behind the rounding.
+            dtype = None if linear.spec.enabled else linear.weight.dtype
+            linear.weight = weights[name].to(linear.weight.device)
+            found.weights.append(_make_parameter_(linear, "weight", dtype))
+            if linear.bias is not None:
+                found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
         if quantizers and linear.spec.enabled:
             found.quantizers.append(_make_relative_(linear, "weight_scale"))
             if linear.weight_zero_point is not None:
@@ -92,7 +111,8 @@ def unfreeze_(
         if _has(quantizer, "zero_point"):
             found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
     for name in (architecture.attention_norm, architecture.mlp_norm) if norms else ():
-        found.norms.append(_make_parameter_(block.get_submodule(name), "weight"))
+        norm = block.get_submodule(name)
+        found.norms.append(_make_parameter_(norm, "weight", norm.weight.dtype))
     return found
 
 
@@ -123,12 +143,16 @@ def _has(module: nn.Module, name: str) -> bool:
     return getattr(module, name, None) is not None
 
 
-def _make_parameter_(module: nn.Module, name: str) -> nn.Parameter:
+def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A float32 parameter in place of a buffer or parameter; the module sees it in `dtype` (None: float32)."""
     value = getattr(module, name).detach()
     if name in module._buffers:
         del module._buffers[name]
-    setattr(module, name, nn.Parameter(value.clone()))
-    return getattr(module, name)
+    setattr(module, name, nn.Parameter(value.float().clone()))
+    if dtype in (None, torch.float32):
+        return getattr(module, name)
+    parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
+    return module.parametrizations[name].original
 
 
 def _make_relative_(module: nn.Module, name: str, zero_point_bits: int | None = None) -> nn.Parameter:

@@ -21,9 +21,11 @@ BEFORE_QUANTIZER = ("model", "corpora prose", "calibration", "rotation", "prefix
 ALL = (
     *BEFORE_QUANTIZER,
     "quantizer_init",
+    "finetuning",
     "evaluation original",
     "evaluation original_prefix",
     "evaluation quantizer_init",
+    "evaluation finetuning",
 )
 
 
@@ -84,6 +86,11 @@ def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
     change(project, "quantizer_init.embedding_dtype", "float32")
     change(project, "prefix.use", use)
     run(*ALL, monkeypatch=monkeypatch)
+    assert read_json(project / "metrics/finetuning.json")["blocks_unchanged"] == 3
+    assert (
+        read_json(project / "metrics/evaluation/finetuning.json")["perplexity"]
+        == (read_json(project / "metrics/evaluation/quantizer_init.json")["perplexity"])
+    )
     variants = ("original_prefix", "quantizer_init")
     original, quantized = (read_json(project / f"metrics/evaluation/{v}.json") for v in variants)
     assert quantized["settings"]["prefix_tokens"] == (0 if use == "none" else original["settings"]["prefix_tokens"])
@@ -147,6 +154,45 @@ def test_searched_ranges_err_less_than_whole_ones(project, monkeypatch):
     assert errors["layer"]["down_proj"] < errors["max"]["down_proj"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_finetuning_in_processes_of_its_own(processes, project, monkeypatch):
+    """Started as a user starts it; two processes, by torch's launcher, come to what one comes to."""
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    change(project, "finetuning.end_to_end.enabled", True)
+    run(*ALL, monkeypatch=monkeypatch)
+    alone = read_json(project / "metrics/evaluation/finetuning.json")["perplexity"]["prose"]
+    metrics = read_json(project / "metrics/finetuning.json")
+    (project / "metrics/finetuning.json").unlink()
+    change(project, "runtime.processes", processes)
+    change(project, "runtime.offload", "always")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.finetuning"]
+    plan = subprocess.run(
+        [*command, "--plan"], cwd=project, env=environment, capture_output=True, text=True, check=True
+    )
+    assert plan.stdout.startswith("memory 0.")
+    assert "in files)" in plan.stdout
+    subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+    run("evaluation finetuning", monkeypatch=monkeypatch)
+    found = read_json(project / "metrics/evaluation/finetuning.json")["perplexity"]["prose"]
+    assert found == pytest.approx(alone, rel=5e-3)
+    ours = read_json(project / "metrics/finetuning.json")
+    assert ours["end_to_end"]["kl_before"] == pytest.approx(metrics["end_to_end"]["kl_before"], rel=1e-2)
+    assert not (project / ".work/finetuning").exists()
+    assert list((project / ".work/offload").iterdir()) == []
+
+
+def test_a_failed_rank_is_one_message(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    change(project, "runtime.processes", 2)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.finetuning"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "artifacts/quantizer_init/artifact.json is missing" in done.stderr
+    assert "of 2 ended with exit code 1" in done.stderr
+
+
 ASYMMETRIC = {f"{group}.symmetric": False for group in ("weights", "activations", "keys", "values")}
 DYNAMIC = {f"{group}.mode": "dynamic" for group in ("activations", "keys", "values")}
 SEEDS = {  # the quantizers of the commands in the documents this project comes from, group sizes scaled to 12
@@ -180,6 +226,8 @@ def test_every_mode_is_evaluated_as_it_was_chosen(mode, project, monkeypatch):
     assert evaluated["lowest_sqnr"].keys() == evaluated["largest_saturation"].keys() == {"prose"}
     report = read_json(project / "artifacts/quantizer_init/report.json")["blocks"]
     assert all(len(block["sites"]) == sites for block in report)
+    assert read_json(project / "metrics/evaluation/finetuning.json")["quantizers_fired"] == 3 * sites
+    assert read_json(project / "metrics/finetuning.json")["validation_ratio"] <= 1
     for table in ("quantizer_init/saturation.csv", "evaluation/quantizer_init_saturation.csv"):
         header, *rows = (project / "artifacts" / table).read_text().splitlines()
         assert "mlp_hidden_share" in header.split(",")

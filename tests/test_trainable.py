@@ -97,3 +97,23 @@ def test_every_quantizer_parameter_gets_a_gradient(block):
         assert (parameter.grad != 0).any()
     moved = sum((p.grad != 0).any().item() for p in found.quantizers)
     assert moved >= len(found.quantizers) / 2  # zero points get one only where something lies beyond the range
+
+
+def test_a_bfloat16_block_is_trained_in_float32(imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    block = quantized_block(checkpoint, settings_of(weights=4, activations=4), torch.bfloat16)
+    runner, hidden = BlockRunner(checkpoint, torch.device("cpu"), 2), torch.randn(2, 6, 48).bfloat16()
+    expected, names = runner.run(block, hidden), dict(block.state_dict())
+    start = {n: w.bfloat16() for n, w in weights_of(checkpoint, block).items()}
+    found = unfreeze_(block, checkpoint.architecture, weights=start, norms=True)
+    everything = found.quantizers + found.weights + found.norms
+    assert {p.dtype for p in everything} == {torch.float32}
+    runner.run(block, hidden).float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in everything)
+    with torch.no_grad():
+        for parameter in found.norms:
+            parameter += 1e-4  # less than bfloat16 can tell from nothing
+    assert all((p.detach() - p.detach().bfloat16().float()).abs().max() > 0 for p in found.norms)
+    freeze_(block)
+    assert {name: tensor.dtype for name, tensor in block.state_dict().items()} == {n: t.dtype for n, t in names.items()}
+    assert (runner.run(block, hidden) - expected).abs().max() <= 0.05 * expected.abs().max()
