@@ -122,7 +122,9 @@ def freeze_(block: nn.Module) -> None:
     for module in block.modules():
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                value = getattr(module, name).detach()
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                setattr(module, name, nn.Parameter(value))
         ours = isinstance(module, QuantizedLinear | ActivationQuantizer)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if ours:
