@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
     arguments = parser.parse_args()
     workspace = Workspace(arguments.work)
-    base = override(read_params(), SIZES[arguments.size])
+    # At the final size one pass is as many steps as three at the other.
+    steps = {"prefix_training.epochs": 1} if arguments.size == "final" else {}
+    base = override(read_params(), SIZES[arguments.size] | steps)
     rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
     for seed in arguments.seeds:
         for name in arguments.rows:

@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.architectures import Architecture
 from pipeline.hadamard import hadamard_transform
 from pipeline.quantized_block import QuantizedLinear
+from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, batches
 
 EQUALIZATION = "equalization.safetensors"  # scales [L, F] of all blocks
@@ -31,12 +32,13 @@ def equalize_mlp_(
     prefix_kv: torch.Tensor | None,
     runner: BlockRunner,
     centered: bool,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """Equalize up_proj and down_proj of a block in place; the block computes what it computed before.
 
     Args:
         block: with quantizers (none calibrated) and float weights; R4's inverse may be merged into down_proj.
-        hidden: [N, T, D] windows before the block, to measure a_c on.
+        hidden: [N, T, D] windows before the block, to measure a_c on; this rank's (there may be none).
         centered: whether the mean of each channel will be kept out of the integers: a_c is then measured about it.
 
     Returns:
@@ -44,6 +46,7 @@ def equalize_mlp_(
     """
     down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
     total = torch.zeros(2, down.in_features, dtype=torch.float64, device=down.weight.device)
+    tokens = torch.tensor(hidden.shape[0] * hidden.shape[1])
 
     def record(module: nn.Module, args: tuple[torch.Tensor]) -> None:
         x = args[0].flatten(0, -2).double()
@@ -53,7 +56,8 @@ def equalize_mlp_(
     for rows in batches(len(hidden), runner.batch_size):
         runner.run(block, hidden[rows].to(runner.device), prefix_kv)
     handle.remove()
-    mean, energy = total / (hidden.shape[0] * hidden.shape[1])
+    ranks.sum_(total, tokens)
+    mean, energy = total / int(tokens)
     rms = (energy - mean.square() if centered else energy).clamp_min(0).sqrt()
     columns = down.weight.double()
     if down.rotate_input:

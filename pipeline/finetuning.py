@@ -28,7 +28,6 @@ from torch import nn
 from pipeline.artifacts import (
     Header,
     load_tensors,
-    load_unfinished,
     replacing_folder,
     save_tensors,
     write_csv,
@@ -47,6 +46,7 @@ from pipeline.saturation import advance_probed_, write_saturation
 from pipeline.streams import Offload, Stream, as_tensor
 from pipeline.trainable import Trainables, freeze_, unfreeze_
 from pipeline.training import Outcome, Trainer
+from pipeline.unfinished import load_generation, save_generation
 from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,6 @@ SATURATION = "saturation.csv"
 LOSSES_CSV = "losses.csv"
 BLOCKS_CSV = "blocks.csv"
 END_TO_END_CSV = "end_to_end.csv"
-_STREAMS = "streams-{rank:05d}-{generation}.safetensors"
 _REPORT = "block-{index:05d}.json"
 TARGETS = {"fp_input": ("fp_input",), "quant_input": ("quant_input",), "both": ("fp_input", "quant_input")}
 
@@ -205,7 +204,7 @@ def finetune_blocks(
     wanted = TARGETS[params.target]
     windows = {"train": train[ranks.own(len(train))], "validation": validation[ranks.own(len(validation))]}
     counts = {"train": len(train), "validation": len(validation)}
-    start, saved = _load_streams(work, header, ranks)
+    start, saved = load_generation(work, header, ranks)
     kept = {"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})
     streams: dict[str, dict[str, Stream]] = {}
     for kind, checkpoint in kept.items():
@@ -243,34 +242,12 @@ def finetune_blocks(
             prefix = initial.architecture.tensor_prefix(index)
             write_json(work / _REPORT.format(index=index), {"block": index} | report)
             save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
-        # Last, and with the number of finished blocks inside: whatever a kill leaves, this file is the truth.
         finished = {
             f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
         }
-        finished |= {"finished": torch.tensor(index + 1), "ranks": torch.tensor(ranks.world)}
-        save_tensors(_streams_path(work, ranks, index + 1), finished, header)
-        ranks.wait()
+        save_generation(work, finished, index + 1, header, ranks)
     paths = [work / _REPORT.format(index=index) for index in range(initial.block_count)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-
-def _streams_path(work: Path, ranks: Ranks, finished: int) -> Path:
-    """Of several ranks one may be killed before the others have written: they keep two generations."""
-    return work / _STREAMS.format(rank=ranks.rank, generation=finished % 2 if ranks.world > 1 else 0)
-
-
-def _load_streams(work: Path, header: Header, ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
-    """How many blocks an unfinished run has finished on all ranks, and this rank's streams behind the last of them."""
-    found = {}
-    for path in {_streams_path(work, ranks, generation) for generation in (0, 1)}:
-        saved = load_unfinished(path, header)
-        if saved is not None and int(saved["ranks"]) == ranks.world:
-            found[int(saved["finished"])] = saved
-        elif saved is not None:
-            logger.warning("starting over: the unfinished run in %s had another number of processes", work)
-    start = ranks.least(max(found, default=0))
-    start = ranks.least(start if start in found else 0)
-    return start, found.get(start, {})
 
 
 def _finetune_block(

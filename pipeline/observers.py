@@ -7,6 +7,7 @@ exponential moving average, as often used, is not: its first sample weighs most.
 import torch
 
 from pipeline.quantizer import group
+from pipeline.ranks import Ranks
 
 _BINS = 1 << 16
 
@@ -34,6 +35,14 @@ class ChannelObserver:
             low, high, total = torch.minimum(low, self.low), torch.maximum(high, self.high), total + self.total
         self.low, self.high, self.total = low.float(), high.float(), total
         self.count += len(values)
+
+    def combine_(self, ranks: Ranks) -> None:
+        """Make it that of all ranks' tokens."""
+        count = torch.tensor(self.count, device=self.low.device)
+        ranks.sum_(self.total, count)
+        ranks.least_(self.low)
+        ranks.most_(self.high)
+        self.count = int(count)
 
     @property
     def mean(self) -> torch.Tensor:

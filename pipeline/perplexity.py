@@ -23,6 +23,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
 from pipeline.progress import show_progress
 from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers, load_block
+from pipeline.ranks import ALONE, Ranks
 from pipeline.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.walk import BlockRunner
 
@@ -43,13 +44,26 @@ class Scores:
 
     Attributes:
         losses: [N] mean -log p per target of each window, in nats, float64.
-        kl: mean KL divergence from the original in nats, None when not compared.
-        top1_agreement: share of positions with the same first choice, None when not compared.
+        divergences: [N] mean KL divergence from the original of each window in nats, float64; None when not compared.
+        agreements: [N] share of positions with the same first choice, float64; None when not compared.
     """
 
     losses: torch.Tensor
-    kl: float | None
-    top1_agreement: float | None
+    divergences: torch.Tensor | None
+    agreements: torch.Tensor | None
+
+    @property
+    def kl(self) -> float:
+        return self.divergences.mean().item()
+
+    @property
+    def top1_agreement(self) -> float:
+        return self.agreements.mean().item()
+
+    def combine(self, ranks: Ranks, count: int) -> "Scores":
+        """Those of all ranks' `count` windows."""
+        values = (self.losses, self.divergences, self.agreements)
+        return Scores(*(None if own is None else ranks.collect(own, count) for own in values))
 
     @property
     def perplexity(self) -> float:
@@ -81,26 +95,30 @@ def evaluate_windows(
     runner: BlockRunner,
     prefix_kv: torch.Tensor | None,
     original: Original | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """Evaluate one variant on all corpora, in one walk.
 
     Args:
         windows: corpus -> token ids [N, T], the same T everywhere.
         original: what to compare with, or None.
+        ranks: each walks its own windows; all of them return the whole, but saturation is of the first one's.
 
     Returns:
         Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `largest_saturation.<corpus>`,
         `lowest_sqnr.<corpus>`, `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
         `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
-    hidden, fired, saturation = compute_final_hidden(checkpoint, windows, runner, prefix_kv)
+    own_windows = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
+    hidden, fired, saturation = compute_final_hidden(checkpoint, own_windows, runner, prefix_kv)
     lm_head = checkpoint.load_lm_head()
     metrics: dict[str, Any] = {"perplexity": {}} | ({"kl": {}, "top1_agreement": {}} if original else {})
     tensors: dict[str, torch.Tensor] = {}
     for corpus, ids in windows.items():
-        part = hidden[corpus]
-        reference = (original.hidden(corpus, ids), original.lm_head) if original else None
-        scores = score_hidden(part, lm_head, ids, reference, runner.device)
+        own, part = ranks.own(len(ids)), hidden[corpus]
+        reference = (original.hidden(corpus, ids)[own], original.lm_head) if original else None
+        scores = score_hidden(part, lm_head, ids[own], reference, runner.device).combine(ranks, len(ids))
+        part = ranks.collect(part, len(ids))
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
         if original:
             metrics["kl"][corpus] = round(scores.kl, 5)
@@ -172,26 +190,19 @@ def score_hidden(
     lm_head = lm_head.to(device)
     if original is not None:
         original = original[0], original[1].to(device)
-    losses, divergence, agreeing, positions = [], 0.0, 0, 0
+    totals = torch.zeros(3, len(token_ids), dtype=torch.float64)  # of losses, divergences, agreements
     for row, ids in enumerate(token_ids):
-        loss = 0.0
         for start in range(0, len(ids) - 1, _POSITIONS):
             part = slice(start, min(start + _POSITIONS, len(ids) - 1))
             log_p = _log_probabilities(hidden[row, part], lm_head, device)
             targets = ids[part.start + 1 : part.stop + 1].to(device)
-            loss -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
+            totals[0, row] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
             if original is not None:
                 exact = _log_probabilities(original[0][row, part], original[1], device)
-                agreeing += (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
-                divergence += nn.functional.kl_div(log_p, exact, reduction="sum", log_target=True).item()
-                positions += len(targets)
-        losses.append(loss / (len(ids) - 1))
-    compared = original is not None
-    return Scores(
-        torch.tensor(losses, dtype=torch.float64),
-        divergence / positions if compared else None,
-        agreeing / positions if compared else None,
-    )
+                totals[1, row] += nn.functional.kl_div(log_p, exact, reduction="sum", log_target=True).item()
+                totals[2, row] += (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
+    losses, divergences, agreements = totals / (token_ids.shape[1] - 1)
+    return Scores(losses, *((divergences, agreements) if original is not None else (None, None)))
 
 
 def _log_probabilities(hidden: torch.Tensor, lm_head: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.outliers import LayerOutliers, describe_outliers, token_maxima
+from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, compute_prefix_kv, walk
 
 _AFTER_WINDOWS = 8
@@ -61,6 +62,7 @@ def search_prefix(
     site: str,
     threshold: float,
     start_token_counts: bool,
+    ranks: Ranks = ALONE,
 ) -> Prefix:
     """Find the prefix of a model.
 
@@ -71,15 +73,18 @@ def search_prefix(
         threshold: r_t beyond which a token is an outlier.
         start_token_counts: whether the start token is one of the o tokens (the paper's text) or comes on top of them
             (the official code).
+        ranks: each looks at its own windows; all find the same.
     """
-    before = measure_outliers(checkpoint, token_ids, runner, site, threshold)
+    before = measure_outliers(checkpoint, token_ids, runner, site, threshold, ranks=ranks)
     start_token, start_choice = choose_start_token(checkpoint)
     chosen = choose_prefix(before, start_token, start_token_counts)
     embeddings = checkpoint.embed(torch.tensor(chosen, dtype=torch.int64))
     after = before
     if chosen:
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
-        after = measure_outliers(checkpoint, token_ids[:_AFTER_WINDOWS], runner, site, threshold, prefix_kv)
+        after = measure_outliers(
+            checkpoint, token_ids[: max(_AFTER_WINDOWS, ranks.world)], runner, site, threshold, prefix_kv, ranks
+        )
     decode = checkpoint.tokenizer.decode
     report = {
         "prefix_token_ids": chosen,
@@ -116,9 +121,10 @@ def measure_outliers(
     site: str,
     threshold: float,
     prefix_kv: torch.Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[LayerOutliers]:
     """Outlier statistics of every layer, in one walk; prefix positions are in the cache and never counted."""
-    hidden = checkpoint.embed(token_ids)
+    hidden = checkpoint.embed(token_ids[ranks.own(len(token_ids))])
     maxima: list[torch.Tensor] = []
     layers: list[LayerOutliers] = []
 
@@ -131,7 +137,8 @@ def measure_outliers(
             block.register_forward_hook(lambda module, args, output: maxima.append(token_maxima(output).cpu()))
 
     def after(index: int, block: nn.Module) -> None:
-        layers.append(describe_outliers(index, torch.cat(maxima), token_ids, threshold))
+        whole = ranks.collect(torch.cat(maxima), len(token_ids))
+        layers.append(describe_outliers(index, whole, token_ids, threshold))
 
     walk(checkpoint, hidden, runner, "searching outliers", prefix_kv, watch, after)
     return layers

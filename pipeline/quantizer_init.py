@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
+from pipeline.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json
 from pipeline.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.equalization import EQUALIZATION, equalize_mlp_
@@ -29,14 +29,15 @@ from pipeline.prefix import PREFIX
 from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, block_settings, describe_blocks, fill_block
 from pipeline.quantizer import QuantizerSpec
+from pipeline.ranks import ALONE, Ranks
 from pipeline.rotation import load_rotation
 from pipeline.saturation import advance_probed_, summarise_saturation, write_saturation
-from pipeline.site_statistics import NumericalError, choose_windows, record_block
+from pipeline.site_statistics import NumericalError, choose_own_windows, record_block
+from pipeline.unfinished import load_generation, save_generation
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 logger = logging.getLogger(__name__)
 
-_HIDDEN = "hidden.safetensors"
 _SCALES = "equalization-{index:05d}.safetensors"
 SATURATION = "saturation.csv"
 _TINY = 1e-30
@@ -77,6 +78,7 @@ def init_quantizers(
     work: Path,
     folder: Path,
     header: Header,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """From a rotated model to a quantized one.
 
@@ -87,6 +89,7 @@ def init_quantizers(
         work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
         folder: replaced by the quantized checkpoint at the end.
         header: of the artifact.
+        ranks: each runs its own windows; choices are made from all of them, and the first rank writes.
 
     Returns:
         The stage's metrics: the mean error of the blocks' outputs and of each kind of site, saturation, prefix length.
@@ -95,11 +98,14 @@ def init_quantizers(
     rotated_prefix = r1.apply(prefix[1].to(torch.float64))
     prefix_kv = compute_prefix_kv(checkpoint, rotated_prefix, runner)
     embedding_dtype = getattr(torch, init.embedding_dtype)
-    hidden = checkpoint.embed(token_ids).to(embedding_dtype).to(checkpoint.dtype)
-    report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header)
+    own = token_ids[ranks.own(len(token_ids))]
+    hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)
+    report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
     kept_prefix = {"token_ids": prefix[0]} | ({} if prefix_kv is None else {"kv": prefix_kv})
-    assemble_checkpoint(checkpoint, work, folder, init, kept_prefix, report, header)
-    shutil.rmtree(work)
+    if ranks.first:
+        assemble_checkpoint(checkpoint, work, folder, init, kept_prefix, report, header)
+        shutil.rmtree(work)
+    ranks.wait()
     saturation = {block["block"]: block["saturation"] for block in report}
     return {"prefix_tokens": len(prefix[1])} | _summarise(report) | summarise_saturation({"calibration": saturation})
 
@@ -112,11 +118,12 @@ def init_blocks(
     runner: BlockRunner,
     work: Path,
     header: Header,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Quantize all blocks into `work`, continuing there if an earlier run with the same header was cut short.
 
     Args:
-        hidden: [N, T, D] embedded calibration windows; overwritten.
+        hidden: [N, T, D] embedded calibration windows, this rank's; overwritten.
         prefix_kv: [L, 2, kv_heads, P, d] or None.
 
     Returns:
@@ -127,20 +134,19 @@ def init_blocks(
         NumericalError: NaN or infinity in a block's activations.
     """
     work.mkdir(parents=True, exist_ok=True)
-    start, saved = 0, load_unfinished(work / _HIDDEN, header)
-    if saved is not None:
-        start = int(saved["finished"])
+    start, saved = load_generation(work, header, ranks)
+    if start:
         hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
-        report, tensors, scales = _init_block(checkpoint, index, hidden, prefix_kv, init, runner)
+        report, tensors, scales = _init_block(checkpoint, index, hidden, prefix_kv, init, runner, ranks)
         prefix = checkpoint.architecture.tensor_prefix(index)
-        if scales is not None:
-            save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
-        write_json(work / f"block-{index:05d}.json", {"block": index} | report)
-        save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
-        # Last, and with the number of finished blocks inside: whatever a kill leaves, this file is the truth.
-        save_tensors(work / _HIDDEN, {"hidden": hidden, "finished": torch.tensor(index + 1)}, header)
+        if ranks.first:
+            if scales is not None:
+                save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
+            write_json(work / f"block-{index:05d}.json", {"block": index} | report)
+            save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+        save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
     return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
 
 
@@ -151,6 +157,7 @@ def _init_block(
     prefix_kv: torch.Tensor | None,
     init: QuantizerInitParams,
     runner: BlockRunner,
+    ranks: Ranks,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
     """Quantize one block and move `hidden` behind it; its report, its tensors, and the scales of `equalize_mlp_`."""
     architecture = checkpoint.architecture
@@ -159,14 +166,18 @@ def _init_block(
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings, runner.device)
     scales = None
     if init.equalize:
-        sample = hidden[choose_windows(len(hidden), init.mse_samples)]
-        scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, settings.spec("mlp_hidden").centered)
+        windows = torch.tensor(len(hidden))
+        ranks.sum_(windows)
+        sample = hidden[choose_own_windows(int(windows), init.mse_samples, ranks)]
+        centered = settings.spec("mlp_hidden").centered
+        scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, centered, ranks)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
-        statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles)
+        statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
         report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
+    ranks.spread_(*block.state_dict().values())  # all chose the same; to the last bit from here
     block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not torch.isfinite(hidden).all():

@@ -7,6 +7,12 @@ over windows, so that one process and N give the same numbers up to the order of
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import PipelineError
+
+
+class RankError(PipelineError):
+    """Several processes cannot do this, or one of them failed."""
+
 
 class Ranks:
     """This process among `world`."""
@@ -20,7 +26,13 @@ class Ranks:
         return self.rank == 0
 
     def own(self, count: int) -> slice:
-        """Which of `count` windows are this rank's."""
+        """Which of `count` windows are this rank's.
+
+        Raises:
+            RankError: there are not enough for every rank to have one.
+        """
+        if count < self.world:
+            raise RankError(f"runtime.processes={self.world} exceeds the {count} windows to share; use at most {count}")
         return slice(self.rank, count, self.world)
 
     def locate(self, windows: torch.Tensor) -> torch.Tensor:
@@ -29,20 +41,54 @@ class Ranks:
 
     def sum_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over ranks."""
-        for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor)
+        self._reduce_(dist.ReduceOp.SUM, tensors)
 
-    def least(self, value: int) -> int:
-        """The smallest value any rank has."""
-        tensor = torch.tensor(value)
-        if self.world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return int(tensor)
+    def least_(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its elementwise minimum over ranks."""
+        self._reduce_(dist.ReduceOp.MIN, tensors)
+
+    def most_(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its elementwise maximum over ranks."""
+        self._reduce_(dist.ReduceOp.MAX, tensors)
+
+    def _reduce_(self, operation: dist.ReduceOp, tensors: tuple[torch.Tensor, ...]) -> None:
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor, operation)
+
+    def spread_(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by what the first rank has."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, 0)
+
+    def collect(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """[count, …], every window in its place, from each rank's own [n, …]."""
+        if self.world == 1:
+            return own
+        whole = own.new_zeros(count, *own.shape[1:])
+        whole[self.own(count)] = own
+        self.sum_(whole)
+        return whole
+
+    def join(self, own: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors [n, …], of any n, one behind the other."""
+        if self.world == 1:
+            return own
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=own.device)
+        sizes[self.rank] = len(own)
+        self.sum_(sizes)
+        padded = own.new_zeros(int(sizes.max()), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
             dist.barrier()
+
+
+ALONE = Ranks()
 
 
 def shuffle(count: int, generator: torch.Generator) -> torch.Tensor:

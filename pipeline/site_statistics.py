@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.observers import ChannelObserver, ValueHistogram
 from pipeline.quantized_block import find_site_quantizers
 from pipeline.quantizer import group
+from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, batches
 
 _RECORDING = "prefixquant_recording"
@@ -61,6 +62,13 @@ class SiteStatistics:
     def sample(self) -> torch.Tensor:
         return torch.cat(self.samples)
 
+    def combine_(self, ranks: Ranks) -> None:
+        """Make them those of all ranks' windows, but for the histogram."""
+        self.channels.combine_(ranks)
+        self.samples = [ranks.join(self.sample)]
+        if self.gram is not None:
+            ranks.sum_(self.gram)
+
     def hessian(self, centered: bool) -> torch.Tensor:
         """Mean over tokens of x^T x, [C, C]; when `centered` of (x - mean)^T (x - mean)."""
         hessian = self.gram / self.channels.count
@@ -95,6 +103,11 @@ def choose_windows(windows: int, wanted: int) -> list[int]:
     return sorted({round(place * (windows - 1) / max(1, wanted - 1)) for place in range(wanted)})
 
 
+def choose_own_windows(windows: int, wanted: int, ranks: Ranks) -> list[int]:
+    """Of `choose_windows`, those of this rank, by its own numbers."""
+    return ranks.locate(torch.tensor(choose_windows(windows, wanted))).tolist()
+
+
 @torch.no_grad()
 def record_block(
     block: nn.Module,
@@ -104,23 +117,27 @@ def record_block(
     runner: BlockRunner,
     mse_samples: int,
     percentiles: frozenset[str] = frozenset(),
+    ranks: Ranks = ALONE,
 ) -> BlockStatistics:
     """Run a block in full precision over all windows and record what its quantizers see.
 
     Args:
         block: with quantizers, none of them calibrated.
-        hidden: [N, T, D] before the block.
+        hidden: [N, T, D] before the block, this rank's windows.
         prefix_kv: [2, kv_heads, P, d] or None.
         mse_samples: how many windows' worth of samples is kept: of activations so many tokens, evenly spread over all
             windows; of everything else whole windows. The same whatever the batch size.
         percentiles: sites that also get a histogram; costs a second pass over all windows.
+        ranks: statistics are of all ranks' windows, and the same on all of them.
 
     Raises:
         NumericalError: a site sees NaN or infinity; names the site.
     """
-    windows, length, _ = hidden.shape
-    stride = max(1, windows // mse_samples)
-    chosen = choose_windows(windows, mse_samples)
+    own_count, length, _ = hidden.shape
+    windows = torch.tensor(own_count)
+    ranks.sum_(windows)
+    stride = max(1, int(windows) // mse_samples)
+    chosen = choose_own_windows(int(windows), mse_samples, ranks)
     quantizers = find_site_quantizers(block, architecture)
     sites = {
         site: SiteStatistics()
@@ -147,8 +164,9 @@ def record_block(
             return
         tokens = x.flatten(0, -2).float()
         kept.channels.update(tokens)
-        first = -(rows.start * length) % stride
-        kept.samples.append(tokens[first::stride].clone())
+        for place, window in enumerate(x, start=rows.start):  # counted through all windows of all ranks
+            first = -((place * ranks.world + ranks.rank) * length) % stride
+            kept.samples.append(window[first::stride].clone().float())
         if site in weighed:
             gram = tokens.T @ tokens
             kept.gram = gram if kept.gram is None else kept.gram.add_(gram)
@@ -162,21 +180,25 @@ def record_block(
     attention = block.self_attn
     attention.config._attn_implementation = _RECORDING
     with _hooks({site: quantizers[site] for site in sites}, record):
-        for rows in batches(windows, runner.batch_size):
+        for rows in batches(own_count, runner.batch_size):
             outputs.append(whole_windows(runner.run(block, hidden[rows].to(runner.device), prefix_kv)))
             for kept, x in zip((queries, keys), attention.recorded, strict=True):
                 kept.append(whole_windows(x))
     attention.config._attn_implementation = "sdpa"
     del attention.recorded
     for site, kept in sites.items():
+        kept.combine_(ranks)
         if not (torch.isfinite(kept.channels.low).all() and torch.isfinite(kept.channels.high).all()):
             raise NumericalError(f"the activations at {site} are not finite")
     if percentiles:  # a second pass: what is counted depends on the means
         with _hooks({site: quantizers[site] for site in percentiles}, count_values):
-            for rows in batches(windows, runner.batch_size):
+            for rows in batches(own_count, runner.batch_size):
                 runner.run(block, hidden[rows].to(runner.device), prefix_kv)
+        for site in sorted(percentiles):  # in the same order on all ranks: a set has another one in each process
+            ranks.sum_(sites[site].histogram.counts)
     inputs = hidden[chosen].to(runner.device)
-    return BlockStatistics(sites, torch.cat(queries), torch.cat(keys), inputs, torch.cat(outputs))
+    seen = (torch.cat(queries), torch.cat(keys), inputs, torch.cat(outputs))
+    return BlockStatistics(sites, *(ranks.join(own) for own in seen))
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params, load_params
 from pipeline.perplexity import Original, evaluate_windows
 from pipeline.prefix import load_prefix, load_prefix_kv
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import run_main, run_stage
 from pipeline.saturation import write_saturation
 from pipeline.walk import BlockRunner, compute_prefix_kv
 from pipeline.windows import load_windows
+from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -42,9 +43,14 @@ def main() -> None:
     parser.add_argument("variant", choices=VARIANTS)
     variant = parser.parse_args().variant
     params = load_params(PARAMS)
-    with run_stage(f"evaluation@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics:
+    if start_ranks(params.runtime.processes):
+        return
+    with (
+        join_ranks(params.runtime) as (ranks, device),
+        run_stage(f"evaluation@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics,
+    ):
         checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
-        runner = BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size)
+        runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
         prefix_kv, inputs = open_prefix(variant, params, checkpoint, runner)
         corpora = params.calibration.evaluation.corpora
         windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
@@ -52,11 +58,12 @@ def main() -> None:
         compared = variant != "original" and params.evaluation.compare_with_original
         original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
         token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
-        measured, tensors, saturation = evaluate_windows(checkpoint, token_ids, runner, prefix_kv, original)
+        measured, tensors, saturation = evaluate_windows(checkpoint, token_ids, runner, prefix_kv, original, ranks)
         metrics |= measured
         header = make_header("evaluation", {"variant": variant}, inputs | {"checkpoint": checkpoint.header})
-        save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)
-        write_saturation(EVALUATION / f"{variant}_saturation.csv", saturation)
+        if ranks.first:
+            save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)
+            write_saturation(EVALUATION / f"{variant}_saturation.csv", saturation)
 
 
 def open_prefix(

@@ -18,14 +18,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_launcher
 
-from pipeline.errors import PipelineError
 from pipeline.params import RuntimeParams
 from pipeline.progress import DeviceError, select_device
-from pipeline.ranks import Ranks
-
-
-class RankError(PipelineError):
-    """One of several processes failed."""
+from pipeline.ranks import RankError, Ranks
 
 
 def start_ranks(processes: int) -> bool:
@@ -66,7 +61,7 @@ def join_ranks(runtime: RuntimeParams) -> Iterator[tuple[Ranks, torch.device]]:
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))  # runtime.threads, where set, comes later
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
     finally:

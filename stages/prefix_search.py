@@ -11,9 +11,10 @@ from pipeline.artifacts import make_header, replacing_folder, save_tensors, writ
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import load_params
 from pipeline.prefix_search import search_prefix
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import run_main, run_stage
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -25,19 +26,28 @@ METRICS = Path("metrics/prefix_search.json")
 def main() -> None:
     params = load_params(PARAMS)
     search = params.prefix_search
-    with run_stage("prefix_search", METRICS, params.runtime) as metrics:
+    if start_ranks(params.runtime.processes):
+        return
+    with join_ranks(params.runtime) as (ranks, device), run_stage("prefix_search", METRICS, params.runtime) as metrics:
         checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
-        runner = BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size)
+        runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
         prefix = search_prefix(
-            checkpoint, windows.token_ids, runner, search.site, search.outlier_threshold, search.start_token_counts
+            checkpoint,
+            windows.token_ids,
+            runner,
+            search.site,
+            search.outlier_threshold,
+            search.start_token_counts,
+            ranks,
         )
         header = make_header(
             "prefix_search", search.model_dump(), {"model": checkpoint.header, "windows": windows.header}
         )
-        with replacing_folder(PREFIX_SEARCH) as partial:
-            tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}
-            save_tensors(partial / "prefix.safetensors", tensors, header)
-            write_json(partial / "report.json", prefix.report)
+        if ranks.first:
+            with replacing_folder(PREFIX_SEARCH) as partial:
+                tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}
+                save_tensors(partial / "prefix.safetensors", tensors, header)
+                write_json(partial / "report.json", prefix.report)
         metrics |= prefix.summary()
 
 

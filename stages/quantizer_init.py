@@ -14,10 +14,11 @@ from pipeline.artifacts import check_same_origin, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import check_against_model, load_params
 from pipeline.prefix import load_prefix
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import run_main, run_stage
 from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 ROTATION = Path("artifacts/rotation")
@@ -31,7 +32,9 @@ METRICS = Path("metrics/quantizer_init.json")
 def main() -> None:
     params = load_params(PARAMS)
     init = params.quantizer_init
-    with run_stage("quantizer_init", METRICS, params.runtime) as metrics:
+    if start_ranks(params.runtime.processes):
+        return
+    with join_ranks(params.runtime) as (ranks, device), run_stage("quantizer_init", METRICS, params.runtime) as metrics:
         checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
         widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
         check_against_model(params, widths, checkpoint.block_count, checkpoint.config.max_position_embeddings)
@@ -47,10 +50,11 @@ def main() -> None:
             (token_ids, embeddings),
             windows.token_ids,
             init,
-            BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size),
+            BlockRunner(checkpoint, device, params.runtime.batch_size),
             WORK,
             QUANTIZER_INIT,
             header,
+            ranks,
         )
 
 
