@@ -34,6 +34,7 @@ from pipeline.prefix_losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix_search import measure_outliers
 from pipeline.progress import show_progress
 from pipeline.quantized_block import load_block
+from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, batches, compute_prefix_kv
 
 logger = logging.getLogger(__name__)
@@ -105,12 +106,14 @@ def make_candidates(
     runner: BlockRunner,
     work: Path,
     header: Header,
+    ranks: Ranks = ALONE,
 ) -> Candidates:
     """The found prefix, unchanged, and when training is enabled the trained and the discretised one.
 
     Args:
         found: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
         train, validation: windows [N, T] and [M, T].
+        ranks: each runs its own windows; all come to the same.
 
     Raises:
         PrefixTrainingError: nothing was found and no length is set, so that there is nothing to train.
@@ -124,7 +127,7 @@ def make_candidates(
         raise PrefixTrainingError(
             "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
         )
-    trained = train_prefix(checkpoint, initial, train, validation, params, runner, work, header)
+    trained = train_prefix(checkpoint, initial, train, validation, params, runner, work, header, ranks)
     token_ids, similarities = discretise(trained.embeddings, table)
     tensors |= {
         "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
@@ -139,7 +142,7 @@ def make_candidates(
         embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
         layers = measure_outliers(
-            checkpoint, validation, runner, "down_proj_input", params.outlier_threshold, prefix_kv
+            checkpoint, validation, runner, "down_proj_input", params.outlier_threshold, prefix_kv, ranks
         )
         outliers[name] = [
             {
@@ -202,6 +205,7 @@ def train_prefix(
     runner: BlockRunner,
     work: Path,
     header: Header,
+    ranks: Ranks = ALONE,
 ) -> TrainedPrefix:
     """Train a prefix; a killed run with the same header continues behind its last finished epoch.
 
@@ -210,15 +214,17 @@ def train_prefix(
         embeddings: [P, D] to start from.
         train, validation: windows [N, T] and [M, T].
         work: where the state is kept between epochs; removed by the caller at the end.
+        ranks: each differentiates its own windows of a batch; gradients are summed, weighed by how many there are.
     """
     model = FrozenModel(checkpoint, runner, params)
     prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
     optimizer = torch.optim.AdamW([prefix], lr=params.learning_rate, weight_decay=0.0)
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
-    state = _State(prefix, optimizer, work, header)
-    exact, exact_validation = model.run_original(train), model.run_original(validation)
+    state = _State(prefix, optimizer, work, header, ranks)
+    own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
+    exact, exact_validation = model.run_original(own_train), model.run_original(own_validation)
     if not state.resume():
-        state.finish_epoch(0, None, model.evaluate(prefix, validation, exact_validation))
+        state.finish_epoch(0, None, model.evaluate(prefix, own_validation, exact_validation, ranks))
     stopped = None
     for epoch in range(len(state.history), params.epochs + 1):
         generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
@@ -228,11 +234,14 @@ def train_prefix(
         for number, rows in enumerate(show_progress(parts, len(parts), f"prefix epoch {epoch}/{params.epochs}")):
             step = (epoch - 1) * len(parts) + number
             optimizer.param_groups[0]["lr"] = params.learning_rate * cosine(step, steps)
-            optimizer.zero_grad()
-            chosen = order[rows]
-            terms = model.losses(prefix, train[chosen], None if exact is None else exact[chosen])
-            total = model.weigh(terms)
-            total.backward()
+            own = ranks.locate(order[rows])
+            prefix.grad, total = torch.zeros_like(prefix), torch.zeros((), device=runner.device)
+            if len(own):
+                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own])
+                loss = model.weigh(terms) * (len(own) / len(order[rows]))
+                loss.backward()
+                total += loss.detach()
+            ranks.sum_(prefix.grad, total)
             norm = nn.utils.clip_grad_norm_([prefix], params.clip_grad)
             if not (torch.isfinite(total) and torch.isfinite(norm)):
                 stopped = f"the loss was not finite in epoch {epoch}, step {number}"
@@ -241,7 +250,7 @@ def train_prefix(
             losses.append(total.item())
         if stopped:
             break
-        measured = model.evaluate(prefix, validation, exact_validation)
+        measured = model.evaluate(prefix, own_validation, exact_validation, ranks)
         if not math.isfinite(measured["validation"]):
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break
@@ -262,8 +271,10 @@ def cosine(step: int, steps: int) -> float:
 class _State:
     """Prefix, optimizer, best prefix and history, on disk after every epoch."""
 
-    def __init__(self, prefix: nn.Parameter, optimizer: torch.optim.AdamW, work: Path, header: Header) -> None:
-        self.prefix, self.optimizer, self.work, self.header = prefix, optimizer, work, header
+    def __init__(
+        self, prefix: nn.Parameter, optimizer: torch.optim.AdamW, work: Path, header: Header, ranks: Ranks
+    ) -> None:
+        self.prefix, self.optimizer, self.work, self.header, self.ranks = prefix, optimizer, work, header, ranks
         self.best = prefix.detach().clone()
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
@@ -275,6 +286,8 @@ class _State:
         self.history.append(row)
         if row["validation"] < best or epoch == 0:
             self.best, self.best_epoch = self.prefix.detach().clone(), epoch
+        if not self.ranks.first:
+            return
         adam = self.optimizer.state.get(self.prefix, {})
         tensors = {"prefix": self.prefix.detach(), "best": self.best, "best_epoch": torch.tensor(self.best_epoch)}
         tensors |= {f"adam.{name}": value for name, value in adam.items()}
@@ -388,16 +401,18 @@ class FrozenModel:
 
     @torch.no_grad()
     def evaluate(
-        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None, ranks: Ranks = ALONE
     ) -> dict[str, float]:
-        """Means over windows [M, T]: `validation`, the weighted sum, and every term."""
+        """Means over all ranks' windows, [M, T] of them this one's: `validation`, the weighted sum, and every term."""
         totals: dict[str, float] = {}
         for rows in batches(len(token_ids), self.params.batch_size):
             terms = self.losses(prefix, token_ids[rows], None if original is None else original[rows])
-            share = (rows.stop - rows.start) / len(token_ids)
             for name, value in ({"validation": self.weigh(terms)} | terms).items():
-                totals[name] = totals.get(name, 0.0) + share * value.item()
-        return totals
+                totals[name] = totals.get(name, 0.0) + (rows.stop - rows.start) * value.item()
+        sums = torch.tensor([*totals.values(), len(token_ids)], dtype=torch.float64)
+        ranks.sum_(sums)
+        *values, count = sums.tolist()
+        return {name: value / count for name, value in zip(totals, values, strict=True)}
 
     def _run_block(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._terms = []

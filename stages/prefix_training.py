@@ -3,7 +3,7 @@
 Reads   artifacts/model/, artifacts/prefix_search/prefix.safetensors, artifacts/calibration/ (train and validation)
 Writes  artifacts/prefix_training/prefix.safetensors, report.json and losses.csv, metrics/prefix_training.json
 After each epoch the state is kept in .work/prefix_training/: a killed run continues behind its last epoch.
-Packaged model: a second when disabled; when enabled, each step is a forward and a recomputed backward of the model.
+Packaged model: a second when disabled; TRAINING_TIME when enabled.
 """
 
 import shutil
@@ -13,9 +13,10 @@ from pipeline.artifacts import load_tensors, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import load_params
 from pipeline.prefix_training import make_candidates, write_candidates
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import run_main, run_stage
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -29,7 +30,12 @@ METRICS = Path("metrics/prefix_training.json")
 def main() -> None:
     params = load_params(PARAMS)
     training = params.prefix_training
-    with run_stage("prefix_training", METRICS, params.runtime) as metrics:
+    if training.enabled and start_ranks(params.runtime.processes):
+        return
+    with (
+        join_ranks(params.runtime) as (ranks, device),
+        run_stage("prefix_training", METRICS, params.runtime) as metrics,
+    ):
         checkpoint = Checkpoint(MODEL, "model")
         found, found_header = load_tensors(FOUND, "prefix_search")
         train, validation = (load_windows(CALIBRATION / f"{name}.safetensors") for name in ("train", "validation"))
@@ -38,12 +44,13 @@ def main() -> None:
             inputs |= {"train": train.header, "validation": validation.header}
         settings = training.model_dump() if training.enabled else {"enabled": False}
         header = make_header("prefix_training", settings, inputs)
-        runner = BlockRunner(checkpoint, select_device(params.runtime), params.runtime.batch_size)
+        runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
         candidates = make_candidates(
-            checkpoint, found, train.token_ids, validation.token_ids, training, runner, WORK, header
+            checkpoint, found, train.token_ids, validation.token_ids, training, runner, WORK, header, ranks
         )
-        write_candidates(PREFIX_TRAINING, candidates, header)
-        shutil.rmtree(WORK, ignore_errors=True)
+        if ranks.first:
+            write_candidates(PREFIX_TRAINING, candidates, header)
+            shutil.rmtree(WORK, ignore_errors=True)
         metrics |= candidates.summary()
 
 

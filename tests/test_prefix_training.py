@@ -385,4 +385,4 @@ def test_candidates_and_their_report(imported, windows, tmp_path):
     assert summary["validation_loss"]["after"] <= summary["validation_loss"]["before"]
     empty = {"token_ids": ids[:0], "embeddings": checkpoint.embed(ids[:0])}
     with pytest.raises(prefix_training.PrefixTrainingError, match=r"set prefix_training\.length"):
-        make_candidates(checkpoint, empty, *windows, training(), runner, tmp_path / "b", HEADER)
+        make_candidates(checkpoint, empty, *windows, training(length=None), runner, tmp_path / "b", HEADER)

@@ -159,8 +159,17 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "quantizer_init.activations.range", "percentile")
     change(project, "calibration.validation.windows", 2)
+    change(project, "prefix_training.enabled", True)
+    change(project, "prefix_training.simulate", False)  # else a scale is of all windows of a batch
     run(*ALL, monkeypatch=monkeypatch)
-    shared = ("prefix_search", "quantizer_init", "finetuning", "evaluation original", "evaluation finetuning")
+    shared = (
+        "prefix_search",
+        "prefix_training",
+        "quantizer_init",
+        "finetuning",
+        "evaluation original",
+        "evaluation finetuning",
+    )
     alone = {stage: read_json(project / f"metrics/{stage.replace(' ', '/')}.json") for stage in shared}
     prefix = contents(project / "artifacts/prefix_search")
     first, _ = load_tensors(project / "artifacts/quantizer_init/block-00000.safetensors", "quantizer_init")
@@ -180,6 +189,8 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
                 assert same.float().mean() > 0.99, name
     found = {stage: read_json(project / f"metrics/{stage.replace(' ', '/')}.json") for stage in shared}
     assert contents(project / "artifacts/prefix_search") == prefix
+    loss = alone["prefix_training"]["validation_loss"]
+    assert found["prefix_training"]["validation_loss"] == pytest.approx(loss, rel=1e-2)
     assert found["evaluation original"]["perplexity"] == alone["evaluation original"]["perplexity"]
     loss = alone["finetuning"]["end_to_end"]["kl_before"]
     assert found["finetuning"]["end_to_end"]["kl_before"] == pytest.approx(loss, rel=5e-2)
