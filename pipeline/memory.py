@@ -16,6 +16,7 @@ from pipeline.progress import current_rss_gib
 
 GIB = 2**30
 _POSITIONS = 128  # of divergence.py
+_KERNELS = 0.1 * GIB  # what libraries allocate once they are used
 _UNITS = {"MiB": 2**20, "GiB": GIB}
 
 
@@ -67,9 +68,9 @@ def plan_finetuning(
     streams = windows * length * hidden * item * kept
     trained = params.weight_lr > 0 or params.start == "full_precision"
     # Integers; float weights, their gradients, two moments, best state, what rounding leaves and AdamW's temporaries.
-    state = numbers * (1 + (4 * 9 if trained else 4 * 2))
+    state = numbers * (1 + (4 * 8 if trained else 4))
     tokens = params.batch_size * length
-    per_token = 4 * (16 * hidden + 7 * inner + 8 * keys)
+    per_token = 4.6 * (28 * hidden + 10 * inner + 8 * keys)
     training = state + tokens * per_token
     forward = numbers * 5 + runtime.batch_size * length * 4 * (6 * hidden + 4 * inner)
     embedding = vocabulary * hidden * item
@@ -81,7 +82,7 @@ def plan_finetuning(
         batch = params.end_to_end.batch_size * length * per_token
         phases.append(model + states + batch + 2 * vocabulary * hidden * 4 + logits)
     work = max(phases)
-    has = current_rss_gib() * GIB
+    has = current_rss_gib() * GIB + _KERNELS
     disk = blocks * numbers * (2 if params.end_to_end.enabled else 1) + windows * length * hidden * item * 2
     in_memory = has + streams + (0 if on_gpu else work)
     offload = runtime.offload == "always" or (runtime.offload == "auto" and in_memory > memory_limit(runtime))

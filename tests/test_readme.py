@@ -1,12 +1,15 @@
 """What the README tells a reader to type must exist."""
 
+import math
 import re
 
+import pytest
+import torch
 import yaml
 from conftest import ROOT
 
 from benchmarks.quality import format_table
-from benchmarks.summary import read_evaluations
+from benchmarks.summary import mean_and_error, read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
 from pipeline.params import parse_params
 
@@ -62,3 +65,9 @@ def test_supported_families_are_those_of_the_code():
 
     (listed,) = re.findall(r"families: ([\w, ]+)\.", README)
     assert [name.lower() for name in listed.split(", ")] == list(ARCHITECTURES)
+
+
+def test_paired_differences_of_a_hand_computed_case():
+    mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert mean == 3.0
+    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
