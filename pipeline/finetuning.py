@@ -377,5 +377,6 @@ def summarise_end_to_end(outcome: Outcome) -> dict[str, Any]:
             "kl_before": round(losses[0], 5),
             "kl_after": round(losses[outcome.best_epoch], 5),
             "best_epoch": outcome.best_epoch,
+            "failed": outcome.failure is not None,
         }
     }

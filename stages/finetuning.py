@@ -48,11 +48,13 @@ def main() -> None:
     with join_ranks(params.runtime) as (ranks, device), run_stage("finetuning", METRICS, params.runtime) as metrics:
         rotated, train, validation, need = prepare(params, device)
         initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
+        original = Checkpoint(MODEL, "model")
         check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
+        check_input(rotated.header, "model", original.header, ROTATION)
         inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
         with Offload(Path(params.runtime.offload_dir) if need.offload else None) as offload:
             metrics |= finetune(
-                Models(Checkpoint(MODEL, "model"), rotated, initial),
+                Models(original, rotated, initial),
                 train.token_ids,
                 validation.token_ids,
                 params.finetuning,
