@@ -3,6 +3,7 @@
     python -m benchmarks.quality --size screening                  # 16 x 512 calibration tokens, 4 + 4 windows
     python -m benchmarks.quality --size final --json quality.json  # 64 x 512, 8 + 8 windows of 1,024
     python -m benchmarks.quality --table ablations                 # one choice of the default changed at a time
+    python -m benchmarks.quality --table finetuning                # what training brings, and what of it
 
 Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted.
 """
@@ -88,12 +89,48 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-TABLES = {"modes": ROWS, "ablations": ABLATIONS}
+def _blocks(**changes: Any) -> dict[str, Any]:
+    """The first phase of fine-tuning alone."""
+    return {"finetuning.end_to_end.enabled": False} | {f"finetuning.{key}": value for key, value in changes.items()}
+
+
+def _end_to_end(**changes: Any) -> dict[str, Any]:
+    return {"finetuning.end_to_end.enabled": True} | {
+        f"finetuning.end_to_end.{key}": value for key, value in changes.items()
+    }
+
+
+WEIGHTS = {"start": "full_precision", "weight_lr": 3e-4, "epochs": 3}
+FINETUNING: dict[str, dict[str, Any]] = {
+    "not trained": _blocks(epochs=0),
+    "blocks": _blocks(),
+    "blocks, 3 epochs": _blocks(epochs=3),
+    "blocks, quant_lr 1e-3": _blocks(quant_lr=1e-3),
+    "blocks, quant_lr 3e-2": _blocks(quant_lr=3e-2),
+    "blocks, target quant_input": _blocks(target="quant_input"),
+    "blocks, target both": _blocks(target="both"),
+    "blocks, loss normalized_mse": _blocks(loss_type="normalized_mse"),
+    "blocks, loss cosine": _blocks(loss_type="cosine"),
+    "blocks, loss clamp_mse": _blocks(loss_type="clamp_mse"),
+    "blocks, loss skip_mse": _blocks(loss_type="skip_mse"),
+    "blocks, weights too, from full precision": _blocks(**WEIGHTS),
+    "blocks, weights too, from GPTQ": _blocks(**WEIGHTS | {"start": "quantizer_init"}),
+    "end to end": _end_to_end() | {"finetuning.epochs": 0},
+    "blocks and end to end": _end_to_end(),
+    "blocks and end to end, quantizers only": _end_to_end(norm_lr=0.0, prefix_lr=0.0),
+    "blocks and end to end, without norms": _end_to_end(norm_lr=0.0),
+    "blocks and end to end, without the prefix": _end_to_end(prefix_lr=0.0),
+    "blocks and end to end, rates of a third": _end_to_end(quant_lr=1e-3, norm_lr=1e-3, prefix_lr=3e-3),
+    "blocks and end to end, 6 epochs": _end_to_end(epochs=6),
+}
+TABLES = {"modes": ROWS, "ablations": ABLATIONS, "finetuning": FINETUNING}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=TABLES, default="modes", help="bits and modes, or choices of the default")
+    parser.add_argument(
+        "--table", choices=TABLES, default="modes", help="bits and modes, choices of the default, or training"
+    )
     parser.add_argument("--size", choices=SIZES, default="screening")
     parser.add_argument("--rows", nargs="*", help="names of rows (default: all)")
     parser.add_argument("--json", type=Path, help="keep finished rows in this file")
@@ -113,9 +150,11 @@ def main() -> None:
     for name in names:
         if name not in rows:
             params = override(base, table[name])
-            measured = workspace.metrics("evaluation@quantizer_init", params)
-            init = workspace.metrics("quantizer_init", params)
-            measured["block_error"] = init["block_error"]
+            if arguments.table == "finetuning":
+                measured = workspace.metrics("evaluation@finetuning", params)
+            else:
+                measured = workspace.metrics("evaluation@quantizer_init", params)
+                measured["block_error"] = workspace.metrics("quantizer_init", params)["block_error"]
             append_row(arguments.json, rows, name, measured)
     print(format_table(rows))
 

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.artifacts import Header, load_tensors, load_unfinished, save_tensors, write_json
+from pipeline.artifacts import load_tensors, load_unfinished, save_tensors, write_json
 from pipeline.checkpoint import BLOCK, Checkpoint
 from pipeline.divergence import mean_divergence
 from pipeline.params import EndToEndParams
 from pipeline.quantized_block import block_settings, fill_block
-from pipeline.ranks import Ranks
 from pipeline.streams import Stream
 from pipeline.trainable import freeze_, unfreeze_
-from pipeline.training import Outcome, Trainer
+from pipeline.training import Outcome, Place, Trainer
 from pipeline.walk import BlockRunner, walk
 
 _STATE = "end-to-end.safetensors"
@@ -46,26 +45,21 @@ class EndToEndTrainer(Trainer):
         self,
         initial: Checkpoint,
         original: Checkpoint,
-        blocks: Path,
         prefix_kv: torch.Tensor | None,
         params: EndToEndParams,
-        runner: BlockRunner,
-        ranks: Ranks,
-        work: Path,
-        header: Header,
+        place: Place,
     ) -> None:
         """Args:
         initial: the quantized checkpoint the blocks are of: embeddings, final norm, settings.
         original: the model whose logits are the target.
-        blocks: folder of finished blocks (names in full).
         prefix_kv: [L, 2, kv_heads, P, d] or None.
-        work: where the state is kept between epochs.
+        place: its `work` holds the finished blocks (names in full), and the state between epochs.
         """
-        self.initial, self.runner, self.work, self.header = initial, runner, work, header
-        architecture, device = initial.architecture, runner.device
+        self.initial, self.runner, self.work, self.header = initial, place.runner, place.work, place.header
+        architecture, device = initial.architecture, self.runner.device
         self.blocks, quantizers, norms = [], [], []
         for index in range(initial.block_count):
-            tensors, _ = load_tensors(blocks / BLOCK.format(index=index), header.stage)
+            tensors, _ = load_tensors(self.work / BLOCK.format(index=index), self.header.stage)
             prefix = architecture.tensor_prefix(index)
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
             block = fill_block(initial, index, own, block_settings(initial, index), device)
@@ -81,7 +75,7 @@ class EndToEndTrainer(Trainer):
             (norms, params.norm_lr),
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
-        super().__init__(groups, params, 0.0, device, ranks)
+        super().__init__(groups, params, 0.0, device, place.ranks)
         self._resume()
 
     def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
@@ -100,10 +94,13 @@ class EndToEndTrainer(Trainer):
 
     def end_epoch(self) -> None:
         """Keep parameters, optimizer, best state and history on disk."""
-        if not self.ranks.first:
+        if not self.ranks.first or self.optimizer is None:
             return
         tensors = {"epochs": torch.tensor(len(self.outcome.history))}
         tensors["best_epoch"] = torch.tensor(self.outcome.best_epoch)
+        tensors["highest"] = torch.tensor(
+            [group["highest"] for group in self.optimizer.param_groups], dtype=torch.float64
+        )
         for number, parameter in enumerate(self.parameters):
             tensors[f"now.{number}"], tensors[f"best.{number}"] = parameter.detach(), self.best[number]
             for name, value in self.optimizer.state.get(parameter, {}).items():
@@ -114,10 +111,12 @@ class EndToEndTrainer(Trainer):
     @torch.no_grad()
     def _resume(self) -> None:
         saved = load_unfinished(self.work / _STATE, self.header)
-        if saved is None:
+        if saved is None or self.optimizer is None:
             return
         history = json.loads((self.work / _HISTORY).read_text(encoding="utf-8"))
         self.outcome = Outcome(history[: int(saved["epochs"])], int(saved["best_epoch"]))
+        for group, highest in zip(self.optimizer.param_groups, saved["highest"].tolist(), strict=True):
+            group["highest"] = highest
         for number, parameter in enumerate(self.parameters):
             parameter.copy_(saved[f"now.{number}"])
             self.best.append(saved[f"best.{number}"].to(self.device))

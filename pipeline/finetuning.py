@@ -39,13 +39,14 @@ from pipeline.equalization import EQUALIZATION, scale_mlp_
 from pipeline.params import FinetuningParams
 from pipeline.prefix import PREFIX, load_prefix_kv
 from pipeline.progress import show_progress
-from pipeline.quantized_block import block_settings, describe_blocks, fill_block, load_block
+from pipeline.quantized_block import block_settings, describe_blocks, fill_block, find_site_quantizers, load_block
+from pipeline.quantizer import dequantize_weight, quantize_weight
 from pipeline.ranks import Ranks
 from pipeline.reconstruction import LOSSES
 from pipeline.saturation import advance_probed_, write_saturation
-from pipeline.streams import Offload, Stream, as_tensor
+from pipeline.streams import Stream, as_tensor
 from pipeline.trainable import Trainables, freeze_, unfreeze_
-from pipeline.training import Outcome, Trainer
+from pipeline.training import Outcome, Place, Trainer
 from pipeline.unfinished import load_generation, save_generation
 from pipeline.walk import BlockRunner
 
@@ -107,46 +108,32 @@ class Models:
 
 
 def finetune(
-    models: Models,
-    train: torch.Tensor,
-    validation: torch.Tensor,
-    params: FinetuningParams,
-    runner: BlockRunner,
-    offload: Offload,
-    ranks: Ranks,
-    work: Path,
-    folder: Path,
-    header: Header,
+    models: Models, train: torch.Tensor, validation: torch.Tensor, params: FinetuningParams, place: Place, folder: Path
 ) -> dict[str, Any]:
     """From a quantized checkpoint to a better one.
 
     Args:
         train, validation: all windows [N, T] and [M, T].
-        offload: where streams are kept.
-        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
         folder: replaced by the checkpoint at the end.
-        header: of the artifact.
 
     Returns:
         The stage's metrics.
     """
-    blocks = finetune_blocks(models, train, validation, params, runner, offload, ranks, work, header)
+    blocks = finetune_blocks(models, train, validation, params, place)
     report: dict[str, Any] = {"blocks": blocks}
     metrics = summarise_blocks(blocks)
     prefix, _ = load_tensors(models.initial.folder / PREFIX, models.initial.stage)
-    finished = work
+    finished = place.work
     if params.end_to_end.enabled:
-        finished = work / "end_to_end"
-        outcome, kv = _finetune_end_to_end(
-            models, prefix.get("kv"), train, validation, params, runner, offload, ranks, work, finished, header
-        )
+        finished = place.work / "end_to_end"
+        outcome, kv = _finetune_end_to_end(models, prefix.get("kv"), train, validation, params, place, finished)
         prefix |= {} if kv is None else {"kv": kv}
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
-    if ranks.first:
-        assemble_checkpoint(models.initial, finished, folder, prefix, report, header)
-        shutil.rmtree(work)
-    ranks.wait()
+    if place.ranks.first:
+        assemble_checkpoint(models.initial, finished, folder, prefix, report, place.header)
+        shutil.rmtree(place.work)
+    place.ranks.wait()
     return metrics
 
 
@@ -156,26 +143,20 @@ def _finetune_end_to_end(
     train: torch.Tensor,
     validation: torch.Tensor,
     params: FinetuningParams,
-    runner: BlockRunner,
-    offload: Offload,
-    ranks: Ranks,
-    work: Path,
+    place: Place,
     finished: Path,
-    header: Header,
 ) -> tuple[Outcome, torch.Tensor | None]:
-    """Train the blocks in `work` together into `finished`; how it went, and the prefix's KV."""
+    """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
     data = []
     for name, windows in (("train", train), ("validation", validation)):
-        own = windows[ranks.own(len(windows))]
-        exact = offload.keep(f"original-{name}", run_original(models.original, own, runner))
+        own = windows[place.ranks.own(len(windows))]
+        exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner))
         data.append(ModelData(own, exact, len(windows)))
-    trainer = EndToEndTrainer(
-        models.initial, models.original, work, prefix_kv, params.end_to_end, runner, ranks, work, header
-    )
+    trainer = EndToEndTrainer(models.initial, models.original, prefix_kv, params.end_to_end, place)
     outcome = trainer.train_(*data, params.seed)
     if outcome.failure:
         logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)
-    if ranks.first:
+    if place.ranks.first:
         finished.mkdir(exist_ok=True)
         return outcome, trainer.write_(finished)
     return outcome, None
@@ -186,42 +167,36 @@ def finetune_blocks(
     train: torch.Tensor,
     validation: torch.Tensor,
     params: FinetuningParams,
-    runner: BlockRunner,
-    offload: Offload,
-    ranks: Ranks,
-    work: Path,
-    header: Header,
+    place: Place,
 ) -> list[dict[str, Any]]:
-    """Train all blocks into `work`, continuing there if an earlier run with the same header was cut short.
+    """Train all blocks into `place.work`, continuing there if an earlier run with the same header was cut short.
 
     Returns:
         Per block: {"block", "validation_before", "validation_after", "best_epoch", "failure", "history",
         "changed_integers": share of the weights' integers that differ from the start's, "saturation"}.
     """
-    rotated, initial = models.rotated, models.initial
-    work.mkdir(parents=True, exist_ok=True)
+    rotated, initial, runner, ranks = models.rotated, models.initial, place.runner, place.ranks
+    place.work.mkdir(parents=True, exist_ok=True)
     prefix_kv = load_prefix_kv(initial.folder, initial.stage)
     wanted = TARGETS[params.target]
     windows = {"train": train[ranks.own(len(train))], "validation": validation[ranks.own(len(validation))]}
     counts = {"train": len(train), "validation": len(validation)}
-    start, saved = load_generation(work, header, ranks)
-    kept = {"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})
+    start, saved = load_generation(place.work, place.header, ranks)
+    if start:
+        logger.info("continuing at block %d of %d", start, initial.block_count)
     streams: dict[str, dict[str, Stream]] = {}
-    for kind, checkpoint in kept.items():
+    for kind, checkpoint in ({"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})).items():
         streams[kind] = {
-            split: offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
+            split: place.offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
             for split, ids in windows.items()
         }
     del saved
-    if start:
-        logger.info("continuing at block %d of %d", start, initial.block_count)
     own_target = {
-        split: offload.keep(f"target-{split}", torch.empty_like(as_tensor(stream)))
+        split: place.offload.keep(f"target-{split}", torch.empty_like(as_tensor(stream)))
         for split, stream in streams["quantized"].items()
         if "quant_input" in wanted
     }
-    progress = show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning")
-    for index in progress:
+    for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
         own_prefix = None if prefix_kv is None else prefix_kv[index]
         exact_block = load_block(rotated, index, runner.device)
         data = {}
@@ -235,47 +210,43 @@ def finetune_blocks(
                 targets.append(own_target[split])
             data[split] = BlockData(inputs, targets, counts[split])
         del exact_block
-        report, tensors = _finetune_block(
-            rotated, initial, index, data, own_prefix, params, runner, ranks, streams["quantized"]
-        )
+        report, tensors = _finetune_block(models, index, data, own_prefix, params, place)
         if ranks.first:
             prefix = initial.architecture.tensor_prefix(index)
-            write_json(work / _REPORT.format(index=index), {"block": index} | report)
-            save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+            named = {prefix + name: tensor for name, tensor in tensors.items()}
+            write_json(place.work / _REPORT.format(index=index), {"block": index} | report)
+            save_tensors(place.work / BLOCK.format(index=index), named, place.header)
         finished = {
             f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
         }
-        save_generation(work, finished, index + 1, header, ranks)
-    paths = [work / _REPORT.format(index=index) for index in range(initial.block_count)]
+        save_generation(place.work, finished, index + 1, place.header, ranks)
+    paths = [place.work / _REPORT.format(index=index) for index in range(initial.block_count)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def _finetune_block(
-    rotated: Checkpoint,
-    initial: Checkpoint,
+    models: Models,
     index: int,
     data: dict[str, BlockData],
     prefix_kv: torch.Tensor | None,
     params: FinetuningParams,
-    runner: BlockRunner,
-    ranks: Ranks,
-    quantized: dict[str, Stream],
+    place: Place,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Train one block and move the quantized streams behind it; its report and its tensors."""
-    architecture = initial.architecture
-    block = load_block(initial, index, runner.device)
+    """Train one block and move its inputs, the quantized streams, behind it; its report and its tensors."""
+    architecture, runner = models.initial.architecture, place.runner
+    block = load_block(models.initial, index, runner.device)
     before = {name: block.get_submodule(name).weight for name in architecture.linears}
     weights = None
     if params.start == "full_precision":
-        weights = load_full_precision_weights(rotated, initial, index)
+        weights = use_full_precision_(block, models.rotated, models.initial, index)
     elif params.weight_lr > 0:
         weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
     trainables = unfreeze_(block, architecture, weights=weights)
-    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, ranks)
+    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, place.ranks)
     outcome = trainer.train_(data["train"], data["validation"], params.seed * 10_000 + index)
     freeze_(block)
-    saturation = advance_probed_(runner, block, architecture, quantized["train"], prefix_kv)
-    runner.advance_(block, quantized["validation"], prefix_kv)
+    saturation = advance_probed_(runner, block, architecture, data["train"].inputs, prefix_kv)
+    runner.advance_(block, data["validation"].inputs, prefix_kv)
     if outcome.failure:
         logger.warning("block %d: %s; it keeps its state of epoch %d", index, outcome.failure, outcome.best_epoch)
     changed = sum((block.get_submodule(name).weight != weight).sum().item() for name, weight in before.items())
@@ -292,14 +263,33 @@ def _finetune_block(
     return report, block.state_dict()
 
 
-def load_full_precision_weights(rotated: Checkpoint, initial: Checkpoint, index: int) -> dict[str, torch.Tensor]:
-    """Linear -> the rotated model's weight [out, in] of block `index`, equalized as the quantized one was."""
-    settings = block_settings(initial, index)
-    block = fill_block(rotated, index, rotated.load_block_tensors(index), settings)
+def use_full_precision_(
+    block: nn.Module, rotated: Checkpoint, initial: Checkpoint, index: int
+) -> dict[str, torch.Tensor]:
+    """Linear -> the rotated model's weight [out, in] of block `index`, equalized as the quantized one was.
+
+    The biases of the quantized `block` become those that go with these weights rounded to nearest, in place: of a
+    centered weight, with the correction of its own mean error instead of that of `initial`'s integers.
+    """
+    architecture = initial.architecture
+    exact = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
     if (initial.folder / EQUALIZATION).is_file():
         scales, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
-        scale_mlp_(block, rotated.architecture, scales["scales"][index])
-    return {name: block.get_submodule(name).weight for name in rotated.architecture.linears}
+        scale_mlp_(exact, architecture, scales["scales"][index])
+    quantizers, weights = find_site_quantizers(block, architecture), {}
+    for site, readers in architecture.site_readers.items():
+        for name in readers:
+            linear, source = block.get_submodule(name), exact.get_submodule(name)
+            weights[name] = source.weight.to(linear.weight.device)
+            if linear.bias is None:
+                continue
+            linear.bias = torch.zeros_like(linear.bias) if source.bias is None else source.bias.to(linear.bias)
+            if linear.spec.centered and quantizers[site].spec.centered:
+                scale, zero_point = linear.weight_scale, linear.weight_zero_point
+                integers = quantize_weight(weights[name], scale, linear.spec.bits, zero_point)
+                error = dequantize_weight(integers, scale, zero_point) - weights[name].float()
+                linear.correct_bias_(-(error @ quantizers[site].shift))
+    return weights
 
 
 def assemble_checkpoint(

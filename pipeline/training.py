@@ -6,13 +6,16 @@ rank takes those of its own, and gradients are summed.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pipeline.ranks import Ranks, shuffle
-from pipeline.walk import batches
+from pipeline.artifacts import Header
+from pipeline.ranks import ALONE, Ranks, shuffle
+from pipeline.streams import Offload
+from pipeline.walk import BlockRunner, batches
 
 _FAILURES = 3  # steps without a finite loss and gradient, one after the other, that end training
 
@@ -47,6 +50,25 @@ class Outcome:
     history: list[dict[str, Any]]
     best_epoch: int = 0
     failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place.
+
+    Attributes:
+        runner: runs blocks, on its device.
+        offload: where streams are kept.
+        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
+        header: of the artifact.
+        ranks: each runs its own windows; the first one writes.
+    """
+
+    runner: BlockRunner
+    offload: Offload
+    work: Path
+    header: Header
+    ranks: Ranks = ALONE
 
 
 def learning_rate(progress: float, highest: float, min_lr_factor: float) -> float:

@@ -21,6 +21,7 @@ from pipeline.memory import Need, plan_finetuning
 from pipeline.params import Params, load_params
 from pipeline.progress import run_main, run_stage, select_device
 from pipeline.streams import Offload
+from pipeline.training import Place
 from pipeline.walk import BlockRunner
 from pipeline.windows import Windows, load_windows
 from stages.launcher import join_ranks, start_ranks
@@ -53,18 +54,10 @@ def main() -> None:
         check_input(rotated.header, "model", original.header, ROTATION)
         inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
         with Offload(Path(params.runtime.offload_dir) if need.offload else None) as offload:
-            metrics |= finetune(
-                Models(original, rotated, initial),
-                train.token_ids,
-                validation.token_ids,
-                params.finetuning,
-                BlockRunner(rotated, device, params.runtime.batch_size),
-                offload,
-                ranks,
-                WORK,
-                FINETUNING,
-                make_header("finetuning", params.finetuning.model_dump(), inputs),
-            )
+            header = make_header("finetuning", params.finetuning.model_dump(), inputs)
+            place = Place(BlockRunner(rotated, device, params.runtime.batch_size), offload, WORK, header, ranks)
+            models = Models(original, rotated, initial)
+            metrics |= finetune(models, train.token_ids, validation.token_ids, params.finetuning, place, FINETUNING)
 
 
 def prepare(params: Params, device: torch.device) -> tuple[Checkpoint, Windows, Windows, Need]:

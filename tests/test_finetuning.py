@@ -18,11 +18,12 @@ from pipeline.params import EndToEndParams, FinetuningParams, QuantizerInitParam
 from pipeline.perplexity import compute_final_hidden
 from pipeline.prefix import load_prefix_kv
 from pipeline.quantized_block import block_settings, fill_block, load_block
+from pipeline.quantizer import dequantize_weight, quantize_weight
 from pipeline.quantizer_init import init_quantizers
 from pipeline.ranks import Ranks
 from pipeline.streams import Offload
 from pipeline.trainable import unfreeze_
-from pipeline.training import Trainer
+from pipeline.training import Place, Trainer
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 HEADER = make_header("finetuning", {"test": 1})
@@ -60,16 +61,15 @@ def run(quantized, work, ranks=None, offload=None, **changes):
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     with Offload(offload) as streams:
-        return finetune_blocks(
-            models, train, validation, settings(**changes), runner, streams, ranks or Ranks(), work, HEADER
-        )
+        place = Place(runner, streams, work, HEADER, ranks or Ranks())
+        return finetune_blocks(models, train, validation, settings(**changes), place)
 
 
 def run_whole(quantized, folder, **changes):
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
-    parts = (Offload(None), Ranks(), folder / "work", folder / "out", HEADER)
-    metrics = finetune(models, train, validation, settings(**changes), runner, *parts)
+    place = Place(runner, Offload(None), folder / "work", HEADER)
+    metrics = finetune(models, train, validation, settings(**changes), place, folder / "out")
     return metrics, Checkpoint(folder / "out", "finetuning")
 
 
@@ -130,13 +130,20 @@ def test_targets_are_the_full_precision_blocks_outputs(target, quantized, tmp_pa
 
 def test_full_precision_start_takes_the_rotated_equalized_weights(quantized, tmp_path):
     models, _, _ = quantized
-    weights = finetuning.load_full_precision_weights(models.rotated, models.initial, 1)
+    quantized_block = load_block(models.initial, 1)
+    weights = finetuning.use_full_precision_(quantized_block, models.rotated, models.initial, 1)
+    shift = quantized_block.input_layernorm.quantizer.shift  # the mean input has no error left
+    linear = quantized_block.self_attn.q_proj
+    rounded = dequantize_weight(
+        quantize_weight(weights["self_attn.q_proj"], linear.weight_scale, 4), linear.weight_scale
+    )
+    assert torch.allclose(rounded @ shift + linear.bias, weights["self_attn.q_proj"] @ shift, atol=1e-6)
+    assert not torch.allclose(rounded @ shift, weights["self_attn.q_proj"] @ shift, atol=1e-3)
     block = fill_block(models.rotated, 1, models.rotated.load_block_tensors(1), block_settings(models.rotated, 1))
     scales, _ = load_tensors(models.initial.folder / "equalization.safetensors", "quantizer_init")
     scale_mlp_(block, models.rotated.architecture, scales["scales"][1])
     assert torch.equal(weights["mlp.up_proj"], block.mlp.up_proj.weight)
     assert not torch.equal(weights["mlp.up_proj"], models.rotated.load_block_tensors(1)["mlp.up_proj.weight"])
-    quantized_block = load_block(models.initial, 1)
     for name, weight in weights.items():  # the quantized ones are these, rounded
         rounded = quantized_block.get_submodule(name).dense_weight(torch.float32)
         assert ((rounded - weight).norm() / weight.norm()).item() < 0.2
@@ -372,7 +379,7 @@ def kill_at(where, patch):
     if where == "in a block":
         patch.setattr(BlockTrainer, "losses", dying(BlockTrainer.losses, 25))
     elif where == "between blocks":  # the block is written, the streams behind it are not
-        patch.setattr(finetuning, "save_tensors", dying(finetuning.save_tensors, 4))
+        patch.setattr(finetuning, "save_generation", dying(finetuning.save_generation, 2))
     elif where == "in a write":
         from pipeline import artifacts
 
@@ -386,7 +393,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(quantized, tmp_pat
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     other = make_header("finetuning", {"test": 2})
-    finetune_blocks(models, train, validation, settings(epochs=0), runner, Offload(None), Ranks(), tmp_path, other)
+    finetune_blocks(models, train, validation, settings(epochs=0), Place(runner, Offload(None), tmp_path, other))
     assert "had other settings or inputs" in caplog.text
 
 
@@ -444,17 +451,9 @@ def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_pat
     values = settings().end_to_end.model_dump() | {"quant_lr": 0.0, "norm_lr": 0.0, "prefix_lr": 0.0, rate: 0.01}
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
-    trainer = EndToEndTrainer(
-        models.initial,
-        models.original,
-        tmp_path,
-        kv,
-        EndToEndParams.model_validate(values),
-        runner,
-        Ranks(),
-        tmp_path,
-        HEADER,
-    )
+    place = Place(runner, Offload(None), tmp_path, HEADER)
+    params = EndToEndParams.model_validate(values)
+    trainer = EndToEndTrainer(models.initial, models.original, kv, params, place)
     data = ModelData(train, run_original(models.original, train, runner), 4)
     trainer.step(data, torch.arange(4), 0.0)
     (tmp_path / "out").mkdir()
