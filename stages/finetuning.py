@@ -19,7 +19,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import Models, finetune
 from pipeline.memory import Need, plan_finetuning
 from pipeline.params import Params, load_params
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
 from pipeline.streams import Offload
 from pipeline.training import Place
 from pipeline.walk import BlockRunner
@@ -46,6 +46,7 @@ def main() -> None:
     if plan_only:
         print(prepare(params, select_device(params.runtime))[-1].describe())
         return
+    return_freed_memory()
     with join_ranks(params.runtime) as (ranks, device), run_stage("finetuning", METRICS, params.runtime) as metrics:
         rotated, train, validation, need = prepare(params, device)
         initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")

@@ -13,7 +13,7 @@ from pipeline.artifacts import load_tensors, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import load_params
 from pipeline.prefix_training import make_candidates, write_candidates
-from pipeline.progress import run_main, run_stage
+from pipeline.progress import return_freed_memory, run_main, run_stage
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 from stages.launcher import join_ranks, start_ranks
@@ -32,6 +32,7 @@ def main() -> None:
     training = params.prefix_training
     if training.enabled and start_ranks(params.runtime.processes):
         return
+    return_freed_memory()
     with (
         join_ranks(params.runtime) as (ranks, device),
         run_stage("prefix_training", METRICS, params.runtime) as metrics,
