@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.quality import SIZES
 from benchmarks.workspace import Workspace, append_row, override, read_params
 
-SEEDS_LOSS = {
+OUTLIER_LOSS = {
     "loss_type": "outlier",
     "learning_rate": 1e-3,
     "weights.kl": 0.0,
@@ -36,7 +36,7 @@ def _trained(use: str = "trained", **changes: Any) -> dict[str, Any]:
 ROWS: dict[str, dict[str, Any]] = {
     "none": {"prefix.use": "none", "prefix_training.enabled": True},
     "found": {"prefix.use": "found", "prefix_training.enabled": True},
-    "trained, seeds' loss": _trained(**SEEDS_LOSS),
+    "trained, outlier loss": _trained(**OUTLIER_LOSS),
     "trained": _trained(),
     "discretised": _trained("discretised"),
     # What else was tried.
@@ -44,10 +44,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "trained, as many tokens as found": _trained(length=None),
     "trained, 16 tokens": _trained(length=16),
     "trained, quantizers only measured": _trained(simulate=False, **{"weights.quantization": 1.0, "weights.kl": 0.1}),
-    "trained, l2": _trained(**SEEDS_LOSS | {"loss_type": "l2"}),
-    "trained, var": _trained(**SEEDS_LOSS | {"loss_type": "var"}),
+    "trained, l2": _trained(**OUTLIER_LOSS | {"loss_type": "l2"}),
+    "trained, var": _trained(**OUTLIER_LOSS | {"loss_type": "var"}),
 }
-MAIN = ("none", "found", "trained, seeds' loss", "trained", "discretised")
+MAIN = ("none", "found", "trained, outlier loss", "trained", "discretised")
 
 
 def main() -> None:
