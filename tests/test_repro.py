@@ -57,9 +57,15 @@ def test_nothing_changed_reruns_nothing(repository):
     assert repro(repository) == set()
 
 
-def test_a_quantizer_key_reruns_only_its_stage_and_its_evaluation(repository):
+def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "quantizer_init", equalize=False)
-    assert repro(repository) == {"quantizer_init", "evaluation@quantizer_init"}
+    stages = {"quantizer_init", "finetuning"}
+    assert repro(repository) == stages | {f"evaluation@{stage}" for stage in stages}
+
+
+def test_a_finetuning_key_reruns_only_its_stage_and_its_evaluation(repository):
+    change(repository, "finetuning", quant_lr=5e-3)
+    assert repro(repository) == {"finetuning", "evaluation@finetuning"}
 
 
 def test_the_outlier_threshold_does_not_rerun_rotation(repository):
@@ -90,7 +96,8 @@ def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
     params["calibration"]["evaluation"]["windows"] = 1
     write_params(repository, params)
     ran = repro(repository)
-    assert ran == {"calibration", "evaluation@original", "evaluation@original_prefix", "evaluation@quantizer_init"}
+    variants = ("original", "original_prefix", "quantizer_init", "finetuning")
+    assert ran == {"calibration", *(f"evaluation@{variant}" for variant in variants)}
 
 
 def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
@@ -108,4 +115,9 @@ def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
     assert not edges & {("rotation", "prefix_search"), ("prefix_search", "rotation")}
     assert ("corpora@prose", "calibration") in edges
     assert ("quantizer_init", "evaluation@quantizer_init") in edges
+    assert {
+        ("rotation", "finetuning"),
+        ("quantizer_init", "finetuning"),
+        ("finetuning", "evaluation@finetuning"),
+    } <= edges
     assert ("prefix_search", "evaluation@original") not in edges
