@@ -9,19 +9,18 @@ medians and their ratio. Second table: peak memory of the whole stage with strea
 `--plan` says.
 """
 
-import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.workspace import ROOT, Workspace, append_row, override, read_params
+from benchmarks.workspace import ROOT, Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import BlockData, BlockTrainer
 from pipeline.params import parse_params
@@ -32,17 +31,14 @@ from pipeline.trainable import unfreeze_
 from pipeline.walk import BlockRunner, batches
 from pipeline.windows import load_windows
 
+ROWS = ("epoch", "never", "always")
 BLOCK = 15
 ROUNDS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=("epoch", "never", "always"), default=["epoch", "never", "always"])
-    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
-    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
-    arguments = parser.parse_args()
-    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    arguments = make_parser(__doc__, ROWS).parse_args()
+    rows = read_rows(arguments.json)
     workspace, params = Workspace(arguments.work), read_params()
     for name in arguments.rows:
         if name in rows:
@@ -100,15 +96,9 @@ def measure_memory(workspace: Workspace, values: dict[str, Any], offload: str) -
     peak = json.loads((folder / "metrics/finetuning.json").read_text())["peak_rss_gib"]
     command = [sys.executable, "-m", "stages.finetuning", "--plan"]
     text = subprocess.run(
-        command, cwd=folder, env={**_environment(), "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
     ).stdout
     return {"peak": peak, "planned": float(text.split("memory ")[1].split(" GiB")[0])}
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def _make_parameter(linear: nn.Module) -> nn.Parameter:

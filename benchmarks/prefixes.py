@@ -10,14 +10,11 @@ params.yaml says, without training of anything but the prefix. Mean over seeds Â
 columns are the ratio to the found prefix with the same seed: what calibration text does to both cancels.
 """
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import SIZES
-from benchmarks.workspace import Workspace, append_row, override, read_params
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 
 OUTLIER_LOSS = {
     "loss_type": "outlier",
@@ -51,18 +48,15 @@ MAIN = ("none", "found", "trained, outlier loss", "trained", "discretised")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, ROWS, MAIN)
     parser.add_argument("--size", choices=SIZES, default="screening")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of calibration")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(MAIN), help="default: the first five")
-    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
-    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
     arguments = parser.parse_args()
     workspace = Workspace(arguments.work)
     # At the final size one pass is as many steps as three at the other.
     steps = {"prefix_training.epochs": 1} if arguments.size == "final" else {}
     base = override(read_params(), SIZES[arguments.size] | steps)
-    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    rows = read_rows(arguments.json)
     for seed in arguments.seeds:
         for name in arguments.rows:
             if (key := f"{name}/{seed}") not in rows:

@@ -9,11 +9,10 @@ Rows are params.yaml with a few keys changed; a finished row is kept in --json a
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workspace import Workspace, append_row, override, read_params
+from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
 
 SIZES = {
     "screening": {"calibration.train.windows": 16, "calibration.evaluation.windows": 4},
@@ -143,7 +142,7 @@ def main() -> None:
         parser.error(f"unknown rows {sorted(unknown)}; there are: {', '.join(table)}")
     workspace = Workspace(arguments.work)
     base = override(read_params(), SIZES[arguments.size])
-    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    rows = read_rows(arguments.json)
     for variant in ("original", "original_prefix"):
         if variant not in rows:
             append_row(arguments.json, rows, variant, workspace.metrics(f"evaluation@{variant}", base))

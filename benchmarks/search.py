@@ -9,14 +9,12 @@ block's output on the sampled windows, relative to what the block adds. `block` 
 for every factor of every site.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.workspace import Workspace, override, read_params
+from benchmarks.workspace import Workspace, make_parser, override, read_params
 from pipeline.artifacts import write_json
 from pipeline.block_init import choose_quantizers_, measure_block_error
 from pipeline.checkpoint import Checkpoint
@@ -36,11 +34,7 @@ GROUPS = ("weights", "activations", "keys", "values")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=RANGES, default=list(RANGES), help="ranges (default: all)")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, RANGES).parse_args()
     workspace, base = Workspace(arguments.work), read_params()
     rotation = Checkpoint(workspace.run("rotation", base) / "artifacts/rotation", "rotation")
     found = workspace.run("prefix_training", base) / "artifacts/prefix_training/prefix.safetensors"

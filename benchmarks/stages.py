@@ -8,7 +8,6 @@ runtime.batch_size, measured right before and after the stage); and peak memory 
 of the packaged one's blocks repeated.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.workspace import Workspace, append_row, override, read_params
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import CONFIG, Checkpoint
 from pipeline.walk import batches
 from pipeline.windows import load_windows
@@ -42,12 +41,8 @@ SMALL = FULL | {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=STAGES, default=list(STAGES), help="stages (default: all)")
-    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
-    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
-    arguments = parser.parse_args()
-    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    arguments = make_parser(__doc__, STAGES).parse_args()
+    rows = read_rows(arguments.json)
     workspace, base = Workspace(arguments.work), read_params()
     full = override(base, FULL)
     for stage in arguments.rows:

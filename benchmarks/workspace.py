@@ -4,12 +4,14 @@ A stage's folder is named after what determines its result: its code, its params
 dvc.yaml. Rows of a benchmark that share stages share their folders, and a benchmark that is started again continues.
 """
 
+import argparse
 import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,23 @@ class Workspace:
         return json.loads(
             (folder / "metrics" / f"{name}/{key}.json" if key else folder / f"metrics/{name}.json").read_text()
         )
+
+
+def make_parser(
+    description: str | None, rows: Collection[str], default: Collection[str] | None = None
+) -> argparse.ArgumentParser:
+    """The arguments every benchmark has: --rows (default: all), --json, --work."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = list(rows if default is None else default)
+    parser.add_argument("--rows", nargs="*", choices=rows, default=chosen, help=f"default: {', '.join(chosen)}")
+    parser.add_argument("--json", type=Path, help="keep rows in this file")
+    parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
+    return parser
+
+
+def read_rows(path: Path | None) -> dict[str, Any]:
+    """The rows that an earlier run kept in --json."""
+    return json.loads(path.read_text()) if path and path.is_file() else {}
 
 
 def read_params() -> dict[str, Any]:

@@ -41,6 +41,19 @@ def test_windows_are_owned_by_one_rank_and_found_there():
         assert own.tolist() == [index for index in batch.tolist() if index % 3 == rank.rank]
 
 
+def measure(trainer, data):
+    """Losses of some batches, the gradients of a whole one, and the course of a training run."""
+    losses = {
+        "batch": trainer.differentiate(data, torch.tensor([3, 0])),
+        "one rank has none": trainer.differentiate(data, torch.tensor([0, 2])),
+        "evaluation": trainer.evaluate(data),
+    }
+    trainer.differentiate(data, torch.arange(4))
+    gradients = [parameter.grad for parameter in trainer.parameters]
+    trainer.train_(data, data, 5)
+    return losses, gradients, [row["validation"] for row in trainer.outcome.history]
+
+
 def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -50,34 +63,17 @@ def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
         own = ranks.own(data.count)
         trainer.ranks = ranks
         shard = BlockData(data.inputs[own], [target[own] for target in data.targets], data.count)
-        losses = {
-            "batch": trainer.differentiate(shard, torch.tensor([3, 0])),
-            "one rank has none": trainer.differentiate(shard, torch.tensor([0, 2])),
-            "evaluation": trainer.evaluate(shard),
-        }
-        trainer.differentiate(shard, torch.arange(4))
-        gradients = [parameter.grad for parameter in trainer.parameters]
-        trainer.train_(shard, shard, 5)
-        history = [row["validation"] for row in trainer.outcome.history]
-        torch.save((losses, gradients, history), folder / f"{rank}.pt")
+        torch.save(measure(trainer, shard), folder / f"{rank}.pt")
 
 
 def test_two_ranks_have_the_losses_and_gradients_of_one(quantized, tmp_path):  # noqa: F811
     trainer, _, data = trainer_of(quantized)
-    losses = {
-        "batch": trainer.differentiate(data, torch.tensor([3, 0])),
-        "one rank has none": trainer.differentiate(data, torch.tensor([0, 2])),
-        "evaluation": trainer.evaluate(data),
-    }
-    trainer.differentiate(data, torch.arange(4))
-    gradients = [parameter.grad for parameter in trainer.parameters]
+    losses, gradients, history = measure(trainer, data)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_differentiate, (2, port, quantized, tmp_path), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    trainer.train_(data, data, 5)
-    history = [row["validation"] for row in trainer.outcome.history]
     for found_losses, found_gradients, found_history in both:
         for name, loss in losses.items():
             assert found_losses[name] == pytest.approx(loss, rel=1e-5), name
