@@ -103,9 +103,7 @@ class Checkpoint:
 
     def load_block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of block `index`, named as inside the block (`self_attn.q_proj.weight`)."""
-        prefix = self.architecture.tensor_prefix(index)
-        with open_tensors(self.folder / BLOCK.format(index=index), self.stage) as (file, _):
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return load_block_file(self.folder, self.architecture, index, self.stage)
 
     def load_tensor(self, name: str) -> torch.Tensor:
         """One tensor of the embeddings shard, by its full name; lm_head of a tied model is its embedding."""
@@ -124,6 +122,13 @@ class Checkpoint:
         weight = self.load_tensor(self.architecture.final_norm).to(self.dtype)
         norm.load_state_dict({"weight": weight}, assign=True)
         return norm.eval()
+
+    @torch.no_grad()
+    def apply_final_norm_(self, hidden: torch.Tensor) -> None:
+        """Replace hidden states [N, T, D] behind the last block, window by window."""
+        norm = self.load_final_norm()
+        for window in hidden:
+            window.copy_(norm(window))
 
     def load_lm_head(self) -> torch.Tensor:
         """lm_head's weight [V, D] in the checkpoint's dtype (a bias-free linear in every supported family)."""
@@ -180,6 +185,21 @@ class CheckpointWriter:
         write_json(self.folder / CONFIG, config | ({CONFIG_KEY: settings} if settings else {}))
         content = {"shards": self._shards, "config": config, "settings": settings}
         write_folder_header(self.folder, self.header or make_header(self.stage, content))
+
+
+def save_block_file(
+    folder: Path, architecture: Architecture, index: int, tensors: dict[str, torch.Tensor], header: Header
+) -> None:
+    """A block's shard by itself, for `CheckpointWriter.adopt_block`; names as inside the block."""
+    prefix = architecture.tensor_prefix(index)
+    save_tensors(folder / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+
+
+def load_block_file(folder: Path, architecture: Architecture, index: int, stage: str) -> dict[str, torch.Tensor]:
+    """The tensors of a block's shard, named as inside the block. Raises ArtifactError."""
+    prefix = architecture.tensor_prefix(index)
+    with open_tensors(folder / BLOCK.format(index=index), stage) as (file, _):
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def build_skeleton(config: Any) -> nn.Module:

@@ -6,7 +6,6 @@ error counts, not its size. Integers of the weights stand still. All blocks are 
 states are kept for the backward pass, blocks are run again when it reaches them.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,23 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.artifacts import load_tensors, load_unfinished, save_tensors, write_json
-from pipeline.checkpoint import BLOCK, Checkpoint
+from pipeline.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.divergence import mean_divergence
 from pipeline.params import EndToEndParams
 from pipeline.quantized_block import block_settings, fill_block
 from pipeline.streams import Stream
 from pipeline.trainable import freeze_, unfreeze_
-from pipeline.training import Outcome, Place, Trainer
+from pipeline.training import Place, Trainer
 from pipeline.walk import BlockRunner, walk
 
 _STATE = "end-to-end.safetensors"
-_HISTORY = "end-to-end.json"
 
 
 @dataclass
 class ModelData:
-    """This rank's windows: token ids [N, T], and the original's hidden states behind its final norm [N, T, D]."""
+    """This rank's windows: embedded, and the original's hidden states behind its final norm; [N, T, D] both."""
 
-    inputs: torch.Tensor
+    inputs: Stream
     exact: Stream
     count: int
 
@@ -49,20 +46,19 @@ class EndToEndTrainer(Trainer):
         params: EndToEndParams,
         place: Place,
     ) -> None:
-        """Args:
-        initial: the quantized checkpoint the blocks are of: embeddings, final norm, settings.
-        original: the model whose logits are the target.
-        prefix_kv: [L, 2, kv_heads, P, d] or None.
-        place: its `work` holds the finished blocks (names in full), and the state between epochs.
+        """The blocks in `place.work`, and how far an unfinished run with the same header has trained them.
+
+        Args:
+            initial: the quantized checkpoint the blocks are of: final norm, lm_head, settings.
+            original: the model whose logits are the target.
+            prefix_kv: [L, 2, kv_heads, P, d] or None.
         """
-        self.initial, self.runner, self.work, self.header = initial, place.runner, place.work, place.header
+        self.initial, self.runner, self.place = initial, place.runner, place
         architecture, device = initial.architecture, self.runner.device
         self.blocks, quantizers, norms = [], [], []
         for index in range(initial.block_count):
-            tensors, _ = load_tensors(self.work / BLOCK.format(index=index), self.header.stage)
-            prefix = architecture.tensor_prefix(index)
-            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            block = fill_block(initial, index, own, block_settings(initial, index), device)
+            tensors = load_block_file(place.work, architecture, index, place.header.stage)
+            block = fill_block(initial, index, tensors, block_settings(initial, index), device)
             found = unfreeze_(block, architecture, norms=params.norm_lr > 0)
             quantizers += found.quantizers
             norms += found.norms
@@ -76,11 +72,11 @@ class EndToEndTrainer(Trainer):
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
         super().__init__(groups, params, 0.0, device, place.ranks)
-        self._resume()
+        self.state.load_(place.work / _STATE, place.header)
 
     def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
         """The divergence of each of this rank's windows `rows`, [B]."""
-        hidden = self.initial.embed(data.inputs[rows]).to(self.device)
+        hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
             hidden = recompute(self.runner.run, self.blocks[index], hidden, own_prefix, use_reentrant=False)
@@ -93,47 +89,13 @@ class EndToEndTrainer(Trainer):
         )
 
     def end_epoch(self) -> None:
-        """Keep parameters, optimizer, best state and history on disk."""
-        if not self.ranks.first or self.optimizer is None:
-            return
-        tensors = {"epochs": torch.tensor(len(self.outcome.history))}
-        tensors["best_epoch"] = torch.tensor(self.outcome.best_epoch)
-        tensors["highest"] = torch.tensor(
-            [group["highest"] for group in self.optimizer.param_groups], dtype=torch.float64
-        )
-        for number, parameter in enumerate(self.parameters):
-            tensors[f"now.{number}"], tensors[f"best.{number}"] = parameter.detach(), self.best[number]
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{number}.{name}"] = value
-        write_json(self.work / _HISTORY, self.outcome.history)
-        save_tensors(self.work / _STATE, tensors, self.header)
-
-    @torch.no_grad()
-    def _resume(self) -> None:
-        saved = load_unfinished(self.work / _STATE, self.header)
-        if saved is None or self.optimizer is None:
-            return
-        history = json.loads((self.work / _HISTORY).read_text(encoding="utf-8"))
-        self.outcome = Outcome(history[: int(saved["epochs"])], int(saved["best_epoch"]))
-        for group, highest in zip(self.optimizer.param_groups, saved["highest"].tolist(), strict=True):
-            group["highest"] = highest
-        for number, parameter in enumerate(self.parameters):
-            parameter.copy_(saved[f"now.{number}"])
-            self.best.append(saved[f"best.{number}"].to(self.device))
-            adam = f"adam.{number}."
-            values = {name.removeprefix(adam): value for name, value in saved.items() if name.startswith(adam)}
-            if values:
-                self.optimizer.state[parameter] = {
-                    name: value if name == "step" else value.to(self.device) for name, value in values.items()
-                }
+        self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
 
     def write_(self, blocks: Path) -> torch.Tensor | None:
         """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""
         for index, block in enumerate(self.blocks):
             freeze_(block)
-            prefix = self.initial.architecture.tensor_prefix(index)
-            tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-            save_tensors(blocks / BLOCK.format(index=index), tensors, self.header)
+            save_block_file(blocks, self.initial.architecture, index, block.state_dict(), self.place.header)
         return None if self.prefix_kv is None else self.prefix_kv.detach().to(self.initial.dtype).cpu()
 
 
@@ -141,7 +103,5 @@ class EndToEndTrainer(Trainer):
 def run_original(original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner) -> torch.Tensor:
     """Hidden states [N, T, D] behind the original's final norm, without a prefix."""
     hidden = walk(original, original.embed(token_ids), runner, "original")
-    norm = original.load_final_norm()
-    for window in hidden:
-        window.copy_(norm(window))
+    original.apply_final_norm_(hidden)
     return hidden

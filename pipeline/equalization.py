@@ -46,7 +46,6 @@ def equalize_mlp_(
     """
     down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
     total = torch.zeros(2, down.in_features, dtype=torch.float64, device=down.weight.device)
-    tokens = torch.tensor(hidden.shape[0] * hidden.shape[1])
 
     def record(module: nn.Module, args: tuple[torch.Tensor]) -> None:
         x = args[0].flatten(0, -2).double()
@@ -56,8 +55,8 @@ def equalize_mlp_(
     for rows in batches(len(hidden), runner.batch_size):
         runner.run(block, hidden[rows].to(runner.device), prefix_kv)
     handle.remove()
-    ranks.sum_(total, tokens)
-    mean, energy = total / int(tokens)
+    ranks.sum_(total)
+    mean, energy = total / ranks.count(hidden.shape[0] * hidden.shape[1])
     rms = (energy - mean.square() if centered else energy).clamp_min(0).sqrt()
     columns = down.weight.double()
     if down.rotate_input:

@@ -33,7 +33,15 @@ from pipeline.artifacts import (
     write_csv,
     write_json,
 )
-from pipeline.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.checkpoint import (
+    BLOCK,
+    CONFIG_KEY,
+    REPORT,
+    Checkpoint,
+    CheckpointWriter,
+    copy_companions,
+    save_block_file,
+)
 from pipeline.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.equalization import EQUALIZATION, scale_mlp_
 from pipeline.params import FinetuningParams
@@ -43,7 +51,7 @@ from pipeline.quantized_block import block_settings, describe_blocks, fill_block
 from pipeline.quantizer import dequantize_weight, quantize_weight
 from pipeline.ranks import Ranks
 from pipeline.reconstruction import LOSSES
-from pipeline.saturation import advance_probed_, write_saturation
+from pipeline.saturation import SATURATION, advance_probed_, write_saturation
 from pipeline.streams import Stream, as_tensor
 from pipeline.trainable import Trainables, freeze_, unfreeze_
 from pipeline.training import Outcome, Place, Trainer
@@ -52,7 +60,6 @@ from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
 
-SATURATION = "saturation.csv"
 LOSSES_CSV = "losses.csv"
 BLOCKS_CSV = "blocks.csv"
 END_TO_END_CSV = "end_to_end.csv"
@@ -151,7 +158,8 @@ def _finetune_end_to_end(
     for name, windows in (("train", train), ("validation", validation)):
         own = windows[place.ranks.own(len(windows))]
         exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner))
-        data.append(ModelData(own, exact, len(windows)))
+        embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(own))
+        data.append(ModelData(embedded, exact, len(windows)))
     trainer = EndToEndTrainer(models.initial, models.original, prefix_kv, params.end_to_end, place)
     outcome = trainer.train_(*data, params.seed)
     if outcome.failure:
@@ -212,10 +220,8 @@ def finetune_blocks(
         del exact_block
         report, tensors = _finetune_block(models, index, data, own_prefix, params, place)
         if ranks.first:
-            prefix = initial.architecture.tensor_prefix(index)
-            named = {prefix + name: tensor for name, tensor in tensors.items()}
             write_json(place.work / _REPORT.format(index=index), {"block": index} | report)
-            save_tensors(place.work / BLOCK.format(index=index), named, place.header)
+            save_block_file(place.work, initial.architecture, index, tensors, place.header)
         finished = {
             f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
         }

@@ -38,11 +38,10 @@ class ChannelObserver:
 
     def combine_(self, ranks: Ranks) -> None:
         """Make it that of all ranks' tokens."""
-        count = torch.tensor(self.count, device=self.low.device)
-        ranks.sum_(self.total, count)
+        ranks.sum_(self.total)
         ranks.least_(self.low)
         ranks.most_(self.high)
-        self.count = int(count)
+        self.count = ranks.count(self.count)
 
     @property
     def mean(self) -> torch.Tensor:

@@ -161,12 +161,10 @@ def compute_final_hidden(
         expected += count_expected_quantizers(block_settings(checkpoint, index))
     if fired != expected:
         raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
-    norm = checkpoint.load_final_norm()
     for states in hidden.values():
         if not torch.isfinite(states).all():
             raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
-        for window in states:
-            window.copy_(norm(window))
+        checkpoint.apply_final_norm_(states)
     return hidden, fired, saturation
 
 

@@ -12,7 +12,6 @@ Blocks are run one after the other inside `torch.utils.checkpoint`: what stays i
 hidden states between blocks.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.artifacts import Header, load_unfinished, replacing_folder, save_tensors, write_csv, write_json
+from pipeline.artifacts import Header, replacing_folder, save_tensors, write_csv, write_json
 from pipeline.checkpoint import Checkpoint
 from pipeline.divergence import mean_divergence
 from pipeline.errors import PipelineError
@@ -35,13 +34,13 @@ from pipeline.prefix_search import measure_outliers
 from pipeline.progress import show_progress
 from pipeline.quantized_block import load_block
 from pipeline.ranks import ALONE, Ranks
+from pipeline.training_state import TrainingState
 from pipeline.walk import BlockRunner, batches, compute_prefix_kv
 
 logger = logging.getLogger(__name__)
 
 LOSSES = "losses.csv"
 _STATE = "state.safetensors"
-_HISTORY = "history.json"
 
 
 class PrefixTrainingError(PipelineError):
@@ -218,13 +217,17 @@ def train_prefix(
     """
     model = FrozenModel(checkpoint, runner, params)
     prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
-    optimizer = torch.optim.AdamW([prefix], lr=params.learning_rate, weight_decay=0.0)
+    group = {"params": [prefix], "lr": params.learning_rate, "highest": params.learning_rate}
+    optimizer = torch.optim.AdamW([group], weight_decay=0.0)
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
-    state = _State(prefix, optimizer, work, header, ranks)
+    state = TrainingState([prefix], optimizer)
     own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
     exact, exact_validation = model.run_original(own_train), model.run_original(own_validation)
-    if not state.resume():
-        state.finish_epoch(0, None, model.evaluate(prefix, own_validation, exact_validation, ranks))
+    if state.load_(work / _STATE, header):
+        logger.info("continuing behind epoch %d", len(state.history) - 1)
+    else:
+        state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})
+        state.save(work / _STATE, header, ranks)
     stopped = None
     for epoch in range(len(state.history), params.epochs + 1):
         generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
@@ -254,63 +257,19 @@ def train_prefix(
         if not math.isfinite(measured["validation"]):
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break
-        state.finish_epoch(epoch, sum(losses) / len(losses), measured)
+        state.add({"epoch": epoch, "train": sum(losses) / len(losses), **measured})
+        state.save(work / _STATE, header, ranks)
         if epoch - state.best_epoch >= params.early_stop:
             stopped = f"no lower validation loss for {params.early_stop} epochs"
             break
     if stopped:
         logger.warning("prefix training stopped: %s; keeping epoch %d", stopped, state.best_epoch)
-    return TrainedPrefix(state.best.cpu(), state.best_epoch, len(state.history) - 1, stopped, state.history)
+    return TrainedPrefix(state.best[0].cpu(), state.best_epoch, len(state.history) - 1, stopped, state.history)
 
 
 def cosine(step: int, steps: int) -> float:
     """1 at step 0, falling to 0 at `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class _State:
-    """Prefix, optimizer, best prefix and history, on disk after every epoch."""
-
-    def __init__(
-        self, prefix: nn.Parameter, optimizer: torch.optim.AdamW, work: Path, header: Header, ranks: Ranks
-    ) -> None:
-        self.prefix, self.optimizer, self.work, self.header, self.ranks = prefix, optimizer, work, header, ranks
-        self.best = prefix.detach().clone()
-        self.best_epoch = 0
-        self.history: list[dict[str, float]] = []
-        work.mkdir(parents=True, exist_ok=True)
-
-    def finish_epoch(self, epoch: int, train: float | None, validation: dict[str, float]) -> None:
-        row = {"epoch": epoch, "train": train, **validation}
-        best = self.history[self.best_epoch]["validation"] if self.history else math.inf
-        self.history.append(row)
-        if row["validation"] < best or epoch == 0:
-            self.best, self.best_epoch = self.prefix.detach().clone(), epoch
-        if not self.ranks.first:
-            return
-        adam = self.optimizer.state.get(self.prefix, {})
-        tensors = {"prefix": self.prefix.detach(), "best": self.best, "best_epoch": torch.tensor(self.best_epoch)}
-        tensors |= {f"adam.{name}": value for name, value in adam.items()}
-        # The history first: the state says how much of it counts.
-        write_json(self.work / _HISTORY, self.history)
-        save_tensors(self.work / _STATE, tensors | {"epochs": torch.tensor(len(self.history))}, self.header)
-
-    def resume(self) -> bool:
-        """Load an unfinished run of the same header, if there is one."""
-        saved = load_unfinished(self.work / _STATE, self.header)
-        if saved is None:
-            return False
-        history = json.loads((self.work / _HISTORY).read_text(encoding="utf-8"))
-        self.history = history[: int(saved["epochs"])]
-        self.prefix.data.copy_(saved["prefix"])
-        self.best, self.best_epoch = saved["best"].to(self.prefix.device), int(saved["best_epoch"])
-        adam = {name.removeprefix("adam."): value for name, value in saved.items() if name.startswith("adam.")}
-        if adam:
-            self.optimizer.state[self.prefix] = {
-                name: value if name == "step" else value.to(self.prefix.device) for name, value in adam.items()
-            }
-        logger.info("continuing behind epoch %d", len(self.history) - 1)
-        return True
 
 
 class FrozenModel:
@@ -320,7 +279,8 @@ class FrozenModel:
         self.checkpoint, self.runner, self.params = checkpoint, runner, params
         self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
         self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
-        self.table_norm = checkpoint.load_tensor(checkpoint.architecture.embedding).float().norm(dim=-1).max().item()
+        self.table = checkpoint.load_tensor(checkpoint.architecture.embedding)
+        self.table_norm = self.table.float().norm(dim=-1).max().item()
         self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
         self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
         self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
@@ -377,7 +337,7 @@ class FrozenModel:
 
         `original` is `run_original` of the same windows.
         """
-        embedded = self.checkpoint.embed(token_ids.cpu()).to(self.runner.device)
+        embedded = nn.functional.embedding(token_ids.cpu(), self.table).to(self.runner.device, self.checkpoint.dtype)
         self._prefix_tokens = count = len(prefix)
         self.measure.begin_batch()
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json
 from pipeline.block_init import SitePlan, choose_quantizers_, measure_block_error
-from pipeline.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
 from pipeline.equalization import EQUALIZATION, equalize_mlp_
 from pipeline.params import QuantizerInitParams, site_group, site_params
 from pipeline.prefix import PREFIX
@@ -31,7 +31,7 @@ from pipeline.quantized_block import BlockSettings, block_settings, describe_blo
 from pipeline.quantizer import QuantizerSpec
 from pipeline.ranks import ALONE, Ranks
 from pipeline.rotation import load_rotation
-from pipeline.saturation import advance_probed_, summarise_saturation, write_saturation
+from pipeline.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.site_statistics import NumericalError, choose_own_windows, record_block
 from pipeline.unfinished import load_generation, save_generation
 from pipeline.walk import BlockRunner, compute_prefix_kv
@@ -39,7 +39,6 @@ from pipeline.walk import BlockRunner, compute_prefix_kv
 logger = logging.getLogger(__name__)
 
 _SCALES = "equalization-{index:05d}.safetensors"
-SATURATION = "saturation.csv"
 _TINY = 1e-30
 
 
@@ -140,12 +139,11 @@ def init_blocks(
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
         report, tensors, scales = _init_block(checkpoint, index, hidden, prefix_kv, init, runner, ranks)
-        prefix = checkpoint.architecture.tensor_prefix(index)
         if ranks.first:
             if scales is not None:
                 save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
             write_json(work / f"block-{index:05d}.json", {"block": index} | report)
-            save_tensors(work / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+            save_block_file(work, checkpoint.architecture, index, tensors, header)
         save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
     return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
 
@@ -166,9 +164,7 @@ def _init_block(
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings, runner.device)
     scales = None
     if init.equalize:
-        windows = torch.tensor(len(hidden))
-        ranks.sum_(windows)
-        sample = hidden[choose_own_windows(int(windows), init.mse_samples, ranks)]
+        sample = hidden[choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)]
         centered = settings.spec("mlp_hidden").centered
         scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, centered, ranks)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")

@@ -43,6 +43,12 @@ class Ranks:
         """Replace each tensor by its sum over ranks."""
         self._reduce_(dist.ReduceOp.SUM, tensors)
 
+    def count(self, own: int) -> int:
+        """What all ranks have together."""
+        total = torch.tensor(own)
+        self.sum_(total)
+        return int(total)
+
     def least_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its elementwise minimum over ranks."""
         self._reduce_(dist.ReduceOp.MIN, tensors)

@@ -28,6 +28,7 @@ from pipeline.walk import BlockRunner
 logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
+SATURATION = "saturation.csv"
 _PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
 

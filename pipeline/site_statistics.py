@@ -134,10 +134,9 @@ def record_block(
         NumericalError: a site sees NaN or infinity; names the site.
     """
     own_count, length, _ = hidden.shape
-    windows = torch.tensor(own_count)
-    ranks.sum_(windows)
-    stride = max(1, int(windows) // mse_samples)
-    chosen = choose_own_windows(int(windows), mse_samples, ranks)
+    windows = ranks.count(own_count)
+    stride = max(1, windows // mse_samples)
+    chosen = choose_own_windows(windows, mse_samples, ranks)
     quantizers = find_site_quantizers(block, architecture)
     sites = {
         site: SiteStatistics()

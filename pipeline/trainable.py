@@ -76,15 +76,13 @@ class _RelativeZeroPoint(_Relative):
 def unfreeze_(
     block: nn.Module,
     architecture: Architecture,
-    quantizers: bool = True,
     weights: dict[str, torch.Tensor] | None = None,
     norms: bool = False,
 ) -> Trainables:
-    """Turn what is to be trained into parameters, in place; everything else stands still.
+    """Turn scales, zero points, clip factors and what else is to be trained into parameters, in place.
 
     Args:
         block: calibrated, from `load_block`.
-        quantizers: whether scales, zero points and clip factors are trained.
         weights: linear -> float weight [out, in] to start from, to be rounded with the linear's scales; None: the
             integers stand still.
         norms: whether the weights of the norms are trained.
@@ -100,11 +98,11 @@ def unfreeze_(
             found.weights.append(_make_parameter_(linear, "weight", dtype))
             if linear.bias is not None:
                 found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
-        if quantizers and linear.spec.enabled:
+        if linear.spec.enabled:
             found.quantizers.append(_make_relative_(linear, "weight_scale"))
             if linear.weight_zero_point is not None:
                 found.quantizers.append(_make_relative_(linear, "weight_zero_point", linear.spec.bits))
-    for quantizer in find_site_quantizers(block, architecture).values() if quantizers else ():
+    for quantizer in find_site_quantizers(block, architecture).values():
         for name in ("scale", "clip_factor"):
             if _has(quantizer, name):
                 found.quantizers.append(_make_relative_(quantizer, name))

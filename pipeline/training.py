@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.artifacts import Header
 from pipeline.ranks import ALONE, Ranks, shuffle
 from pipeline.streams import Offload
+from pipeline.training_state import TrainingState
 from pipeline.walk import BlockRunner, batches
 
 _FAILURES = 3  # steps without a finite loss and gradient, one after the other, that end training
@@ -48,8 +49,8 @@ class Outcome:
     """
 
     history: list[dict[str, Any]]
-    best_epoch: int = 0
-    failure: str | None = None
+    best_epoch: int
+    failure: str | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ class Trainer:
                 used.append({"params": group, "lr": rate, "highest": rate})
                 self.parameters += group
         self.optimizer = torch.optim.AdamW(used, weight_decay=weight_decay) if used else None
-        self.outcome = Outcome([])
-        self.best: list[torch.Tensor] = []
+        self.state = TrainingState(self.parameters, self.optimizer)
         self._failures = 0
 
     def losses(self, data: Windows, rows: Any) -> torch.Tensor:
@@ -124,24 +124,22 @@ class Trainer:
             train, validation: windows; the latter choose the epoch.
             seed: of the order of windows.
         """
-        outcome, epochs = self.outcome, self.schedule.epochs if self.parameters else 0
-        if not outcome.history:
-            outcome.history.append({"epoch": 0, "train": None, "validation": self.evaluate(validation)})
-            self.best = copy_values(self.parameters)
+        state, failure = self.state, None
+        epochs = self.schedule.epochs if self.parameters else 0
+        if not state.history:
+            state.add({"epoch": 0, "train": None, "validation": self.evaluate(validation)})
             self.end_epoch()
-        for epoch in range(len(outcome.history), epochs + 1):
-            if epoch - outcome.best_epoch > self.schedule.early_stop:
+        for epoch in range(len(state.history), epochs + 1):
+            if epoch - state.best_epoch > self.schedule.early_stop:
                 break
             mean = self._train_epoch(train, seed, epoch)
-            if outcome.failure:
+            if self._failures >= _FAILURES:
+                failure = f"{_FAILURES} steps in a row without a finite loss and gradient, epoch {epoch}"
                 break
-            measured = self.evaluate(validation)
-            outcome.history.append({"epoch": epoch, "train": mean, "validation": measured})
-            if measured < outcome.history[outcome.best_epoch]["validation"]:
-                self.best, outcome.best_epoch = copy_values(self.parameters), epoch
+            state.add({"epoch": epoch, "train": mean, "validation": self.evaluate(validation)})
             self.end_epoch()
-        restore_(self.parameters, self.best)
-        return outcome
+        state.restore_best_()
+        return Outcome(state.history, state.best_epoch, failure)
 
     def _train_epoch(self, train: Windows, seed: int, epoch: int) -> float | None:
         order = shuffle(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
@@ -152,7 +150,6 @@ class Trainer:
             loss = self.step(train, order[rows], progress)
             losses += [] if loss is None else [loss]
             if self._failures >= _FAILURES:
-                self.outcome.failure = f"{_FAILURES} steps in a row without a finite loss and gradient, epoch {epoch}"
                 break
         return sum(losses) / len(losses) if losses else None
 
@@ -199,14 +196,3 @@ class Trainer:
                 total += self.losses(data, rows).double().sum().cpu()
         self.ranks.sum_(total)
         return total.item() / data.count
-
-
-def copy_values(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """For `restore_`."""
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-@torch.no_grad()
-def restore_(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

@@ -259,7 +259,7 @@ def test_three_failures_in_a_row_end_a_block_in_its_best_state_and_are_named(qua
         """Of the second block, from the second epoch on."""
         calls.append(id(self))
         block = list(dict.fromkeys(calls)).index(id(self))
-        bad = block == 1 and torch.is_grad_enabled() and len(self.outcome.history) == 2
+        bad = block == 1 and torch.is_grad_enabled() and len(self.state.history) == 2
         return losses(self, data, rows) * (math.inf if bad else 1.0)
 
     kept = []  # so that no two trainers have the same id
@@ -454,7 +454,7 @@ def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_pat
     place = Place(runner, Offload(None), tmp_path, HEADER)
     params = EndToEndParams.model_validate(values)
     trainer = EndToEndTrainer(models.initial, models.original, kv, params, place)
-    data = ModelData(train, run_original(models.original, train, runner), 4)
+    data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
     trainer.step(data, torch.arange(4), 0.0)
     (tmp_path / "out").mkdir()
     moved_kv = not torch.equal(trainer.write_(tmp_path / "out"), kv)

@@ -51,7 +51,7 @@ def measure(trainer, data):
     trainer.differentiate(data, torch.arange(4))
     gradients = [parameter.grad for parameter in trainer.parameters]
     trainer.train_(data, data, 5)
-    return losses, gradients, [row["validation"] for row in trainer.outcome.history]
+    return losses, gradients, [row["validation"] for row in trainer.state.history]
 
 
 def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
