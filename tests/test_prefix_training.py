@@ -105,7 +105,7 @@ def test_a_scale_serves_a_whole_batch_and_no_other(imported):
     measure.see(0, "mlp_hidden", x * 5)
     assert torch.equal(measure._scales[0, "mlp_hidden"], scale)
     assert torch.equal(measure.see(0, "mlp_hidden", x)[0], first)
-    measure.begin_batch()
+    measure.begin_batch(0)
     measure.see(0, "mlp_hidden", x * 5)
     assert torch.allclose(measure._scales[0, "mlp_hidden"], scale * 5)
 
@@ -140,7 +140,7 @@ def test_losses_look_behind_the_prefix_only_and_equal_the_models_own_activations
     with torch.no_grad():
         cache = original(inputs_embeds=embedded, use_cache=True).past_key_values
     seen |= {"key": cache.layers[1].keys[:, :, 2:], "value": cache.layers[1].values[:, :, 2:]}
-    model.measure.begin_batch()
+    model.measure.begin_batch(0)
     terms = torch.stack([model.measure.see(1, site, seen[site])[1] for site in model.measure.sites]).mean(0)
     for name, value in zip(model.measure.names, terms, strict=True):
         assert found[name].item() == pytest.approx(value.item(), rel=1e-3), name
@@ -159,6 +159,17 @@ def test_simulated_quantizers_of_many_bits_change_nothing(family, imported, wind
         found[bits] = model.losses(prefix, windows[0], exact)["kl"] - plain.losses(prefix, windows[0], exact)["kl"]
     assert found[3] > 0.01
     assert found[8].abs() < 0.02 * found[3]
+
+
+@torch.no_grad()
+def test_every_draw_rotates_differently_and_validation_is_the_mean_over_draws(imported, windows):
+    checkpoint, runner, prefix, params = setup(imported, bits=3)
+    model = FrozenModel(checkpoint, runner, params)
+    exact = model.run_original(windows[1])
+    by_draw = [model.losses(prefix, windows[1], exact, draw)["kl"].item() for draw in range(3)]
+    assert len(set(by_draw)) == 3
+    assert model.losses(prefix, windows[1], exact, 1)["kl"].item() == by_draw[1]
+    assert model.evaluate(prefix, windows[1], exact)["kl"] == pytest.approx(sum(by_draw) / 3)
 
 
 @torch.no_grad()
