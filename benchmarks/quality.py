@@ -5,14 +5,19 @@
     python -m benchmarks.quality --table ablations                 # one choice of the default changed at a time
     python -m benchmarks.quality --table finetuning                # what training brings, and what of it
 
-Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted.
+Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted. The table of
+fine-tuning also pairs each row with another one, window by window: the mean difference of the loss in nats per token and
+its standard error.
 """
 
 import argparse
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
+from pipeline.artifacts import load_tensors
 
 SIZES = {
     "screening": {"calibration.train.windows": 16, "calibration.evaluation.windows": 4},
@@ -99,9 +104,10 @@ def _end_to_end(**changes: Any) -> dict[str, Any]:
     }
 
 
+UNTRAINED = "not trained"
 WEIGHTS = {"start": "full_precision", "weight_lr": 3e-4, "epochs": 3}
 FINETUNING: dict[str, dict[str, Any]] = {
-    "not trained": _blocks(epochs=0),
+    UNTRAINED: _blocks(epochs=0),
     "blocks": _blocks(),
     "blocks, 3 epochs": _blocks(epochs=3),
     "blocks, quant_lr 1e-3": _blocks(quant_lr=1e-3),
@@ -150,7 +156,7 @@ def main() -> None:
         if name not in rows:
             params = override(base, table[name])
             if arguments.table == "finetuning":
-                measured = workspace.metrics("evaluation@finetuning", params)
+                measured = measure_finetuning(workspace, name, params)
             else:
                 measured = workspace.metrics("evaluation@quantizer_init", params)
                 measured["block_error"] = workspace.metrics("quantizer_init", params)["block_error"]
@@ -158,11 +164,32 @@ def main() -> None:
     print(format_table(rows))
 
 
+def measure_finetuning(workspace: Workspace, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a row of the table of fine-tuning, what training took, and the loss of every window."""
+    variant = "quantizer_init" if name == UNTRAINED else "finetuning"
+    measured = workspace.metrics(f"evaluation@{variant}", params)
+    folder = workspace.run(f"evaluation@{variant}", params)
+    tensors, _ = load_tensors(folder / f"artifacts/evaluation/{variant}.safetensors", "evaluation")
+    measured["losses"] = {corpus: tensors[f"loss.{corpus}"].tolist() for corpus in measured["perplexity"]}
+    if variant == "finetuning":
+        training = workspace.metrics("finetuning", params)
+        measured["training"] = {key: training[key] for key in ("seconds", "peak_rss_gib")}
+    return measured
+
+
+def pair_losses(own: list[float], other: list[float]) -> str:
+    """Mean difference of windows' losses ± its standard error."""
+    differences = [a - b for a, b in zip(own, other, strict=True)]
+    mean = statistics.mean(differences)
+    return f"{mean:+.3f} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}"
+
+
 def format_table(rows: dict[str, Any]) -> str:
     """A Markdown table: perplexity per corpus and its ratio to the original's; the error of blocks, where recorded.
 
     `block error` is the mean over blocks of the error of the block's output on the sampled calibration windows,
-    relative to what the block adds to its input.
+    relative to what the block adds to its input. Rows with losses by window are paired with "not trained", those that
+    train end to end after the blocks with "blocks".
     """
     exact = rows["original"]["perplexity"]
     corpora = list(exact)
@@ -171,10 +198,22 @@ def format_table(rows: dict[str, Any]) -> str:
     lines.append("| --- |" + " ---: |" * 2 * len(corpora))
     if with_init:
         lines = [lines[0] + " block error |", lines[1] + " ---: |"]
+    with_losses = any("losses" in metrics for metrics in rows.values())
+    if with_losses:
+        head = "".join(f" less paired row, {corpus} |" for corpus in corpora)
+        lines = [f"{lines[0]} paired with |{head} minutes |", lines[1] + " --- |" + " ---: |" * (len(corpora) + 1)]
     for name, metrics in rows.items():
         cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
         if with_init:
             cells.append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
+        if with_losses:
+            partner = "blocks" if name.startswith("blocks and") else UNTRAINED
+            known = "losses" in metrics and partner in rows and partner != name
+            own, other = metrics.get("losses", {}), rows.get(partner, {}).get("losses", {})
+            cells += (
+                [partner, *(pair_losses(own[c], other[c]) for c in corpora)] if known else [""] * (1 + len(corpora))
+            )
+            cells.append(f"{metrics['training']['seconds'] / 60:.1f}" if "training" in metrics else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -110,8 +110,8 @@ class AttentionMeasure:
 class QuantizationMeasure:
     """Term `quantization`: relative error of simulated static quantizers, as a rotated block would have them.
 
-    Rotations are Hadamard matrices, norms' weights are folded, means kept out of the integers. The signs of R1 are drawn
-    anew for each batch: what is learned must serve whatever rotation the model will get, not one of them.
+    Rotations are Hadamard matrices, norms' weights are folded, means kept out of the integers. The signs of R1 are
+    drawn anew for each batch: what is learned must serve whatever rotation the model will get, not one of them.
     """
 
     names = ("quantization",)
