@@ -6,15 +6,16 @@
     python -m benchmarks.quality --table finetuning                # what training brings, and what of it
 
 Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted. The table of
-fine-tuning also pairs each row with another one, window by window: the mean difference of the loss in nats per token and
+fine-tuning also pairs each row with another one, window by window: the mean difference of the loss in nats a token, and
 its standard error.
 """
 
 import argparse
 import math
-import statistics
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
 from pipeline.artifacts import load_tensors
@@ -179,9 +180,13 @@ def measure_finetuning(workspace: Workspace, name: str, params: dict[str, Any]) 
 
 def pair_losses(own: list[float], other: list[float]) -> str:
     """Mean difference of windows' losses ± its standard error."""
-    differences = [a - b for a, b in zip(own, other, strict=True)]
-    mean = statistics.mean(differences)
-    return f"{mean:+.3f} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}"
+    mean, error = mean_and_error(torch.tensor(own) - torch.tensor(other))
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of values [N] and the standard error of it; NaN for a single value."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 def format_table(rows: dict[str, Any]) -> str:

@@ -5,13 +5,10 @@ of the loss on the same windows, ± its standard error, in nats a token.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.quality import format_table
+from benchmarks.quality import format_table, mean_and_error
 from benchmarks.workspace import ROOT
 from pipeline.artifacts import load_tensors
 
@@ -48,11 +45,6 @@ def paired_differences(before: Path, after: Path) -> dict[str, tuple[float, floa
     first, second = (load_tensors(path, "evaluation")[0] for path in (before, after))
     corpora = [name.removeprefix("loss.") for name in first if name.startswith("loss.")]
     return {corpus: mean_and_error(second[f"loss.{corpus}"] - first[f"loss.{corpus}"]) for corpus in corpora}
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of values [N] and the standard error of it; NaN for a single value."""
-    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 if __name__ == "__main__":
