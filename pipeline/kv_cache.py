@@ -1,5 +1,8 @@
 """A KV cache that begins with the prefix, in full precision, and quantizes what is appended to it.
 
+Its lengths count the prefix while the model runs, so that masks and positions do; to everybody else (`generate`, which
+cuts what it has read off its input by them) a whole model's cache counts the text alone.
+
 The prefix is never quantized: its keys and values are computed once by the full-precision model and put in front of
 every sequence. R3, the online rotation of queries and keys, cancels in q·k; all it does is change what the key
 quantizer sees. So it lives here, wholly inside the key's quantizer: rotate, quantize, rotate back. Queries and prefix
@@ -7,6 +10,8 @@ keys stay as the model made them, and no attention function needs to know about 
 integers rotates its queries instead: (q R3) · Q(k R3) = q · (Q(k R3) R3^T), the same number.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,9 +102,36 @@ class PrefixLayer(DynamicLayer):
         return super().get_seq_length()
 
 
-def make_block_cache(block: nn.Module, prefix_kv: torch.Tensor | None) -> Cache:
-    """A one-layer cache for a single decoder layer (its `layer_idx` is 0), with the quantizers the layer carries."""
+class PrefixCache(Cache):
+    """The cache of a whole model: a `PrefixLayer` per block."""
+
+    def __init__(self, layers: list[PrefixLayer]) -> None:
+        super().__init__(layers=layers)
+        prefix_kv = layers[0].prefix_kv
+        self.prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
+        self._hidden_tokens = self.prefix_tokens
+
+    @contextmanager
+    def counting_prefix(self) -> Iterator[None]:
+        """Inside, lengths count the prefix."""
+        self._hidden_tokens = 0
+        try:
+            yield
+        finally:
+            self._hidden_tokens = self.prefix_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) - self._hidden_tokens
+
+
+def make_layer(block: nn.Module, prefix_kv: torch.Tensor | None) -> PrefixLayer:
+    """The cache of one block, with its share of the prefix [2, heads, P, d] and the quantizers the block carries."""
     attention = block.self_attn
     keys = getattr(attention, "key_quantizer", None)
     keys = None if keys is None or keys.before_rope else keys
-    return Cache(layers=[PrefixLayer(prefix_kv, keys, getattr(attention, "value_quantizer", None))])
+    return PrefixLayer(prefix_kv, keys, getattr(attention, "value_quantizer", None))
+
+
+def make_block_cache(block: nn.Module, prefix_kv: torch.Tensor | None) -> Cache:
+    """A one-layer cache for a single decoder layer (its `layer_idx` is 0)."""
+    return Cache(layers=[make_layer(block, prefix_kv)])
