@@ -83,9 +83,8 @@ def cut_evaluation_windows(
         WindowsError: the split has too few tokens.
     """
     path = data / corpus / "test.jsonl"
-    needed = None if windows is None else windows * length
-    token_ids = _tokenize_joined(read_documents(path), tokenizer, needed)
-    token_ids = _cut(iter([token_ids]), windows, length, f"calibration.evaluation from {corpus}")
+    documents = read_documents(path)
+    token_ids = cut_documents(documents, windows, length, tokenizer, f"calibration.evaluation from {corpus}")
     values = {
         "tokenizer": tokenizer_id,
         "corpus": fingerprint_file(path),
@@ -93,6 +92,16 @@ def cut_evaluation_windows(
         "length": length,
     }
     return Windows(token_ids, make_header("calibration", values))
+
+
+def cut_documents(documents: list[str], windows: int | None, length: int, tokenizer: Any, what: str) -> torch.Tensor:
+    """The first `windows` (None: all) windows [N, T] of documents joined by blank lines; a shorter rest is left out.
+
+    Raises:
+        WindowsError: too few tokens; names `what`.
+    """
+    needed = None if windows is None else windows * length
+    return _cut(iter([_tokenize_joined(documents, tokenizer, needed)]), windows, length, what)
 
 
 def _shuffle(documents: list[str], seed: int) -> list[str]:

@@ -128,6 +128,24 @@ def read_documents(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
+def read_local_documents(source: Path, text_field: str) -> list[str]:
+    """All documents of a local file or folder, whatever split they would go to. Raises CorpusError."""
+    return list(itertools.chain(*_read_path(str(source), text_field, None).values()))
+
+
+def read_packaged_split(source: str, split: str) -> Iterator[str]:
+    """The documents `fetch_corpus` would deal to `split` of `packaged:…`, parsed one by one as they are asked for."""
+    return (text for text, own in zip(_read_packaged(source), itertools.cycle(_DEALING)) if own == split)
+
+
+def find_packaged_file(name: str) -> Path:
+    """A data file of the package gensim. Raises CorpusError when the package is not there."""
+    spec = importlib.util.find_spec("gensim")
+    if spec is None or not spec.submodule_search_locations:
+        raise CorpusError(f"{name!r} is in the package gensim; run: pip install --no-deps -r requirements-packaged.txt")
+    return Path(spec.submodule_search_locations[0]) / "test" / "test_data" / name
+
+
 def _deal(source: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
     """Give the splits that the source lacks their share of its train documents."""
     lacking = {split for split in SPLITS if not found.get(split)}
@@ -252,15 +270,9 @@ _READERS: dict[str, Callable[[Path, str], list[str]]] = {
 
 
 def _read_packaged(source: str) -> Iterator[str]:
-    spec = importlib.util.find_spec("gensim")
-    if spec is None or not spec.submodule_search_locations:
-        raise CorpusError(
-            f"corpus {source!r} needs the package gensim; run: pip install --no-deps -r requirements-packaged.txt"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "test" / "test_data"
     if source == "packaged:news":
-        return iter((folder / "lee_background.cor").read_text(encoding="utf-8").splitlines())
-    return _read_wikipedia(folder / "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
+        return iter(find_packaged_file("lee_background.cor").read_text(encoding="utf-8").splitlines())
+    return _read_wikipedia(find_packaged_file("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"))
 
 
 def _read_wikipedia(path: Path) -> Iterator[str]:

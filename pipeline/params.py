@@ -203,14 +203,29 @@ class FinetuningParams(Group):
     end_to_end: EndToEndParams
 
 
+class ExportParams(Group):
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
+
+
+class TaskParams(Group):
+    """How one lm-eval task is asked; null: as the task says, and all of its items."""
+
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
 class EvaluationParams(Group):
     compare_with_original: bool
+    tasks: dict[str, TaskParams]
+    task_folder: str | None
+    skip_unavailable: bool
 
 
 class RuntimeParams(Group):
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1)] | None
     batch_size: Annotated[int, Field(ge=1)]
+    task_batch_size: Annotated[int, Field(ge=1)]
     processes: Annotated[int, Field(ge=1)]
     offload: Literal["auto", "always", "never"]
     offload_dir: Annotated[str, Field(min_length=1)]
@@ -227,6 +242,7 @@ class Params(Group):
     prefix: PrefixParams
     quantizer_init: QuantizerInitParams
     finetuning: FinetuningParams
+    export: ExportParams
     evaluation: EvaluationParams
     runtime: RuntimeParams
 

@@ -17,15 +17,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from pipeline.architectures import find_architecture
 from pipeline.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
+from pipeline.prefixed_model import probe_saturation
 from pipeline.progress import show_progress
-from pipeline.quantized_block import block_settings, count_expected_quantizers, count_fired_quantizers, load_block
+from pipeline.quantized_block import (
+    block_settings,
+    count_expected_quantizers,
+    count_fired_quantizers,
+    find_settings,
+    load_block,
+)
 from pipeline.ranks import ALONE, Ranks
 from pipeline.saturation import Report, advance_probed_, summarise_saturation
-from pipeline.walk import BlockRunner
+from pipeline.walk import BlockRunner, batches
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
 
@@ -109,15 +118,42 @@ def evaluate_windows(
         `lowest_sqnr.<corpus>`, `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
         `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
-    own_windows = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
-    hidden, fired, saturation = compute_final_hidden(checkpoint, own_windows, runner, prefix_kv)
-    lm_head = checkpoint.load_lm_head()
+    own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
+    run = compute_final_hidden(checkpoint, own, runner, prefix_kv)
+    tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
+    return _score_run(run, checkpoint.load_lm_head(), windows, tokens, original, runner.device, ranks)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    windows: dict[str, torch.Tensor],
+    batch_size: int,
+    original: Original | None,
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
+    """As `evaluate_windows`, of a whole model in memory (see `prefixed_model.py`)."""
+    own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
+    run = run_model(model, own, batch_size)
+    tokens = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
+    return _score_run(run, model.lm_head.weight.detach(), windows, tokens, original, model.device, ranks)
+
+
+def _score_run(
+    run: tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]],
+    lm_head: torch.Tensor,
+    windows: dict[str, torch.Tensor],
+    prefix_tokens: int,
+    original: Original | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
+    hidden, fired, saturation = run
     metrics: dict[str, Any] = {"perplexity": {}} | ({"kl": {}, "top1_agreement": {}} if original else {})
     tensors: dict[str, torch.Tensor] = {}
     for corpus, ids in windows.items():
         own, part = ranks.own(len(ids)), hidden[corpus]
         reference = (original.hidden(corpus, ids)[own], original.lm_head) if original else None
-        scores = score_hidden(part, lm_head, ids[own], reference, runner.device).combine(ranks, len(ids))
+        scores = score_hidden(part, lm_head, ids[own], reference, device).combine(ranks, len(ids))
         part = ranks.collect(part, len(ids))
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
         if original:
@@ -127,7 +163,7 @@ def evaluate_windows(
     metrics |= summarise_saturation(saturation)
     metrics["quantizers_fired"] = sum(fired.values())
     metrics["settings"] = {
-        "prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2],
+        "prefix_tokens": prefix_tokens,
         "windows": {corpus: len(ids) for corpus, ids in windows.items()},
         "targets_per_window": next(iter(windows.values())).shape[1] - 1,
         "special_tokens": "none added",
@@ -159,13 +195,43 @@ def compute_final_hidden(
             saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, own_prefix)
         fired += count_fired_quantizers(block, checkpoint.architecture)
         expected += count_expected_quantizers(block_settings(checkpoint, index))
-    if fired != expected:
-        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
+    _check_run(hidden, fired, expected)
     for states in hidden.values():
-        if not torch.isfinite(states).all():
-            raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
         checkpoint.apply_final_norm_(states)
     return hidden, fired, saturation
+
+
+@torch.no_grad()
+def run_model(
+    model: PreTrainedModel, windows: dict[str, torch.Tensor], batch_size: int
+) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
+    """As `compute_final_hidden`, of a whole model in memory that was loaded from an exported folder."""
+    architecture, layers = find_architecture(model.config), model.model.layers
+    seen: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output.cpu()))
+    hidden, saturation = {}, {}
+    for corpus, ids in windows.items():
+        parts = list(batches(len(ids), batch_size))
+        with probe_saturation(model) as probes:
+            model(ids[parts[0]].to(model.device), logits_to_keep=1)
+        for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}"):
+            model(ids[rows].to(model.device), logits_to_keep=1)
+        hidden[corpus] = torch.cat(seen)
+        saturation[corpus] = {index: probe.report() for index, probe in enumerate(probes)}
+        seen.clear()
+    handle.remove()
+    fired = sum((count_fired_quantizers(block, architecture) for block in layers), Counter[str]())
+    described = model.config.quantization_config.blocks
+    settings = [find_settings(described, index) for index in range(len(layers))]
+    _check_run(hidden, fired, sum(map(count_expected_quantizers, settings), Counter[str]()))
+    return hidden, fired, saturation
+
+
+def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: Counter[str]) -> None:
+    if fired != expected:
+        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
+    if not all(torch.isfinite(states).all() for states in hidden.values()):
+        raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ class QuantizedLinear(nn.Module):
         weight_scale: float32 [out, G] once quantized.
         weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
         unfrozen: its scales are being trained: what it multiplies by changes from step to step.
+        fired: whether a quantized weight has been multiplied by.
         bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
     """
 
@@ -83,6 +84,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.unfrozen = False
+        self.fired = False
         self._dequantized: torch.Tensor | None = None
 
     def declare_quantized_(self) -> None:
@@ -92,10 +94,10 @@ class QuantizedLinear(nn.Module):
         scales, device = (self.out_features, self.spec.count_groups(self.in_features)), self.weight.device
         integers = torch.int8 if self.spec.symmetric else torch.uint8
         self.weight = torch.empty(self.out_features, self.in_features, dtype=integers, device=device)
-        self.weight_scale = torch.empty(scales, device=device)
-        self.weight_zero_point = None if self.spec.symmetric else torch.empty(scales, device=device)
+        self.weight_scale = torch.empty(scales, dtype=torch.float32, device=device)
+        self.weight_zero_point = None if self.spec.symmetric else torch.empty_like(self.weight_scale)
         if self.spec.centered and self.bias is None:
-            self.bias = torch.empty(self.out_features, device=device)
+            self.bias = torch.empty(self.out_features, dtype=self.compute_dtype, device=device)
 
     def correct_bias_(self, correction: torch.Tensor) -> None:
         """Add [out] to the bias, which the layer gets if it had none."""
@@ -113,6 +115,7 @@ class QuantizedLinear(nn.Module):
         """The weight the layer multiplies by, [out, in]; computed once from integers that stand still, and kept."""
         if self.weight_scale is None:
             return self.weight
+        self.fired = True
         if self.weight.is_floating_point():  # being trained, to be rounded
             zero_point = None if self.weight_zero_point is None else self.weight_zero_point.unsqueeze(-1)
             grouped = group(self.weight, self.spec.group_size)
@@ -124,11 +127,14 @@ class QuantizedLinear(nn.Module):
             self._dequantized = dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
         return self._dequantized
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input behind R4 and the layer's own quantizer, where it has them."""
         if self.rotate_input:
             x = hadamard_transform(x)
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.prepare_input(x)
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
 
@@ -181,7 +187,7 @@ def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
 
 def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
     """How many quantizers of each kind have acted in this block since it was loaded."""
-    weights = sum(linear.weight_scale is not None and linear._dequantized is not None for linear in _linears(block))
+    weights = sum(linear.fired for linear in _linears(block))
     fired = Counter({"weights": weights} if weights else {})
     sites = find_site_quantizers(block, architecture)
     fired.update(site_group(site) for site, quantizer in sites.items() if quantizer.fired)
@@ -241,7 +247,12 @@ def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
 
 def block_settings(checkpoint: Checkpoint, index: int) -> BlockSettings | None:
     """What a checkpoint's config.json records of block `index`; None for a plain model."""
-    recorded = checkpoint.settings.get("overrides", {}).get(str(index)) or checkpoint.settings.get("block")
+    return find_settings(checkpoint.settings, index)
+
+
+def find_settings(described: dict[str, Any], index: int) -> BlockSettings | None:
+    """Block `index` of what `describe_blocks` wrote; None for a plain model."""
+    recorded = described.get("overrides", {}).get(str(index)) or described.get("block")
     return None if recorded is None else BlockSettings.from_dict(recorded)
 
 

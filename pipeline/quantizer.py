@@ -227,6 +227,7 @@ class ActivationQuantizer(nn.Module):
         clip_factor: dynamic only; float32 [G, 2] or [heads, 1, G, 2]: what the low and the high end of the range
             measured on a token are multiplied by.
         fired: how many times it has quantized, so that an evaluation can check that every quantizer took part.
+        emits_integers: what passes on is `to_integers`, for layers that multiply integers.
     """
 
     def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
@@ -235,18 +236,19 @@ class ActivationQuantizer(nn.Module):
         self.spec = spec
         self.fired = 0
         self.calibrated = False
+        self.emits_integers = False
         if not spec.enabled:
             return
         if spec.centered:
-            self.register_buffer("shift", torch.full((width,) if heads is None else (heads, 1, width), torch.nan))
+            self.register_buffer("shift", _unknown((width,) if heads is None else (heads, 1, width)))
         groups = spec.count_groups(width)
         shape = (groups,) if heads is None else (heads, 1, groups)
         if spec.dynamic:
-            self.register_buffer("clip_factor", torch.full((*shape, 2), torch.nan))
+            self.register_buffer("clip_factor", _unknown((*shape, 2)))
             return
-        self.register_buffer("scale", torch.full(shape, torch.nan))
+        self.register_buffer("scale", _unknown(shape))
         if not spec.symmetric:
-            self.register_buffer("zero_point", torch.full(shape, torch.nan))
+            self.register_buffer("zero_point", _unknown(shape))
 
     def calibrate_(self, **buffers: torch.Tensor) -> None:
         """Fix the buffers (any shape with the right number of elements); from now on the quantizer acts."""
@@ -270,11 +272,27 @@ class ActivationQuantizer(nn.Module):
         if not self.spec.enabled or not self.calibrated:
             return x
         self.fired += 1
+        if self.emits_integers:
+            return self.to_integers(x)
         grouped = group(self.center(x), self.spec.group_size)
         scale, zero_point = self.find_parameters(grouped)
         quantized = fake_quantize(grouped, scale, self.spec.bits, zero_point).flatten(-2)
         return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
 
+    def to_integers(self, x: torch.Tensor) -> torch.Tensor:
+        """int8, as x, what the integers stand for in units of the scale: (integer - zero_point). Static, one scale."""
+        integers = quantize(self.center(x).float(), self.scale, self.spec.bits, getattr(self, "zero_point", None))
+        return (integers if self.spec.symmetric else integers - self.zero_point).to(torch.int8)
+
+    def from_integers(self, integers: torch.Tensor) -> torch.Tensor:
+        """float32, what `to_integers` gave stands for: what the quantizer passes on otherwise."""
+        values = integers * self.scale
+        return values + self.shift if self.spec.centered else values
+
     def center(self, x: torch.Tensor) -> torch.Tensor:
         """x - shift in float32 at least, or x itself when the quantizer is not centered."""
         return x - self.shift if self.spec.centered else x
+
+
+def _unknown(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float32)

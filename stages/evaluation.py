@@ -4,25 +4,33 @@
     original_prefix   the imported model in full precision, with the prefix in use: the honest baseline
     quantizer_init    the rotated, quantized model with the prefix in use
     finetuning        the same, fine-tuned
+    export            the packed folder, loaded as a user loads it
 
 Reads   the variant's checkpoint and prefix, artifacts/calibration/evaluation/; for all but `original` also
         artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with
 Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), VARIANT_saturation.csv beside
         it (how well static ranges fit this text, for dvc plots), metrics/evaluation/VARIANT.json
-Packaged model: about 20 seconds (original) and 30 (quantized) for 8 windows of 1,024 tokens, 1.1 GiB.
+Perplexity walks block by block; tasks, where there are any, take the whole model in memory, in the first process.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import Header, check_input, make_header, save_tensors
+from pipeline.artifacts import Header, check_input, make_header, read_header, save_tensors
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import Params, load_params
-from pipeline.perplexity import Original, evaluate_windows
+from pipeline.perplexity import Original, evaluate_model, evaluate_windows
 from pipeline.prefix import load_prefix, load_prefix_kv
+from pipeline.prefixed_model import assemble_model
 from pipeline.progress import run_main, run_stage
+from pipeline.quantized_model import load
 from pipeline.saturation import write_saturation
 from pipeline.walk import BlockRunner, compute_prefix_kv
 from pipeline.windows import load_windows
@@ -35,7 +43,8 @@ QUANTIZED = {"quantizer_init": Path("artifacts/quantizer_init"), "finetuning": P
 WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
 METRICS = Path("metrics/evaluation")
-VARIANTS = ("original", "original_prefix", *QUANTIZED)
+EXPORT = Path("artifacts/export")
+VARIANTS = ("original", "original_prefix", *QUANTIZED, "export")
 
 
 def main() -> None:
@@ -49,21 +58,65 @@ def main() -> None:
         join_ranks(params.runtime) as (ranks, device),
         run_stage(f"evaluation@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics,
     ):
-        checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
-        runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
-        prefix_kv, inputs = open_prefix(variant, params, checkpoint, runner)
+        tasks = prepare_tasks(params) if ranks.first and params.evaluation.tasks else None
+        opened = open_variant(variant, params, device)
         corpora = params.calibration.evaluation.corpora
         windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
-        inputs |= {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
+        inputs = opened.inputs | {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
         compared = variant != "original" and params.evaluation.compare_with_original
         original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
         token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
-        measured, tensors, saturation = evaluate_windows(checkpoint, token_ids, runner, prefix_kv, original, ranks)
+        measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
         metrics |= measured
-        header = make_header("evaluation", {"variant": variant}, inputs | {"checkpoint": checkpoint.header})
         if ranks.first:
-            save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)
+            save_tensors(
+                EVALUATION / f"{variant}.safetensors", tensors, make_header("evaluation", {"variant": variant}, inputs)
+            )
             write_saturation(EVALUATION / f"{variant}_saturation.csv", saturation)
+        if tasks is not None:
+            metrics |= tasks(*opened.load_model())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is evaluated.
+
+    Attributes:
+        evaluate: of corpus -> token ids, what `evaluate_windows` returns.
+        load_model: the whole model, for tasks, and its tokenizer.
+        inputs: headers of what it was made from.
+    """
+
+    evaluate: Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]]
+    load_model: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    inputs: dict[str, Header]
+
+
+def open_variant(variant: str, params: Params, device: torch.device) -> Variant:
+    """The variant, ready to be evaluated. Raises ArtifactError and ExportError."""
+    batch_size = params.runtime.batch_size
+    if variant == "export":
+        model, tokenizer = load(EXPORT, device)
+        inputs = {"checkpoint": read_header(EXPORT, "export")}
+        return Variant(partial(evaluate_model, model, batch_size=batch_size), lambda: (model, tokenizer), inputs)
+    checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
+    runner = BlockRunner(checkpoint, device, batch_size)
+    prefix_kv, inputs = open_prefix(variant, params, checkpoint, runner)
+    return Variant(
+        partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv),
+        lambda: (assemble_model(checkpoint, prefix_kv, device), checkpoint.tokenizer),
+        inputs | {"checkpoint": checkpoint.header},
+    )
+
+
+def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]:
+    """Load the tasks and their data; what then asks a model and returns metrics."""
+    # lm-eval takes seconds to import, and is of no use without tasks.
+    from pipeline.lm_eval_tasks import open_tasks, run_tasks
+
+    own = params.evaluation
+    tasks = open_tasks(own.tasks, own.task_folder, own.skip_unavailable)
+    return lambda model, tokenizer: run_tasks(model, tokenizer, tasks, params.runtime.task_batch_size)
 
 
 def open_prefix(

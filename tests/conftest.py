@@ -118,6 +118,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
     params["calibration"]["validation"]["windows"] = 1
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
     params["quantizer_init"]["mse_samples"] = 2
+    params["evaluation"]["tasks"] = {}
     params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}
     return params
 

@@ -12,10 +12,10 @@ PRESETS = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))
 
 
 def keys_of(values, path=()):
-    """Every key, but those of corpora, which have names of their own."""
+    """Every key, but those of corpora and tasks, which have names of their own."""
     for key, value in values.items():
         yield (*path, key)
-        if isinstance(value, dict) and key != "corpora":
+        if isinstance(value, dict) and key not in ("corpora", "tasks"):
             yield from keys_of(value, (*path, key))
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 from pipeline.artifacts import make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.prefix import load_prefix_kv
-from pipeline.quantized_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
+from pipeline.prefixed_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
 from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import compute_prefix_kv
 

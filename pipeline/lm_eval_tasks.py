@@ -1,0 +1,186 @@
+"""Tasks of the LM Evaluation Harness (lm-eval) on models with a prefix.
+
+    python -m pipeline.lm_eval_tasks run --model prefixquant --model_args path=artifacts/export --tasks piqa
+
+takes lm-eval's own arguments: it adds the model type `prefixquant` and the tasks in `pipeline/tasks/`, and lm-eval does
+the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods and texts those of `prefixed_model.py`;
+what is changed is what a prefix changes: no start token follows it, and it takes up some of the model's positions.
+"""
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import lm_eval
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pipeline.packaged_tasks  # noqa: F401  (tasks/*.yaml call it)
+from pipeline.errors import PipelineError
+from pipeline.quantized_model import load
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).with_name("tasks")
+COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+_METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
+
+
+class TaskError(PipelineError):
+    """A task is not known, or its data cannot be had; the message names it."""
+
+
+class TaskParams(Protocol):
+    """How one task is asked, as in params.yaml."""
+
+    num_fewshot: int | None
+    limit: int | None
+
+
+@register_model("prefixquant")
+class PrefixedLM(HFLM):
+    """lm-eval's own class for transformers models, around a model that may begin with a prefix."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        pretrained: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Of an exported folder `path`, or of a model in memory."""
+        if path is not None:
+            pretrained, tokenizer = load(Path(path), device)
+        prefix_kv = getattr(pretrained, "prefix_kv", None)
+        self.start_token = None if prefix_kv is None else tokenizer.bos_token
+        if prefix_kv is not None:
+            positions = pretrained.config.max_position_embeddings - prefix_kv.shape[-2]
+            kwargs = {"max_length": positions, "add_bos_token": False} | kwargs
+        super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context consists of: the start token, or, where the prefix has that already, a line break."""
+        if self.start_token is None or self.custom_prefix_token_id is not None:
+            return super().prefix_token_id
+        return self.tokenizer.encode("\n", add_special_tokens=False)[-1]
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        return super().tok_encode(self._strip(string), *args, **kwargs)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
+
+    def _strip(self, string: str) -> str:
+        return string if self.start_token is None else string.removeprefix(self.start_token)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks whose data is there.
+
+    Attributes:
+        asked: name -> how to ask it.
+        manager: knows where they are.
+        skipped: those that could not be had.
+    """
+
+    asked: dict[str, TaskParams]
+    manager: TaskManager
+    skipped: list[str]
+
+
+def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_unavailable: bool = False) -> Tasks:
+    """Load every task with its data, which lm-eval keeps, so that what is missing shows before the work begins.
+
+    Args:
+        asked: name of a task or group of lm-eval, of ours, or of a YAML file in `folder` -> how to ask it.
+        skip_unavailable: go on without the tasks that cannot be had, saying which.
+
+    Raises:
+        TaskError: names all tasks that cannot be had, and why.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if folder is not None and not Path(folder).is_dir():
+        raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
+    manager = TaskManager(include_path=[str(FOLDER), *([folder] if folder else [])])
+    problems = {}
+    for name in asked:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            problems[name] = "is no task of lm-eval or of this project" + (
+                (close and f"; near: {', '.join(close)}") or ""
+            )
+            continue
+        try:
+            manager.load([name])
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, PipelineError) as error:
+            problems[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if problems and not skip_unavailable:
+        listed = "\n".join(f"  evaluation.tasks.{name}: {reason}" for name, reason in problems.items())
+        raise TaskError(f"tasks that cannot be had:\n{listed}\nremove them, or set evaluation.skip_unavailable: true")
+    for name, reason in problems.items():
+        logger.warning("going on without task %s: %s", name, reason)
+    return Tasks({name: own for name, own in asked.items() if name not in problems}, manager, list(problems))
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, batch_size: int
+) -> dict[str, Any]:
+    """Ask a model everything.
+
+    Returns:
+        `tasks.<task>.<metric>`; `average`, of acc and of acc_norm (acc where a task has none), where all five of
+        `COMMONSENSE` were asked; `task_items`, how many items each had; `tasks_skipped`, where there are any.
+    """
+    lm = PrefixedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found: dict[str, dict[str, float]] = {}
+    items: dict[str, int] = {}
+    for name, own in tasks.asked.items():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[name],
+            num_fewshot=own.num_fewshot,
+            limit=own.limit,
+            task_manager=tasks.manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        found[name] = _pick_metrics(results["results"][name])
+        items[name] = sum(count["effective"] for count in results["n-samples"].values())
+    metrics: dict[str, Any] = {"tasks": found, "task_items": items} if found else {}
+    if set(COMMONSENSE) <= set(found):
+        five = [found[name] for name in COMMONSENSE]
+        means = {"acc": [own["acc"] for own in five], "acc_norm": [own.get("acc_norm", own["acc"]) for own in five]}
+        metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in means.items()}
+    return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
+
+
+def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "acc_stderr,none": …} -> {"acc": 0.5}; of several filters the first."""
+    found: dict[str, float] = {}
+    for key, value in results.items():
+        metric = key.partition(",")[0]
+        if metric in _METRICS and isinstance(value, int | float):
+            found.setdefault(metric, round(float(value), 4))
+    return found
+
+
+def run_command_line() -> None:
+    """lm-eval's command line, with our tasks and the model type `prefixquant`."""
+    parser = HarnessCLI()
+    arguments = parser.parse_args()
+    own = getattr(arguments, "include_path", None)
+    arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
+    parser.execute(arguments)
+
+
+if __name__ == "__main__":
+    run_command_line()

@@ -1,0 +1,39 @@
+"""Pack the quantized model into a folder anyone can load in one call.
+
+Reads   artifacts/finetuning/ (with the prefix in use), artifacts/model/ (its size), metrics/evaluation/ (original and
+        finetuning, for the model card)
+Writes  artifacts/export/, metrics/export.json
+Packaged model: a few seconds, 1 GiB.
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.artifacts import load_tensors, make_header, read_header
+from pipeline.checkpoint import Checkpoint
+from pipeline.export import export_model
+from pipeline.params import load_params
+from pipeline.prefix import PREFIX
+from pipeline.progress import run_main, run_stage
+
+PARAMS = Path("params.yaml")
+MODEL = Path("artifacts/model")
+FINETUNING = Path("artifacts/finetuning")
+EVALUATIONS = {name: Path(f"metrics/evaluation/{name}.json") for name in ("original", "finetuning")}
+EXPORT = Path("artifacts/export")
+METRICS = Path("metrics/export.json")
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    with run_stage("export", METRICS, params.runtime) as metrics:
+        checkpoint = Checkpoint(FINETUNING, "finetuning")
+        prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
+        results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in EVALUATIONS.items()}
+        inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
+        header = make_header("export", params.export.model_dump(), inputs)
+        metrics |= export_model(checkpoint, prefix, MODEL, EXPORT, params.export.max_shard_size, header, results)
+
+
+if __name__ == "__main__":
+    run_main(main)
