@@ -190,9 +190,9 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table: perplexity per corpus and its ratio to the original's; the error of blocks, where recorded.
+    """A Markdown table: perplexity per corpus, its ratio to the original's, accuracies, errors of blocks.
 
-    `block error` is the mean over blocks of the error of the block's output on the sampled calibration windows,
+    Columns are there where the rows have them. `block error` is the mean over blocks of the error of the block's output on the sampled calibration windows,
     relative to what the block adds to its input. Rows with losses by window are paired with "not trained", those that
     train end to end after the blocks with "blocks".
     """
@@ -203,6 +203,8 @@ def format_table(rows: dict[str, Any]) -> str:
     lines.append("| --- |" + " ---: |" * 2 * len(corpora))
     if with_init:
         lines = [lines[0] + " block error |", lines[1] + " ---: |"]
+    tasks = [task for task, scores in rows["original"].get("tasks", {}).items() if "acc" in scores]
+    lines = [lines[0] + "".join(f" {task} |" for task in tasks), lines[1] + " ---: |" * len(tasks)]
     with_losses = any("losses" in metrics for metrics in rows.values())
     if with_losses:
         head = "".join(f" less paired row, {corpus} |" for corpus in corpora)
@@ -211,6 +213,7 @@ def format_table(rows: dict[str, Any]) -> str:
         cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
         if with_init:
             cells.append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
+        cells += [f"{metrics['tasks'][task]['acc']:.3f}" for task in tasks]
         if with_losses:
             partner = "blocks" if name.startswith("blocks and") else UNTRAINED
             known = "losses" in metrics and partner in rows and partner != name

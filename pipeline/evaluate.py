@@ -53,7 +53,8 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
     """What `arguments` ask for: metrics as in `metrics/evaluation/`."""
     asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
     if asked:
-        from pipeline.lm_eval_tasks import open_tasks, run_tasks
+        from pipeline.lm_eval_tasks import run_tasks
+        from pipeline.task_data import open_tasks
 
         tasks = open_tasks(asked, arguments.task_folder)
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)

@@ -7,40 +7,20 @@ the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods a
 what is changed is what a prefix changes: no start token follows it, and it takes up some of the model's positions.
 """
 
-import difflib
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lm_eval
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import pipeline.packaged_tasks  # noqa: F401  (tasks/*.yaml call it)
-from pipeline.errors import PipelineError
 from pipeline.quantized_model import load
+from pipeline.task_data import FOLDER, Tasks
 
-logger = logging.getLogger(__name__)
-
-FOLDER = Path(__file__).with_name("tasks")
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
-
-
-class TaskError(PipelineError):
-    """A task is not known, or its data cannot be had; the message names it."""
-
-
-class TaskParams(Protocol):
-    """How one task is asked, as in params.yaml."""
-
-    num_fewshot: int | None
-    limit: int | None
 
 
 @register_model("prefixquant")
@@ -80,55 +60,6 @@ class PrefixedLM(HFLM):
 
     def _strip(self, string: str) -> str:
         return string if self.start_token is None else string.removeprefix(self.start_token)
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Tasks whose data is there.
-
-    Attributes:
-        asked: name -> how to ask it.
-        manager: knows where they are.
-        skipped: those that could not be had.
-    """
-
-    asked: dict[str, TaskParams]
-    manager: TaskManager
-    skipped: list[str]
-
-
-def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_unavailable: bool = False) -> Tasks:
-    """Load every task with its data, which lm-eval keeps, so that what is missing shows before the work begins.
-
-    Args:
-        asked: name of a task or group of lm-eval, of ours, or of a YAML file in `folder` -> how to ask it.
-        skip_unavailable: go on without the tasks that cannot be had, saying which.
-
-    Raises:
-        TaskError: names all tasks that cannot be had, and why.
-    """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if folder is not None and not Path(folder).is_dir():
-        raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
-    manager = TaskManager(include_path=[str(FOLDER), *([folder] if folder else [])])
-    problems = {}
-    for name in asked:
-        if name not in manager.task_index:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            problems[name] = "is no task of lm-eval or of this project" + (
-                (close and f"; near: {', '.join(close)}") or ""
-            )
-            continue
-        try:
-            manager.load([name])
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, PipelineError) as error:
-            problems[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if problems and not skip_unavailable:
-        listed = "\n".join(f"  evaluation.tasks.{name}: {reason}" for name, reason in problems.items())
-        raise TaskError(f"tasks that cannot be had:\n{listed}\nremove them, or set evaluation.skip_unavailable: true")
-    for name, reason in problems.items():
-        logger.warning("going on without task %s: %s", name, reason)
-    return Tasks({name: own for name, own in asked.items() if name not in problems}, manager, list(problems))
 
 
 def run_tasks(

@@ -112,7 +112,8 @@ def open_variant(variant: str, params: Params, device: torch.device) -> Variant:
 def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]:
     """Load the tasks and their data; what then asks a model and returns metrics."""
     # lm-eval takes seconds to import, and is of no use without tasks.
-    from pipeline.lm_eval_tasks import open_tasks, run_tasks
+    from pipeline.lm_eval_tasks import run_tasks
+    from pipeline.task_data import open_tasks
 
     own = params.evaluation
     tasks = open_tasks(own.tasks, own.task_folder, own.skip_unavailable)

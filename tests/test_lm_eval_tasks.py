@@ -15,10 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from test_prefixed_model import PREFIX, prefixed, reference_greedy, reference_logits
 
 from pipeline.corpora import fetch_corpus, read_documents, read_packaged_split
-from pipeline.lm_eval_tasks import COMMONSENSE, PrefixedLM, TaskError, open_tasks, run_tasks
+from pipeline.lm_eval_tasks import COMMONSENSE, PrefixedLM, run_tasks
 from pipeline.packaged_tasks import find_passages, load_last_words, load_word_analogies
 from pipeline.params import ParamsError, TaskParams, parse_params
 from pipeline.prefixed_model import assemble_model
+from pipeline.task_data import TaskError, Tasks, open_tasks
 
 TEXT = "The house had stood empty for years before anyone came to look at it."
 
@@ -151,7 +152,7 @@ def test_the_average_is_of_the_five_commonsense_tasks_and_only_of_them(imported,
     model = assemble_model(checkpoint)
 
     def run(names):
-        tasks = lm_eval_tasks.Tasks({name: TaskParams() for name in names}, None, ["gone"])
+        tasks = Tasks({name: TaskParams() for name in names}, None, ["gone"])
         return run_tasks(model, checkpoint.tokenizer, tasks, 1)
 
     found = run([*COMMONSENSE, "other"])

@@ -60,12 +60,12 @@ def test_nothing_changed_reruns_nothing(repository):
 def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "quantizer_init", equalize=False)
     stages = {"quantizer_init", "finetuning"}
-    assert repro(repository) == stages | {f"evaluation@{stage}" for stage in stages}
+    assert repro(repository) == {*stages, "export", "evaluation@export"} | {f"evaluation@{stage}" for stage in stages}
 
 
-def test_a_finetuning_key_reruns_only_its_stage_and_its_evaluation(repository):
+def test_a_finetuning_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "finetuning", quant_lr=5e-3)
-    assert repro(repository) == {"finetuning", "evaluation@finetuning"}
+    assert repro(repository) == {"finetuning", "evaluation@finetuning", "export", "evaluation@export"}
 
 
 def test_the_outlier_threshold_does_not_rerun_rotation(repository):
@@ -96,8 +96,8 @@ def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
     params["calibration"]["evaluation"]["windows"] = 1
     write_params(repository, params)
     ran = repro(repository)
-    variants = ("original", "original_prefix", "quantizer_init", "finetuning")
-    assert ran == {"calibration", *(f"evaluation@{variant}" for variant in variants)}
+    variants = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
+    assert ran == {"calibration", "export", *(f"evaluation@{variant}" for variant in variants)}
 
 
 def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
@@ -119,5 +119,7 @@ def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
         ("rotation", "finetuning"),
         ("quantizer_init", "finetuning"),
         ("finetuning", "evaluation@finetuning"),
+        ("finetuning", "export"),
+        ("export", "evaluation@export"),
     } <= edges
     assert ("prefix_search", "evaluation@original") not in edges

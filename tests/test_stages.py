@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, read_json, write_params
+from test_lm_eval_tasks import local_task
 
 from pipeline.artifacts import load_tensors
 from pipeline.checkpoint import Checkpoint
@@ -26,6 +27,8 @@ ALL = (
     "evaluation original_prefix",
     "evaluation quantizer_init",
     "evaluation finetuning",
+    "export",
+    "evaluation export",
 )
 
 
@@ -473,3 +476,25 @@ def test_broken_activations_are_reported_with_block_and_site(project, monkeypatc
     monkeypatch.setattr(module, "fill_block", broken)
     assert "block 1: the activations at mlp_hidden are not finite" in fails("quantizer_init", monkeypatch)
     assert not (project / "artifacts/quantizer_init").exists()
+
+
+def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(project, monkeypatch):
+    local_task(project, "colours")
+    change(project, "evaluation.task_folder", str(project))
+    change(project, "evaluation.tasks", {"colours": {"limit": 4}, "gone": {}})
+    assert "evaluation.tasks.gone: is no task" in fails("model", monkeypatch)
+    change(project, "evaluation.skip_unavailable", True)
+    run(*ALL, monkeypatch=monkeypatch)
+    found = {
+        name: read_json(project / f"metrics/evaluation/{name}.json") for name in ("original", "finetuning", "export")
+    }
+    assert all(metrics["task_items"] == {"colours": 4} for metrics in found.values())
+    assert all(metrics["tasks_skipped"] == ["gone"] for metrics in found.values())
+    assert found["export"]["tasks"] == found["finetuning"]["tasks"]
+    assert found["export"]["perplexity"] == found["finetuning"]["perplexity"]
+    exported, evaluated = (
+        load_tensors(project / f"artifacts/evaluation/{name}.safetensors", "evaluation")[0]
+        for name in ("export", "finetuning")
+    )
+    assert torch.equal(exported["hidden.prose"], evaluated["hidden.prose"])
+    assert "colours, acc" in (project / "artifacts/export/README.md").read_text()
