@@ -192,9 +192,9 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 def format_table(rows: dict[str, Any]) -> str:
     """A Markdown table: perplexity per corpus, its ratio to the original's, accuracies, errors of blocks.
 
-    Columns are there where the rows have them. `block error` is the mean over blocks of the error of the block's output on the sampled calibration windows,
-    relative to what the block adds to its input. Rows with losses by window are paired with "not trained", those that
-    train end to end after the blocks with "blocks".
+    Columns are there where the rows have them. `block error` is the mean over blocks of the error of the block's
+    output on the sampled calibration windows, relative to what the block adds to its input. Rows with losses by window
+    are paired with "not trained", those that train end to end after the blocks with "blocks".
     """
     exact = rows["original"]["perplexity"]
     corpora = list(exact)

@@ -203,6 +203,12 @@ class FinetuningParams(Group):
     end_to_end: EndToEndParams
 
 
+class ActivationPlotsParams(Group):
+    windows: Annotated[int, Field(ge=1)]
+    outlier_threshold: Annotated[Number, Field(gt=1)]
+    surface_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+
+
 class ExportParams(Group):
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
 
@@ -244,6 +250,7 @@ class Params(Group):
     finetuning: FinetuningParams
     export: ExportParams
     evaluation: EvaluationParams
+    activation_plots: ActivationPlotsParams
     runtime: RuntimeParams
 
 
@@ -314,9 +321,14 @@ def check_against_model(params: Params, widths: dict[str, int], blocks: int, max
                 problems.append(
                     f"{key}={size} does not divide {width}, the width of {site}; use a divisor or -1 for whole rows"
                 )
-    for index in params.prefix_training.target_layers or ():
-        if index >= blocks:
-            problems.append(f"prefix_training.target_layers={index}: the model has blocks 0 to {blocks - 1}; remove it")
+    named = {
+        "prefix_training.target_layers": params.prefix_training.target_layers,
+        "activation_plots.surface_blocks": params.activation_plots.surface_blocks,
+    }
+    for key, indices in named.items():
+        for index in indices or ():
+            if index >= blocks:
+                problems.append(f"{key}={index}: the model has blocks 0 to {blocks - 1}; remove it")
     for name in ("search", "train", "validation", "evaluation"):
         length = getattr(params.calibration, name).length
         if length > max_positions:

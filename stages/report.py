@@ -1,0 +1,98 @@
+"""One page for the run, and the numbers runs are compared by.
+
+Reads   metrics/ of all stages, artifacts/activation_plots/, losses of artifacts/finetuning/, how well ranges fit
+        (artifacts/quantizer_init/)
+Writes  artifacts/report/ (report.html, which needs nothing else, and its pictures), metrics/report.json
+Packaged model: about 10 seconds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import replacing_folder
+from pipeline.checkpoint import Checkpoint
+from pipeline.model_card import describe_bits
+from pipeline.params import Params, load_params
+from pipeline.plots import draw_all, read_measured
+from pipeline.progress import run_main, run_stage
+from pipeline.quantized_block import block_settings
+from pipeline.report import build_page, draw_curves, read_rows, summarise_run
+
+PARAMS = Path("params.yaml")
+METRICS = Path("metrics")
+FINETUNING = Path("artifacts/finetuning")
+SATURATION = Path("artifacts/quantizer_init/saturation.csv")
+ACTIVATIONS = {name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed")}
+VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
+REPORT = Path("artifacts/report")
+_SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
+
+
+def main() -> None:
+    params = load_params(PARAMS)
+    with run_stage("report", METRICS / "report.json", params.runtime) as metrics:
+        evaluations = {name: read_metrics(f"evaluation/{name}") for name in VARIANTS}
+        costs = read_costs(params)
+        prefix = read_metrics("prefix_search")
+        tokens = evaluations["export"]["settings"]["prefix_tokens"]
+        bits = describe_bits(block_settings(Checkpoint(FINETUNING, "finetuning"), 0))
+        described = f"{params.prefix.use} ({tokens} tokens)"
+        size = read_metrics("export")["size_mib"]
+        metrics |= summarise_run(bits, described, evaluations, costs, size)
+        saturation = read_rows(SATURATION)
+        with replacing_folder(REPORT) as partial:
+            pictures = draw_all(read_measured(ACTIVATIONS), partial) + draw_losses(partial, saturation)
+            page = build_page(metrics, evaluations, prefix, saturation, costs, read_settings(params), pictures)
+            (partial / "report.html").write_text(page, encoding="utf-8")
+
+
+def read_metrics(name: str) -> dict[str, Any]:
+    return json.loads((METRICS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_costs(params: Params) -> dict[str, dict[str, float]]:
+    """Stage -> what it took, in the order of the pipeline."""
+    names = ["model", *(f"corpora/{name}" for name in params.corpora), "calibration", "rotation", "prefix_search"]
+    names += ["prefix_training", "quantizer_init", "finetuning", "export"]
+    names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
+    return {name: {key: read_metrics(name)[key] for key in ("seconds", "peak_rss_gib")} for name in names}
+
+
+def read_settings(params: Params) -> dict[str, Any]:
+    """The groups of params.yaml that decide what comes out."""
+    groups = {
+        "model": params.model,
+        "calibration": params.calibration,
+        "rotation": params.rotation,
+        "prefix_search": params.prefix_search,
+        "prefix_training": params.prefix_training,
+        "prefix": params.prefix,
+        "quantizer_init": params.quantizer_init,
+        "finetuning": params.finetuning,
+        "export": params.export,
+        "evaluation": params.evaluation,
+    }
+    return {name: group.model_dump() for name, group in groups.items()}
+
+
+def draw_losses(folder: Path, saturation: list[dict[str, str]]) -> list[Path]:
+    """Curves of fine-tuning and of how well ranges fit; what was drawn."""
+    blocks = read_rows(FINETUNING / "blocks.csv")
+    together = read_rows(FINETUNING / "end_to_end.csv")
+    curves = {
+        "finetuning_blocks": (blocks, "block", ("before", "after"), ("Loss of each block", "block", "validation loss")),
+        "finetuning_end_to_end": (together, "epoch", ("train", "validation"), ("End to end", "epoch", "KL, nats")),
+        "sqnr": (
+            saturation,
+            "block",
+            [f"{site}_sqnr" for site in _SITES],
+            ("Signal to quantization noise, calibration text", "block", "SQNR, dB"),
+        ),
+    }
+    paths = [folder / f"{name}.png" for name in curves]
+    return [path for path, values in zip(paths, curves.values(), strict=True) if draw_curves(path, *values)]
+
+
+if __name__ == "__main__":
+    run_main(main)
