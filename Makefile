@@ -3,6 +3,9 @@
 # make lint    set up, check format and style
 # make preset NAME=…   put presets/NAME.yaml into params.yaml
 # make table   the results of the last run
+# make report  one page with results, settings, pictures and cost of the last run: artifacts/report/report.html
+# make compare what experiments came to, side by side
+# make sweep-bits, sweep-prefix, sweep-threshold, sweep-calibration-size   experiments in a row (JOBS=2: two at a time)
 # make help    this list
 
 PYTHON ?= python3
@@ -10,7 +13,16 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint format preset table setup help
+.DEFAULT_GOAL := repro
+SWEEPS := sweep-bits sweep-prefix sweep-threshold sweep-calibration-size
+sweep-bits: SWEEP = -S quantizer_init.weights.bits=3,4,8 -S quantizer_init.activations.bits=4,8
+sweep-prefix: SWEEP = -S prefix.use=none,found
+sweep-threshold: SWEEP = -S prefix_search.outlier_threshold=16,64,256
+sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
+JOBS ?= 1
+COLUMNS = metrics/report.json:(bits|prefix|perplexity|ratio|accuracy|average_accuracy|minutes|gib|mib).*
+
+.PHONY: repro test lint format preset table report compare setup help $(SWEEPS)
 
 repro: setup
 	dvc repro
@@ -33,6 +45,18 @@ preset:
 
 table: setup
 	@python -m benchmarks.summary
+
+report: setup
+	dvc repro report
+	@echo "open artifacts/report/report.html"
+
+compare: setup
+	@dvc exp show --drop '.*' --keep '$(COLUMNS)'
+
+$(SWEEPS): setup
+	dvc exp run --queue $(SWEEP)
+	dvc exp run --run-all --jobs $(JOBS)
+	@$(MAKE) --no-print-directory compare
 
 setup: $(INSTALLED)
 

@@ -38,6 +38,8 @@ class ModelData:
 class EndToEndTrainer(Trainer):
     """Trains the finished blocks of `work` together."""
 
+    bar = "end to end"
+
     def __init__(
         self,
         initial: Checkpoint,

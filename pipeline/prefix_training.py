@@ -31,7 +31,7 @@ from pipeline.params import PrefixTrainingParams
 from pipeline.prefix import PREFIX, resize_rows
 from pipeline.prefix_losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix_search import measure_outliers
-from pipeline.progress import show_progress
+from pipeline.progress import note_progress, show_progress
 from pipeline.quantized_block import load_block
 from pipeline.ranks import ALONE, Ranks
 from pipeline.training_state import TrainingState
@@ -251,6 +251,7 @@ def train_prefix(
                 break
             optimizer.step()
             losses.append(total.item())
+            note_progress(loss=losses[-1], validation=state.history[-1]["validation"])
         if stopped:
             break
         measured = model.evaluate(prefix, own_validation, exact_validation, ranks)

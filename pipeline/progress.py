@@ -23,6 +23,7 @@ from pipeline.params import RuntimeParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_bars: list[tqdm] = []
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
@@ -82,7 +83,18 @@ def is_first_rank() -> bool:
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Iterate with a bar on a terminal, silently elsewhere and on all ranks but the first."""
     disable = None if is_first_rank() else True
-    return iter(tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True))
+    bar = tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
+    _bars.append(bar)
+    try:
+        yield from bar
+    finally:
+        _bars.remove(bar)
+
+
+def note_progress(**values: Any) -> None:
+    """Show values (the current loss, …) at the end of the bar that was begun last."""
+    if _bars:
+        _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
 
 
 def peak_rss_gib() -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.artifacts import Header
+from pipeline.progress import note_progress, show_progress
 from pipeline.ranks import ALONE, Ranks, shuffle
 from pipeline.streams import Offload
 from pipeline.training_state import TrainingState
@@ -87,7 +88,12 @@ class Trainer:
     """Trains groups of parameters, each with a learning rate; 0 freezes a group.
 
     Subclasses say what `losses` are.
+
+    Attributes:
+        bar: what a bar over the batches of an epoch is called; None: there is none, a bar over blocks shows the loss.
     """
+
+    bar: str | None = None
 
     def __init__(
         self,
@@ -144,11 +150,13 @@ class Trainer:
     def _train_epoch(self, train: Windows, seed: int, epoch: int) -> float | None:
         order = shuffle(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
         parts = list(batches(train.count, self.schedule.batch_size))
-        losses = []
-        for number, rows in enumerate(parts):
+        losses: list[float] = []
+        title = f"{self.bar}, epoch {epoch}/{self.schedule.epochs}"
+        for number, rows in enumerate(show_progress(parts, len(parts), title) if self.bar else parts):
             progress = ((epoch - 1) * len(parts) + number) / (self.schedule.epochs * len(parts))
             loss = self.step(train, order[rows], progress)
             losses += [] if loss is None else [loss]
+            note_progress(epoch=epoch, loss=loss, validation=self.state.history[-1]["validation"])
             if self._failures >= _FAILURES:
                 break
         return sum(losses) / len(losses) if losses else None

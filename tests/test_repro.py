@@ -60,12 +60,13 @@ def test_nothing_changed_reruns_nothing(repository):
 def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "quantizer_init", equalize=False)
     stages = {"quantizer_init", "finetuning"}
-    assert repro(repository) == {*stages, "export", "evaluation@export"} | {f"evaluation@{stage}" for stage in stages}
+    made = {"export", "evaluation@export", "report"}
+    assert repro(repository) == stages | made | {f"evaluation@{stage}" for stage in stages}
 
 
 def test_a_finetuning_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "finetuning", quant_lr=5e-3)
-    assert repro(repository) == {"finetuning", "evaluation@finetuning", "export", "evaluation@export"}
+    assert repro(repository) == {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
 
 
 def test_the_outlier_threshold_does_not_rerun_rotation(repository):
@@ -77,7 +78,7 @@ def test_the_outlier_threshold_does_not_rerun_rotation(repository):
 
 def test_a_training_key_reruns_nothing_else_while_training_is_off(repository):
     change(repository, "prefix_training", epochs=7)
-    assert repro(repository) == {"prefix_training"}
+    assert repro(repository) == {"prefix_training", "report"}
 
 
 def test_runtime_settings_rerun_nothing(repository):
@@ -88,7 +89,7 @@ def test_runtime_settings_rerun_nothing(repository):
 def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository):
     shutil.copyfile(repository / "prose.txt", repository / "other.txt")
     change(repository, "corpora", other={"source": str(repository / "other.txt")})
-    assert repro(repository) == {"corpora@other", "calibration"}
+    assert repro(repository) == {"corpora@other", "calibration", "report"}
 
 
 def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
@@ -97,7 +98,7 @@ def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
     write_params(repository, params)
     ran = repro(repository)
     variants = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
-    assert ran == {"calibration", "export", *(f"evaluation@{variant}" for variant in variants)}
+    assert ran == {"calibration", "export", "report", *(f"evaluation@{variant}" for variant in variants)}
 
 
 def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
@@ -123,3 +124,41 @@ def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
         ("export", "evaluation@export"),
     } <= edges
     assert ("prefix_search", "evaluation@original") not in edges
+
+
+def commit(folder: Path) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
+    subprocess.run(["git", *identity, "commit", "-q", "-m", "state", "--allow-empty"], cwd=folder, check=True)
+
+
+def test_artifacts_are_shared_through_a_remote_and_a_clone_reruns_nothing(repository, tmp_path):
+    repro(repository)
+    dvc(repository, "remote", "add", "-f", "-d", "shared", str(tmp_path / "remote"))
+    dvc(repository, "push", "-q")
+    commit(repository)
+    subprocess.run(["git", "clone", "-q", str(repository), str(tmp_path / "clone")], check=True)
+    dvc(tmp_path / "clone", "pull", "-q")
+    assert repro(tmp_path / "clone") == set()
+    for name in ("export", "finetuning"):
+        assert sorted(path.name for path in (tmp_path / "clone/artifacts" / name).iterdir()) == sorted(
+            path.name for path in (repository / "artifacts" / name).iterdir()
+        )
+
+
+def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_few_columns(repository):
+    repro(repository)
+    commit(repository)
+    before = (repository / "params.yaml").read_text()
+    output = dvc(repository, "exp", "run", "--temp", "-n", "wide", "-S", "finetuning.end_to_end.epochs=1")
+    ran = set(re.findall(r"Running stage '([^']+)'", output))
+    assert ran == {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
+    assert (repository / "params.yaml").read_text() == before
+    makefile = (ROOT / "Makefile").read_text()
+    columns = re.search(r"^COLUMNS = (.+)$", makefile, re.MULTILINE)[1]
+    table = dvc(repository, "exp", "show", "--csv", "--drop", ".*", "--keep", columns)
+    head, *rows = [line.split(",") for line in table.strip().splitlines()]
+    assert any(row[head.index("Experiment")] == "wide" for row in rows)
+    names = [name.rpartition(":")[2] for name in head]
+    assert {"bits", "prefix", "perplexity.prose", "ratio.prose", "minutes", "gib", "mib"} <= set(names)
+    assert len(names) < 20

@@ -1,0 +1,30 @@
+"""The bar a person watches: what is iterated, and the current loss at its end."""
+
+import pytest
+
+from pipeline import progress
+
+
+@pytest.fixture
+def postfixes(monkeypatch):
+    seen = []
+    monkeypatch.setattr(progress.tqdm, "set_postfix", lambda bar, values, refresh: seen.append((bar.desc, values)))
+    return seen
+
+
+def test_values_go_to_the_bar_begun_last_and_nowhere_without_one(postfixes):
+    progress.note_progress(loss=1.0)
+    for _ in progress.show_progress(range(2), 2, "outer"):
+        progress.note_progress(loss=0.123456)
+        for _ in progress.show_progress(range(1), 1, "inner"):
+            progress.note_progress(loss=2.0, epoch=3)
+    progress.note_progress(loss=1.0)
+    assert postfixes == [("outer", {"loss": "0.1235"}), ("inner", {"loss": "2", "epoch": "3"})] * 2
+
+
+def test_a_bar_that_is_left_early_is_gone(postfixes):
+    for _ in progress.show_progress(range(5), 5, "left"):
+        break
+    progress.note_progress(loss=1.0)
+    assert postfixes == []
+    assert list(progress.show_progress(iter("abc"), 3, "whole")) == ["a", "b", "c"]
