@@ -93,7 +93,7 @@ def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[
 
 def note_progress(**values: Any) -> None:
     """Show values (the current loss, …) at the end of the bar that was begun last."""
-    if _bars:
+    if _bars and not _bars[-1].disable:
         _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
 
 

@@ -1,5 +1,7 @@
 """The bar a person watches: what is iterated, and the current loss at its end."""
 
+import io
+
 import pytest
 
 from pipeline import progress
@@ -9,6 +11,8 @@ from pipeline import progress
 def postfixes(monkeypatch):
     seen = []
     monkeypatch.setattr(progress.tqdm, "set_postfix", lambda bar, values, refresh: seen.append((bar.desc, values)))
+    make = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda *args, disable, **options: make(*args, file=io.StringIO(), **options))
     return seen
 
 
