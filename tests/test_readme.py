@@ -22,8 +22,10 @@ def test_the_result_table_is_what_the_metrics_in_git_say():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make (\w+)`", README)) | set(re.findall(r"^    make (\w+)", README, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    targets |= set(re.search(r"^SWEEPS := (.+)$", makefile, re.MULTILINE)[1].split())
+    named = set(re.findall(r"`make ([\w-]+)`", README)) | set(re.findall(r"^    make ([\w-]+)", README, re.MULTILINE))
     assert {"repro", "test"} <= named <= targets
 
 
@@ -71,3 +73,28 @@ def test_paired_differences_of_a_hand_computed_case():
     mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert mean == 3.0
     assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+
+
+def test_sweeps_set_keys_that_exist_to_values_they_take():
+    makefile = (ROOT / "Makefile").read_text()
+    sweeps = re.findall(r"^sweep-[\w-]+: SWEEP = (.+)$", makefile, re.MULTILINE)
+    assert len(sweeps) == 4
+    for sweep in sweeps:
+        for key, values in re.findall(r"-S ([\w.]+)=(\S+)", sweep):
+            for value in values.split(","):
+                parse_params(override(read_params(), {key: yaml.safe_load(value)}))
+
+
+def test_the_plots_page_needs_no_network():
+    folder = ROOT / "docs/plots"
+    template = (folder / "template.html").read_text()
+    scripts = re.findall(r'<script src="([^"]+)">', template)
+    assert len(scripts) == 3
+    for script in scripts:
+        assert script.startswith("../docs/plots/")
+        assert (ROOT / script.removeprefix("../")).stat().st_size > 10_000
+    assert "{plot_divs}" in template
+    assert "{scripts}" not in template
+    assert "html_template = ../docs/plots/template.html" in (ROOT / ".dvc/config").read_text()
+    licences = (folder / "LICENSES.txt").read_text()
+    assert all(f"== {name} " in licences for name in ("vega", "vega-lite", "vega-embed"))
