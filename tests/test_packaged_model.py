@@ -1,22 +1,34 @@
 """Exactness on the packaged model, SmolLM2-135M-Instruct."""
 
+import json
+import os
+from pathlib import Path
+
+import lm_eval
 import pytest
 import torch
-from conftest import init_params
+import yaml
+from conftest import ROOT, init_params
+from lm_eval.models.huggingface import HFLM
 from test_rotation import rotate
 from test_walk import assert_close, walked_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import make_header
 from pipeline.checkpoint import Checkpoint
+from pipeline.lm_eval_tasks import run_tasks
 from pipeline.model_import import import_model
-from pipeline.params import PACKAGED_MODEL
+from pipeline.params import PACKAGED_MODEL, TaskParams
 from pipeline.prefix_search import choose_start_token
+from pipeline.prefixed_model import assemble_model
 from pipeline.quantized_block import block_settings
 from pipeline.quantizer_init import init_quantizers
+from pipeline.task_data import open_tasks
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 pytestmark = pytest.mark.slow
+# piqa/ and hellaswag/ as their authors publish them; what needs them is skipped without.
+DATA = Path(os.environ.get("TASK_DATA", ROOT.parent / "shared" / "data"))
 TEXT = (
     "The bridge was built in three summers, and in the fourth the river moved. Nobody in the town had asked the "
     "river. The engineers came back with their maps, measured the empty bed under the arches, and wrote a report."
@@ -91,3 +103,50 @@ def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, toke
     with torch.no_grad():
         expected = original(token_ids).logits
     assert_close(walked_logits(quantized, BlockRunner(quantized, torch.device("cpu"), 4), token_ids), expected, 1e-4)
+
+
+def test_both_packaged_tasks_are_clearly_above_chance(original, folder):
+    tasks = open_tasks({name: TaskParams(limit=24) for name in ("word_analogies", "last_word_wikipedia")})
+    found = run_tasks(original, AutoTokenizer.from_pretrained(folder), tasks, 8)["tasks"]
+    assert found["word_analogies"]["acc"] > 0.55  # measured 0.81 on 64 items; chance 0.25
+    assert found["last_word_wikipedia"]["acc"] > 0.2  # measured 0.46 on 48; chance 0
+
+
+BENCHMARKS = {
+    "piqa_local": ("piqa/valid.jsonl", "Question: {{goal}}\nAnswer:", "{{[sol1, sol2]}}"),
+    "hellaswag_local": ("hellaswag/val_first1000.jsonl", "{{query_lmeval_style}}", "endings"),
+}
+
+
+@pytest.mark.skipif(not (DATA / "piqa").is_dir(), reason="needs local copies of PIQA and HellaSwag")
+def test_real_benchmarks_score_what_lm_evals_own_class_scores(original, folder, tmp_path):
+    labels = (DATA / "piqa/valid-labels.lst").read_text().split()
+    for name, (source, text, choice) in BENCHMARKS.items():
+        rows = [json.loads(line) for line in (DATA / source).read_text().splitlines()[:20]]
+        for row, label in zip(rows, labels, strict=False):
+            row.setdefault("label", int(label))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics = [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ]
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": text,
+            "doc_to_choice": choice,
+            "doc_to_target": "label",
+            "metric_list": [{"metric": metric} | mean for metric in ("acc", "acc_norm")],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    tasks = open_tasks({name: TaskParams() for name in BENCHMARKS}, str(tmp_path))
+    checkpoint = Checkpoint(folder, "model")
+    found = run_tasks(assemble_model(checkpoint), checkpoint.tokenizer, tasks, 4)["tasks"]
+    theirs = HFLM(original, tokenizer=checkpoint.tokenizer, batch_size=4)
+    expected = lm_eval.simple_evaluate(
+        theirs, tasks=list(BENCHMARKS), task_manager=tasks.manager, bootstrap_iters=0, log_samples=False
+    )["results"]
+    for name in BENCHMARKS:
+        assert found[name] == {metric: round(expected[name][f"{metric},none"], 4) for metric in ("acc", "acc_norm")}
