@@ -126,9 +126,7 @@ def test_real_benchmarks_score_what_lm_evals_own_class_scores(original, folder, 
         for row, label in zip(rows, labels, strict=False):
             row.setdefault("label", int(label))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        metrics = [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ]
+        mean = {"aggregation": "mean", "higher_is_better": True}
         task = {
             "task": name,
             "dataset_path": "json",
