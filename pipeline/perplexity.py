@@ -79,6 +79,12 @@ class Scores:
         """Windows are equally long, so the mean over windows is the mean over targets."""
         return math.exp(self.losses.mean().item())
 
+    @property
+    def standard_error(self) -> float | None:
+        """Of the perplexity, from how much windows differ (first order: perplexity times the loss's); None for one."""
+        count = len(self.losses)
+        return self.perplexity * self.losses.std().item() / math.sqrt(count) if count > 1 else None
+
 
 class Original:
     """The original model's side of a comparison: its final hidden states per corpus, and its lm_head."""
@@ -114,8 +120,8 @@ def evaluate_windows(
         ranks: each walks its own windows; all of them return the whole, but saturation is of the first one's.
 
     Returns:
-        Metrics (`perplexity.<corpus>`, `kl.<corpus>`, `top1_agreement.<corpus>`, `largest_saturation.<corpus>`,
-        `lowest_sqnr.<corpus>`, `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
+        Metrics (per corpus `perplexity`, its `standard_error`, `kl`, `top1_agreement`, `largest_saturation`,
+        `lowest_sqnr`; `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
         `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
     own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
@@ -148,7 +154,9 @@ def _score_run(
     ranks: Ranks,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     hidden, fired, saturation = run
-    metrics: dict[str, Any] = {"perplexity": {}} | ({"kl": {}, "top1_agreement": {}} if original else {})
+    metrics: dict[str, Any] = {"perplexity": {}, "standard_error": {}} | (
+        {"kl": {}, "top1_agreement": {}} if original else {}
+    )
     tensors: dict[str, torch.Tensor] = {}
     for corpus, ids in windows.items():
         own, part = ranks.own(len(ids)), hidden[corpus]
@@ -156,6 +164,8 @@ def _score_run(
         scores = score_hidden(part, lm_head, ids[own], reference, device).combine(ranks, len(ids))
         part = ranks.collect(part, len(ids))
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
+        if scores.standard_error is not None:
+            metrics["standard_error"][corpus] = round(scores.standard_error, 4)
         if original:
             metrics["kl"][corpus] = round(scores.kl, 5)
             metrics["top1_agreement"][corpus] = round(scores.top1_agreement, 4)
@@ -167,6 +177,7 @@ def _score_run(
         "windows": {corpus: len(ids) for corpus, ids in windows.items()},
         "targets_per_window": next(iter(windows.values())).shape[1] - 1,
         "special_tokens": "none added",
+        "shorter_last_window": "left out",
     }
     return metrics, tensors, saturation
 

@@ -31,7 +31,12 @@ def test_perplexity_equals_a_three_line_loop(family, imported, token_ids):
     metrics, tensors, _ = evaluate_windows(checkpoint, windows, runner, None, None)
     for name, ids in windows.items():
         assert metrics["perplexity"][name] == pytest.approx(three_line_loop(make_model(family), ids), rel=1e-5)
-        assert tensors[f"loss.{name}"].shape == (len(ids),)
+        losses = tensors[f"loss.{name}"]
+        assert losses.shape == (len(ids),)
+        if name == "a":  # two windows: half their difference, times the perplexity
+            expected = metrics["perplexity"]["a"] * (losses[0] - losses[1]).abs().item() / 2
+            assert metrics["standard_error"]["a"] == pytest.approx(expected, rel=1e-3)
+    assert "b" not in metrics["standard_error"]  # a single window says nothing
     assert metrics["settings"]["targets_per_window"] == 23
     assert "kl" not in metrics
     json.dumps(metrics)
