@@ -52,15 +52,13 @@ class Measure(Protocol):
     Attributes:
         names: of the terms.
         sites: where it looks.
-        draws: how many random draws a validation loss is the mean of.
     """
 
     names: tuple[str, ...]
     sites: tuple[str, ...]
-    draws: int
 
-    def begin_batch(self, draw: int) -> None:
-        """Called before the first block sees a new batch; `draw` decides whatever is random in it."""
+    def begin_batch(self) -> None:
+        """Called before the first block sees a new batch."""
 
     def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What goes on in place of x in block `index`, and the terms [len(names)]; called twice when recomputed."""
@@ -71,12 +69,11 @@ class OutlierMeasure:
 
     names = ("outlier", "smoothness")
     sites = ("mlp_hidden",)
-    draws = 1
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.threshold = params.outlier_threshold
 
-    def begin_batch(self, draw: int) -> None:
+    def begin_batch(self) -> None:
         pass
 
     def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,12 +91,11 @@ class AttentionMeasure:
     """The attention outputs [B, T, D]: their energy (`l2`) or their variance over tokens (`var`)."""
 
     sites = ("o_proj",)
-    draws = 1
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.names = (params.loss_type,)
 
-    def begin_batch(self, draw: int) -> None:
+    def begin_batch(self) -> None:
         pass
 
     def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,19 +106,18 @@ class AttentionMeasure:
 class QuantizationMeasure:
     """Term `quantization`: relative error of simulated static quantizers, as a rotated block would have them.
 
-    Rotations are Hadamard matrices, norms' weights are folded, means kept out of the integers. The signs of R1 are
-    drawn anew for each batch: what is learned must serve whatever rotation the model will get, not one of them.
+    Rotations are Hadamard matrices of a seed of their own, norms' weights are folded, means kept out of the integers.
+    With the seed of `rotation` the signs of R1 are the very ones the model will get, and what is learned suits them.
     """
 
     names = ("quantization",)
     sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
-    draws = 3
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
-        self.bits, self.simulate, self.seed = params.bits, params.simulate, params.seed
-        self.width = checkpoint.config.hidden_size
-        self.signs = torch.ones(self.width)
+        self.bits, self.simulate = params.bits, params.simulate
         architecture = checkpoint.architecture
+        signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
+        self.signs = signs.float()
         names = {"attention_input": architecture.attention_norm, "mlp_input": architecture.mlp_norm}
         self.norms = [
             {site: checkpoint.load_block_tensors(index)[f"{name}.weight"].float() for site, name in names.items()}
@@ -131,9 +126,7 @@ class QuantizationMeasure:
         self.heads = checkpoint.config.num_attention_heads
         self._scales: dict[tuple[int, str], torch.Tensor] = {}
 
-    def begin_batch(self, draw: int) -> None:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
-        self.signs = random_signs(self.width, generator).float()
+    def begin_batch(self) -> None:
         self._scales.clear()
 
     def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -240,7 +240,7 @@ def train_prefix(
             own = ranks.locate(order[rows])
             prefix.grad, total = torch.zeros_like(prefix), torch.zeros((), device=runner.device)
             if len(own):
-                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own], model.draws + step)
+                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own])
                 loss = model.weigh(terms) * (len(own) / len(order[rows]))
                 loss.backward()
                 total += loss.detach()
@@ -283,7 +283,6 @@ class FrozenModel:
         self.table = checkpoint.load_tensor(checkpoint.architecture.embedding)
         self.table_norm = self.table.float().norm(dim=-1).max().item()
         self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
-        self.draws = self.measure.draws
         self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
         self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
         self._terms: list[torch.Tensor] | None = None  # of the block that runs; None: nobody is looking
@@ -333,15 +332,15 @@ class FrozenModel:
         return hidden
 
     def losses(
-        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None, draw: int = 0
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Every term of one batch [B, T], unweighted: the layers' means, and those of the prefix itself.
 
-        `original` is `run_original` of the same windows; `draw` as for `Measure.begin_batch`.
+        `original` is `run_original` of the same windows.
         """
         embedded = nn.functional.embedding(token_ids.cpu(), self.table).to(self.runner.device, self.checkpoint.dtype)
         self._prefix_tokens = count = len(prefix)
-        self.measure.begin_batch(draw)
+        self.measure.begin_batch()
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
         for index in range(len(self.blocks)):
@@ -365,17 +364,13 @@ class FrozenModel:
     def evaluate(
         self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None, ranks: Ranks = ALONE
     ) -> dict[str, float]:
-        """Means over all ranks' windows, [M, T] of them this one's: `validation`, the weighted sum, and every term.
-
-        Each window counts once for each of the same `draws`: epochs differ by the prefix alone.
-        """
+        """Means over all ranks' windows, [M, T] of them this one's: `validation`, the weighted sum, and every term."""
         totals: dict[str, float] = {}
-        for draw in range(self.draws):
-            for rows in batches(len(token_ids), self.params.batch_size):
-                terms = self.losses(prefix, token_ids[rows], None if original is None else original[rows], draw)
-                for name, value in ({"validation": self.weigh(terms)} | terms).items():
-                    totals[name] = totals.get(name, 0.0) + (rows.stop - rows.start) * value.item()
-        sums = torch.tensor([*totals.values(), len(token_ids) * self.draws], dtype=torch.float64)
+        for rows in batches(len(token_ids), self.params.batch_size):
+            terms = self.losses(prefix, token_ids[rows], None if original is None else original[rows])
+            for name, value in ({"validation": self.weigh(terms)} | terms).items():
+                totals[name] = totals.get(name, 0.0) + (rows.stop - rows.start) * value.item()
+        sums = torch.tensor([*totals.values(), len(token_ids)], dtype=torch.float64)
         ranks.sum_(sums)
         *values, count = sums.tolist()
         return {name: value / count for name, value in zip(totals, values, strict=True)}

@@ -11,6 +11,7 @@ from test_walk import walked_logits
 
 from pipeline import prefix_training
 from pipeline.artifacts import make_header
+from pipeline.hadamard import hadamard_transform
 from pipeline.params import PrefixTrainingParams
 from pipeline.prefix import resize_rows
 from pipeline.prefix_losses import AttentionMeasure, OutlierMeasure, QuantizationMeasure, diversity, magnitude
@@ -105,7 +106,7 @@ def test_a_scale_serves_a_whole_batch_and_no_other(imported):
     measure.see(0, "mlp_hidden", x * 5)
     assert torch.equal(measure._scales[0, "mlp_hidden"], scale)
     assert torch.equal(measure.see(0, "mlp_hidden", x)[0], first)
-    measure.begin_batch(0)
+    measure.begin_batch()
     measure.see(0, "mlp_hidden", x * 5)
     assert torch.allclose(measure._scales[0, "mlp_hidden"], scale * 5)
 
@@ -140,7 +141,7 @@ def test_losses_look_behind_the_prefix_only_and_equal_the_models_own_activations
     with torch.no_grad():
         cache = original(inputs_embeds=embedded, use_cache=True).past_key_values
     seen |= {"key": cache.layers[1].keys[:, :, 2:], "value": cache.layers[1].values[:, :, 2:]}
-    model.measure.begin_batch(0)
+    model.measure.begin_batch()
     terms = torch.stack([model.measure.see(1, site, seen[site])[1] for site in model.measure.sites]).mean(0)
     for name, value in zip(model.measure.names, terms, strict=True):
         assert found[name].item() == pytest.approx(value.item(), rel=1e-3), name
@@ -161,15 +162,14 @@ def test_simulated_quantizers_of_many_bits_change_nothing(family, imported, wind
     assert found[8].abs() < 0.02 * found[3]
 
 
-@torch.no_grad()
-def test_every_draw_rotates_differently_and_validation_is_the_mean_over_draws(imported, windows):
-    checkpoint, runner, prefix, params = setup(imported, bits=3)
-    model = FrozenModel(checkpoint, runner, params)
-    exact = model.run_original(windows[1])
-    by_draw = [model.losses(prefix, windows[1], exact, draw)["kl"].item() for draw in range(3)]
-    assert len(set(by_draw)) == 3
-    assert model.losses(prefix, windows[1], exact, 1)["kl"].item() == by_draw[1]
-    assert model.evaluate(prefix, windows[1], exact)["kl"] == pytest.approx(sum(by_draw) / 3)
+def test_with_the_seed_of_rotation_the_simulated_r1_is_the_one_the_model_gets(imported, tmp_path):
+    checkpoint, _ = open_model(imported["llama_tied"])
+    for seed in (0, 5):
+        rotated, _, _ = rotate(imported["llama_tied"], tmp_path / str(seed), seed=seed)
+        x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        measure = QuantizationMeasure(checkpoint, training(seed=seed))
+        expected = load_rotation(rotated.folder, "r1").apply(x)
+        assert torch.allclose(hadamard_transform(x * measure.signs), expected)
 
 
 @torch.no_grad()
