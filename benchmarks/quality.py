@@ -166,15 +166,12 @@ def main() -> None:
 
 
 def measure_finetuning(workspace: Workspace, name: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a row of the table of fine-tuning, what training took, and the loss of every window."""
+    """Metrics of a row of the table of fine-tuning, and the loss of every window."""
     variant = "quantizer_init" if name == UNTRAINED else "finetuning"
     measured = workspace.metrics(f"evaluation@{variant}", params)
     folder = workspace.run(f"evaluation@{variant}", params)
     tensors, _ = load_tensors(folder / f"artifacts/evaluation/{variant}.safetensors", "evaluation")
     measured["losses"] = {corpus: tensors[f"loss.{corpus}"].tolist() for corpus in measured["perplexity"]}
-    if variant == "finetuning":
-        training = workspace.metrics("finetuning", params)
-        measured["training"] = {key: training[key] for key in ("seconds", "peak_rss_gib")}
     return measured
 
 
@@ -208,7 +205,7 @@ def format_table(rows: dict[str, Any]) -> str:
     with_losses = any("losses" in metrics for metrics in rows.values())
     if with_losses:
         head = "".join(f" less paired row, {corpus} |" for corpus in corpora)
-        lines = [f"{lines[0]} paired with |{head} minutes |", lines[1] + " --- |" + " ---: |" * (len(corpora) + 1)]
+        lines = [f"{lines[0]} paired with |{head}", lines[1] + " --- |" + " ---: |" * len(corpora)]
     for name, metrics in rows.items():
         cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
         if with_init:
@@ -221,7 +218,6 @@ def format_table(rows: dict[str, Any]) -> str:
             cells += (
                 [partner, *(pair_losses(own[c], other[c]) for c in corpora)] if known else [""] * (1 + len(corpora))
             )
-            cells.append(f"{metrics['training']['seconds'] / 60:.1f}" if "training" in metrics else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
