@@ -24,11 +24,8 @@ from pipeline.task_data import TaskError, Tasks, open_tasks
 TEXT = "The house had stood empty for years before anyone came to look at it."
 
 
-def local_task(folder, name, items=12, **changes):
-    """A YAML task of multiple choice over a local file, as a user would write it; 0 and 1 are answers in turn."""
-    rows = [
-        {"question": f"{TEXT[i:]} Is it", "choices": [f" item {i}", " green"], "label": i % 2} for i in range(items)
-    ]
+def write_task(folder, name, rows, text, choices, **more):
+    """A YAML task of multiple choice over rows of a local file, as a user would write it."""
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": name,
@@ -36,15 +33,21 @@ def local_task(folder, name, items=12, **changes):
         "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
         "output_type": "multiple_choice",
         "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
+        "doc_to_text": text,
+        "doc_to_choice": choices,
         "doc_to_target": "label",
-        "target_delimiter": "",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
         ],
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | changes))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
+
+
+def local_task(folder, name, items=12):
+    """A task of its own: 0 and 1 are answers in turn."""
+    choices = [[f" item {i}", " green"] for i in range(items)]
+    rows = [{"question": f"{TEXT[i:]} Is it", "choices": own, "label": i % 2} for i, own in enumerate(choices)]
+    write_task(folder, name, rows, "{{question}}", "choices", target_delimiter="")
 
 
 def request(kind, *arguments):

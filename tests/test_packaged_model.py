@@ -7,9 +7,9 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-import yaml
 from conftest import ROOT, init_params
 from lm_eval.models.huggingface import HFLM
+from test_lm_eval_tasks import write_task
 from test_rotation import rotate
 from test_walk import assert_close, walked_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,20 +125,7 @@ def test_real_benchmarks_score_what_lm_evals_own_class_scores(original, folder, 
         rows = [json.loads(line) for line in (DATA / source).read_text().splitlines()[:20]]
         for row, label in zip(rows, labels, strict=False):
             row.setdefault("label", int(label))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        mean = {"aggregation": "mean", "higher_is_better": True}
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}},
-            "output_type": "multiple_choice",
-            "test_split": "test",
-            "doc_to_text": text,
-            "doc_to_choice": choice,
-            "doc_to_target": "label",
-            "metric_list": [{"metric": metric} | mean for metric in ("acc", "acc_norm")],
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        write_task(tmp_path, name, rows, text, choice)
     tasks = open_tasks({name: TaskParams() for name in BENCHMARKS}, str(tmp_path))
     checkpoint = Checkpoint(folder, "model")
     found = run_tasks(assemble_model(checkpoint), checkpoint.tokenizer, tasks, 4)["tasks"]
