@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 _WORST = 10
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { border-bottom: 1px solid #ddd; padding: .25em .8em; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; } td, th { border-bottom: 1px solid #ddd; padding: .25em .6em; }
 td + td, th + th { text-align: right; } th { background: #f5f5f5; } img { max-width: 100%; margin: .6em 0; }
 pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } h2 { margin-top: 2em; border-bottom: 2px solid #2166ac; }
 """
