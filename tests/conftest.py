@@ -119,6 +119,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
     params["quantizer_init"]["mse_samples"] = 2
     params["evaluation"]["tasks"] = {}
+    params["activation_plots"] |= {"windows": 2, "surface_blocks": [0]}
     params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}
     return params
 
