@@ -34,7 +34,7 @@ def test_the_default_file_is_valid():
         ("quantizer_init.values.range", "minmax", r"values\.range='minmax': allowed are 'max', 'percentile', 'tensor'"),
         ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* set rotation\.r3: identity"),
         ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key; did you mean 'source'"),
-        ("bits", 4, r"bits: unknown key; remove it \(known here: calibration, corpora"),
+        ("bits", 4, r"bits: unknown key; remove it \(known here: activation_plots, calibration, corpora"),
         ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"),
         ("prefix.use", "nothing", r"prefix\.use='nothing': allowed are 'none', 'found', 'trained'"),
         ("quantizer_init.weights.bits", 9, r"weights\.bits=9: allowed are 2, 3, 4, 5, 6, 7, 8 or 16"),
