@@ -20,7 +20,7 @@ sweep-prefix: SWEEP = -S prefix.use=none,found
 sweep-threshold: SWEEP = -S prefix_search.outlier_threshold=16,64,256
 sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
 JOBS ?= 1
-COLUMNS = metrics/report.json:(bits|prefix|perplexity|ratio|accuracy|average_accuracy|minutes|gib|mib).*
+COLUMNS = Experiment|metrics/report.json:(bits|prefix|perplexity|ratio|accuracy|average_accuracy|minutes|gib|mib).*
 
 .PHONY: repro test lint format preset table report compare setup help $(SWEEPS)
 
