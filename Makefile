@@ -20,7 +20,8 @@ sweep-prefix: SWEEP = -S prefix.use=none,found
 sweep-threshold: SWEEP = -S prefix_search.outlier_threshold=16,64,256
 sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
 JOBS ?= 1
-COLUMNS = Experiment|metrics/report.json:(bits|prefix|perplexity|ratio|accuracy|average_accuracy|minutes|gib|mib).*
+# DVC names a column by its file only where two files have it.
+COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(perplexity|ratio|accuracy)\.)
 
 .PHONY: repro test lint format preset table report compare setup help $(SWEEPS)
 
@@ -29,7 +30,7 @@ repro: setup
 	@python -m benchmarks.summary
 
 test: setup
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	ruff check .
