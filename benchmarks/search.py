@@ -23,9 +23,9 @@ from pipeline.params import QuantizerInitParams, parse_params
 from pipeline.prefix import load_prefix
 from pipeline.quantized_block import fill_block, load_block
 from pipeline.quantizer_init import plan_block
-from pipeline.rotation import load_rotation
+from pipeline.rotation import compute_rotated_prefix_kv
 from pipeline.site_statistics import choose_windows, record_block
-from pipeline.walk import BlockRunner, compute_prefix_kv
+from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 
 BLOCKS = (2, 11, 28)
@@ -41,8 +41,7 @@ def main() -> None:
     train = workspace.run("calibration", base) / "artifacts/calibration/train.safetensors"
     runner = BlockRunner(rotation, torch.device("cpu"), base["runtime"]["batch_size"])
     _, embeddings, _ = load_prefix(found, "found")
-    r1 = load_rotation(rotation.folder, "r1")
-    prefix_kv = compute_prefix_kv(rotation, r1.apply(embeddings.double()), runner)
+    prefix_kv = compute_rotated_prefix_kv(rotation, embeddings, runner)
     hidden = rotation.embed(load_windows(train).token_ids)
     rows: dict[str, Any] = {name: {"cost": [], "error": []} for name in arguments.rows}
     for index in range(max(BLOCKS) + 1):

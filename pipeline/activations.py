@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.artifacts import Header, replacing_folder, save_tensors, write_csv, write_json
+from pipeline.artifacts import Header, replacing_folder, save_tensors, write_json
 from pipeline.checkpoint import Checkpoint
-from pipeline.outliers import describe_outliers, token_maxima
+from pipeline.outliers import describe_outliers, list_tokens, token_maxima
 from pipeline.quantized_block import find_site_quantizers
 from pipeline.walk import BlockRunner, walk
 
 ACTIVATIONS = "activations.safetensors"
-LAYERS_CSV = "layers.csv"
 STATISTICS = ("top1", "top2", "top3", "median", "least")  # of token maxima, over all tokens
 OUTLIER_SITE = "mlp_hidden"
 _SURFACE = (64, 64)  # cells a surface is pooled to: tokens, channels
@@ -107,23 +106,14 @@ def measure_activations(
 
 
 def write_activations(folder: Path, found: Activations, checkpoint: Checkpoint, header: Header) -> None:
-    """Replace `folder` by the tensors, outliers.json and a CSV for dvc plots."""
+    """Replace `folder` by the tensors and outliers.json."""
     tensors = {f"statistics.{site}": values for site, values in found.statistics.items()}
     tensors |= {f"surface.{name}": values for name, values in found.surfaces.items()}
-    contents = [
-        {"id": token, "text": checkpoint.tokenizer.decode([token]), "count": count}
-        for token, count in sorted(found.contents.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    contents = list_tokens(found.contents, checkpoint.tokenizer.decode)
     positions = [{"position": place, "count": count} for place, count in sorted(found.positions.items())]
-    rows = [
-        {"block": row["layer"], "outlier_tokens": row["count"], "top1_median_ratio": row["top1_median_ratio"]}
-        | {site: f"{values[row['layer'], 0].item():.6g}" for site, values in found.statistics.items()}
-        for row in found.outliers
-    ]
     with replacing_folder(folder) as partial:
         save_tensors(partial / ACTIVATIONS, tensors, header)
         write_json(partial / "outliers.json", {"layers": found.outliers, "positions": positions, "contents": contents})
-        write_csv(partial / LAYERS_CSV, list(rows[0]), rows)
 
 
 def read_outliers(folder: Path) -> dict[str, Any]:

@@ -7,10 +7,10 @@ would change the file's hash. A folder that other tools read too (a checkpoint) 
 `artifact.json`.
 """
 
-import csv
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -91,12 +91,22 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Write a table for `dvc plots`, replacing `path` in one step; cells a row lacks are empty."""
-    with _replacing(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table for `dvc plots`, numbers to 6 digits, making its folder.
+
+    Cells that are None or not finite are left out: an empty one would be drawn as 0.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [{name: _round(value) for name, value in row.items() if _is_drawn(value)} for row in rows]
+    write_json(path, kept)
+
+
+def _is_drawn(value: Any) -> bool:
+    return value is not None and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:

@@ -11,7 +11,7 @@ safetensors and JSON only. Blocks are packed one by one and written as soon as a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def export_model(
         "prefix": {"tokens": 0 if kv is None else kv.shape[-2], "token_ids": token_ids, "start_token_id": start},
     }
     with replacing_folder(folder) as partial:
-        sizes = _write_shards(checkpoint, kv, partial, parse_size(max_shard_size), header)
+        sizes = write_shards(_packed_parts(checkpoint, kv), partial, parse_size(max_shard_size), header)
         copy_companions(checkpoint.folder, partial)
         if kv is not None:
             tokenizer = checkpoint.tokenizer
@@ -100,10 +100,11 @@ def drop_start_token_(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def _write_shards(
-    checkpoint: Checkpoint, kv: torch.Tensor | None, folder: Path, limit: int, header: Header
-) -> dict[str, int]:
-    """Write all tensors and their index; name -> bytes."""
+def write_shards(parts: Iterable[dict[str, torch.Tensor]], folder: Path, limit: int, header: Header) -> dict[str, int]:
+    """Write tensors, given part by part with their full names, and their index; name -> bytes.
+
+    A shard ends before it would exceed `limit` bytes; a part is never divided.
+    """
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []
     sizes: dict[str, int] = {}
@@ -114,7 +115,7 @@ def _write_shards(
             shards.append(list(shard))
             shard.clear()
 
-    for part in _packed_parts(checkpoint, kv):
+    for part in parts:
         new = {name: tensor.numel() * tensor.element_size() for name, tensor in part.items()}
         if sum(sizes[name] for name in shard) + sum(new.values()) > limit:
             flush()

@@ -30,8 +30,8 @@ from pipeline.artifacts import (
     load_tensors,
     replacing_folder,
     save_tensors,
-    write_csv,
     write_json,
+    write_rows,
 )
 from pipeline.checkpoint import (
     BLOCK,
@@ -60,9 +60,9 @@ from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
 
-LOSSES_CSV = "losses.csv"
-BLOCKS_CSV = "blocks.csv"
-END_TO_END_CSV = "end_to_end.csv"
+EPOCH_LOSSES = "plots/losses.json"
+BLOCK_LOSSES = "plots/blocks.json"
+END_TO_END_LOSSES = "plots/end_to_end.json"
 _REPORT = "block-{index:05d}.json"
 TARGETS = {"fp_input": ("fp_input",), "quant_input": ("quant_input",), "both": ("fp_input", "quant_input")}
 
@@ -322,8 +322,7 @@ def assemble_checkpoint(
         save_tensors(partial / PREFIX, prefix, header)
         write_json(partial / REPORT, report)
         write_losses(partial, report["blocks"])
-        end_to_end = report.get("end_to_end", {"history": []})["history"]
-        write_csv(partial / END_TO_END_CSV, ["epoch", "train", "validation"], end_to_end)
+        write_rows(partial / END_TO_END_LOSSES, report.get("end_to_end", {"history": []})["history"])
         saturation = {block["block"]: block["saturation"] for block in report["blocks"]}
         write_saturation(partial / SATURATION, {"calibration": saturation})
         copy_companions(initial.folder, partial)
@@ -334,20 +333,19 @@ def assemble_checkpoint(
 
 
 def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
-    """losses.csv, a row per block and epoch, and blocks.csv, a row per block; losses relative to the block's first."""
+    """losses.json, a row per block and epoch, relative to the block's start, and blocks.json, a row per block."""
     epochs, before_after = [], []
     for block in blocks:
         first = block["validation_before"] or 1.0
         for row in block["history"]:
-            place = block["block"] + row["epoch"] / len(block["history"])
-            train = None if row["train"] is None else f"{row['train'] / first:.6g}"
-            own = {"place": f"{place:.4g}", "block": block["block"], "epoch": row["epoch"]}
-            epochs.append(own | {"train": train, "validation": f"{row['validation'] / first:.6g}"})
+            own = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
+            train = None if row["train"] is None else row["train"] / first
+            epochs.append(own | {"epoch": row["epoch"], "train": train, "validation": row["validation"] / first})
         after = block["validation_after"]
         values = {"before": block["validation_before"], "after": after, "ratio": after / first}
-        before_after.append({"block": block["block"]} | {name: f"{value:.6g}" for name, value in values.items()})
-    write_csv(folder / LOSSES_CSV, ["place", "block", "epoch", "train", "validation"], epochs)
-    write_csv(folder / BLOCKS_CSV, ["block", "before", "after", "ratio"], before_after)
+        before_after.append({"block": block["block"]} | values)
+    write_rows(folder / EPOCH_LOSSES, epochs)
+    write_rows(folder / BLOCK_LOSSES, before_after)
 
 
 def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,15 @@ class ExportError(PipelineError):
     """An exported folder is damaged, incomplete, foreign, or of a newer format."""
 
 
+def check_format(where: object, version: object) -> None:
+    """Raises ExportError unless `version` is the layout this project reads and writes."""
+    if version != FORMAT_VERSION:
+        raise ExportError(
+            f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: update it, or "
+            "export the model again"
+        )
+
+
 @register_quantization_config(METHOD)
 class PrefixQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported folder.
@@ -41,11 +50,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
 
     def __init__(self, blocks: dict[str, Any], prefix: dict[str, Any], format_version: int, **unknown: Any) -> None:
         unknown.pop("quant_method", None)
-        if format_version != FORMAT_VERSION:
-            raise ExportError(
-                f"quantization_config.format_version={format_version!r}; this version of the project reads "
-                f"{FORMAT_VERSION}: update it, or export the model again"
-            )
+        check_format("quantization_config", format_version)
         if unknown:
             raise ExportError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
         self.quant_method = METHOD

@@ -49,8 +49,7 @@ def write_model_card(
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
         "```",
         "",
-        "The prefix is part of the model: nothing of it is passed, no position or mask counts it. Put no start token "
-        "in front of a text; the prefix has one.",
+        _describe_use(prefix),
         "",
         "## Settings",
         "",
@@ -84,25 +83,24 @@ def describe_bits(settings: BlockSettings) -> str:
     return f"W{weights.bits}A{activations.bits}KV{keys.bits}{mode}"
 
 
+def _describe_use(prefix: dict[str, Any]) -> str:
+    if not prefix["tokens"]:
+        return "There is no prefix: texts are read as the original model reads them."
+    use = "The prefix is part of the model: nothing of it is passed, no position or mask counts it."
+    if prefix["start_token_id"] is None:
+        return use
+    return f"{use} Put no start token in front of a text; the prefix takes its place, and the tokenizer here adds none."
+
+
 def _describe_results(results: dict[str, Any]) -> list[str]:
     exact = results["original"]
     corpora = list(exact["perplexity"])
-    lengths = exact["settings"]
-    lines = [
-        "| | " + " | ".join(f"perplexity, {corpus}" for corpus in corpora) + " |",
-        "| --- |" + " ---: |" * len(corpora),
-    ]
+    tasks = [name for name, scores in exact.get("tasks", {}).items() if "acc" in scores]
+    columns = [f"perplexity, {corpus}" for corpus in corpora] + [f"{task}, acc" for task in tasks]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for variant, metrics in results.items():
-        lines.append(
-            f"| {variant} | " + " | ".join(f"{metrics['perplexity'][corpus]:.2f}" for corpus in corpora) + " |"
-        )
-    windows = ", ".join(f"{count} of {corpus}" for corpus, count in lengths["windows"].items())
-    lines += ["", f"Held-out windows ({windows}) with {lengths['targets_per_window']} targets each."]
-    tasks = [name for name in exact.get("tasks", {}) if "acc" in exact["tasks"][name]]
-    if tasks:
-        lines += ["", "| | " + " | ".join(f"{task}, acc" for task in tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
-        for variant, metrics in results.items():
-            lines.append(
-                f"| {variant} | " + " | ".join(f"{metrics['tasks'][task]['acc']:.3f}" for task in tasks) + " |"
-            )
-    return lines
+        cells = [f"{metrics['perplexity'][corpus]:.2f}" for corpus in corpora]
+        cells += [f"{metrics['tasks'][task]['acc']:.3f}" for task in tasks]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    windows = ", ".join(f"{count} of {corpus}" for corpus, count in exact["settings"]["windows"].items())
+    return [*lines, "", f"Held-out windows ({windows}) with {exact['settings']['targets_per_window']} targets each."]

@@ -5,7 +5,9 @@ ratio r_t = M_t / median over t of M. A token is an outlier where r_t > threshol
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,3 +60,15 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
         top1.mean().item(),
         top1.max().item(),
     )
+
+
+def most_frequent(counts: Counter[int], limit: int | None = None) -> list[tuple[int, int]]:
+    """The `limit` most frequent items with their counts, ties in ascending order of the items; None: all."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+
+
+def list_tokens(
+    counts: Counter[int], decode: Callable[[list[int]], str], limit: int | None = None
+) -> list[dict[str, Any]]:
+    """The most frequent tokens as {"id", "text", "count"}."""
+    return [{"id": token, "text": decode([token]), "count": count} for token, count in most_frequent(counts, limit)]

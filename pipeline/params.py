@@ -211,6 +211,8 @@ class ActivationPlotsParams(Group):
 
 class ExportParams(Group):
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
+    formats: list[Literal["compressed-tensors", "peft"]]
+    drop: list[Literal["activations", "keys", "values", "prefix"]]
 
 
 class TaskParams(Group):
@@ -381,6 +383,13 @@ def _contradictions(params: Params) -> list[str]:
     if params.prefix.use in ("trained", "discretised") and not params.prefix_training.enabled:
         problems.append(
             f"prefix.use={params.prefix.use!r} needs a trained prefix; set prefix_training.enabled: true, or use found"
+        )
+    if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
+        problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
+    if "compressed-tensors" in params.export.formats and params.rotation.r4 != "identity":
+        problems.append(
+            f"export.formats: compressed-tensors cannot carry rotation.r4={params.rotation.r4!r}, which acts online; "
+            "set rotation.r4: identity"
         )
     for kind, source in [("model.source", params.model.source)] + [
         (f"corpora.{name}.source", corpus.source) for name, corpus in params.corpora.items()

@@ -8,7 +8,6 @@ the cache shows the ratios that are left.
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.outliers import LayerOutliers, describe_outliers, token_maxima
+from pipeline.outliers import LayerOutliers, describe_outliers, list_tokens, most_frequent, token_maxima
 from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, compute_prefix_kv, walk
 
@@ -101,10 +100,10 @@ def search_prefix(
                 "top1_median_ratio_with_prefix": with_prefix.mean_top1_ratio,
                 "top1_median_ratio_max_with_prefix": with_prefix.max_top1_ratio,
                 "outlier_tokens_per_window_with_prefix": with_prefix.mean_count,
-                "tokens": _list_tokens(layer.content, decode),
-                "tokens_with_prefix": _list_tokens(with_prefix.content, decode),
+                "tokens": list_tokens(layer.content, decode, 10),
+                "tokens_with_prefix": list_tokens(with_prefix.content, decode, 10),
                 "positions": [
-                    {"position": position, "count": count} for position, count in _most_frequent(layer.positions, 10)
+                    {"position": position, "count": count} for position, count in most_frequent(layer.positions, 10)
                 ],
             }
             for layer, with_prefix in zip(before, after, strict=True)
@@ -157,7 +156,7 @@ def choose_prefix(layers: list[LayerOutliers], start_token: int | None, start_to
     if start_token is not None:
         content.pop(start_token, None)
         count -= start_token_counts
-    chosen = [token for token, _ in _most_frequent(content, count)]
+    chosen = [token for token, _ in most_frequent(content, count)]
     return chosen if start_token is None else [*chosen, start_token]
 
 
@@ -169,14 +168,6 @@ def choose_start_token(checkpoint: Checkpoint) -> tuple[int | None, str]:
     if tokenizer.eos_token_id is not None:
         return tokenizer.eos_token_id, f"EOS {tokenizer.eos_token!r}, for lack of a BOS"
     return None, "none: the tokenizer has neither BOS nor EOS"
-
-
-def _list_tokens(counts: Counter[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-    return [{"id": token, "text": decode([token]), "count": count} for token, count in _most_frequent(counts, 10)]
-
-
-def _most_frequent(counts: Counter[int], limit: int) -> list[tuple[int, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
 
 
 def _explain(layers: list[LayerOutliers], chosen: list[int], threshold: float) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.artifacts import Header, replacing_folder, save_tensors, write_csv, write_json
+from pipeline.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.checkpoint import Checkpoint
 from pipeline.divergence import mean_divergence
 from pipeline.errors import PipelineError
@@ -39,7 +39,7 @@ from pipeline.walk import BlockRunner, batches, compute_prefix_kv
 
 logger = logging.getLogger(__name__)
 
-LOSSES = "losses.csv"
+LOSSES = "losses.json"
 _STATE = "state.safetensors"
 
 
@@ -167,12 +167,12 @@ def make_candidates(
 
 
 def write_candidates(folder: Path, candidates: Candidates, header: Header) -> None:
-    """Replace `folder` by prefix.safetensors, report.json and losses.csv (a row per epoch; none when disabled)."""
+    """Replace `folder` by prefix.safetensors, report.json and losses.json (a row per epoch; none when disabled)."""
     history = candidates.report.get("history", [])
     with replacing_folder(folder) as partial:
         save_tensors(partial / PREFIX, candidates.tensors, header)
         write_json(partial / "report.json", candidates.report)
-        write_csv(partial / LOSSES, list(history[0]) if history else ["epoch", "train", "validation"], history)
+        write_rows(partial / LOSSES, history)
 
 
 def initial_embeddings(found: torch.Tensor, table: torch.Tensor, length: int | None, seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.architectures import find_architecture
-from pipeline.hf import FORMAT_VERSION, METHOD, ExportError
+from pipeline.hf import METHOD, ExportError, check_format
 from pipeline.packed_block import multiply_integers_
 
 MANIFEST = "manifest.json"
@@ -61,11 +61,7 @@ def check_folder(folder: Path) -> None:
     manifest = _read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("quant_method") != METHOD:
         raise ExportError(f"{folder / MANIFEST}: not of a folder that this project exported")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ExportError(
-            f"{folder}: format_version={manifest.get('format_version')!r}; this version of the project reads "
-            f"{FORMAT_VERSION}: update it, or export the model again"
-        )
+    check_format(folder, manifest.get("format_version"))
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("fingerprint") != fingerprint_files(files):
         raise ExportError(f"{folder / MANIFEST} is damaged; get an intact copy")

@@ -30,11 +30,11 @@ from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, block_settings, describe_blocks, fill_block
 from pipeline.quantizer import QuantizerSpec
 from pipeline.ranks import ALONE, Ranks
-from pipeline.rotation import load_rotation
+from pipeline.rotation import compute_rotated_prefix_kv
 from pipeline.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.site_statistics import NumericalError, choose_own_windows, record_block
 from pipeline.unfinished import load_generation, save_generation
-from pipeline.walk import BlockRunner, compute_prefix_kv
+from pipeline.walk import BlockRunner
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,7 @@ def init_quantizers(
     Returns:
         The stage's metrics: the mean error of the blocks' outputs and of each kind of site, saturation, prefix length.
     """
-    r1 = load_rotation(checkpoint.folder, "r1")
-    rotated_prefix = r1.apply(prefix[1].to(torch.float64))
-    prefix_kv = compute_prefix_kv(checkpoint, rotated_prefix, runner)
+    prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix[1], runner)
     embedding_dtype = getattr(torch, init.embedding_dtype)
     own = token_ids[ranks.own(len(token_ids))]
     hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)

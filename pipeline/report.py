@@ -1,8 +1,8 @@
 """One page for a run: results, settings, prefix, worst sites, pictures, cost. Everything is inside the file."""
 
 import base64
-import csv
 import html
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def build_page(
     summary: dict[str, Any],
     evaluations: dict[str, dict[str, Any]],
     prefix: dict[str, Any],
-    saturation: list[dict[str, str]],
+    saturation: list[dict[str, float]],
     costs: dict[str, dict[str, float]],
     settings: dict[str, Any],
     pictures: Sequence[Path],
@@ -63,7 +63,7 @@ def build_page(
     Args:
         summary: of `summarise_run`.
         prefix: metrics of prefix_search.
-        saturation: rows of quantizer_init's saturation.csv.
+        saturation: rows of quantizer_init's saturation.json.
         settings: groups of params.yaml.
         pictures: PNG files, in the order they are shown in.
     """
@@ -110,23 +110,22 @@ def build_page(
     return "\n".join([opening, *parts, ""])
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a table for `dvc plots`; a row need not have every column."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def draw_curves(
-    path: Path, rows: list[dict[str, str]], x: str, columns: Sequence[str], labels: tuple[str, str, str]
+    path: Path, rows: list[dict[str, float]], x: str, columns: Sequence[str], labels: tuple[str, str, str]
 ) -> bool:
     """Draw columns of a table over `x` into a PNG; `labels`: title, x axis, y axis. False where there are no rows."""
-    present = [name for name in columns if any(row.get(name) for row in rows)]
+    present = [name for name in columns if any(name in row for row in rows)]
     if not present:
         return False
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     for name in present:
-        points = [(float(row[x]), float(row[name])) for row in rows if row.get(name)]
+        points = [(row[x], row[name]) for row in rows if name in row]
         axis.plot(*zip(*points, strict=True), label=name, lw=1.4, marker="." if len(points) < 12 else None)
     axis.set_title(labels[0])
     axis.set_xlabel(labels[1])
@@ -137,13 +136,13 @@ def draw_curves(
     return True
 
 
-def _worst_sites(saturation: list[dict[str, str]]) -> list[list[str]]:
+def _worst_sites(saturation: list[dict[str, float]]) -> list[list[str]]:
     sites = []
     for row in saturation:
         for key, value in row.items():
-            if key.endswith("_sqnr") and value:
+            if key.endswith("_sqnr"):
                 site = key.removesuffix("_sqnr")
-                sites.append((float(value), f"block {row['block']} {site}", float(row[f"{site}_share"])))
+                sites.append((value, f"block {row['block']} {site}", row[f"{site}_share"]))
     return [[name, f"{sqnr:.1f}", f"{share:.2%}"] for sqnr, name, share in sorted(sites)[:_WORST]]
 
 

@@ -27,7 +27,7 @@ from pipeline.errors import PipelineError
 from pipeline.hadamard import hadamard_transform, random_orthogonal, random_signs
 from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
-from pipeline.walk import BlockRunner
+from pipeline.walk import BlockRunner, compute_prefix_kv
 
 ROTATIONS = "rotations.safetensors"
 _ROWS = 8192  # of a vocabulary-sized matrix at a time, in float64
@@ -72,6 +72,13 @@ def load_rotation(folder: Path, name: str) -> Rotation:
     """R1 or R2 of a rotated checkpoint (`name`: "r1" or "r2")."""
     tensors, _ = load_tensors(folder / ROTATIONS, "rotation")
     return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"))
+
+
+def compute_rotated_prefix_kv(
+    checkpoint: Checkpoint, embeddings: torch.Tensor, runner: BlockRunner
+) -> torch.Tensor | None:
+    """As `compute_prefix_kv`, of a rotated model from embeddings [P, D] in the original model's basis."""
+    return compute_prefix_kv(checkpoint, load_rotation(checkpoint.folder, "r1").apply(embeddings.double()), runner)
 
 
 def rotate_block(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pipeline.architectures import Architecture
-from pipeline.artifacts import write_csv
+from pipeline.artifacts import write_rows
 from pipeline.quantized_block import find_site_quantizers
 from pipeline.quantizer import ActivationQuantizer, group, integer_range
 from pipeline.streams import Stream
@@ -28,7 +28,7 @@ from pipeline.walk import BlockRunner
 logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
-SATURATION = "saturation.csv"
+SATURATION = "plots/saturation.json"
 _PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
 
@@ -123,14 +123,14 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 
 
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
-    """A CSV for `dvc plots`, a row per block: SITE_share and SITE_sqnr, of the text that fits worst."""
+    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr, of the text that fits worst."""
     blocks = sorted({index for own in texts.values() for index in own})
     rows = []
     for index in blocks:
         row: dict[str, Any] = {"block": index}
         own = [text[index] for text in texts.values()]
         for site in own[0]:
-            row[f"{site}_share"] = f"{max(report[site]['share'] for report in own):.6g}"
-            row[f"{site}_sqnr"] = f"{min(report[site]['sqnr'] for report in own):.6g}"
+            row[f"{site}_share"] = max(report[site]["share"] for report in own)
+            row[f"{site}_sqnr"] = min(report[site]["sqnr"] for report in own)
         rows.append(row)
-    write_csv(path, list(dict.fromkeys(["block", *(name for row in rows for name in row)])), rows)
+    write_rows(path, rows)

@@ -61,9 +61,8 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
     for name in asked:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            problems[name] = "is no task of lm-eval or of this project" + (
-                (close and f"; near: {', '.join(close)}") or ""
-            )
+            near = f"; near: {', '.join(close)}" if close else ""
+            problems[name] = f"is no task of lm-eval or of this project{near}"
             continue
         try:
             manager.load([name])

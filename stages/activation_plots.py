@@ -13,16 +13,14 @@ Packaged model: a few seconds, 0.7 GiB.
 import argparse
 from pathlib import Path
 
-import torch
-
 from pipeline.activations import measure_activations, write_activations
 from pipeline.artifacts import make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.params import load_params
 from pipeline.prefix import load_prefix
 from pipeline.progress import run_main, run_stage, select_device
-from pipeline.rotation import load_rotation
-from pipeline.walk import BlockRunner, compute_prefix_kv
+from pipeline.rotation import compute_rotated_prefix_kv
+from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 
 PARAMS = Path("params.yaml")
@@ -49,8 +47,7 @@ def main() -> None:
         prefix_kv = None
         if variant == "prefixed":
             _, embeddings, inputs["prefix_training"] = load_prefix(PREFIX, params.prefix.use, params.prefix.length)
-            rotated = load_rotation(folder, "r1").apply(embeddings.to(torch.float64))
-            prefix_kv = compute_prefix_kv(checkpoint, rotated, runner)
+            prefix_kv = compute_rotated_prefix_kv(checkpoint, embeddings, runner)
         last = checkpoint.block_count - 1
         blocks = [0, last // 2, last] if own.surface_blocks is None else own.surface_blocks
         token_ids = windows.token_ids[: own.windows]

@@ -8,7 +8,7 @@
 
 Reads   the variant's checkpoint and prefix, artifacts/calibration/evaluation/; for all but `original` also
         artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with
-Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), VARIANT_saturation.csv beside
+Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), VARIANT_saturation.json beside
         it (how well static ranges fit this text, for dvc plots), metrics/evaluation/VARIANT.json
 Perplexity walks block by block; tasks, where there are any, take the whole model in memory, in the first process.
 """
@@ -72,7 +72,7 @@ def main() -> None:
             save_tensors(
                 EVALUATION / f"{variant}.safetensors", tensors, make_header("evaluation", {"variant": variant}, inputs)
             )
-            write_saturation(EVALUATION / f"{variant}_saturation.csv", saturation)
+            write_saturation(EVALUATION / f"{variant}_saturation.json", saturation)
         if tasks is not None:
             metrics |= tasks(*opened.load_model())
 

@@ -2,7 +2,7 @@
 
 Reads   artifacts/finetuning/ (with the prefix in use), artifacts/model/ (its size), metrics/evaluation/ (original and
         finetuning, for the model card)
-Writes  artifacts/export/, metrics/export.json
+Writes  artifacts/export/, artifacts/export_formats/ (formats of others, as asked for), metrics/export.json
 Packaged model: a few seconds, 1 GiB.
 """
 
@@ -15,12 +15,14 @@ from pipeline.export import export_model
 from pipeline.params import load_params
 from pipeline.prefix import PREFIX
 from pipeline.progress import run_main, run_stage
+from pipeline.standard_formats import write_formats
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 FINETUNING = Path("artifacts/finetuning")
 EVALUATIONS = {name: Path(f"metrics/evaluation/{name}.json") for name in ("original", "finetuning")}
 EXPORT = Path("artifacts/export")
+FORMATS = Path("artifacts/export_formats")
 METRICS = Path("metrics/export.json")
 
 
@@ -31,8 +33,11 @@ def main() -> None:
         prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
         results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in EVALUATIONS.items()}
         inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
-        header = make_header("export", params.export.model_dump(), inputs)
-        metrics |= export_model(checkpoint, prefix, MODEL, EXPORT, params.export.max_shard_size, header, results)
+        own = params.export
+        header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
+        # First, since it refuses what a format cannot express.
+        write_formats(checkpoint, prefix.get("kv"), FORMATS, own.formats, own.drop, own.max_shard_size, header)
+        metrics |= export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results)
 
 
 if __name__ == "__main__":

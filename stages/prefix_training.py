@@ -1,7 +1,7 @@
 """Train prefix embeddings, or pass the found prefix on: every candidate prefix in one file.
 
 Reads   artifacts/model/, artifacts/prefix_search/prefix.safetensors, artifacts/calibration/ (train and validation)
-Writes  artifacts/prefix_training/prefix.safetensors, report.json and losses.csv, metrics/prefix_training.json
+Writes  artifacts/prefix_training/prefix.safetensors, report.json and losses.json, metrics/prefix_training.json
 After each epoch the state is kept in .work/prefix_training/: a killed run continues behind its last epoch.
 Packaged model: a second when disabled; when enabled about seven plain forwards of the tokens trained on, 2 GiB.
 """

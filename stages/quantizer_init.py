@@ -2,7 +2,7 @@
 
 Reads   artifacts/rotation/, artifacts/prefix_training/prefix.safetensors, artifacts/calibration/train.safetensors
 Writes  artifacts/quantizer_init/ (a checkpoint of integers and scales, with the prefix in use, report.json
-        and saturation.csv for dvc plots),
+        and plots/saturation.json for dvc plots),
         metrics/quantizer_init.json
 Finished blocks are kept in .work/quantizer_init/ until the end: a killed run continues where it was.
 arXiv:2410.05265, §5. Packaged model: about 1.5 minutes for 16 windows of 512 tokens, 1 GiB.

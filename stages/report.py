@@ -22,7 +22,7 @@ from pipeline.report import build_page, draw_curves, read_rows, summarise_run
 PARAMS = Path("params.yaml")
 METRICS = Path("metrics")
 FINETUNING = Path("artifacts/finetuning")
-SATURATION = Path("artifacts/quantizer_init/saturation.csv")
+SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
 ACTIVATIONS = {name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed")}
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 REPORT = Path("artifacts/report")
@@ -76,10 +76,10 @@ def read_settings(params: Params) -> dict[str, Any]:
     return {name: group.model_dump() for name, group in groups.items()}
 
 
-def draw_losses(folder: Path, saturation: list[dict[str, str]]) -> list[Path]:
+def draw_losses(folder: Path, saturation: list[dict[str, float]]) -> list[Path]:
     """Curves of fine-tuning and of how well ranges fit; what was drawn."""
-    blocks = read_rows(FINETUNING / "blocks.csv")
-    together = read_rows(FINETUNING / "end_to_end.csv")
+    blocks = read_rows(FINETUNING / "plots/blocks.json")
+    together = read_rows(FINETUNING / "plots/end_to_end.json")
     curves = {
         "finetuning_blocks": (blocks, "block", ("before", "after"), ("Loss of each block", "block", "validation loss")),
         "finetuning_end_to_end": (together, "epoch", ("train", "validation"), ("End to end", "epoch", "KL, nats")),

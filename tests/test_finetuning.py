@@ -1,5 +1,6 @@
 """Fine-tuning: blocks get better and never worse, what is trained is what is frozen, killed runs continue."""
 
+import json
 import math
 
 import pytest
@@ -297,8 +298,10 @@ def test_the_checkpoint_computes_what_was_trained(quantized, tmp_path):
         runner.advance_(block, ours, kv[index])
         error = (ours - exact).square().mean().item()
         assert error == pytest.approx(blocks[index]["validation_after"], rel=1e-5)
-    assert (tmp_path / "out" / "losses.csv").read_text().splitlines()[0] == "place,block,epoch,train,validation"
-    assert len((tmp_path / "out" / "blocks.csv").read_text().splitlines()) == 4
+    epochs = json.loads((tmp_path / "out" / "plots/losses.json").read_text())
+    assert ["train" in row for row in epochs] == [row["epoch"] > 0 for row in epochs]
+    assert all(row["validation"] == 1 for row in epochs if row["epoch"] == 0)
+    assert [row["block"] for row in json.loads((tmp_path / "out" / "plots/blocks.json").read_text())] == [0, 1, 2]
     assert not (tmp_path / "work").exists()
 
 

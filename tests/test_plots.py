@@ -123,7 +123,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
         "top1_median_ratio": 2000.0,
         "top1_median_ratio_with_prefix": 40.0,
     }
-    saturation = [{"block": "3", "key_share": "0.02", "key_sqnr": "11.5", "value_share": "0.0", "value_sqnr": "30"}]
+    saturation = [{"block": 3, "key_share": 0.02, "key_sqnr": 11.5, "value_share": 0.0, "value_sqnr": 30.0}]
     summary = summarise_run("W4A4KV4 static", "found", EVALUATIONS, COSTS, 12.5)
     page = build_page(summary, EVALUATIONS, prefix, saturation, COSTS, {"model": {"source": "a<b"}}, [picture])
     assert "&lt;s&gt;" in page

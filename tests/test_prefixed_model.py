@@ -32,9 +32,9 @@ def prefixed(imported, family="llama_tied", continuous=False):
     return model, make_model(family), embeddings
 
 
-def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, r3="hadamard"):
+def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, **rotation):
     """A checkpoint as quantizer_init writes it, and a runner for it."""
-    rotated, runner, _ = rotate(imported[family], folder / "rotation", r3=r3)
+    rotated, runner, _ = rotate(imported[family], folder / "rotation", **rotation)
     plain, _ = open_model(imported[family])
     ids = torch.tensor(prefix, dtype=torch.int64)
     windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))

@@ -1,6 +1,6 @@
 """Shares beyond the static range and signal-to-noise ratios, against counts by hand."""
 
-import csv
+import json
 import logging
 import math
 
@@ -97,7 +97,7 @@ def test_the_worst_sites_are_named_and_the_table_is_of_the_worst_text(tmp_path, 
     }
     assert "news: worst fitting static ranges: block 0 key (20.00% beyond), block 0 value" in caplog.text
     assert "lowest signal to noise: block 0 value (7.5 dB)" in caplog.text
-    write_saturation(tmp_path / "x.csv", texts)
-    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
-    expected = {"block": "0", "key_share": "0.2", "key_sqnr": "20", "value_share": "0.001", "value_sqnr": "7.5"}
+    write_saturation(tmp_path / "x.json", texts)
+    rows = json.loads((tmp_path / "x.json").read_text())
+    expected = {"block": 0, "key_share": 0.2, "key_sqnr": 20.0, "value_share": 0.001, "value_sqnr": 7.5}
     assert rows == [expected]

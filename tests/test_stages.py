@@ -285,10 +285,10 @@ def test_every_mode_is_evaluated_as_it_was_chosen(mode, project, monkeypatch):
     assert all(len(block["sites"]) == sites for block in report)
     assert read_json(project / "metrics/evaluation/finetuning.json")["quantizers_fired"] == 3 * sites
     assert read_json(project / "metrics/finetuning.json")["validation_ratio"] <= 1
-    for table in ("quantizer_init/saturation.csv", "evaluation/quantizer_init_saturation.csv"):
-        header, *rows = (project / "artifacts" / table).read_text().splitlines()
-        assert "mlp_hidden_share" in header.split(",")
-        assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]
+    for table in ("quantizer_init/plots/saturation.json", "evaluation/quantizer_init_saturation.json"):
+        rows = read_json(project / "artifacts" / table)
+        assert [row["block"] for row in rows] == [0, 1, 2]
+        assert all("mlp_hidden_share" in row for row in rows)
     if mode == "mixed precision by hand":
         tensors = [
             load_tensors(project / f"artifacts/quantizer_init/block-{index:05d}.safetensors", "quantizer_init")[0]
@@ -321,9 +321,10 @@ def test_a_trained_prefix_from_end_to_end(use, project, monkeypatch):
     metrics = read_json(project / "metrics/prefix_training.json")
     assert metrics["prefix_tokens"] == 4
     assert metrics["validation_loss"]["after"] <= metrics["validation_loss"]["before"]
-    rows = (project / "artifacts/prefix_training/losses.csv").read_text().splitlines()
-    assert rows[0].startswith("epoch,train,validation,quantization")
-    assert len(rows) == 4
+    rows = read_json(project / "artifacts/prefix_training/losses.json")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert list(rows[1])[:4] == ["epoch", "train", "validation", "quantization"]
+    assert "train" not in rows[0]
     assert not (project / ".work/prefix_training").exists()
     first = contents(project / "artifacts/prefix_training")
     run("prefix_training", monkeypatch=monkeypatch)
