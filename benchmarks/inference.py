@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
-from pipeline.progress import current_rss_gib, peak_rss_gib
+from pipeline.progress import current_rss_gib, peak_rss_gib, return_freed_memory
 from pipeline.quantized_model import load
 from pipeline.windows import load_windows
 
@@ -54,6 +54,7 @@ def main() -> None:
 def measure(name: str, artifacts: Path) -> dict[str, float]:
     """File size and peak memory in GiB, seconds to load, to prefill and per decoded token, perplexity."""
     windows = load_windows(artifacts / "calibration/evaluation/wikipedia.safetensors").token_ids
+    return_freed_memory()
     before = current_rss_gib()
     start = time.perf_counter()
     folder = artifacts / ("export" if name.startswith("export") else "model")

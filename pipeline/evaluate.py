@@ -19,7 +19,7 @@ from pipeline.corpora import read_local_documents
 from pipeline.errors import PipelineError
 from pipeline.params import TaskParams
 from pipeline.perplexity import evaluate_model
-from pipeline.progress import run_main
+from pipeline.progress import return_freed_memory, run_main
 from pipeline.quantized_model import load
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--arithmetic", choices=("float", "integer"), default="float")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     arguments = parser.parse_args()
+    return_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     names = [name for name in arguments.tasks.split(",") if name]
     if not names and not arguments.text:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pipeline.prefixed_model import strip_start_token
-from pipeline.progress import run_main
+from pipeline.progress import return_freed_memory, run_main
 from pipeline.quantized_model import load
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--arithmetic", choices=("float", "integer"), help="default: integer on a CPU, float elsewhere")
     arguments = parser.parse_args()
+    return_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(arguments.seed)
     arithmetic = arguments.arithmetic or ("integer" if arguments.device == "cpu" else "float")

@@ -56,12 +56,13 @@ class PackedLinear(QuantizedLinear):
 
     def multiply_integers_(self, site: ActivationQuantizer) -> None:
         """From now on take what `site` emits as integers; the packed weight gives way to int8."""
-        integers, weight = self.unpack(), self.dense_weight(torch.float64)
-        offset = 0 if self.weight_zero_point is None else self.weight_zero_point.to(torch.int16)
-        self.integers = (integers.to(torch.int16) - offset).to(torch.int8)
-        self.product_scale = site.scale * self.weight_scale[:, 0]
         constant = torch.zeros(self.out_features, dtype=torch.float64) if self.bias is None else self.bias.double()
-        self.constant = (constant + weight @ site.shift.double() if site.spec.centered else constant).float()
+        if site.spec.centered:
+            constant += self.dense_weight(torch.float64) @ site.shift.double()
+        offset = 0 if self.weight_zero_point is None else self.weight_zero_point.to(torch.int16)
+        self.integers = (self.unpack().to(torch.int16) - offset).to(torch.int8)
+        self.product_scale = site.scale * self.weight_scale[:, 0]
+        self.constant = constant.float()
         self.weight_packed = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

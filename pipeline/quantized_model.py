@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.architectures import find_architecture
@@ -50,8 +51,22 @@ def load(
 def use_integers_(model: PreTrainedModel) -> None:
     """Have a loaded model multiply integers wherever its settings allow it."""
     architecture = find_architecture(model.config)
+    # What was loaded are views of the mapped file, which stays resident until the last one is gone.
+    for block in model.model.layers:
+        _copy_tensors_(block)
+    _copy_tensors_(model.model.norm)
+    if model.prefix_kv is not None:
+        model.prefix_kv = model.prefix_kv.clone()
     for block in model.model.layers:
         multiply_integers_(block, architecture)
+
+
+def _copy_tensors_(module: nn.Module) -> None:
+    for own in module.modules():
+        for name, buffer in own.named_buffers(recurse=False):
+            setattr(own, name, buffer.clone())
+        for name, parameter in own.named_parameters(recurse=False):
+            setattr(own, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def check_folder(folder: Path) -> None:

@@ -79,7 +79,7 @@ def write_formats(
         if COMPRESSED_TENSORS in plans:
             own = partial / COMPRESSED_TENSORS
             own.mkdir()
-            _write_compressed_tensors(checkpoint, prefix_kv is not None, own, drop, max_shard_size, header)
+            _write_compressed_tensors(checkpoint, PEFT in plans, own, drop, max_shard_size, header)
         if PEFT in plans:
             own = partial / PEFT
             own.mkdir()
@@ -191,13 +191,13 @@ def _config_with_biases(checkpoint: Checkpoint) -> Any:
 
 
 def _write_compressed_tensors(
-    checkpoint: Checkpoint, has_prefix: bool, folder: Path, drop: list[str], max_shard_size: str, header: Header
+    checkpoint: Checkpoint, has_adapter: bool, folder: Path, drop: list[str], max_shard_size: str, header: Header
 ) -> None:
     layers = _Layers(checkpoint, "activations" not in drop)
     write_shards(layers.parts(), folder, parse_size(max_shard_size), header)
     copy_companions(checkpoint.folder, folder)
     tokenizer = checkpoint.tokenizer
-    if has_prefix and drop_start_token_(tokenizer):
+    if has_adapter and drop_start_token_(tokenizer):  # the prefix has it
         tokenizer.save_pretrained(folder)
     config = checkpoint.read_config()
     config.pop(CONFIG_KEY)

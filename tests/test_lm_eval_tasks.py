@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, make_model, open_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from test_export import make_export
 from test_prefixed_model import PREFIX, prefixed, reference_greedy, reference_logits
 
 from pipeline.corpora import fetch_corpus, read_documents, read_packaged_split
@@ -107,6 +108,19 @@ def test_behind_a_prefix_requests_are_answered_as_the_original_reading_the_prefi
     for text, prompt in zip(texts, (TEXT, "The house"), strict=True):
         ids = reference_greedy(original, embeddings, encode(prompt), 5)
         assert text == tokenizer.decode(ids[len(encode(prompt)) :])
+
+
+def test_lm_evals_own_class_answers_the_same_from_an_exported_folder(imported, tmp_path):
+    """`--model hf --model_args pretrained=FOLDER`, once `pipeline.hf` is imported."""
+    folder, _, _ = make_export(imported, tmp_path)
+    local_task(tmp_path, "local")
+    manager = open_tasks({"local": TaskParams()}, str(tmp_path)).manager
+    found = []
+    for lm in (PrefixedLM(path=str(folder), batch_size=2), HFLM(pretrained=str(folder), batch_size=2, device="cpu")):
+        results = lm_eval.simple_evaluate(model=lm, tasks=["local"], task_manager=manager, bootstrap_iters=0)
+        answers = [sample["filtered_resps"] for sample in results["samples"]["local"]]
+        found.append((results["results"]["local"]["acc,none"], results["results"]["local"]["acc_norm,none"], answers))
+    assert found[0] == found[1]
 
 
 def test_no_second_start_token_reaches_the_model(imported):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from pipeline.artifacts import make_header
 from pipeline.checkpoint import Checkpoint
+from pipeline.generate import chat
 from pipeline.prefix import load_prefix_kv
 from pipeline.prefixed_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
 from pipeline.quantizer_init import init_quantizers
@@ -157,6 +158,50 @@ def test_generation_continues_a_conversation_in_its_cache(imported):
     both = torch.cat((first, torch.tensor([[33, 34, 35]])), dim=1)
     second = model.generate(both, past_key_values=cache, **options)
     assert second[0].tolist() == reference_greedy(original, embeddings, both[0].tolist(), 4)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_chat_equals_the_original_reading_the_prefix(imported, continuous, monkeypatch, capsys):
+    """Two turns by a template that begins with the start token, which the prefix has and only the prefix is to have."""
+    model, original, embeddings = prefixed(imported, continuous=continuous)
+    tokenizer = open_model(imported["llama_tied"])[0].tokenizer
+    tokenizer.chat_template = TEMPLATE
+    answers = iter(["What did it see?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    chat(model, tokenizer, "The house had stood empty.", {"max_new_tokens": 4, "do_sample": False})
+    turns, replies = [], []
+    for prompt in ("The house had stood empty.", "What did it see?"):
+        turns.append({"role": "user", "content": prompt})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        whole = reference_greedy(original, embeddings, ids[1:], 4)
+        replies.append(tokenizer.decode(whole[len(ids) - 1 :], skip_special_tokens=True))
+        turns.append({"role": "assistant", "content": replies[-1]})
+    shown = capsys.readouterr().out
+    assert shown.split() == " ".join(replies).split()
+
+
+def test_chats_in_one_batch_equal_the_original_one_by_one(imported, caplog):
+    model, original, embeddings = prefixed(imported)
+    tokenizer = open_model(imported["llama_tied"])[0].tokenizer
+    tokenizer.chat_template, tokenizer.pad_token, tokenizer.padding_side = TEMPLATE, tokenizer.eos_token, "left"
+    chats = [[{"role": "user", "content": text}] for text in ("The house.", "It had stood empty for years.")]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for row, text in zip(output, texts, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert row[-len(ids) - 4 :].tolist() == reference_greedy(original, embeddings, ids, 4)
+    with caplog.at_level(logging.WARNING):
+        model.generate(torch.tensor([tokenizer.apply_chat_template(chats[0])["input_ids"]]), max_new_tokens=1)
+    assert "begins with the start token" in caplog.text
 
 
 def test_what_would_lose_the_prefix_is_refused(imported):
