@@ -9,18 +9,14 @@ medians and their ratio. Second table: peak memory of the whole stage with strea
 `--plan` says.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.workspace import ROOT, Workspace, append_row, make_parser, override, read_params, read_rows
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import BlockData, BlockTrainer
 from pipeline.params import parse_params
@@ -92,13 +88,8 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
 def measure_memory(workspace: Workspace, values: dict[str, Any], offload: str) -> dict[str, float]:
     """Peak memory of the stage in GiB, and what it was planned to be."""
     changed = override(values, {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0})
-    folder = workspace.run("finetuning", changed)
-    peak = json.loads((folder / "metrics/finetuning.json").read_text())["peak_rss_gib"]
-    command = [sys.executable, "-m", "stages.finetuning", "--plan"]
-    text = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
-    ).stdout
-    return {"peak": peak, "planned": float(text.split("memory ")[1].split(" GiB")[0])}
+    peak = workspace.metrics("finetuning", changed)["peak_rss_gib"]
+    return {"peak": peak, "planned": workspace.plan("finetuning", changed)}
 
 
 def _make_parameter(linear: nn.Module) -> nn.Parameter:

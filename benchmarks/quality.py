@@ -123,6 +123,7 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "blocks, weights too, from GPTQ": _blocks(**WEIGHTS | {"start": "quantizer_init"}),
     "end to end": _end_to_end() | {"finetuning.epochs": 0},
     "blocks and end to end": _end_to_end(),
+    "blocks and end to end, target both": _end_to_end() | {"finetuning.target": "both"},
     "blocks and end to end, quantizers only": _end_to_end(norm_lr=0.0, prefix_lr=0.0),
     "blocks and end to end, without norms": _end_to_end(norm_lr=0.0),
     "blocks and end to end, without the prefix": _end_to_end(prefix_lr=0.0),

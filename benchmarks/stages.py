@@ -26,6 +26,7 @@ from pipeline.windows import load_windows
 STAGES = ("rotation", "prefix_search", "quantizer_init", "evaluation@original", "evaluation@quantizer_init")
 TOKENS_OF = {"prefix_search": "search", "quantizer_init": "train"}
 FULL = {
+    "evaluation.tasks": {},
     "calibration.search.windows": 64,
     "calibration.search.length": 512,
     "calibration.train.windows": 64,
@@ -63,7 +64,7 @@ def measure_stage(workspace: Workspace, stage: str, params: dict[str, Any]) -> d
         workspace.run(upstream, params)
     model = workspace.run("model", params) / "artifacts/model"
     if stage == "rotation":
-        return _pick(workspace.metrics(stage, params))
+        return _pick(workspace.metrics(stage, params)) | {"planned_gib": workspace.plan(stage, params)}
     folder = workspace.run("calibration", params) / "artifacts/calibration"
     if stage in TOKENS_OF:
         token_ids = load_windows(folder / f"{TOKENS_OF[stage]}.safetensors").token_ids
@@ -72,7 +73,8 @@ def measure_stage(workspace: Workspace, stage: str, params: dict[str, Any]) -> d
     before = time_forward(model, token_ids, params["runtime"]["batch_size"])
     measured = _pick(workspace.metrics(stage, params))
     after = time_forward(model, token_ids, params["runtime"]["batch_size"])
-    return measured | {"tokens": token_ids.numel(), "forward_seconds": (before + after) / 2}
+    tokens, seconds = token_ids.numel(), (before + after) / 2
+    return measured | {"tokens": tokens, "forward_seconds": seconds, "planned_gib": workspace.plan(stage, params)}
 
 
 @torch.no_grad()
@@ -107,15 +109,15 @@ def make_doubled_model(workspace: Workspace, params: dict[str, Any]) -> Path:
 
 
 def print_tables(rows: dict[str, Any], stages: list[str]) -> None:
-    print("| stage | seconds | tokens | plain forward, seconds | ratio | peak RSS, GiB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| stage | seconds | tokens | plain forward, seconds | ratio | peak RSS, GiB | --plan, GiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for stage in stages:
         row = rows[stage]
         compared = "| | |"
         if "tokens" in row:
             forward = row["forward_seconds"]
             compared = f"{row['tokens']} | {forward:.1f} | {row['seconds'] / forward:.2f} |"
-        print(f"| {stage} | {row['seconds']:.1f} | {compared} {row['peak_rss_gib']:.2f} |")
+        print(f"| {stage} | {row['seconds']:.1f} | {compared} {row['peak_rss_gib']:.2f} | {row['planned_gib']:.2f} |")
     print("\n| peak RSS, GiB (4 x 512 tokens) | 30 blocks | 60 blocks | ratio |\n| --- | ---: | ---: | ---: |")
     for stage in stages:
         row = rows[f"{stage}, twice the blocks"]

@@ -69,6 +69,15 @@ class Workspace:
             (folder / "metrics" / f"{name}/{key}.json" if key else folder / f"metrics/{name}.json").read_text()
         )
 
+    def plan(self, stage: str, params: dict[str, Any]) -> float:
+        """GiB that `--plan` says `stage` takes, with its inputs ready."""
+        folder = self.run(stage, params)
+        name, _, variant = stage.partition("@")
+        command = [sys.executable, "-m", f"stages.{name}", *([variant] if variant else []), "--plan"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        text = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+        return float(text.split("memory ")[1].split(" GiB")[0])
+
 
 def make_parser(
     description: str | None, rows: Collection[str], default: Collection[str] | None = None

@@ -1,21 +1,27 @@
-"""What fine-tuning will need before it is run: memory, GPU memory, disk.
+"""What a walking stage will need before it is run: memory, GPU memory, disk.
 
-    peak = what the process has now + streams in memory + the larger of the phases
+    peak = what the process has now + streams in memory + the largest of the phases
 
-Sizes are counted from the model's shapes: what a phase holds of a block (integers, float weights, gradients, AdamW's
-two moments, the best state so far), what autograd keeps of a batch, what logits take. Counts of floats a token are
-measured on Llama-shaped blocks (`python -m benchmarks.finetuning` compares plan and peak).
+Sizes are counted from the model's shapes: what a phase holds of a block (integers, float weights, Gram matrices,
+gradients, AdamW's two moments, the best state so far), what a batch takes on its way through it and what autograd keeps
+of it, what logits take. Counts of floats a token or a weight are measured on Llama-shaped models
+(`python -m benchmarks.stages` and `python -m benchmarks.finetuning` compare plan and peak).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import FinetuningParams, ParamsError, RuntimeParams
+from pipeline.params import FinetuningParams, ParamsError, PrefixTrainingParams, QuantizerInitParams, RuntimeParams
 from pipeline.progress import current_rss_gib
 
 GIB = 2**30
-_POSITIONS = 128  # of divergence.py
+_POSITIONS = 128  # of divergence.py and perplexity.py, whose logits exist at a time
+_TASK_TOKENS = 224
+_ROWS = 8192  # of rotation.py, of a vocabulary-sized matrix in float64 at a time
 _KERNELS = 0.1 * GIB  # what libraries allocate once they are used
 _UNITS = {"MiB": 2**20, "GiB": GIB}
 
@@ -35,13 +41,151 @@ class Need:
     gpu: float
     disk: float
     streams: float
-    offload: bool
+    offload: bool = False
 
     def describe(self) -> str:
         return (
             f"memory {self.memory / GIB:.2f} GiB, GPU {self.gpu / GIB:.2f} GiB, disk {self.disk / GIB:.2f} GiB "
             f"(hidden states, {self.streams / GIB:.2f} GiB, {'in files' if self.offload else 'in memory'})"
         )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What matters of a model's shape.
+
+    Attributes:
+        hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys' heads, all queries' heads.
+        vocabulary, blocks: how many.
+        numbers: parameters of a block.
+        item: bytes of one of them in the checkpoint.
+    """
+
+    hidden: int
+    inner: int
+    keys: int
+    queries: int
+    vocabulary: int
+    blocks: int
+    numbers: int
+    item: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Sizes":
+        config, block = checkpoint.config, checkpoint.build_block(0)
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_key_value_heads * block.self_attn.head_dim,
+            config.num_attention_heads * block.self_attn.head_dim,
+            config.vocab_size,
+            checkpoint.block_count,
+            sum(parameter.numel() for parameter in block.parameters()),
+            checkpoint.dtype.itemsize,
+        )
+
+    @property
+    def table(self) -> int:
+        """Bytes of the embedding, or of lm_head."""
+        return self.vocabulary * self.hidden * self.item
+
+    @property
+    def logits(self) -> int:
+        return _POSITIONS * self.vocabulary * 4
+
+    def stream(self, tokens: int) -> int:
+        return tokens * self.hidden * self.item
+
+    def forward(self, tokens: int) -> int:
+        """What a batch takes on its way through a block, without gradients."""
+        return tokens * 4 * (6 * self.hidden + 4 * self.inner)
+
+    def graph(self, tokens: int) -> float:
+        """What autograd keeps of a batch in a quantized block."""
+        return tokens * 4.6 * (28 * self.hidden + 10 * self.inner + 8 * self.keys)
+
+
+def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
+    """What rotating takes: a block in float64, or embedding and lm_head before and after."""
+    sizes = Sizes.of(checkpoint)
+    entries = sizes.vocabulary * sizes.hidden
+    sources = 1 if checkpoint.config.tie_word_embeddings else 2
+    tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + min(_ROWS, sizes.vocabulary) * sizes.hidden * 32
+    return _need(max(31 * sizes.numbers, tables), 0, on_gpu=False)
+
+
+def plan_walk(checkpoint: Checkpoint, tokens: int, batch: int, on_gpu: bool) -> Need:
+    """What a walk in full precision takes.
+
+    Args:
+        tokens: of all windows of this process.
+        batch: tokens of one batch.
+    """
+    sizes = Sizes.of(checkpoint)
+    return _need(sizes.numbers * sizes.item + sizes.forward(batch), sizes.stream(tokens), on_gpu)
+
+
+def plan_evaluation(
+    checkpoint: Checkpoint, tokens: int, batch: int, compared: bool, in_memory: bool, task_items: int, on_gpu: bool
+) -> Need:
+    """What evaluating a variant takes; arguments as of `plan_walk`.
+
+    Args:
+        compared: with the original's final hidden states.
+        in_memory: perplexity is that of the whole model (the exported one).
+        task_items: of tasks asked at a time; 0 without tasks. Their texts are taken to be `_TASK_TOKENS` long.
+    """
+    sizes = Sizes.of(checkpoint)
+    quantized = bool(checkpoint.settings)
+    block = sizes.numbers * (1 + 4 if quantized else sizes.item)
+    scoring = (sizes.table + 9 * sizes.logits) if compared else 5 * sizes.logits
+    heads = sizes.table * (1.5 if quantized else 1)  # stored in bfloat16 and computed in float32
+    model = sizes.blocks * block + 2 * sizes.table
+    asked = task_items * _TASK_TOKENS
+    phases = [block + sizes.forward(batch), heads + scoring]
+    phases += [model + sizes.forward(batch), model + scoring] if in_memory else []
+    phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
+    return _need(max(phases), sizes.stream(tokens) * (2 if compared else 1), on_gpu)
+
+
+def plan_prefix_training(
+    checkpoint: Checkpoint, tokens: int, length: int, params: PrefixTrainingParams, on_gpu: bool
+) -> Need:
+    """What training a prefix takes: the whole model, and a batch's hidden states between its blocks."""
+    sizes = Sizes.of(checkpoint)
+    if not params.enabled:
+        return Need(current_rss_gib() * GIB, 0, 0, 0)
+    batch = params.batch_size * (length + (params.length or 0))
+    heads = sizes.table + 5 * sizes.logits if params.weights.kl else 0
+    model = 2 * sizes.blocks * sizes.numbers * sizes.item + sizes.table  # measured: blocks as read and as run
+    work = model + heads + sizes.blocks * batch * sizes.hidden * 4 + 0.85 * sizes.graph(batch)
+    return _need(work, sizes.stream(tokens) if params.weights.kl else 0, on_gpu)
+
+
+def plan_quantizer_init(
+    checkpoint: Checkpoint, tokens: int, length: int, params: QuantizerInitParams, batch: int, on_gpu: bool
+) -> Need:
+    """What choosing quantizers takes: a block in several forms, Gram matrices, sampled windows, a batch."""
+    sizes = Sizes.of(checkpoint)
+    widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
+    grams = 4 * sum(width * width for width in widths) + (6 * 4 * max(widths) ** 2)
+    sampled = min(params.mse_samples * length, tokens)
+    samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
+    block = sizes.numbers * (sizes.item + 1 + 4 + 4)
+    assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
+    work = max(block + grams + samples + max(sizes.forward(batch), sizes.forward(sampled)), assembling)
+    disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(tokens)
+    return _need(work, sizes.stream(tokens), on_gpu, disk)
+
+
+def own_tokens(windows: int, length: int, processes: int) -> int:
+    """Tokens of the windows that one of `processes` takes."""
+    return math.ceil(windows / processes) * length
+
+
+def _need(work: float, streams: float, on_gpu: bool, disk: float = 0) -> Need:
+    has = current_rss_gib() * GIB + _KERNELS
+    return Need(has + streams + (0 if on_gpu else work), work if on_gpu else 0, disk, streams)
 
 
 def plan_finetuning(
@@ -58,42 +202,29 @@ def plan_finetuning(
         checkpoint: the rotated model.
         windows: training and validation windows of this process together, `length` tokens each.
     """
-    config, block = checkpoint.config, checkpoint.build_block(0)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    vocabulary, blocks = config.vocab_size, checkpoint.block_count
-    numbers = sum(parameter.numel() for parameter in block.parameters())
-    keys = config.num_key_value_heads * block.self_attn.head_dim
-    item = checkpoint.dtype.itemsize
+    sizes = Sizes.of(checkpoint)
     kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.target]
-    streams = windows * length * hidden * item * kept
+    streams = sizes.stream(windows * length) * kept
     trained = params.weight_lr > 0 or params.start == "full_precision"
     # Integers; float weights, their gradients, two moments, best state, what rounding leaves and AdamW's temporaries.
-    state = numbers * (1 + (4 * 8 if trained else 4))
-    tokens = params.batch_size * length
-    per_token = 4.6 * (28 * hidden + 10 * inner + 8 * keys)
-    training = state + tokens * per_token
-    forward = numbers * 5 + runtime.batch_size * length * 4 * (6 * hidden + 4 * inner)
-    embedding = vocabulary * hidden * item
-    phases = [training, forward, embedding]
+    state = sizes.numbers * (1 + (4 * 8 if trained else 4))
+    training = state + sizes.graph(params.batch_size * length)
+    forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * length)
+    phases = [training, forward, sizes.table]
+    model = sizes.blocks * sizes.numbers
     if params.end_to_end.enabled:
-        logits = _POSITIONS * vocabulary * 4 * 5
-        states = blocks * params.end_to_end.batch_size * length * hidden * 4
-        model = blocks * numbers * 1.05 + numbers * 4 * 3
-        batch = params.end_to_end.batch_size * length * per_token
-        phases.append(model + states + batch + 2 * vocabulary * hidden * 4 + logits)
-    work = max(phases)
-    has = current_rss_gib() * GIB + _KERNELS
-    disk = blocks * numbers * (2 if params.end_to_end.enabled else 1) + windows * length * hidden * item * 2
-    in_memory = has + streams + (0 if on_gpu else work)
-    offload = runtime.offload == "always" or (runtime.offload == "auto" and in_memory > memory_limit(runtime))
+        batch = params.end_to_end.batch_size * length
+        weights = model * 1.05 + sizes.numbers * 4 * 3
+        states = sizes.blocks * batch * sizes.hidden * 4
+        heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
+        phases.append(weights + states + sizes.graph(batch) + heads)
+    disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(windows * length)
+    need = _need(max(phases), streams, on_gpu, disk)
+    if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= memory_limit(runtime)):
+        return need
     # Saving maps the files once, one stream at a time.
-    return Need(
-        memory=in_memory - (streams * (1 - 1 / (2 * kept)) if offload else 0),
-        gpu=work if on_gpu else 0,
-        disk=disk + (streams if offload else 0),
-        streams=streams,
-        offload=offload,
-    )
+    in_memory = need.memory - streams * (1 - 1 / (2 * kept))
+    return Need(in_memory, need.gpu, disk + streams, streams, offload=True)
 
 
 def memory_limit(runtime: RuntimeParams) -> float:

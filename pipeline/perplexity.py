@@ -241,7 +241,7 @@ def run_model(
 def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: Counter[str]) -> None:
     if fired != expected:
         raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
-    if not all(torch.isfinite(states).all() for states in hidden.values()):
+    if not all(torch.isfinite(window).all() for states in hidden.values() for window in states):
         raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
 
 

@@ -174,7 +174,7 @@ def _init_block(
     ranks.spread_(*block.state_dict().values())  # all chose the same; to the last bit from here
     block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
-    if not torch.isfinite(hidden).all():
+    if not all(torch.isfinite(window).all() for window in hidden):
         raise NumericalError(f"block {index}: its quantized output is not finite")
     return {"block_error": block_error, "sites": report, "saturation": saturation}, block.state_dict(), scales
 

@@ -10,18 +10,19 @@ Writes  artifacts/activation_plots/VARIANT/, metrics/activation_plots/VARIANT.js
 Packaged model: a few seconds, 0.7 GiB.
 """
 
-import argparse
 from pathlib import Path
 
 from pipeline.activations import measure_activations, write_activations
 from pipeline.artifacts import make_header
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import load_params
+from pipeline.memory import Need, plan_walk
+from pipeline.params import Params, load_params
 from pipeline.prefix import load_prefix
 from pipeline.progress import run_main, run_stage, select_device
 from pipeline.rotation import compute_rotated_prefix_kv
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.arguments import parse_arguments
 
 PARAMS = Path("params.yaml")
 CHECKPOINTS = {"original": ("model", Path("artifacts/model"))} | dict.fromkeys(
@@ -34,11 +35,13 @@ METRICS = Path("metrics/activation_plots")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=CHECKPOINTS)
-    variant = parser.parse_args().variant
+    arguments = parse_arguments(__doc__, CHECKPOINTS)
+    variant = arguments.variant
     params = load_params(PARAMS)
     own = params.activation_plots
+    if arguments.plan:
+        print(plan(params, *reversed(CHECKPOINTS[variant])).describe())
+        return
     with run_stage(f"activation_plots@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics:
         stage, folder = CHECKPOINTS[variant]
         checkpoint, windows = Checkpoint(folder, stage), load_windows(WINDOWS)
@@ -57,6 +60,14 @@ def main() -> None:
             ACTIVATION_PLOTS / variant, found, checkpoint, make_header("activation_plots", values, inputs)
         )
         metrics |= found.summary()
+
+
+def plan(params: Params, folder: Path, stage: str) -> Need:
+    """What a run will take."""
+    token_ids = load_windows(WINDOWS).token_ids[: params.activation_plots.windows]
+    batch = min(token_ids.numel(), params.runtime.batch_size * token_ids.shape[1])
+    on_gpu = select_device(params.runtime).type == "cuda"
+    return plan_walk(Checkpoint(folder, stage), token_ids.numel(), batch, on_gpu)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per 
 Perplexity walks block by block; tasks, where there are any, take the whole model in memory, in the first process.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,15 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import Header, check_input, make_header, read_header, save_tensors
 from pipeline.checkpoint import Checkpoint
+from pipeline.memory import Need, own_tokens, plan_evaluation
 from pipeline.params import Params, load_params
 from pipeline.perplexity import Original, evaluate_model, evaluate_windows
 from pipeline.prefix import load_prefix, load_prefix_kv
 from pipeline.prefixed_model import assemble_model
-from pipeline.progress import run_main, run_stage
+from pipeline.progress import run_main, run_stage, select_device
 from pipeline.quantized_model import load
 from pipeline.saturation import write_saturation
 from pipeline.walk import BlockRunner, compute_prefix_kv
 from pipeline.windows import load_windows
+from stages.arguments import parse_arguments
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -48,10 +49,12 @@ VARIANTS = ("original", "original_prefix", *QUANTIZED, "export")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=VARIANTS)
-    variant = parser.parse_args().variant
+    arguments = parse_arguments(__doc__, VARIANTS)
+    variant = arguments.variant
     params = load_params(PARAMS)
+    if arguments.plan:
+        print(plan(variant, params).describe())
+        return
     if start_ranks(params.runtime.processes):
         return
     with (
@@ -75,6 +78,24 @@ def main() -> None:
             write_saturation(EVALUATION / f"{variant}_saturation.json", saturation)
         if tasks is not None:
             metrics |= tasks(*opened.load_model())
+
+
+def plan(variant: str, params: Params) -> Need:
+    """What a run will take."""
+    cuts = [
+        load_windows(WINDOWS / f"{corpus}.safetensors").token_ids for corpus in params.calibration.evaluation.corpora
+    ]
+    length, runtime = cuts[0].shape[1], params.runtime
+    tokens = sum(own_tokens(len(cut), length, runtime.processes) for cut in cuts)
+    compared = variant != "original" and params.evaluation.compare_with_original
+    items = runtime.task_batch_size if params.evaluation.tasks else 0
+    # The exported model is the fine-tuned one.
+    quantized = QUANTIZED | {"export": QUANTIZED["finetuning"]}
+    stage = {"export": "finetuning"}.get(variant, variant)
+    checkpoint = Checkpoint(quantized[variant], stage) if variant in quantized else Checkpoint(MODEL, "model")
+    on_gpu = select_device(runtime).type == "cuda"
+    batch = min(tokens, runtime.batch_size * length)
+    return plan_evaluation(checkpoint, tokens, batch, compared, variant == "export", items, on_gpu)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.jso
 killed run continues where it was. arXiv:2410.05265, §5. Packaged model: about 5 minutes for 16 windows of 512 tokens.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pipeline.streams import Offload
 from pipeline.training import Place
 from pipeline.walk import BlockRunner
 from pipeline.windows import Windows, load_windows
+from stages.arguments import parse_arguments
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -37,9 +37,7 @@ METRICS = Path("metrics/finetuning.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="store_true", help="say what the run will need, and stop")
-    plan_only = parser.parse_args().plan
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
     if not plan_only and start_ranks(params.runtime.processes):
         return

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from pipeline.artifacts import make_header, replacing_folder, save_tensors, write_json
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import load_params
+from pipeline.memory import Need, own_tokens, plan_walk
+from pipeline.params import Params, load_params
 from pipeline.prefix_search import search_prefix
-from pipeline.progress import run_main, run_stage
+from pipeline.progress import run_main, run_stage, select_device
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.arguments import parse_arguments
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -24,8 +26,12 @@ METRICS = Path("metrics/prefix_search.json")
 
 
 def main() -> None:
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
     search = params.prefix_search
+    if plan_only:
+        print(plan(params).describe())
+        return
     if start_ranks(params.runtime.processes):
         return
     with join_ranks(params.runtime) as (ranks, device), run_stage("prefix_search", METRICS, params.runtime) as metrics:
@@ -49,6 +55,15 @@ def main() -> None:
                 save_tensors(partial / "prefix.safetensors", tensors, header)
                 write_json(partial / "report.json", prefix.report)
         metrics |= prefix.summary()
+
+
+def plan(params: Params) -> Need:
+    """What a run will take."""
+    count, length = load_windows(SEARCH).token_ids.shape
+    runtime = params.runtime
+    tokens = own_tokens(count, length, runtime.processes)
+    on_gpu = select_device(runtime).type == "cuda"
+    return plan_walk(Checkpoint(MODEL, "model"), tokens, min(tokens, runtime.batch_size * length), on_gpu)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from pipeline.artifacts import load_tensors, make_header
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import load_params
+from pipeline.memory import Need, own_tokens, plan_prefix_training
+from pipeline.params import Params, load_params
 from pipeline.prefix_training import make_candidates, write_candidates
-from pipeline.progress import return_freed_memory, run_main, run_stage
+from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.arguments import parse_arguments
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -28,8 +30,12 @@ METRICS = Path("metrics/prefix_training.json")
 
 
 def main() -> None:
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
     training = params.prefix_training
+    if plan_only:
+        print(plan(params).describe())
+        return
     if training.enabled and start_ranks(params.runtime.processes):
         return
     return_freed_memory()
@@ -53,6 +59,16 @@ def main() -> None:
             write_candidates(PREFIX_TRAINING, candidates, header)
             shutil.rmtree(WORK, ignore_errors=True)
         metrics |= candidates.summary()
+
+
+def plan(params: Params) -> Need:
+    """What a run will take."""
+    count, length = load_windows(CALIBRATION / "train.safetensors").token_ids.shape
+    count += len(load_windows(CALIBRATION / "validation.safetensors").token_ids)
+    runtime = params.runtime
+    tokens = own_tokens(count, length, runtime.processes)
+    on_gpu = select_device(runtime).type == "cuda"
+    return plan_prefix_training(Checkpoint(MODEL, "model"), tokens, length, params.prefix_training, on_gpu)
 
 
 if __name__ == "__main__":

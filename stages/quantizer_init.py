@@ -12,12 +12,14 @@ from pathlib import Path
 
 from pipeline.artifacts import check_same_origin, make_header
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import check_against_model, load_params
+from pipeline.memory import Need, own_tokens, plan_quantizer_init
+from pipeline.params import Params, check_against_model, load_params
 from pipeline.prefix import load_prefix
-from pipeline.progress import run_main, run_stage
+from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
 from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
+from stages.arguments import parse_arguments
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -30,10 +32,15 @@ METRICS = Path("metrics/quantizer_init.json")
 
 
 def main() -> None:
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
     init = params.quantizer_init
+    if plan_only:
+        print(plan(params).describe())
+        return
     if start_ranks(params.runtime.processes):
         return
+    return_freed_memory()
     with join_ranks(params.runtime) as (ranks, device), run_stage("quantizer_init", METRICS, params.runtime) as metrics:
         checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
         widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
@@ -56,6 +63,16 @@ def main() -> None:
             header,
             ranks,
         )
+
+
+def plan(params: Params) -> Need:
+    """What a run will take."""
+    count, length = load_windows(TRAIN).token_ids.shape
+    runtime = params.runtime
+    tokens = own_tokens(count, length, runtime.processes)
+    on_gpu = select_device(runtime).type == "cuda"
+    batch = min(tokens, runtime.batch_size * length)
+    return plan_quantizer_init(Checkpoint(ROTATION, "rotation"), tokens, length, params.quantizer_init, batch, on_gpu)
 
 
 if __name__ == "__main__":

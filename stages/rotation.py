@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.memory import plan_rotation
 from pipeline.params import load_params
 from pipeline.progress import run_main, run_stage, select_device
 from pipeline.rotation import rotate_model
+from stages.arguments import parse_arguments
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -22,8 +24,12 @@ METRICS = Path("metrics/rotation.json")
 
 
 def main() -> None:
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
     rotation = params.rotation
+    if plan_only:
+        print(plan_rotation(Checkpoint(MODEL, "model"), getattr(torch, rotation.dtype)).describe())
+        return
     with run_stage("rotation", METRICS, params.runtime, rotation.seed) as metrics:
         metrics |= rotate_model(
             Checkpoint(MODEL, "model"),

@@ -88,7 +88,7 @@ def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
         ((name, spec),) = plot.items()
         assert {"title", "x_label", "y_label", "template"} <= spec.keys()
         ((path, columns),) = spec["y"].items()
-        assert path in outs or str(Path(path).parent) in outs, name
+        assert outs & {path, *map(str, Path(path).parents)}, name
         kind = {"saturation": "share", "sqnr": "sqnr"}.get(name.partition("_")[0])
         expected = ["before", "after"] if name == "finetuning_blocks" else ["train", "validation"]
         assert columns == ([f"{site}_{kind}" for site in sites] if kind else expected)

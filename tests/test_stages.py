@@ -1,6 +1,7 @@
 """The stage scripts, run in one process or as a user runs them, on a tiny model and a local corpus."""
 
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -217,6 +218,14 @@ def test_a_plan_is_printed_and_nothing_is_run(project, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.startswith("memory ")
     assert "in files)" in text
+    before = contents(project / "artifacts")
+    for stage in ("rotation", "prefix_search", "prefix_training", "quantizer_init", "activation_plots rotated"):
+        run(f"{stage} --plan", monkeypatch=monkeypatch)
+        gib = float(re.match(r"memory (\d+\.\d+) GiB, GPU 0\.00 GiB, disk", capsys.readouterr().out)[1])
+        assert 0.2 < gib < 4  # a tiny model: hardly more than this process has
+    run("evaluation original --plan", monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.startswith("memory ")
+    assert contents(project / "artifacts") == before
     assert not (project / "artifacts/finetuning").exists()
     change(project, "runtime.offload", "auto")
     change(project, "runtime.max_memory", "1MiB")
