@@ -94,19 +94,17 @@ def write_json(path: Path, value: Any) -> None:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a table for `dvc plots`, numbers to 6 digits, making its folder.
 
-    Cells that are None or not finite are left out: an empty one would be drawn as 0.
+    Every row gets every column; what it lacks, or is not finite, is null, of which nothing is drawn.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [{name: _round(value) for name, value in row.items() if _is_drawn(value)} for row in rows]
-    write_json(path, kept)
-
-
-def _is_drawn(value: Any) -> bool:
-    return value is not None and (not isinstance(value, float) or math.isfinite(value))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    write_json(path, [{name: _round(row.get(name)) for name in columns} for row in rows])
 
 
 def _round(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:

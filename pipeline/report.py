@@ -53,7 +53,7 @@ def build_page(
     summary: dict[str, Any],
     evaluations: dict[str, dict[str, Any]],
     prefix: dict[str, Any],
-    saturation: list[dict[str, float]],
+    saturation: list[dict[str, Any]],
     costs: dict[str, dict[str, float]],
     settings: dict[str, Any],
     pictures: Sequence[Path],
@@ -110,22 +110,22 @@ def build_page(
     return "\n".join([opening, *parts, ""])
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Rows of a table for `dvc plots`; a row need not have every column."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table for `dvc plots`; what there is not is None."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def draw_curves(
-    path: Path, rows: list[dict[str, float]], x: str, columns: Sequence[str], labels: tuple[str, str, str]
+    path: Path, rows: list[dict[str, Any]], x: str, columns: Sequence[str], labels: tuple[str, str, str]
 ) -> bool:
     """Draw columns of a table over `x` into a PNG; `labels`: title, x axis, y axis. False where there are no rows."""
-    present = [name for name in columns if any(name in row for row in rows)]
+    present = [name for name in columns if any(row.get(name) is not None for row in rows)]
     if not present:
         return False
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     for name in present:
-        points = [(row[x], row[name]) for row in rows if name in row]
+        points = [(row[x], row[name]) for row in rows if row[name] is not None]
         axis.plot(*zip(*points, strict=True), label=name, lw=1.4, marker="." if len(points) < 12 else None)
     axis.set_title(labels[0])
     axis.set_xlabel(labels[1])
@@ -136,11 +136,11 @@ def draw_curves(
     return True
 
 
-def _worst_sites(saturation: list[dict[str, float]]) -> list[list[str]]:
+def _worst_sites(saturation: list[dict[str, Any]]) -> list[list[str]]:
     sites = []
     for row in saturation:
         for key, value in row.items():
-            if key.endswith("_sqnr"):
+            if key.endswith("_sqnr") and value is not None:
                 site = key.removesuffix("_sqnr")
                 sites.append((value, f"block {row['block']} {site}", row[f"{site}_share"]))
     return [[name, f"{sqnr:.1f}", f"{share:.2%}"] for sqnr, name, share in sorted(sites)[:_WORST]]

@@ -28,6 +28,7 @@ from pipeline.walk import BlockRunner
 logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
+SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")  # as data flows
 SATURATION = "plots/saturation.json"
 _PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
@@ -123,14 +124,14 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 
 
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
-    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr, of the text that fits worst."""
-    blocks = sorted({index for own in texts.values() for index in own})
+    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of all `SITES`, of the worst fitting text."""
     rows = []
-    for index in blocks:
+    for index in sorted({index for own in texts.values() for index in own}):
         row: dict[str, Any] = {"block": index}
         own = [text[index] for text in texts.values()]
-        for site in own[0]:
-            row[f"{site}_share"] = max(report[site]["share"] for report in own)
-            row[f"{site}_sqnr"] = min(report[site]["sqnr"] for report in own)
+        for site in SITES:
+            seen = [report[site] for report in own if site in report]
+            row[f"{site}_share"] = max((report["share"] for report in seen), default=None)
+            row[f"{site}_sqnr"] = min((report["sqnr"] for report in seen), default=None)
         rows.append(row)
     write_rows(path, rows)

@@ -18,6 +18,7 @@ from pipeline.plots import draw_all, read_measured
 from pipeline.progress import run_main, run_stage
 from pipeline.quantized_block import block_settings
 from pipeline.report import build_page, draw_curves, read_rows, summarise_run
+from pipeline.saturation import SITES
 
 PARAMS = Path("params.yaml")
 METRICS = Path("metrics")
@@ -26,7 +27,6 @@ SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
 ACTIVATIONS = {name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed")}
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 REPORT = Path("artifacts/report")
-_SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def read_settings(params: Params) -> dict[str, Any]:
     return {name: group.model_dump() for name, group in groups.items()}
 
 
-def draw_losses(folder: Path, saturation: list[dict[str, float]]) -> list[Path]:
+def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
     """Curves of fine-tuning and of how well ranges fit; what was drawn."""
     blocks = read_rows(FINETUNING / "plots/blocks.json")
     together = read_rows(FINETUNING / "plots/end_to_end.json")
@@ -86,7 +86,7 @@ def draw_losses(folder: Path, saturation: list[dict[str, float]]) -> list[Path]:
         "sqnr": (
             saturation,
             "block",
-            [f"{site}_sqnr" for site in _SITES],
+            [f"{site}_sqnr" for site in SITES],
             ("Signal to quantization noise, calibration text", "block", "SQNR, dB"),
         ),
     }

@@ -12,7 +12,7 @@ from pipeline.block_init import choose_quantizers_
 from pipeline.quantized_block import fill_block, find_site_quantizers, load_block
 from pipeline.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.quantizer_init import plan_block
-from pipeline.saturation import SaturationProbe, count_beyond, summarise_saturation, write_saturation
+from pipeline.saturation import SITES, SaturationProbe, count_beyond, summarise_saturation, write_saturation
 from pipeline.site_statistics import record_block
 
 
@@ -100,4 +100,5 @@ def test_the_worst_sites_are_named_and_the_table_is_of_the_worst_text(tmp_path, 
     write_saturation(tmp_path / "x.json", texts)
     rows = json.loads((tmp_path / "x.json").read_text())
     expected = {"block": 0, "key_share": 0.2, "key_sqnr": 20.0, "value_share": 0.001, "value_sqnr": 7.5}
-    assert rows == [expected]
+    assert [{name: value for name, value in row.items() if value is not None} for row in rows] == [expected]
+    assert list(rows[0]) == ["block", *(f"{site}_{kind}" for site in SITES for kind in ("share", "sqnr"))]
