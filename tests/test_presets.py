@@ -38,3 +38,34 @@ def test_presets_are_valid_and_have_exactly_the_keys_there_are(name):
 
 def test_the_documents_prefix_lengths_are_there():
     assert {"3", "8", "10"} <= {name.rpartition("-")[2] for name in PRESETS if "w4a4kv4-trained-prefix" in name}
+
+
+def test_presets_differ_as_the_documents_say():
+    params = {name: load_params(path) for name, path in PRESETS.items()}
+    distilled = params["deepseek-r1-distill-qwen-7b-w4a4kv4"]
+    assert distilled.model.source == "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    assert distilled.prefix.use == "found"
+    assert (distilled.finetuning.epochs, distilled.finetuning.end_to_end.enabled) == (0, False)
+    assert {group.range for _, group in distilled.quantizer_init if hasattr(group, "range")} == {"block"}
+    assert set(distilled.evaluation.tasks) == {"piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"}
+    finetuning = {name: own.finetuning for name, own in params.items()}
+    assert finetuning["deepseek-r1-distill-qwen-7b-w4a4kv4-finetuned"].epochs == 20
+    assert finetuning["llama-2-7b-w4a4kv4-finetuned"].epochs == 20
+    assert finetuning["llama-2-7b-w4a8kv4-finetuned"].epochs == 10
+    large = finetuning["llama-3-70b-w4a4kv4-finetuned"]
+    assert (large.quant_lr, large.weight_lr, large.loss_type) == (2e-5, 2e-6, "mse")
+    assert finetuning["llama-2-70b-w4a4kv4-finetuned"].loss_type == "skip_mse"
+    dynamic = params["llama-2-7b-w4a4kv4-dynamic"].quantizer_init
+    assert all(
+        group.mode == "dynamic" and group.clipping for group in (dynamic.activations, dynamic.keys, dynamic.values)
+    )
+    for name, kind in (
+        ("llama-2-7b-w4a8kv8-trained-prefix-8", "l2"),
+        ("llama-3-8b-w4a8kv8-trained-prefix-8", "outlier"),
+    ):
+        own = params[name]
+        assert (own.prefix_training.loss_type, own.prefix_training.epochs) == (kind, 20)
+        assert (own.quantizer_init.weights.group_size, own.quantizer_init.weights.symmetric) == (128, False)
+        assert (own.quantizer_init.activations.group_size, own.quantizer_init.keys.group_size) == (64, 64)
+        assert own.runtime.max_memory == "65GiB"
+    assert params["smollm2-135m-w4a16kv16-compressed-tensors"].export.formats == ["compressed-tensors"]
