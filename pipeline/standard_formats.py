@@ -83,7 +83,7 @@ def write_formats(
         if PEFT in plans:
             own = partial / PEFT
             own.mkdir()
-            _write_adapter(checkpoint, prefix_kv, own, header)
+            _write_adapter(prefix_kv, own, header)
         write_json(partial / MANIFEST, {name: vars(plan) for name, plan in plans.items()})
         write_folder_header(partial, header)
     return plans
@@ -125,6 +125,8 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
 def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> list[str]:
     """What no `drop` can help with."""
     problems = []
+    if not any(own.spec(short).enabled for own in described for short in checkpoint.architecture.linear_sites):
+        problems.append("weights: none are quantized; set quantizer_init.weights.bits, or remove export.formats")
     if any(own.online_r4 for own in described):
         problems.append(
             "rotation.r4=hadamard: down_proj counts on a rotation of its input that transformers would not apply; "
@@ -302,7 +304,7 @@ def _describe_arguments(spec: QuantizerSpec, strategy: str) -> dict[str, Any] | 
     return arguments | {"dynamic": spec.dynamic, "group_size": spec.group_size if strategy == "group" else None}
 
 
-def _write_adapter(checkpoint: Checkpoint, prefix_kv: torch.Tensor, folder: Path, header: Header) -> None:
+def _write_adapter(prefix_kv: torch.Tensor, folder: Path, header: Header) -> None:
     """PEFT reads [P, L, 2, kv_heads, d], flattened to [P, …]."""
     layers, _, heads, tokens, width = prefix_kv.shape
     embeddings = prefix_kv.float().permute(3, 0, 1, 2, 4).reshape(tokens, -1)

@@ -173,15 +173,9 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
     change(project, "calibration.validation.windows", 2)
     change(project, "prefix_training.enabled", True)
     change(project, "prefix_training.simulate", False)  # else a scale is of all windows of a batch
-    run(*ALL, monkeypatch=monkeypatch)
-    shared = (
-        "prefix_search",
-        "prefix_training",
-        "quantizer_init",
-        "finetuning",
-        "evaluation original",
-        "evaluation finetuning",
-    )
+    quantized = ("quantizer_init", "finetuning", "evaluation original", "evaluation finetuning")
+    run(*BEFORE_QUANTIZER, *quantized, monkeypatch=monkeypatch)
+    shared = ("prefix_search", "prefix_training", *quantized)
     alone = {stage: read_json(project / f"metrics/{stage.replace(' ', '/')}.json") for stage in shared}
     prefix = contents(project / "artifacts/prefix_search")
     first, _ = load_tensors(project / "artifacts/quantizer_init/block-00000.safetensors", "quantizer_init")

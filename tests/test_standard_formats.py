@@ -132,6 +132,8 @@ def test_what_cannot_be_left_out_is_refused_whatever_may_be_dropped(imported, tm
         write(imported, tmp_path / "r4", "llama_tied", {}, drop=drop, r4="hadamard")
     with pytest.raises(FormatError, match=r"biases of o_proj, gate_proj, up_proj, down_proj: qwen2 models have none"):
         write(imported, tmp_path / "bias", "qwen2", {"weights.centered": True, "activations.bits": 8}, drop=drop)
+    with pytest.raises(FormatError, match=r"weights: none are quantized"):
+        write(imported, tmp_path / "none", "llama_tied", {"weights.bits": 16})
     with pytest.raises(FormatError, match=r"peft: there is no prefix"):
         write(imported, tmp_path / "peft", "llama_tied", {}, ("compressed-tensors", "peft"))
     for changes, reason in {
