@@ -78,6 +78,8 @@ _LLAMA = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+# Imported as another family that computes the same, see fused_projections.py.
+IMPORTED_AS = {"phi3": "mistral"}
 
 
 class UnsupportedModelError(PipelineError):
@@ -86,11 +88,11 @@ class UnsupportedModelError(PipelineError):
 
 def find_architecture(config: Any) -> Architecture:
     """The architecture of a transformers config. Raises UnsupportedModelError, naming the supported families."""
-    if config.model_type not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"model_type={config.model_type!r} is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[config.model_type]
+    family = IMPORTED_AS.get(config.model_type, config.model_type)
+    if family not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES | IMPORTED_AS))
+        raise UnsupportedModelError(f"model_type={config.model_type!r} is not supported; supported are: {supported}")
+    return ARCHITECTURES[family]
 
 
 def check_window(config: Any, positions: int) -> None:

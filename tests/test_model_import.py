@@ -23,6 +23,28 @@ def test_imported_folder_is_the_same_model_for_transformers(family, imported, to
     assert AutoTokenizer.from_pretrained(imported[family])("a stone bridge").input_ids
 
 
+def test_fused_projections_are_taken_apart_long_positions_kept(model_folders, tmp_path, token_ids):
+    folder = shutil.copytree(model_folders["phi3"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0} | factors
+    config |= {"original_max_position_embeddings": 16, "max_position_embeddings": 256, "sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    assert "self_attn.k_proj.weight" in Checkpoint(tmp_path / "out", "model").load_block_tensors(2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        for ids in (token_ids, token_ids[:, :10]):  # beyond and within the original positions
+            assert torch.equal(loaded(ids).logits, original(ids).logits)
+    assert loaded.config.sliding_window == 64
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor=0\.5 is not supported"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
 def test_two_imports_are_byte_identical_and_carry_no_path_or_version(model_folders, imported, tmp_path):
     import_model(str(model_folders["llama_tied"]), None, torch.float32, tmp_path / "again")
     first = {path.name: path.read_bytes() for path in imported["llama_tied"].iterdir()}
@@ -104,7 +126,7 @@ def test_unsupported_family_lists_the_supported_ones(tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        UnsupportedModelError, match="'gpt2' is not supported; supported are: llama, mistral, qwen2, qwen3"
+        UnsupportedModelError, match="'gpt2' is not supported; supported are: llama, mistral, phi3, qwen2, qwen3"
     ):
         import_model(str(tmp_path), None, torch.float32, tmp_path / "out")
 
