@@ -21,7 +21,7 @@ sweep-threshold: SWEEP = -S prefix_search.outlier_threshold=16,64,256
 sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
 JOBS ?= 1
 # DVC names a column by its file only where two files have it.
-COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(perplexity|ratio|accuracy)\.)
+COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
 .PHONY: repro test lint format preset table report compare setup help $(SWEEPS)
 

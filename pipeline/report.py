@@ -37,7 +37,7 @@ def summarise_run(
     found = {
         "bits": bits,
         "prefix": prefix,
-        "perplexity": final["perplexity"],
+        "ppl": final["perplexity"],  # a name that evaluations do not have: DVC shows it without its file's
         "ratio": {name: round(value / exact["perplexity"][name], 3) for name, value in final["perplexity"].items()},
         "accuracy": accuracies,
         "minutes": round(sum(cost["seconds"] for cost in costs.values()) / 60, 1),

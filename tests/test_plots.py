@@ -101,7 +101,7 @@ def test_the_summary_of_a_hand_made_run():
     assert summarise_run("W4A4KV4 static", "found (3 tokens)", EVALUATIONS, COSTS, 12.5) == {
         "bits": "W4A4KV4 static",
         "prefix": "found (3 tokens)",
-        "perplexity": {"prose": 3.0},
+        "ppl": {"prose": 3.0},
         "ratio": {"prose": 1.5},
         "accuracy": {"colours": 0.25},
         "average_accuracy": 0.4,

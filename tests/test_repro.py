@@ -157,5 +157,5 @@ def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_
     head, *rows = [line.split(",") for line in table.strip().splitlines()]
     assert any(row[head.index("Experiment")] == "wide" for row in rows)
     names = [name.rpartition(":")[2] for name in head]
-    assert {"bits", "prefix", "perplexity.prose", "ratio.prose", "minutes", "gib", "mib"} <= set(names)
+    assert {"bits", "prefix", "ppl.prose", "ratio.prose", "minutes", "gib", "mib"} <= set(names)
     assert len(names) < 20

@@ -510,6 +510,6 @@ def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(proje
     assert torch.equal(exported["hidden.prose"], evaluated["hidden.prose"])
     assert "colours, acc" in (project / "artifacts/export/README.md").read_text()
     report = read_json(project / "metrics/report.json")
-    assert report["perplexity"] == found["export"]["perplexity"]
+    assert report["ppl"] == found["export"]["perplexity"]
     assert report["accuracy"] == {"colours": found["export"]["tasks"]["colours"]["acc"]}
     assert "colours, acc" in (project / "artifacts/report/report.html").read_text()
