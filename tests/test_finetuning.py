@@ -283,7 +283,7 @@ def test_three_failures_in_a_row_end_a_block_in_its_best_state_and_are_named(qua
 def test_the_checkpoint_computes_what_was_trained(quantized, tmp_path):
     """Validation losses in the report are those of the blocks as loaded from the artifact."""
     models, _, validation = quantized
-    metrics, checkpoint = run_whole(quantized, tmp_path)
+    metrics, checkpoint = run_whole(quantized, tmp_path, target="fp_input")
     assert metrics["blocks_failed"] == []
     report = (tmp_path / "out" / "report.json").read_text()
     blocks = yaml.safe_load(report)["blocks"]
