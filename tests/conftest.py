@@ -38,6 +38,14 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+ROPE_SCALING = {  # as Llama 3's
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES = {
     "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama_untied_biases": LlamaConfig(**SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
@@ -45,6 +53,7 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-6),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "llama_long_rope": LlamaConfig(**SIZES, rope_parameters=ROPE_SCALING),
     "phi3": Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=None),
 }
 PROSE = (ROOT / "tests" / "prose.txt").read_text(encoding="utf-8")

@@ -1,0 +1,79 @@
+"""The whole pipeline on a tiny model of every family: `pytest -m families -v` lists family by check."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, read_json, tiny_params, write_params
+from test_stages import ALL, run
+from transformers import AutoModelForCausalLM
+
+from pipeline.artifacts import load_tensors
+from pipeline.checkpoint import Checkpoint
+from pipeline.prefixed_model import assemble_model
+
+pytestmark = pytest.mark.families
+STAGES = [stage for stage in ALL if not stage.startswith(("activation_plots", "report"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, model_folders, tmp_path_factory):
+    """The family's own model, and the folder of a finished run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
+    params = tiny_params(model_folders[request.param], folder / "prose.txt")
+    params["prefix_search"]["outlier_threshold"] = 1.2
+    params["finetuning"]["end_to_end"]["epochs"] = 1
+    write_params(folder, params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(*STAGES, monkeypatch=patch)
+    return AutoModelForCausalLM.from_pretrained(model_folders[request.param]).eval(), folder
+
+
+def evaluated(folder, variant):
+    return load_tensors(folder / f"artifacts/evaluation/{variant}.safetensors", "evaluation")[0]
+
+
+def differ(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def test_rotated_is_the_original(family):
+    original, folder = family
+    ids = evaluated(folder, "original")["token_ids.prose"]
+    rotated = assemble_model(Checkpoint(folder / "artifacts/rotation", "rotation"))
+    assert differ(rotated(ids).logits, original(ids).logits) <= 1e-4  # measured: at most 3e-6
+
+
+@torch.no_grad()
+def test_walked_is_the_original(family):
+    original, folder = family
+    found = evaluated(folder, "original")
+    assert differ(found["hidden.prose"], original.model(found["token_ids.prose"]).last_hidden_state) <= 1e-5
+
+
+@torch.no_grad()
+def test_prefixed_is_the_original_reading_the_prefix(family):
+    original, folder = family
+    found = evaluated(folder, "original_prefix")
+    prefix = torch.tensor(read_json(folder / "metrics/prefix_search.json")["prefix_token_ids"])
+    assert len(prefix) > 1
+    ids = found["token_ids.prose"]
+    whole = torch.cat((prefix.expand(len(ids), -1), ids), dim=1)
+    assert differ(found["hidden.prose"], original.model(whole).last_hidden_state[:, len(prefix) :]) <= 1e-5
+
+
+def test_loaded_is_what_was_evaluated(family):
+    _, folder = family
+    assert torch.equal(evaluated(folder, "export")["hidden.prose"], evaluated(folder, "finetuning")["hidden.prose"])
+    metrics = read_json(folder / "metrics/evaluation/export.json")
+    assert metrics["quantizers_fired"] == 3 * 13
+
+
+def test_fine_tuning_brings_the_quantized_model_nearer_to_the_original(family):
+    _, folder = family
+    metrics = read_json(folder / "metrics/finetuning.json")
+    assert metrics["validation_ratio"] <= 1
+    assert metrics["end_to_end"]["kl_after"] <= metrics["end_to_end"]["kl_before"]
