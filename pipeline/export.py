@@ -10,6 +10,7 @@
 safetensors and JSON only. Blocks are packed one by one and written as soon as a shard is full.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,9 +68,7 @@ def export_model(
         sizes = write_shards(_packed_parts(checkpoint, kv), partial, parse_size(max_shard_size), header)
         copy_companions(checkpoint.folder, partial)
         if kv is not None:
-            tokenizer = checkpoint.tokenizer
-            if drop_start_token_(tokenizer):
-                tokenizer.save_pretrained(partial)
+            save_bare_tokenizer(checkpoint, partial)
         config = checkpoint.read_config()
         config.pop(CONFIG_KEY)
         write_json(partial / CONFIG, config | {"quantization_config": quantization})
@@ -86,6 +85,13 @@ def parse_size(text: str) -> int:
     if found is None:
         raise ValueError(f"{text!r} is no size; write 5GB, 200MB or 64KB")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def save_bare_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Replace the tokenizer in `folder`, where it puts the start token in front of texts, by one that does not."""
+    tokenizer = copy.deepcopy(checkpoint.tokenizer)  # the checkpoint's stays as it is: several folders are written
+    if drop_start_token_(tokenizer):
+        tokenizer.save_pretrained(folder)
 
 
 def drop_start_token_(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -19,7 +19,7 @@ import torch
 from pipeline.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
 from pipeline.errors import PipelineError
-from pipeline.export import drop_start_token_, parse_size, write_shards
+from pipeline.export import parse_size, save_bare_tokenizer, write_shards
 from pipeline.packing import pack_integers
 from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, QuantizedLinear, block_settings, find_site_quantizers, load_block
@@ -198,9 +198,8 @@ def _write_compressed_tensors(
     layers = _Layers(checkpoint, "activations" not in drop)
     write_shards(layers.parts(), folder, parse_size(max_shard_size), header)
     copy_companions(checkpoint.folder, folder)
-    tokenizer = checkpoint.tokenizer
-    if has_adapter and drop_start_token_(tokenizer):  # the prefix has it
-        tokenizer.save_pretrained(folder)
+    if has_adapter:  # whose prefix has the start token
+        save_bare_tokenizer(checkpoint, folder)
     config = checkpoint.read_config()
     config.pop(CONFIG_KEY)
     biased = _config_with_biases(checkpoint)

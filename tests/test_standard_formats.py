@@ -8,9 +8,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from conftest import read_json
 from peft import PeftModel
 from test_prefixed_model import make_quantized
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-from pipeline.artifacts import make_header
+from pipeline.artifacts import load_tensors, make_header
+from pipeline.export import export_model
 from pipeline.prefix import load_prefix_kv
 from pipeline.prefixed_model import assemble_model
 from pipeline.quantizer import integer_range
@@ -106,6 +108,26 @@ def test_the_prefix_travels_as_an_adapter(imported, tmp_path, family):
         "peft": (["prefix"], []),
     }
     assert AutoTokenizer.from_pretrained(folder / "compressed-tensors")("a")["input_ids"]
+
+
+def test_every_folder_with_the_prefix_has_a_tokenizer_without_start_token(imported, tmp_path):
+    """Writing the adapter's base once left the exported folder, written next, with the tokenizer that adds one."""
+    checkpoint, _ = make_quantized(imported, tmp_path, "llama_tied", PLAIN, (5, 9, 0), r4="identity")
+    tokenizer = checkpoint.tokenizer
+    plain = tokenizer("The house")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(checkpoint.folder)
+    prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
+    header, formats = make_header("export", {}), ["compressed-tensors", "peft"]
+    write_formats(checkpoint, prefix["kv"], tmp_path / "formats", formats, [], "5GB", header)
+    export_model(checkpoint, prefix, imported["llama_tied"], tmp_path / "export", "5GB", header, {})
+    for folder in (tmp_path / "formats/compressed-tensors", tmp_path / "export"):
+        assert AutoTokenizer.from_pretrained(folder)("The house")["input_ids"] == plain
+    write_formats(checkpoint, prefix["kv"], tmp_path / "alone", formats[:1], ["prefix"], "5GB", header)
+    alone = AutoTokenizer.from_pretrained(tmp_path / "alone/compressed-tensors")
+    assert alone("The house")["input_ids"] == [0, *plain]
 
 
 def test_what_would_be_lost_is_refused_all_at_once_or_named_in_the_manifest(imported, tmp_path):
