@@ -21,8 +21,13 @@ from benchmarks.workspace import Workspace, append_row, override, read_params, r
 from pipeline.artifacts import load_tensors
 
 SIZES = {
-    "screening": {"calibration.train.windows": 16, "calibration.evaluation.windows": 4},
+    "screening": {
+        "calibration.train.windows": 16,
+        "calibration.evaluation.windows": 4,
+        "evaluation.tasks": {},
+    },
     "final": {
+        "evaluation.tasks": {},
         "calibration.search.windows": 64,
         "calibration.search.length": 512,
         "calibration.train.windows": 64,

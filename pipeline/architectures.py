@@ -1,11 +1,15 @@
 """What differs between model families, as data.
 
-A family is listed when its decoder layers have the Llama shape: RMSNorm before attention and before the MLP, separate
-q/k/v projections, a gated MLP. Names below are those of the checkpoint's tensors.
+A family is listed when its decoder layers have the Llama shape: separate q/k/v projections, a gated MLP, RMSNorm before
+both, behind both, or both. Names below are those of the checkpoint's tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from pipeline.errors import PipelineError
 
@@ -15,16 +19,30 @@ class Architecture:
     """Names inside one decoder layer, grouped by what rotation and quantization do with them.
 
     Attributes:
-        norms: each norm -> the linears that read its output (its weight is folded into them).
-        attention_output, mlp_output: the linears that write to the residual stream.
+        attention_readers, mlp_readers: the linears that read what attention and the MLP begin with.
+        attention_norm, mlp_norm: the norms in front of them; None where they read the residual stream itself.
+        post_norms: norms between what attention and the MLP give and the residual stream. Their weights stand in the
+            way of R1: such models are rotated by R2, R3 and R4 only, and no norm is folded.
+        attention, mlp: the modules.
+        attention_output, mlp_output: the linears that write to the residual stream, or to a post-norm.
         value: the linear whose per-head output R2 rotates.
+        kernel: transformers' attention implementation; eager where scores are capped, which the others do not do.
+        heads_first: k_norm sees keys [B, heads, T, d], not [B, T, …].
         block_prefix, embedding, final_norm, lm_head: where things are in the checkpoint.
     """
 
-    norms: dict[str, tuple[str, ...]]
+    attention_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    post_norms: tuple[str, ...] = ()
+    attention: str = "self_attn"
+    mlp: str = "mlp"
     attention_output: str = "self_attn.o_proj"
     mlp_output: str = "mlp.down_proj"
     value: str = "self_attn.v_proj"
+    kernel: str = "sdpa"
+    heads_first: bool = False
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -43,11 +61,10 @@ class Architecture:
     @property
     def site_readers(self) -> dict[str, tuple[str, ...]]:
         """Activation site -> the linears that read it, in the order data flows through them."""
-        attention, mlp = self.norms.values()
         return {
-            "attention_input": attention,
+            "attention_input": self.attention_readers,
             "attention_output": (self.attention_output,),
-            "mlp_input": mlp,
+            "mlp_input": self.mlp_readers,
             "mlp_hidden": (self.mlp_output,),
         }
 
@@ -62,22 +79,53 @@ class Architecture:
         return self.block_prefix.format(index=index)
 
     @property
-    def attention_norm(self) -> str:
-        return next(iter(self.norms))
+    def norms(self) -> dict[str, tuple[str, ...]]:
+        """Each norm in front of linears -> the linears that read its output."""
+        pairs = ((self.attention_norm, self.attention_readers), (self.mlp_norm, self.mlp_readers))
+        return {norm: readers for norm, readers in pairs if norm is not None}
 
     @property
-    def mlp_norm(self) -> str:
-        return list(self.norms)[1]
+    def rotates_residual(self) -> bool:
+        """Whether R1 can be merged."""
+        return not self.post_norms
+
+    def input_module(self, block: nn.Module, site: str) -> nn.Module:
+        """Where `attention_input` or `mlp_input` is watched: the norm that writes it, or the module that reads it."""
+        norm, module = {
+            "attention_input": (self.attention_norm, self.attention),
+            "mlp_input": (self.mlp_norm, self.mlp),
+        }[site]
+        return block.get_submodule(norm or module)
+
+    def watch_input_(self, block: nn.Module, site: str, see: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        """Let readers of `attention_input` or `mlp_input` get see(input_module, x) in place of x."""
+        norm = self.attention_norm if site == "attention_input" else self.mlp_norm
+        module = self.input_module(block, site)
+        if norm is not None:
+            module.register_forward_hook(lambda module, args, output: see(module, output))
+            return
+
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if args:
+                return (see(module, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": see(module, kwargs["hidden_states"])}
+
+        module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
-_LLAMA = Architecture(
-    norms={
-        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-    }
-)
+_LLAMA = Architecture()
+_POST = ("post_attention_layernorm", "post_feedforward_layernorm")
+_GEMMA3 = Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True)
 
-ARCHITECTURES: dict[str, Architecture] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, kernel="eager"),
+    "gemma3_text": _GEMMA3,
+    "olmo2": Architecture(attention_norm=None, mlp_norm=None, post_norms=_POST),
+}
 # Imported as another family that computes the same, see fused_projections.py.
 IMPORTED_AS = {"phi3": "mistral"}
 
@@ -93,6 +141,11 @@ def find_architecture(config: Any) -> Architecture:
         supported = ", ".join(sorted(ARCHITECTURES | IMPORTED_AS))
         raise UnsupportedModelError(f"model_type={config.model_type!r} is not supported; supported are: {supported}")
     return ARCHITECTURES[family]
+
+
+def find_logit_cap(config: Any) -> float | None:
+    """What the model's logits are softly kept within, or None."""
+    return getattr(config, "final_logit_softcapping", None)
 
 
 def check_window(config: Any, positions: int) -> None:

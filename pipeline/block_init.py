@@ -168,12 +168,15 @@ class _Chooser:
             weights = [self.block.get_submodule(name).weight for name in self.readers[site]]
             return activation_error(samples, candidate, weights)
         attention, kept = self.block.self_attn, self.statistics
+        cap = getattr(attention, "attn_logit_softcapping", None)
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
         if site == "value":
-            return attention_output_error(kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling)
+            return attention_output_error(
+                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap
+            )
         if attention.key_quantizer.before_rope:
             prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[-2]
-            cos, sin = self.runner.rotary_tables(kept.inputs, prefix_tokens)
+            cos, sin = self.runner.rotary_tables(self.block, kept.inputs, prefix_tokens)
             return attention_error(
                 kept.queries,
                 samples,
@@ -181,10 +184,11 @@ class _Chooser:
                 candidate,
                 attention.scaling,
                 lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1],
+                cap,
             )
         to_basis = attention.key_quantizer.to_basis
         prefix_keys = None if prefix_keys is None else to_basis(prefix_keys)
-        return attention_error(to_basis(kept.queries), samples, prefix_keys, candidate, attention.scaling)
+        return attention_error(to_basis(kept.queries), samples, prefix_keys, candidate, attention.scaling, cap=cap)
 
     def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
         """One factor for all scales of a site, judged by the whole block's output."""

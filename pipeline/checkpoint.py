@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.architectures import Architecture, find_architecture
+from pipeline.architectures import Architecture, find_architecture, find_logit_cap
 from pipeline.artifacts import (
     FOLDER_HEADER,
     Header,
@@ -36,6 +36,7 @@ from pipeline.artifacts import (
     write_folder_header,
     write_json,
 )
+from pipeline.lm_head import LmHead
 
 CONFIG = "config.json"
 CONFIG_KEY = "prefixquant"
@@ -62,8 +63,8 @@ class Checkpoint:
         self.header: Header = read_header(self.folder, stage) if self.folder.is_dir() else self._missing()
         self.settings: dict[str, Any] = self.read_config().get(CONFIG_KEY, {})
         self.config = AutoConfig.from_pretrained(self.folder)
-        self.config._attn_implementation = "sdpa"
         self.architecture: Architecture = find_architecture(self.config)
+        self.config._attn_implementation = self.architecture.kernel
 
     def _missing(self) -> Header:
         return read_header(self.folder / FOLDER_HEADER, self.stage)  # raises, naming the stage to rerun
@@ -113,9 +114,22 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [..., D] of token ids [...], in the checkpoint's dtype."""
-        table = self.load_tensor(self.architecture.embedding)
-        return nn.functional.embedding(token_ids, table).to(self.dtype)
+        """What stands before block 0, [..., D], for token ids [...], in the checkpoint's dtype."""
+        return self.scale_embeddings(nn.functional.embedding(token_ids, self.load_tensor(self.architecture.embedding)))
+
+    def scale_embeddings(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [..., D] of the embedding table in the checkpoint's dtype, times the factor some families have."""
+        rows = rows.to(self.dtype)
+        factor = getattr(self._skeleton.model.embed_tokens, "scalar_embed_scale", None)
+        return rows if factor is None else rows * torch.tensor(factor).to(self.dtype)
+
+    def build_embedding(self, weight: torch.Tensor) -> nn.Module:
+        """The model's own embedding of a table [V, D], with its factor, which is no tensor of the checkpoint."""
+        embedding = copy.deepcopy(self._skeleton.model.embed_tokens)
+        if hasattr(embedding, "scalar_embed_scale"):
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=weight.device)
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        return embedding
 
     def load_final_norm(self) -> nn.Module:
         norm = copy.deepcopy(self._skeleton.model.norm)
@@ -130,9 +144,9 @@ class Checkpoint:
         for window in hidden:
             window.copy_(norm(window))
 
-    def load_lm_head(self) -> torch.Tensor:
-        """lm_head's weight [V, D] in the checkpoint's dtype (a bias-free linear in every supported family)."""
-        return self.load_tensor(self.architecture.lm_head).to(self.dtype)
+    def load_lm_head(self) -> LmHead:
+        """lm_head in the checkpoint's dtype (a bias-free linear in every supported family)."""
+        return LmHead(self.load_tensor(self.architecture.lm_head).to(self.dtype), find_logit_cap(self.config))
 
 
 class CheckpointWriter:
@@ -205,7 +219,7 @@ def load_block_file(folder: Path, architecture: Architecture, index: int, stage:
 def build_skeleton(config: Any) -> nn.Module:
     """The whole model of a config on the meta device: every module and name, no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, attn_implementation=find_architecture(config).kernel)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -74,7 +74,7 @@ def equalize_mlp_(
 @torch.no_grad()
 def scale_mlp_(block: nn.Module, architecture: Architecture, scales: torch.Tensor) -> None:
     """Multiply row c of up_proj by scales[c] and divide column c of down_proj by it, in place; weights are float."""
-    up: QuantizedLinear = block.get_submodule(architecture.norms[architecture.mlp_norm][-1])
+    up: QuantizedLinear = block.get_submodule(architecture.mlp_readers[-1])
     down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
     scales = scales.double().to(down.weight.device)
     columns = down.weight.double()

@@ -50,11 +50,17 @@ class KeyQuantizer(nn.Module):
         """Queries or keys [..., d] in the basis in which keys are quantized."""
         return hadamard_transform(x) if self.rotate else x
 
-    def hook_before_rope_(self, attention: nn.Module) -> None:
-        """Apply it to the output of k_norm where the family has one, of k_proj otherwise."""
+    def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
+        """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
+
+        Args:
+            heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
+        """
         source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
 
         def quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if heads_first:
+                return self(output)
             batch, length = output.shape[:2]
             keys = output.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
             return self(keys).transpose(1, 2).reshape(output.shape)

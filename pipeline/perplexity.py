@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.architectures import find_architecture
+from pipeline.architectures import find_architecture, find_logit_cap
 from pipeline.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import PipelineError
+from pipeline.lm_head import LmHead
 from pipeline.prefixed_model import probe_saturation
 from pipeline.progress import show_progress
 from pipeline.quantized_block import (
@@ -141,12 +142,13 @@ def evaluate_model(
     own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
     run = run_model(model, own, batch_size)
     tokens = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
-    return _score_run(run, model.lm_head.weight.detach(), windows, tokens, original, model.device, ranks)
+    lm_head = LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config))
+    return _score_run(run, lm_head, windows, tokens, original, model.device, ranks)
 
 
 def _score_run(
     run: tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]],
-    lm_head: torch.Tensor,
+    lm_head: LmHead,
     windows: dict[str, torch.Tensor],
     prefix_tokens: int,
     original: Original | None,
@@ -248,16 +250,15 @@ def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: C
 @torch.no_grad()
 def score_hidden(
     hidden: torch.Tensor,
-    lm_head: torch.Tensor,
+    lm_head: LmHead,
     token_ids: torch.Tensor,
-    original: tuple[torch.Tensor, torch.Tensor] | None = None,
+    original: tuple[torch.Tensor, LmHead] | None = None,
     device: torch.device | str = "cpu",
 ) -> Scores:
     """Score final hidden states.
 
     Args:
         hidden: [N, T, D] behind the final norm.
-        lm_head: [V, D].
         token_ids: [N, T] int64.
         original: the original model's final hidden states [N, T, D'] on the same windows and its lm_head, to compare
             with; None skips the comparison.
@@ -269,16 +270,12 @@ def score_hidden(
     for row, ids in enumerate(token_ids):
         for start in range(0, len(ids) - 1, _POSITIONS):
             part = slice(start, min(start + _POSITIONS, len(ids) - 1))
-            log_p = _log_probabilities(hidden[row, part], lm_head, device)
+            log_p = lm_head.logits(hidden[row, part].to(device)).log_softmax(dim=-1)
             targets = ids[part.start + 1 : part.stop + 1].to(device)
             totals[0, row] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
             if original is not None:
-                exact = _log_probabilities(original[0][row, part], original[1], device)
+                exact = original[1].logits(original[0][row, part].to(device)).log_softmax(dim=-1)
                 totals[1, row] += nn.functional.kl_div(log_p, exact, reduction="sum", log_target=True).item()
                 totals[2, row] += (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
     losses, divergences, agreements = totals / (token_ids.shape[1] - 1)
     return Scores(losses, *((divergences, agreements) if original is not None else (None, None)))
-
-
-def _log_probabilities(hidden: torch.Tensor, lm_head: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return (hidden.to(device=device, dtype=lm_head.dtype) @ lm_head.T).float().log_softmax(dim=-1)

@@ -29,6 +29,7 @@ from pipeline.params import PrefixTrainingParams
 from pipeline.quantizer import choose_parameters, fake_quantize
 
 _FACTORS = tuple(0.85**step for step in range(16))  # clip factors tried for simulated quantizers
+_RESIDUAL_READERS = ("attention_input", "mlp_input")
 _SAMPLED = 1 << 14  # values per scale the factors are judged on
 
 
@@ -108,6 +109,7 @@ class QuantizationMeasure:
 
     Rotations are Hadamard matrices of a seed of their own, norms' weights are folded, means kept out of the integers.
     With the seed of `rotation` the signs of R1 are the very ones the model will get, and what is learned suits them.
+    Families that R1 cannot rotate are left as they are at attention_input and mlp_input.
     """
 
     names = ("quantization",)
@@ -119,9 +121,10 @@ class QuantizationMeasure:
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
         self.signs = signs.float()
         names = {"attention_input": architecture.attention_norm, "mlp_input": architecture.mlp_norm}
+        self.unrotated = () if architecture.rotates_residual else _RESIDUAL_READERS
         self.norms = [
             {site: checkpoint.load_block_tensors(index)[f"{name}.weight"].float() for site, name in names.items()}
-            for index in range(checkpoint.block_count)
+            for index in range(checkpoint.block_count if architecture.rotates_residual else 0)
         ]
         self.heads = checkpoint.config.num_attention_heads
         self._scales: dict[tuple[int, str], torch.Tensor] = {}
@@ -135,7 +138,9 @@ class QuantizationMeasure:
         return self._rotate_back(index, site, quantized) if self.simulate else x, error.unsqueeze(0)
 
     def _rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.norms[index]:  # a norm's weight goes into the linears behind it; a zero stays a zero
+        if site in self.unrotated:
+            return x
+        if site in _RESIDUAL_READERS:  # a norm's weight goes into the linears behind it; a zero stays a zero
             weight = self.norms[index][site].to(x.device)
             return hadamard_transform(x / weight.where(weight != 0, 1.0) * self.signs.to(x.device))
         if site == "attention_output":
@@ -143,7 +148,9 @@ class QuantizationMeasure:
         return hadamard_transform(x)
 
     def _rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.norms[index]:
+        if site in self.unrotated:
+            return x
+        if site in _RESIDUAL_READERS:
             return hadamard_transform(x, inverse=True) * self.signs.to(x.device) * self.norms[index][site].to(x.device)
         if site == "attention_output":
             return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)

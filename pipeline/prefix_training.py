@@ -121,7 +121,7 @@ def make_candidates(
     if not params.enabled:
         return Candidates(tensors, None, {"enabled": False})
     table = checkpoint.load_tensor(checkpoint.architecture.embedding)
-    initial = initial_embeddings(found["embeddings"], table, params.length, params.seed)
+    initial = initial_embeddings(found["embeddings"], checkpoint.scale_embeddings(table), params.length, params.seed)
     if len(initial) == 0:
         raise PrefixTrainingError(
             "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
@@ -132,7 +132,7 @@ def make_candidates(
         "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
         "trained.initial_token_ids": resize_rows(found["token_ids"], len(initial)),
         "discretised.token_ids": token_ids,
-        "discretised.embeddings": table[token_ids],
+        "discretised.embeddings": checkpoint.scale_embeddings(table[token_ids]),
         "discretised.similarities": similarities,
     }
     decode = checkpoint.tokenizer.decode
@@ -280,7 +280,7 @@ class FrozenModel:
         self.checkpoint, self.runner, self.params = checkpoint, runner, params
         self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
         self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
-        self.table = checkpoint.load_tensor(checkpoint.architecture.embedding)
+        self.table = checkpoint.scale_embeddings(checkpoint.load_tensor(checkpoint.architecture.embedding))
         self.table_norm = self.table.float().norm(dim=-1).max().item()
         self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
         self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
@@ -305,16 +305,19 @@ class FrozenModel:
         def watch_input(site: str, name: str) -> None:
             block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
 
+        def watch_site(site: str) -> None:
+            architecture.watch_input_(block, site, lambda module, x: see(site, x))
+
         def watch_output(site: str, name: str) -> None:
             block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
 
         hang = {
-            "attention_input": lambda site: watch_output(site, architecture.attention_norm),
+            "attention_input": watch_site,
             "key": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
             "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
             "attention_output": lambda site: watch_input(site, architecture.attention_output),
             "o_proj": lambda site: watch_output(site, architecture.attention_output),
-            "mlp_input": lambda site: watch_output(site, architecture.mlp_norm),
+            "mlp_input": watch_site,
             "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
         }
         for site in self.measure.sites:

@@ -161,9 +161,9 @@ def assemble_model(
         block = load_block(checkpoint, index, device)
         block.self_attn.layer_idx = index
         model.model.layers[index] = block
-    for name in (architecture.embedding, architecture.lm_head):
-        module = model.get_submodule(name.rpartition(".")[0])
-        module.weight = nn.Parameter(checkpoint.load_tensor(name).to(device, checkpoint.dtype), requires_grad=False)
+    table = checkpoint.load_tensor(architecture.embedding).to(device, checkpoint.dtype)
+    model.model.embed_tokens = checkpoint.build_embedding(table)
+    model.lm_head.weight = nn.Parameter(checkpoint.load_lm_head().weight.to(device), requires_grad=False)
     model.model.norm = checkpoint.load_final_norm().requires_grad_(False).to(device)
     model.model.rotary_emb = checkpoint.build_rotary_embedding().to(device)
     model.tie_weights()

@@ -1,13 +1,14 @@
 """The model's own decoder layer with its quantizers: no forward is copied, modules are replaced or added.
 
-    input_layernorm           + quantizer          site attention_input (its output, shared by q, k, v)
+    the attention's norm      + quantizer          site attention_input (its output, shared by q, k, v)
     self_attn                 + key_quantizer      site key   (applied by the cache, after RoPE)
                               + value_quantizer    site value (applied by the cache)
     self_attn.o_proj          -> QuantizedLinear   site attention_output
-    post_attention_layernorm  + quantizer          site mlp_input (its output, shared by gate, up)
+    the MLP's norm            + quantizer          site mlp_input (its output, shared by gate, up)
     mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
     the other linears         -> QuantizedLinear   weights only
 
+Where there is no norm in front, attention and MLP themselves carry the quantizer of what they read.
 The same structure serves three lives of a block: rotated in full precision (nothing calibrated, R4 online), under
 calibration (hooks on its quantizers), and quantized. Its state dict is what the artifact of a block holds.
 """
@@ -138,18 +139,17 @@ class QuantizedLinear(nn.Module):
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
 
-def _quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return module.quantizer(output)
+def _quantize(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module.quantizer(x)
 
 
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
     """Replace the modules of a plain decoder layer as listed in the module's docstring; nothing is calibrated yet."""
     widths = architecture.site_widths(block)
-    for site, name in (("attention_input", architecture.attention_norm), ("mlp_input", architecture.mlp_norm)):
+    for site in ("attention_input", "mlp_input"):
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
-        norm = block.get_submodule(name)
-        norm.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
-        norm.register_forward_hook(_quantize_output)
+        architecture.input_module(block, site).quantizer = ActivationQuantizer(settings.spec(site), widths[site])
+        architecture.watch_input_(block, site, _quantize)
     own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
     for short, name in architecture.linear_sites.items():
         site = own_sites.get(name)
@@ -162,7 +162,7 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     rotate = settings.online_r3 and not before_rope
     attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
     if before_rope:
-        attention.key_quantizer.hook_before_rope_(attention)
+        attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
     attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
 
 
@@ -171,11 +171,11 @@ def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[s
     if not hasattr(block.self_attn, "key_quantizer"):
         return {}
     return {
-        "attention_input": block.get_submodule(architecture.attention_norm).quantizer,
+        "attention_input": architecture.input_module(block, "attention_input").quantizer,
         "key": block.self_attn.key_quantizer.quantizer,
         "value": block.self_attn.value_quantizer,
         "attention_output": block.get_submodule(architecture.attention_output).input_quantizer,
-        "mlp_input": block.get_submodule(architecture.mlp_norm).quantizer,
+        "mlp_input": architecture.input_module(block, "mlp_input").quantizer,
         "mlp_hidden": block.get_submodule(architecture.mlp_output).input_quantizer,
     }
 

@@ -9,6 +9,9 @@ of the norm before it:
     v_proj     per head: W' = R2^T W, b' = b R2                      o_proj   per head of its input: W' = W R2
     down_proj  W' = W R4, and its input is multiplied by R4 online   R3 acts on keys online (see kv_cache.py)
 
+Where norms stand between what a block writes and the residual stream (post-norms), R1 cannot pass their weights: it is
+the identity there, no norm is folded, and R2, R3 and R4 are what there is.
+
 R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
 identity. All products are computed in float64 and cast once.
 """
@@ -20,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.architectures import Architecture
+from pipeline.architectures import Architecture, UnsupportedModelError
 from pipeline.artifacts import load_tensors, make_header, replacing_folder, save_tensors
 from pipeline.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from pipeline.errors import PipelineError
 from pipeline.hadamard import hadamard_transform, random_orthogonal, random_signs
+from pipeline.lm_head import LmHead
 from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
 from pipeline.walk import BlockRunner, compute_prefix_kv
@@ -99,7 +103,7 @@ def rotate_block(
         The same names in float64; folded norms are ones.
     """
     rotated = {name: tensor.to(torch.float64) for name, tensor in tensors.items()}
-    for norm, readers in architecture.norms.items():
+    for norm, readers in architecture.norms.items() if architecture.rotates_residual else ():
         weight = rotated[f"{norm}.weight"]
         for name in readers:
             rotated[f"{name}.weight"] = r1.apply(rotated[f"{name}.weight"] * weight)
@@ -148,8 +152,15 @@ def rotate_model(
 
     Raises:
         RotationError: the deviation exceeds 1e-4; `folder` is left as it was.
+        UnsupportedModelError: R1 is asked for and cannot be merged into this family.
     """
     config, architecture = checkpoint.config, checkpoint.architecture
+    if r1_mode != "identity" and not architecture.rotates_residual:
+        raise UnsupportedModelError(
+            f"rotation.r1={r1_mode}: model_type={config.model_type!r} has norms behind attention and MLP "
+            f"({', '.join(architecture.post_norms)}), whose weights R1 cannot pass; set rotation.r1: identity "
+            "(r2, r3 and r4 stay)"
+        )
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     r1 = make_rotation(r1_mode, config.hidden_size, generator)
@@ -166,14 +177,15 @@ def rotate_model(
             rotated = rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim)
             gate.advance_(index, original, rotated)
             writer.write_block(index, {name: tensor.to(dtype) for name, tensor in rotated.items()})
-        norm = checkpoint.load_tensor(architecture.final_norm).to(torch.float64)
+        norm = checkpoint.load_tensor(architecture.final_norm)
+        folded = norm.to(torch.float64) if architecture.rotates_residual else None
         embedding = _rotate_rows(checkpoint.load_tensor(architecture.embedding), r1, None, dtype)
-        lm_head = _rotate_rows(checkpoint.load_tensor(architecture.lm_head), r1, norm, dtype)
-        metrics = gate.judge(r1, norm)
+        lm_head = _rotate_rows(checkpoint.load_tensor(architecture.lm_head), r1, folded, dtype)
+        metrics = gate.judge(r1, folded)
         writer.write_embeddings(
             {
                 architecture.embedding: embedding,
-                architecture.final_norm: torch.ones_like(norm).to(dtype),
+                architecture.final_norm: (norm if folded is None else torch.ones_like(norm)).to(dtype),
                 architecture.lm_head: lm_head,
             }
         )
@@ -220,20 +232,28 @@ class _InvarianceGate:
         self.runner.advance_(block, hidden)
 
     @torch.no_grad()
-    def judge(self, r1: Rotation, norm: torch.Tensor) -> dict[str, float]:
-        """Compare logits, a slice of the vocabulary at a time. Raises RotationError."""
-        original = self._normalise(self.original, norm.float())
-        rotated, narrowed = self._normalise(self.rotated), self._normalise(self.narrowed)
-        head = self.checkpoint.load_tensor(self.checkpoint.architecture.lm_head)
+    def judge(self, r1: Rotation, folded: torch.Tensor | None) -> dict[str, float]:
+        """Compare logits, a slice of the vocabulary at a time. Raises RotationError.
+
+        Args:
+            folded: the final norm's weight [D] float64 that goes into lm_head, or None: it stays where it is.
+        """
+        norm: nn.Module = self.checkpoint.load_final_norm().float().requires_grad_(False)
+        original = norm(self.original).flatten(0, 1)
+        if folded is not None:
+            norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+        rotated, narrowed = (norm(hidden).flatten(0, 1) for hidden in (self.rotated, self.narrowed))
+        head = self.checkpoint.load_lm_head()
+        cap, head = head.cap, head.weight
         largest, deviation, narrow_deviation = 0.0, 0.0, 0.0
         for start in range(0, len(head), _ROWS):
             rows = head[start : start + _ROWS]
-            rotated_rows = r1.apply(rows.double() * norm).float()
-            logits = original @ rows.float().T
+            rotated_rows = r1.apply(rows.double() if folded is None else rows.double() * folded).float()
+            logits = LmHead(rows.float(), cap).logits(original)
             largest = max(largest, logits.abs().max().item())
-            deviation = max(deviation, (rotated @ rotated_rows.T - logits).abs().max().item())
+            deviation = max(deviation, (LmHead(rotated_rows, cap).logits(rotated) - logits).abs().max().item())
             if self.narrow is not None:
-                change = narrowed @ rotated_rows.to(self.narrow).float().T - logits
+                change = LmHead(rotated_rows.to(self.narrow).float(), cap).logits(narrowed) - logits
                 narrow_deviation = max(narrow_deviation, change.abs().max().item())
         relative = deviation / largest
         if not math.isfinite(relative) or relative > GATE_TOLERANCE:
@@ -245,11 +265,6 @@ class _InvarianceGate:
         if self.narrow is not None:
             metrics["dtype_logit_deviation"] = narrow_deviation / largest
         return metrics
-
-    def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        norm: nn.Module = self.checkpoint.load_final_norm().float()
-        norm.weight = nn.Parameter(torch.ones(hidden.shape[-1]) if weight is None else weight, requires_grad=False)
-        return norm(hidden).flatten(0, 1)
 
 
 def _rotate_heads(x: torch.Tensor, r2: Rotation, head_dim: int) -> torch.Tensor:

@@ -238,6 +238,7 @@ def attention_error(
     candidate: Candidate,
     scaling: float,
     turn: Callable[[torch.Tensor], torch.Tensor] = lambda keys: keys,
+    cap: float | None = None,
 ) -> tuple[ErrorOf, torch.Tensor]:
     """The squared error of the attention probabilities per key head and group, and their energy.
 
@@ -247,8 +248,9 @@ def attention_error(
         prefix_keys: [kv_heads, P, d] in the basis of the queries; attended to by every query, never quantized.
         scaling: what attention multiplies the scores by.
         turn: what happens to the keys between the quantizer and the scores: RoPE when they are quantized before it.
+        cap: what the scores are softly kept within (Gemma 2), or None.
     """
-    attend = _Attention(queries, keys.shape[1], prefix_keys, scaling)
+    attend = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap)
     exact = attend(turn(keys))
     groups = candidate.shape[-1]
 
@@ -274,12 +276,13 @@ def attention_output_error(
     prefix_keys: torch.Tensor | None,
     candidate: Candidate,
     scaling: float,
+    cap: float | None = None,
 ) -> tuple[ErrorOf, torch.Tensor]:
     """The squared error that quantized values make in the attention output, per value head and group, and its energy.
 
     Args: as in `attention_error`; keys exact, values [B, kv_heads, T, d]. The energy leaves out the prefix's values.
     """
-    probabilities = _Attention(queries, keys.shape[1], prefix_keys, scaling)(keys)[..., -keys.shape[2] :]
+    probabilities = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap)(keys)[..., -keys.shape[2] :]
 
     def energy(grouped: torch.Tensor) -> torch.Tensor:
         mixed = torch.einsum("bkats,bksd->bkatd", probabilities, grouped.flatten(-2))
@@ -291,18 +294,29 @@ def attention_output_error(
 class _Attention:
     """Causal attention probabilities of some of the queries, [B, kv_heads, heads / kv_heads, t, P + T]."""
 
-    def __init__(self, queries: torch.Tensor, kv_heads: int, prefix_keys: torch.Tensor | None, scaling: float) -> None:
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        kv_heads: int,
+        prefix_keys: torch.Tensor | None,
+        scaling: float,
+        cap: float | None = None,
+    ) -> None:
         length = queries.shape[2]
         rows = torch.arange(0, length, max(1, length // _QUERIES), device=queries.device)
         # Query heads that share a key head stand next to each other.
         self.queries = queries[:, :, rows].unflatten(1, (kv_heads, -1)) * scaling
         self.hidden = torch.arange(length, device=queries.device) > rows.unsqueeze(1)  # [t, T]
+        self.cap = cap
         self.prefix_scores = None
         if prefix_keys is not None:
-            self.prefix_scores = torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys)
+            self.prefix_scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
 
     def __call__(self, keys: torch.Tensor) -> torch.Tensor:
-        scores = torch.einsum("bkatd,bksd->bkats", self.queries, keys).masked_fill_(self.hidden, -math.inf)
+        scores = self._cap(torch.einsum("bkatd,bksd->bkats", self.queries, keys)).masked_fill_(self.hidden, -math.inf)
         if self.prefix_scores is not None:
             scores = torch.cat((self.prefix_scores, scores), dim=-1)
         return scores.softmax(dim=-1)
+
+    def _cap(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores if self.cap is None else (scores / self.cap).tanh() * self.cap

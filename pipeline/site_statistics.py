@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
 from pipeline.architectures import Architecture
 from pipeline.errors import PipelineError
@@ -25,21 +26,26 @@ from pipeline.quantizer import group
 from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, batches
 
-_RECORDING = "prefixquant_recording"
+_RECORDING = "prefixquant_recording_"
+_KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
 
 
 class NumericalError(PipelineError):
     """A block produced NaN or infinite values; names the block and the place."""
 
 
-def _record_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    module.recorded = query, key[:, :, -query.shape[2] :]
-    return sdpa_attention_forward(module, query, key, *args, **kwargs)
+def _make_recording(attend: Callable[..., Any]) -> Callable[..., Any]:
+    def record(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        module.recorded = query, key[:, :, -query.shape[2] :]
+        return attend(module, query, key, *args, **kwargs)
+
+    return record
 
 
-AttentionInterface.register(_RECORDING, _record_attention)
-# Without a mask function of the same name transformers would pass no mask: attention would silently not be causal.
-AttentionMaskInterface.register(_RECORDING, sdpa_mask)
+for _name, (_attend, _mask) in _KERNELS.items():
+    AttentionInterface.register(_RECORDING + _name, _make_recording(_attend))
+    # Without a mask function of the same name transformers would pass no mask: attention would silently not be causal.
+    AttentionMaskInterface.register(_RECORDING + _name, _mask)
 
 
 @dataclass
@@ -177,13 +183,13 @@ def record_block(
         kept.histogram.update(grouped.flatten(1, -2))
 
     attention = block.self_attn
-    attention.config._attn_implementation = _RECORDING
+    attention.config._attn_implementation = _RECORDING + architecture.kernel
     with _hooks({site: quantizers[site] for site in sites}, record):
         for rows in batches(own_count, runner.batch_size):
             outputs.append(whole_windows(runner.run(block, hidden[rows].to(runner.device), prefix_kv)))
             for kept, x in zip((queries, keys), attention.recorded, strict=True):
                 kept.append(whole_windows(x))
-    attention.config._attn_implementation = "sdpa"
+    attention.config._attn_implementation = architecture.kernel
     del attention.recorded
     for site, kept in sites.items():
         kept.combine_(ranks)

@@ -108,7 +108,7 @@ def unfreeze_(
                 found.quantizers.append(_make_relative_(quantizer, name))
         if _has(quantizer, "zero_point"):
             found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
-    for name in (architecture.attention_norm, architecture.mlp_norm) if norms else ():
+    for name in (*architecture.norms, *architecture.post_norms) if norms else ():
         norm = block.get_submodule(name)
         found.norms.append(_make_parameter_(norm, "weight", norm.weight.dtype))
     return found

@@ -33,7 +33,7 @@ class BlockRunner:
         self.device = device
         self.batch_size = batch_size
         self._rotary = checkpoint.build_rotary_embedding().to(device)
-        self._prepared: dict[tuple[int, int, int], tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._prepared: dict[tuple, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
         """One batch through one block.
@@ -61,7 +61,7 @@ class BlockRunner:
         return hidden, cache.layers[0].keys, cache.layers[0].values
 
     def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
-        mask, positions = self._prepare(hidden, cache)
+        mask, positions = self._prepare(block, hidden, cache)
         return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
 
     @torch.no_grad()
@@ -83,18 +83,26 @@ class BlockRunner:
             rows = slice(windows.start + part.start, windows.start + part.stop)
             target[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(target.device)
 
-    def rotary_tables(self, hidden: torch.Tensor, prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_tables(
+        self, block: nn.Module, hidden: torch.Tensor, prefix_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of the positions of hidden [B, T, D] behind a prefix, each [1, T, d]."""
         positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
-        return self._rotary(hidden, position_ids=positions)
+        kind = self._rope_kind(block)
+        return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
+
+    def _rope_kind(self, block: nn.Module) -> str | None:
+        """The kind of layer, where RoPE depends on it."""
+        kind = getattr(block.self_attn, "layer_type", None)
+        return kind if kind in self.config.rope_parameters else None
 
     def _prepare(
-        self, hidden: torch.Tensor, cache: Cache
+        self, block: nn.Module, hidden: torch.Tensor, cache: Cache
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Mask and rotary tables for a batch's shape; the same in every block, hence kept."""
+        """Mask and rotary tables for a batch's shape; the same in every block of a kind, hence kept."""
         batch, length, _ = hidden.shape
         prefix = cache.get_seq_length()
-        key = (batch, length, prefix)
+        key = (batch, length, prefix, self._rope_kind(block))
         if key not in self._prepared:
             check_window(self.config, prefix + length)
             position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
@@ -105,7 +113,7 @@ class BlockRunner:
                 past_key_values=cache,
                 position_ids=position_ids,
             )
-            self._prepared[key] = mask, self._rotary(hidden, position_ids=position_ids)
+            self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)
         return self._prepared[key]
 
 

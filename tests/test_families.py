@@ -4,31 +4,52 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, read_json, tiny_params, write_params
+from conftest import FAMILIES, POST_NORMS, ROOT, SIZES, read_json, tiny_params, write_params
 from test_stages import ALL, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pipeline.artifacts import load_tensors
 from pipeline.checkpoint import Checkpoint
 from pipeline.prefixed_model import assemble_model
 
 pytestmark = pytest.mark.families
+# A block of Qwen2-0.5B's widths: 896 = 28 x 32 and 4864 = 76 x 64.
+WIDE = {
+    "num_hidden_layers": 1,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 STAGES = [stage for stage in ALL if not stage.startswith(("activation_plots", "report"))]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "qwen2_wide"])
 def family(request, model_folders, tmp_path_factory):
     """The family's own model, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
+    source = model_folders.get(request.param) or save_wide(folder / "source", model_folders["qwen2"])
     shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
-    params = tiny_params(model_folders[request.param], folder / "prose.txt")
+    params = tiny_params(source, folder / "prose.txt")
+    if request.param in POST_NORMS:
+        params["rotation"]["r1"] = "identity"
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["finetuning"]["end_to_end"]["epochs"] = 1
     write_params(folder, params)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(*STAGES, monkeypatch=patch)
-    return AutoModelForCausalLM.from_pretrained(model_folders[request.param]).eval(), folder
+    yield AutoModelForCausalLM.from_pretrained(source).eval(), folder
+    shutil.rmtree(folder)
+
+
+def save_wide(folder, narrow):
+    """A random Qwen2 of `WIDE`, with the tokenizer of `narrow`."""
+    shutil.copytree(narrow, folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | WIDE))
+    model.save_pretrained(folder)
+    return folder
 
 
 def evaluated(folder, variant):
@@ -66,10 +87,10 @@ def test_prefixed_is_the_original_reading_the_prefix(family):
 
 
 def test_loaded_is_what_was_evaluated(family):
-    _, folder = family
+    original, folder = family
     assert torch.equal(evaluated(folder, "export")["hidden.prose"], evaluated(folder, "finetuning")["hidden.prose"])
     metrics = read_json(folder / "metrics/evaluation/export.json")
-    assert metrics["quantizers_fired"] == 3 * 13
+    assert metrics["quantizers_fired"] == 13 * original.config.num_hidden_layers
 
 
 def test_fine_tuning_brings_the_quantized_model_nearer_to_the_original(family):

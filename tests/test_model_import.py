@@ -126,7 +126,8 @@ def test_unsupported_family_lists_the_supported_ones(tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        UnsupportedModelError, match="'gpt2' is not supported; supported are: llama, mistral, phi3, qwen2, qwen3"
+        UnsupportedModelError,
+        match="'gpt2' is not supported; supported are: gemma2, gemma3_text, llama, mistral, olmo2,",
     ):
         import_model(str(tmp_path), None, torch.float32, tmp_path / "out")
 

@@ -147,7 +147,7 @@ def test_losses_look_behind_the_prefix_only_and_equal_the_models_own_activations
         assert found[name].item() == pytest.approx(value.item(), rel=1e-3), name
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "llama_odd_sizes"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "llama_odd_sizes", "gemma2", "olmo2"])
 @torch.no_grad()
 def test_simulated_quantizers_of_many_bits_change_nothing(family, imported, windows):
     """Rotated and back at every site: 8 bits leave 1e-3 of the divergence that 3 bits cause."""

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import init_params, make_model, open_model
+from conftest import POST_NORMS, init_params, make_model, open_model
 from test_rotation import rotate
 from test_walk import walked_logits
 from transformers import DynamicCache, GenerationConfig
@@ -18,7 +18,7 @@ from pipeline.quantizer_init import init_quantizers
 from pipeline.walk import compute_prefix_kv
 
 PREFIX = [7, 9, 0]
-FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", *POST_NORMS]
 TEXTS = [[5, 6, 8, 40, 41, 42], [90, 91, 92, 93], [17]]
 PAD = 1
 
@@ -255,7 +255,7 @@ QUANTIZERS = {
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases", "qwen3", *POST_NORMS])
 @torch.no_grad()
 def test_a_quantized_model_is_what_the_walk_evaluates_however_it_is_fed(imported, tmp_path, family, kind):
     """At once, padded, and token by token: no scale depends on what else is in the batch."""

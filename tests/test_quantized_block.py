@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, open_model
+from conftest import FAMILIES, POST_NORMS, open_model
 from test_rotation import rotate
+from torch import nn
 
 from pipeline.hadamard import hadamard_matrix
 from pipeline.kv_cache import KeyQuantizer, PrefixLayer
@@ -69,7 +70,7 @@ def test_sixteen_bits_everywhere_is_the_plain_block(family, imported):
     assert torch.equal(runner.run(quantized_block(checkpoint, BlockSettings()), hidden), plain)
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 @torch.no_grad()
 def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
     """The whole quantized block against formulas that share no code with it, both in float64.
@@ -86,32 +87,49 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
     config, tensors = checkpoint.config, {n: t.double() for n, t in checkpoint.load_block_tensors(1).items()}
     quantize = lambda x, s=ACTIVATION_SCALE: (x / s).round().clamp(-8, 7) * s  # noqa: E731
     linear = lambda n, x: x @ quantize(tensors[n + ".weight"], WEIGHT_SCALE).T + tensors.get(n + ".bias", 0)  # noqa: E731
-    norm = lambda x: x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()  # noqa: E731
+    unit = lambda x: x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()  # noqa: E731
+    gemma = family.startswith("gemma")
+
+    def norm(x, name):
+        """The norm of that name where the family has it; Gemma's weights are what is added to 1."""
+        weight = tensors.get(name + ".weight")
+        return x if weight is None else unit(x) * (gemma + weight)
+
+    before, behind_attention, before_mlp, behind_mlp = (
+        ("input_layernorm", "", "post_attention_layernorm", "")
+        if family not in POST_NORMS
+        else ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     d = block.self_attn.head_dim
     split = lambda x, count: x.view(9, count, d).transpose(0, 1)  # noqa: E731
 
     x = hidden[0].double()
-    inputs = quantize(norm(x))
-    q, k, v = (
-        split(linear(f"self_attn.{n}_proj", inputs), c) for n, c in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    )
-    if family == "qwen3":
-        q, k = (norm(z) * tensors[f"self_attn.{n}_norm.weight"] for n, z in (("q", q), ("k", k)))
-    angle = torch.arange(2, 11)[:, None] / config.rope_parameters["rope_theta"] ** (torch.arange(0, d, 2) / d)
+    inputs = quantize(norm(x, before))
+    q, k, v = (linear(f"self_attn.{n}_proj", inputs) for n in "qkv")
+    if family == "olmo2":  # of all heads together
+        q, k = norm(q, "self_attn.q_norm"), norm(k, "self_attn.k_norm")
+    q, k, v = split(q, heads), split(k, kv_heads), split(v, kv_heads)
+    if family != "olmo2":
+        q, k = norm(q, "self_attn.q_norm"), norm(k, "self_attn.k_norm")
+    rope = config.rope_parameters.get(getattr(block.self_attn, "layer_type", None), config.rope_parameters)
+    angle = torch.arange(2, 11)[:, None] / rope["rope_theta"] ** (torch.arange(0, d, 2) / d)
     cos, sin = (torch.cat((f(angle.double()),) * 2, dim=-1) for f in (torch.cos, torch.sin))
     turn = lambda z: z * cos + torch.cat((-z[..., d // 2 :], z[..., : d // 2]), -1) * sin  # noqa: E731
     q, k, r3 = turn(q), turn(k), hadamard_matrix(d)
     k, v = quantize(k @ r3) @ r3.T, quantize(v)
     k, v = (torch.cat((p.double(), z), dim=1) for p, z in zip(prefix_kv, (k, v), strict=True))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=0) for z in (k, v))
-    scores = q @ k.transpose(1, 2) / d**0.5
+    scores = q @ k.transpose(1, 2) / getattr(config, "query_pre_attn_scalar", d) ** 0.5
+    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
+        scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(torch.ones(9, 11, dtype=torch.bool).triu(3), -torch.inf)
     attention = (scores.softmax(-1) @ v).transpose(0, 1).reshape(9, heads * d)
-    x = x + linear("self_attn.o_proj", quantize(attention))
-    inputs = quantize(norm(x))
+    x = x + norm(linear("self_attn.o_proj", quantize(attention)), behind_attention)
+    inputs = quantize(norm(x, before_mlp))
     gate, up = linear("mlp.gate_proj", inputs), linear("mlp.up_proj", inputs)
-    x = x + linear("mlp.down_proj", quantize((gate * gate.sigmoid() * up) @ hadamard_matrix(96)))
+    gate = nn.functional.gelu(gate, approximate="tanh") if gemma else gate * gate.sigmoid()
+    x = x + norm(linear("mlp.down_proj", quantize((gate * up) @ hadamard_matrix(96))), behind_mlp)
     assert (found[0] - x).abs().max() / x.abs().max() < 1e-6  # measured: 2e-7
 
 
@@ -143,7 +161,7 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma3_text", "olmo2"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_what_is_loaded_computes_what_was_saved(mode, family, imported):
     checkpoint, runner = open_model(imported[family])

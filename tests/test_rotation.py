@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, open_model
+from conftest import FAMILIES, POST_NORMS, make_model, open_model
 from test_walk import assert_close, walked_logits
 from transformers import AutoModelForCausalLM
 
 from pipeline import rotation
+from pipeline.architectures import UnsupportedModelError
 from pipeline.checkpoint import Checkpoint
 from pipeline.quantized_block import block_settings
 from pipeline.rotation import RotationError, load_rotation, make_rotation, rotate_model
@@ -15,8 +16,10 @@ from pipeline.walk import BlockRunner, compute_prefix_kv
 CPU = torch.device("cpu")
 
 
-def rotate(source, folder, r1="hadamard", r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0):
+def rotate(source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0):
+    """`r1` None: hadamard where the family can have it."""
     checkpoint = Checkpoint(source, "model")
+    r1 = r1 or ("hadamard" if checkpoint.architecture.rotates_residual else "identity")
     metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, seed, dtype, CPU)
     rotated = Checkpoint(folder, "rotation")
     return rotated, BlockRunner(rotated, CPU, 2), metrics
@@ -25,6 +28,7 @@ def rotate(source, folder, r1="hadamard", r2="hadamard", r3="hadamard", r4="hada
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("modes", [("hadamard",) * 4, ("random", "random", "identity", "hadamard"), ("identity",) * 4])
 def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids):
+    modes = ("identity", *modes[1:]) if family in POST_NORMS else modes
     rotated, runner, metrics = rotate(imported[family], tmp_path / "out", *modes)
     with torch.no_grad():
         expected = make_model(family)(token_ids).logits
@@ -35,11 +39,20 @@ def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_rotations_alone_load_in_transformers(family, imported, tmp_path, token_ids):
+    folds = family not in POST_NORMS
     rotate(imported[family], tmp_path / "out", r3="identity", r4="identity")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         assert_close(model(token_ids).logits, make_model(family)(token_ids).logits)
-    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
+    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight)) == folds
+
+
+@pytest.mark.parametrize("family", POST_NORMS)
+@pytest.mark.parametrize("mode", ["hadamard", "random"])
+def test_r1_is_refused_where_norms_stand_behind_the_blocks(family, mode, imported, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=rf"{family}'.*post_attention_layernorm.*rotation\.r1: identity"):
+        rotate(imported[family], tmp_path / "out", r1=mode)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rotation_really_rotates(imported, tmp_path):

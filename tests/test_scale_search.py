@@ -136,15 +136,15 @@ def test_weight_factors_minimise_the_error_per_channel_and_group(symmetric, grou
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic):
+@pytest.mark.parametrize(("dynamic", "cap"), [(True, None), (False, None), (False, 2.0)])
+def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic, cap):
     """Against a reference that loops over heads, masks and groups by hand."""
     queries, keys, prefix = randn(2, 4, 7, 8), randn(2, 2, 7, 8), randn(2, 3, 8) * 2
     turn = torch.linalg.qr(randn(8, 8)).Q  # RoPE's place: something between the quantizer and the scores
     shift = randn(2, 1, 8)
     spec = QuantizerSpec(4, group_size=8 // groups, dynamic=dynamic)
     candidate = candidate_for(spec, keys, (2, 1, groups), shift)
-    error_of, reference = attention_error(queries, keys, prefix, candidate, 0.5, lambda k: k @ turn)
+    error_of, reference = attention_error(queries, keys, prefix, candidate, 0.5, lambda k: k @ turn, cap)
 
     def probabilities(k):
         result = torch.zeros(2, 4, 7, 10)
@@ -152,7 +152,9 @@ def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
             for head in range(4):
                 for row in range(7):
                     seen = torch.cat((prefix[head // 2], k[batch, head // 2, : row + 1] @ turn))
-                    result[batch, head, row, : 3 + row + 1] = (seen @ queries[batch, head, row] * 0.5).softmax(0)
+                    scores = seen @ queries[batch, head, row] * 0.5
+                    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+                    result[batch, head, row, : 3 + row + 1] = scores.softmax(0)
         return result
 
     def slow(factor):

@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # relative to max |logit|; measured: at most 8e-7 (prefix), 0 
 @torch.no_grad()
 def walked_logits(checkpoint, runner, token_ids, prefix_kv=None):
     hidden = walk(checkpoint, checkpoint.embed(token_ids), runner, "", prefix_kv)
-    return checkpoint.load_final_norm()(hidden) @ checkpoint.load_lm_head().T
+    return checkpoint.load_lm_head().logits(checkpoint.load_final_norm()(hidden))
 
 
 def assert_close(logits, expected, tolerance=TOLERANCE):
