@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,13 +71,17 @@ class Workspace:
         )
 
     def plan(self, stage: str, params: dict[str, Any]) -> float:
-        """GiB that `--plan` says `stage` takes, with its inputs ready."""
+        """GiB of memory that `--plan` says `stage` takes, with its inputs ready."""
+        return self.need(stage, params)["memory"]
+
+    def need(self, stage: str, params: dict[str, Any]) -> dict[str, float]:
+        """What `--plan` says `stage` takes, with its inputs ready: "memory", "GPU", "disk", "hidden states", in GiB."""
         folder = self.run(stage, params)
         name, _, variant = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{name}", *([variant] if variant else []), "--plan"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         text = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
-        return float(text.split("memory ")[1].split(" GiB")[0])
+        return {name: float(size) for name, size in re.findall(r"(memory|GPU|disk|hidden states),? ([\d.]+) GiB", text)}
 
 
 def make_parser(

@@ -64,6 +64,7 @@ def choose_quantizers_(
         for name in readers:
             if block.get_submodule(name).spec.enabled:
                 report[name.rpartition(".")[2]] = chooser.quantize_weight_(name, site)
+        chooser.forget_(site)
     return report
 
 
@@ -155,8 +156,20 @@ class _Chooser:
     def _hessian(self, site: str, centered: bool) -> torch.Tensor:
         """Computed once for all linears that read a site, as is its inverse factor."""
         if (site, centered) not in self._hessians:
-            self._hessians[site, centered] = self.statistics.sites[site].hessian(centered)
+            kept, linears = self.statistics.sites[site], map(self.block.get_submodule, self.readers[site])
+            kinds = {linear.spec.centered for linear in linears if linear.spec.enabled}
+            hessian = kept.take_hessian()
+            for kind in sorted(kinds):  # the one that is not centered first, copied where the other is asked for too
+                own = hessian.clone() if len(kinds) > 1 and not kind else hessian
+                self._hessians[site, kind] = kept.center_(own) if kind else own
         return self._hessians[site, centered]
+
+    def forget_(self, site: str) -> None:
+        """Drop what only the readers of `site` need."""
+        for kind in (False, True):
+            self._hessians.pop((site, kind), None)
+            self._factors.pop((site, kind), None)
+        self.statistics.sites[site].gram = None
 
     def _factor_inverse(self, site: str, centered: bool, damping: float) -> InverseFactor:
         if (site, centered) not in self._factors:

@@ -79,16 +79,18 @@ def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
             Cholesky factor fails.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    # In that order, as `order` has it: sums of the same numbers, whoever calls.
+    mean = hessian.diagonal()[order].mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     for _ in range(_ATTEMPTS):
-        damped = hessian + torch.diag_embed((damping * mean).expand_as(diagonal))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # A matrix of an MLP's width is larger than its block: at most two of them beside the Hessian.
+        factor = hessian[order.unsqueeze(1), order]
+        factor.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
-            return InverseFactor(order, upper, damping)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed and torch.isfinite(torch.stack(factor.aminmax())).all():
+            return InverseFactor(order, factor, damping)
         damping = max(damping, 1e-4) * _RAISE
         logger.warning("the Hessian is not positive definite; damping raised to %g of its mean diagonal", damping)
     # Nothing but the diagonal is left to trust: every input is rounded by itself.

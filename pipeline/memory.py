@@ -178,6 +178,14 @@ def plan_quantizer_init(
     return _need(work, sizes.stream(tokens), on_gpu, disk)
 
 
+def plan_export(checkpoint: Checkpoint, shard: int) -> Need:
+    """What packing takes: a shard of at most `shard` bytes, embedding and lm_head whole, and a block in integers."""
+    sizes = Sizes.of(checkpoint)
+    tables = 2 * sizes.vocabulary * sizes.hidden * 2
+    packed = sizes.blocks * sizes.numbers // 2 + tables
+    return _need(min(packed, max(shard, tables)) + 2 * sizes.numbers, 0, on_gpu=False)
+
+
 def own_tokens(windows: int, length: int, processes: int) -> int:
     """Tokens of the windows that one of `processes` takes."""
     return math.ceil(windows / processes) * length

@@ -17,6 +17,7 @@ identity. All products are computed in float64 and cast once.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 ROTATIONS = "rotations.safetensors"
+_ENTRIES = 1 << 22  # of a matrix rotated at a time
 _ROWS = 8192  # of a vocabulary-sized matrix at a time, in float64
 _GATE_WINDOWS, _GATE_LENGTH = 2, 64
 GATE_TOLERANCE = 1e-4
@@ -92,36 +94,50 @@ def rotate_block(
     r2: Rotation,
     online_r4: bool,
     head_dim: int,
-) -> dict[str, torch.Tensor]:
-    """Fold norms and merge R1, R2 and the inverse of R4 into one block.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fold norms and merge R1, R2 and the inverse of R4 into one block, one tensor in float64 at a time.
 
     Args:
         tensors: of the original block, named as inside it; not changed.
         head_dim: d, as the config states it (not hidden / heads: some models differ).
 
-    Returns:
-        The same names in float64; folded norms are ones.
+    Yields:
+        The same names with float64 tensors; folded norms are ones.
     """
-    rotated = {name: tensor.to(torch.float64) for name, tensor in tensors.items()}
-    for norm, readers in architecture.norms.items() if architecture.rotates_residual else ():
-        weight = rotated[f"{norm}.weight"]
-        for name in readers:
-            rotated[f"{name}.weight"] = r1.apply(rotated[f"{name}.weight"] * weight)
-        rotated[f"{norm}.weight"] = torch.ones_like(weight)
-    for name in (architecture.attention_output, architecture.mlp_output):
-        rotated[f"{name}.weight"] = r1.apply(rotated[f"{name}.weight"].T).T
-        if f"{name}.bias" in rotated:
-            rotated[f"{name}.bias"] = r1.apply(rotated[f"{name}.bias"])
-    value, output, down = (
-        f"{name}.weight" for name in (architecture.value, architecture.attention_output, architecture.mlp_output)
-    )
-    rotated[value] = _rotate_heads(rotated[value].T, r2, head_dim).T
-    if f"{architecture.value}.bias" in rotated:
-        rotated[f"{architecture.value}.bias"] = _rotate_heads(rotated[f"{architecture.value}.bias"], r2, head_dim)
-    rotated[output] = _rotate_heads(rotated[output], r2, head_dim)
-    if online_r4:
-        rotated[down] = hadamard_transform(rotated[down])
-    return rotated
+    folded = architecture.norms if architecture.rotates_residual else {}
+    norms = {reader: f"{norm}.weight" for norm, readers in folded.items() for reader in readers}
+    writers = (architecture.attention_output, architecture.mlp_output)
+    for name, tensor in tensors.items():
+        linear, _, kind = name.rpartition(".")
+        rotated = tensor.to(torch.float64, copy=True)
+        if kind == "bias":
+            # A row vector, as what the linear gives.
+            if linear in writers:
+                rotated = r1.apply(rotated)
+            elif linear == architecture.value:
+                rotated = _rotate_heads(rotated, r2, head_dim)
+        elif linear in folded:
+            rotated = torch.ones_like(rotated)
+        if kind == "weight":
+            if linear in norms:
+                norm = tensors[norms[linear]].to(torch.float64)
+                _change_rows_(rotated, lambda rows, norm=norm: r1.apply(rows * norm))
+            if linear in writers:
+                _change_rows_(rotated.T, r1.apply)
+            if linear == architecture.value:
+                _change_rows_(rotated.T, lambda rows: _rotate_heads(rows, r2, head_dim))
+            if linear == architecture.attention_output:
+                _change_rows_(rotated, lambda rows: _rotate_heads(rows, r2, head_dim))
+            if linear == architecture.mlp_output and online_r4:
+                _change_rows_(rotated, hadamard_transform)
+        yield name, rotated
+
+
+def _change_rows_(matrix: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace the rows [n, C] of a matrix by change(rows), some at a time."""
+    rows = max(1, _ENTRIES // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        matrix[start : start + rows] = change(matrix[start : start + rows])
 
 
 def rotate_model(
@@ -174,9 +190,15 @@ def rotate_model(
         writer = CheckpointWriter(partial, architecture, "rotation", header)
         for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "rotating blocks"):
             original = checkpoint.load_block_tensors(index)
-            rotated = rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim)
-            gate.advance_(index, original, rotated)
-            writer.write_block(index, {name: tensor.to(dtype) for name, tensor in rotated.items()})
+            gate.advance_original_(index, original)
+            exact, narrow = {}, {}
+            for name, tensor in rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim):
+                exact[name], narrow[name] = tensor.float(), tensor.to(dtype)
+            del original
+            gate.advance_rotated_(index, exact)
+            del exact
+            gate.advance_narrowed_(index, narrow)
+            writer.write_block(index, narrow)
         norm = checkpoint.load_tensor(architecture.final_norm)
         folded = norm.to(torch.float64) if architecture.rotates_residual else None
         embedding = _rotate_rows(checkpoint.load_tensor(architecture.embedding), r1, None, dtype)
@@ -218,12 +240,15 @@ class _InvarianceGate:
         self.rotated = r1.apply(self.original.double()).float()
         self.narrowed = self.rotated.clone() if self.narrow is None else self.rotated.to(self.narrow).float()
 
-    def advance_(self, index: int, original: dict[str, torch.Tensor], rotated: dict[str, torch.Tensor]) -> None:
-        self._advance_(index, original, self.original, None)
-        self._advance_(index, rotated, self.rotated, self.settings)
+    def advance_original_(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        self._advance_(index, tensors, self.original, None)
+
+    def advance_rotated_(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        self._advance_(index, tensors, self.rotated, self.settings)
+
+    def advance_narrowed_(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         if self.narrow is not None:
-            narrowed = {name: tensor.to(self.narrow) for name, tensor in rotated.items()}
-            self._advance_(index, narrowed, self.narrowed, self.settings)
+            self._advance_(index, tensors, self.narrowed, self.settings)
 
     def _advance_(
         self, index: int, tensors: dict[str, torch.Tensor], hidden: torch.Tensor, settings: BlockSettings | None

@@ -26,6 +26,7 @@ from pipeline.quantizer import group
 from pipeline.ranks import ALONE, Ranks
 from pipeline.walk import BlockRunner, batches
 
+_ROWS = 1024  # of a Hessian at a time
 _RECORDING = "prefixquant_recording_"
 _KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
 
@@ -56,7 +57,8 @@ class SiteStatistics:
         channels: extrema and mean of every channel, [C] or [heads, d].
         histogram: of the values, less the channels' means where the quantizer is centered; only where asked for.
         samples: per batch; some tokens [n, C] of activations, whole windows [B, heads, T, d] of keys and values.
-        gram: sum over all tokens of x^T x, [C, C] (activations read by a weight that is to be quantized).
+        gram: sum over all tokens of x^T x, [C, C] (activations read by a weight that is to be quantized); until
+            `take_hessian`.
     """
 
     channels: ChannelObserver = field(default_factory=ChannelObserver)
@@ -75,10 +77,16 @@ class SiteStatistics:
         if self.gram is not None:
             ranks.sum_(self.gram)
 
-    def hessian(self, centered: bool) -> torch.Tensor:
-        """Mean over tokens of x^T x, [C, C]; when `centered` of (x - mean)^T (x - mean)."""
-        hessian = self.gram / self.channels.count
-        return hessian - torch.outer(self.channels.mean, self.channels.mean) if centered else hessian
+    def take_hessian(self) -> torch.Tensor:
+        """Mean over tokens of x^T x, [C, C]: what was `gram`, which is gone."""
+        hessian, self.gram = self.gram.div_(self.channels.count), None
+        return hessian
+
+    def center_(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Make it the mean of (x - mean)^T (x - mean)."""
+        for row, mean in zip(hessian.split(_ROWS), self.channels.mean.split(_ROWS), strict=True):
+            row -= torch.outer(mean, self.channels.mean)
+        return hessian
 
 
 @dataclass

@@ -112,7 +112,8 @@ class Trainer:
             if group and rate > 0:
                 used.append({"params": group, "lr": rate, "highest": rate})
                 self.parameters += group
-        self.optimizer = torch.optim.AdamW(used, weight_decay=weight_decay) if used else None
+        # One parameter after the other: all at once would take temporaries of the size of all of them.
+        self.optimizer = torch.optim.AdamW(used, weight_decay=weight_decay, foreach=False) if used else None
         self.state = TrainingState(self.parameters, self.optimizer)
         self._failures = 0
 

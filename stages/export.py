@@ -11,11 +11,13 @@ from pathlib import Path
 
 from pipeline.artifacts import load_tensors, make_header, read_header
 from pipeline.checkpoint import Checkpoint
-from pipeline.export import export_model
+from pipeline.export import export_model, parse_size
+from pipeline.memory import plan_export
 from pipeline.params import load_params
 from pipeline.prefix import PREFIX
 from pipeline.progress import run_main, run_stage
 from pipeline.standard_formats import write_formats
+from stages.arguments import parse_arguments
 
 PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
@@ -27,7 +29,11 @@ METRICS = Path("metrics/export.json")
 
 
 def main() -> None:
+    plan_only = parse_arguments(__doc__).plan
     params = load_params(PARAMS)
+    if plan_only:
+        print(plan_export(Checkpoint(FINETUNING, "finetuning"), parse_size(params.export.max_shard_size)).describe())
+        return
     with run_stage("export", METRICS, params.runtime) as metrics:
         checkpoint = Checkpoint(FINETUNING, "finetuning")
         prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")

@@ -54,8 +54,9 @@ def test_statistics_are_of_what_each_quantizer_will_see(rotated):
         assert torch.allclose(found.channels.low, x.amin(0), atol=1e-5), site
         assert torch.allclose(found.channels.high, x.amax(0), atol=1e-5), site
         assert torch.allclose(found.channels.mean, x.mean(0), atol=1e-5), site
-        assert torch.allclose(found.hessian(False), x.T @ x / 60, rtol=1e-4, atol=1e-4), site
-        assert torch.allclose(found.hessian(True), torch.cov(x.T, correction=0), rtol=1e-3, atol=1e-4), site
+        hessian = found.take_hessian()
+        assert torch.allclose(hessian, x.T @ x / 60, rtol=1e-4, atol=1e-4), site
+        assert torch.allclose(found.center_(hessian), torch.cov(x.T, correction=0), rtol=1e-3, atol=1e-4), site
         assert found.channels.count == 60
         assert torch.allclose(found.sample, x, atol=1e-5), site
     expected = runner.run(plain, hidden)

@@ -1,0 +1,189 @@
+"""Memory and time of the streamed stages on the shapes of large models, against the limits they promise.
+
+    python -m benchmarks.scaling                             # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
+    python -m benchmarks.scaling --models llama-2-7b --json scaling.json
+
+A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
+a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
+blocks in float32; what `--plan` said; seconds, and those in plain forwards of the same tokens through the same blocks
+(the original model's block in float32, timed in the same run). A model's folder is deleted when its rows are done.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
+from pipeline.checkpoint import CONFIG, Checkpoint, build_skeleton
+from pipeline.memory import GIB, Sizes
+from pipeline.quantized_block import fill_block
+from pipeline.walk import BlockRunner
+from pipeline.windows import load_windows
+
+SHAPES = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "num_hidden_layers": 8,
+    },
+    "llama-3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 1,
+        "rope_theta": 500000.0,
+    },
+}
+# Stage -> k, how many blocks in float32 it may take, and how many streams of hidden states it has.
+BLOCKS = {
+    "rotation": 3,
+    "prefix_search": 3,
+    "quantizer_init": 4,
+    "evaluation@original": 3,
+    "evaluation@quantizer_init": 3,
+    "finetuning": 7,
+    "evaluation@finetuning": 3,
+    "export": 3,
+}
+FIXED = 0.6  # GiB
+WINDOWS, LENGTH = 8, 512
+PARAMS = {
+    "model.dtype": "bfloat16",
+    "rotation.dtype": "bfloat16",
+    "calibration.search.windows": WINDOWS,
+    "calibration.search.length": LENGTH,
+    "calibration.train.windows": WINDOWS,
+    "calibration.train.length": LENGTH,
+    "calibration.validation.windows": 1,
+    "calibration.validation.length": LENGTH,
+    "calibration.evaluation.windows": WINDOWS // 2,  # of each of two corpora
+    "calibration.evaluation.length": LENGTH,
+    "evaluation.tasks": {},
+    "finetuning.start": "full_precision",
+    "finetuning.epochs": 1,
+    "finetuning.weight_lr": 5e-6,
+    "finetuning.end_to_end.enabled": False,
+    "runtime.batch_size": 1,
+    "finetuning.batch_size": 1,
+}
+
+
+def main() -> None:
+    parser = make_parser(__doc__, BLOCKS)
+    parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.json)
+    for name in arguments.models:
+        wanted = [stage for stage in arguments.rows if has_row(name, stage) and f"{name}/{stage}" not in rows]
+        if not wanted:
+            continue
+        workspace = Workspace(arguments.work / name)
+        source = make_model(workspace.folder / "source", SHAPES[name])
+        params = override(read_params(), PARAMS | {"model.source": str(source)})
+        for stage in wanted:
+            append_row(arguments.json, rows, f"{name}/{stage}", measure(workspace, stage, params))
+        shutil.rmtree(workspace.folder)
+    print(format_table(rows))
+
+
+def has_row(model: str, stage: str) -> bool:
+    """A block of 70B is not fine-tuned here, so that nothing behind fine-tuning runs on it."""
+    return model != "llama-3-70b" or stage not in ("finetuning", "evaluation@finetuning", "export")
+
+
+def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
+    """A folder as it comes from the hub: config, a shard per block, a tokenizer whose tokens are bytes."""
+    if (folder / CONFIG).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(**shapes, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="bfloat16")
+    names: dict[str, list[str]] = {}
+    parameters = dict(build_skeleton(config).named_parameters())
+    for name in parameters:
+        shard = f"block-{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
+        names.setdefault(f"{shard}.safetensors", []).append(name)
+    generator = torch.Generator().manual_seed(0)
+    for shard, own in names.items():
+        tensors = {name: make_tensor(parameters[name].shape, generator) for name in own}
+        save_file(tensors, folder / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, own in names.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    core = Tokenizer(models.BPE({**_byte_ids(), "<s>": 256, "</s>": 257}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+def make_tensor(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Norms are ones, everything else is small and random."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def _byte_ids() -> dict[str, int]:
+    return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def measure(workspace: Workspace, stage: str, params: dict[str, Any]) -> dict[str, float]:
+    """Peak memory of a stage in GiB, its limit, its plan, and its time in plain forwards."""
+    model = Checkpoint(workspace.run("model", params) / "artifacts/model", "model")
+    windows = load_windows(workspace.run("calibration", params) / "artifacts/calibration/train.safetensors").token_ids
+    metrics = workspace.metrics(stage, params)
+    forward = model.block_count * time_block(model, windows)
+    need = workspace.need(stage, params)
+    block = Sizes.of(model).numbers * 4 / GIB
+    return {
+        "peak_rss_gib": metrics["peak_rss_gib"],
+        "limit_gib": FIXED + need["hidden states"] + BLOCKS[stage] * block,
+        "planned_gib": need["memory"],
+        "hidden_gib": need["hidden states"],
+        "disk_gib": need["disk"],
+        "block_gib": block,
+        "seconds": metrics["seconds"],
+        "forward_seconds": forward,
+    }
+
+
+@torch.no_grad()
+def time_block(model: Checkpoint, windows: torch.Tensor) -> float:
+    """Seconds of one block, in float32, over all windows."""
+    block = fill_block(model, 0, model.load_block_tensors(0), None, dtype=torch.float32)
+    runner, hidden = BlockRunner(model, torch.device("cpu"), 1), model.embed(windows).float()
+    runner.advance_(block, hidden[:1].clone())
+    start = time.perf_counter()
+    runner.advance_(block, hidden)
+    return time.perf_counter() - start
+
+
+def format_table(rows: dict[str, Any]) -> str:
+    """A Markdown table, a line per model and stage."""
+    lines = [
+        "| model | stage | peak RSS, GiB | limit, GiB | k | --plan, GiB | seconds | in plain forwards |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, row in rows.items():
+        model, _, stage = key.partition("/")
+        name = f"{model}, {SHAPES[model]['num_hidden_layers']} blocks of {row['block_gib']:.2f} GiB"
+        lines.append(
+            f"| {name} | {stage} | {row['peak_rss_gib']:.2f} | {row['limit_gib']:.2f} | {BLOCKS[stage]} | "
+            f"{row['planned_gib']:.2f} | {row['seconds']:.0f} | {row['seconds'] / row['forward_seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
