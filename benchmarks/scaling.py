@@ -6,7 +6,7 @@
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
 a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
 blocks in float32; what `--plan` said; seconds, and those in plain forwards of the same tokens through the same blocks
-(the original model's block in float32, timed in the same run). A model's folder is deleted when its rows are done.
+(the original model's, timed in the same run). A model's folder is deleted when its rows are done.
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import CONFIG, Checkpoint, build_skeleton
 from pipeline.memory import GIB, Sizes
-from pipeline.quantized_block import fill_block
+from pipeline.quantized_block import load_block
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 
@@ -160,9 +160,9 @@ def measure(workspace: Workspace, stage: str, params: dict[str, Any]) -> dict[st
 
 @torch.no_grad()
 def time_block(model: Checkpoint, windows: torch.Tensor) -> float:
-    """Seconds of one block, in float32, over all windows."""
-    block = fill_block(model, 0, model.load_block_tensors(0), None, dtype=torch.float32)
-    runner, hidden = BlockRunner(model, torch.device("cpu"), 1), model.embed(windows).float()
+    """Seconds of one block over all windows."""
+    block = load_block(model, 0)
+    runner, hidden = BlockRunner(model, torch.device("cpu"), 1), model.embed(windows)
     runner.advance_(block, hidden[:1].clone())
     start = time.perf_counter()
     runner.advance_(block, hidden)

@@ -2,8 +2,8 @@
 for, norm weights and the prefix's keys and values.
 
 The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
-error counts, not its size. Integers of the weights stand still. All blocks are in memory; between them only hidden
-states are kept for the backward pass, blocks are run again when it reaches them.
+error counts, not its size. Integers of the weights stand still. All blocks are in memory. Where what they keep for the
+backward pass does not fit beside them, only hidden states between them are kept, and they are run again.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,10 @@ class EndToEndTrainer(Trainer):
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
-            hidden = recompute(self.runner.run, self.blocks[index], hidden, own_prefix, use_reentrant=False)
+            if self.place.recompute:
+                hidden = recompute(self.runner.run, self.blocks[index], hidden, own_prefix, use_reentrant=False)
+            else:
+                hidden = self.runner.run(self.blocks[index], hidden, own_prefix)
         normed, exact = self.norm(hidden), data.exact[rows].to(self.device)
         return torch.stack(
             [

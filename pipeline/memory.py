@@ -9,13 +9,13 @@ of it, what logits take. Counts of floats a token or a weight are measured on Ll
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.params import FinetuningParams, ParamsError, PrefixTrainingParams, QuantizerInitParams, RuntimeParams
+from pipeline.params import FinetuningParams, PrefixTrainingParams, QuantizerInitParams, RuntimeParams
 from pipeline.progress import current_rss_gib
 
 GIB = 2**30
@@ -35,6 +35,7 @@ class Need:
         disk: in files, the finished artifact excluded: unfinished work and offloaded streams.
         streams: of `memory` or of `disk`, what hidden states take.
         offload: whether they are on disk.
+        recompute: whether fine-tuning end to end runs blocks again for the backward pass.
     """
 
     memory: float
@@ -42,11 +43,13 @@ class Need:
     disk: float
     streams: float
     offload: bool = False
+    recompute: bool = False
 
     def describe(self) -> str:
+        again = "; activations are computed again" if self.recompute else ""
         return (
             f"memory {self.memory / GIB:.2f} GiB, GPU {self.gpu / GIB:.2f} GiB, disk {self.disk / GIB:.2f} GiB "
-            f"(hidden states, {self.streams / GIB:.2f} GiB, {'in files' if self.offload else 'in memory'})"
+            f"(hidden states, {self.streams / GIB:.2f} GiB, {'in files' if self.offload else 'in memory'}{again})"
         )
 
 
@@ -103,6 +106,10 @@ class Sizes:
     def graph(self, tokens: int) -> float:
         """What autograd keeps of a batch in a quantized block."""
         return tokens * 4.6 * (28 * self.hidden + 10 * self.inner + 8 * self.keys)
+
+    def kept_graphs(self, tokens: int) -> float:
+        """The same of all blocks at once."""
+        return self.blocks * tokens * 2.8 * (28 * self.hidden + 10 * self.inner + 8 * self.keys)
 
 
 def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
@@ -220,19 +227,35 @@ def plan_finetuning(
     forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * length)
     phases = [training, forward, sizes.table]
     model = sizes.blocks * sizes.numbers
-    if params.end_to_end.enabled:
-        batch = params.end_to_end.batch_size * length
-        weights = model * 1.05 + sizes.numbers * 4 * 3
-        states = sizes.blocks * batch * sizes.hidden * 4
-        heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
-        phases.append(weights + states + sizes.graph(batch) + heads)
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(windows * length)
-    need = _need(max(phases), streams, on_gpu, disk)
-    if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= memory_limit(runtime)):
-        return need
-    # Saving maps the files once, one stream at a time.
-    in_memory = need.memory - streams * (1 - 1 / (2 * kept))
-    return Need(in_memory, need.gpu, disk + streams, streams, offload=True)
+    fits = memory_limit(runtime)
+
+    def put_together(recompute: bool) -> Need:
+        own = []
+        if params.end_to_end.enabled:
+            batch = params.end_to_end.batch_size * length
+            weights = model * 1.05 + sizes.numbers * 4 * 3
+            states = sizes.blocks * batch * sizes.hidden * 4
+            heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
+            graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
+            own.append(weights + states + graph + heads)
+        need = _need(max(phases + own), streams, on_gpu, disk)
+        if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= fits):
+            return replace(need, recompute=recompute)
+        # Saving maps the files once, one stream at a time.
+        in_memory = need.memory - streams * (1 - 1 / (2 * kept))
+        return Need(in_memory, need.gpu, disk + streams, streams, offload=True, recompute=recompute)
+
+    if not params.end_to_end.enabled:
+        return put_together(recompute=False)
+    need = put_together(recompute=False)
+    roomy = need.gpu <= gpu_limit() if on_gpu else need.memory <= fits
+    return need if roomy else put_together(recompute=True)
+
+
+def gpu_limit() -> float:
+    """Bytes of GPU memory one process may use: three quarters of what is free."""
+    return 0.75 * torch.cuda.mem_get_info()[0]
 
 
 def memory_limit(runtime: RuntimeParams) -> float:
@@ -240,7 +263,4 @@ def memory_limit(runtime: RuntimeParams) -> float:
     if runtime.max_memory is not None:
         number, unit = runtime.max_memory[:-3], runtime.max_memory[-3:]
         return float(number) * _UNITS[unit]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return 0.75 * int(line.split()[1]) * 1024 / runtime.processes
-    raise ParamsError("runtime.max_memory=null: this machine does not say how much memory is free; set it, say to 8GiB")
+    return 0.75 * psutil.virtual_memory().available / runtime.processes

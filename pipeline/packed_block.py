@@ -38,7 +38,7 @@ class PackedLinear(QuantizedLinear):
             self.register_buffer(name, getattr(source, name))
         for name in ("integers", "product_scale", "constant"):
             self.register_buffer(name, None, persistent=False)
-        self.fired = False
+        self.unfrozen = self.fired = False
         self._forward_hooks.update(source._forward_hooks)  # quantizes keys before RoPE
 
     def unpack(self) -> torch.Tensor:

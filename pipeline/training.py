@@ -64,6 +64,8 @@ class Place:
         work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
         header: of the artifact.
         ranks: each runs its own windows; the first one writes.
+        recompute: whether end to end blocks are run again for the backward pass, so that only hidden states between
+            them are kept; changes nothing but time and memory.
     """
 
     runner: BlockRunner
@@ -71,6 +73,7 @@ class Place:
     work: Path
     header: Header
     ranks: Ranks = ALONE
+    recompute: bool = True
 
 
 def learning_rate(progress: float, highest: float, min_lr_factor: float) -> float:

@@ -66,10 +66,10 @@ def run(quantized, work, ranks=None, offload=None, **changes):
         return finetune_blocks(models, train, validation, settings(**changes), place)
 
 
-def run_whole(quantized, folder, **changes):
+def run_whole(quantized, folder, recompute=True, **changes):
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
-    place = Place(runner, Offload(None), folder / "work", HEADER)
+    place = Place(runner, Offload(None), folder / "work", HEADER, recompute=recompute)
     metrics = finetune(models, train, validation, settings(**changes), place, folder / "out")
     return metrics, Checkpoint(folder / "out", "finetuning")
 
@@ -416,6 +416,12 @@ def test_offloaded_streams_are_removed_after_a_failure(quantized, tmp_path, monk
 
 
 # --- End to end ------------------------------------------------------------------------------------------------------
+
+
+def test_kept_and_recomputed_activations_give_the_same_bytes(quantized, tmp_path):
+    for name, recompute in (("a", True), ("b", False)):
+        run_whole(quantized, tmp_path / name, recompute, epochs=0, end_to_end={"enabled": True, "epochs": 2})
+    assert bytes_of(tmp_path / "a/out") == bytes_of(tmp_path / "b/out")
 
 
 def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized, tmp_path):

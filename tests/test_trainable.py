@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import open_model
 from test_quantized_block import quantized_block, settings_of
+from torch import nn
 
-from pipeline.quantizer import quantize_weight
+from pipeline.quantized_block import QuantizedLinear
+from pipeline.quantizer import QuantizerSpec, dequantize_weight, quantize_weight
 from pipeline.trainable import freeze_, unfreeze_
 from pipeline.walk import BlockRunner
 
@@ -117,3 +119,29 @@ def test_a_bfloat16_block_is_trained_in_float32(imported):
     freeze_(block)
     assert {name: tensor.dtype for name, tensor in block.state_dict().items()} == {n: t.dtype for n, t in names.items()}
     assert (runner.run(block, hidden) - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_scales_and_zero_points_get_the_gradients_of_the_whole_weight(symmetric, bias):
+    """One scale a channel: no gradient of the weight is formed, and nothing else differs. Against autograd."""
+    generator = torch.Generator().manual_seed(5)
+    source = nn.Linear(12, 7, bias=bias)
+    linear = QuantizedLinear(source, QuantizerSpec(4, symmetric), False, None)
+    zero_point = None if symmetric else torch.randint(3, 12, (7, 1), generator=generator).float().requires_grad_()
+    scale = (torch.rand(7, 1, generator=generator) + 0.1).requires_grad_()
+    low, high = (-8, 8) if symmetric else (0, 16)
+    integers = torch.randint(low, high, (7, 12), generator=generator)
+    linear.set_integers_(integers.to(torch.int8 if symmetric else torch.uint8), scale, zero_point)
+    x = torch.randn(2, 5, 12, generator=generator, requires_grad=True)
+    upstream = torch.randn(2, 5, 7, generator=generator)
+    trained = [tensor for tensor in (x, scale, zero_point) if tensor is not None]
+    weight = dequantize_weight(linear.weight, scale, zero_point)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    gradients = torch.autograd.grad(expected, trained, upstream)
+    linear.unfrozen = True
+    found = linear(x)
+    assert torch.equal(found, expected)
+    for own, other in zip(torch.autograd.grad(found, trained, upstream), gradients, strict=True):
+        assert own.shape == other.shape
+        assert torch.allclose(own, other, rtol=1e-4, atol=1e-5)
