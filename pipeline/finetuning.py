@@ -56,7 +56,7 @@ from pipeline.streams import Stream, as_tensor
 from pipeline.trainable import Trainables, freeze_, unfreeze_
 from pipeline.training import Outcome, Place, Trainer
 from pipeline.unfinished import load_generation, save_generation
-from pipeline.walk import BlockRunner
+from pipeline.walk import BlockRunner, load_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -204,9 +204,10 @@ def finetune_blocks(
         for split, stream in streams["quantized"].items()
         if "quant_input" in wanted
     }
+    exact_blocks = load_blocks(rotated, runner.device, start)
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
+        exact_block = next(exact_blocks)
         own_prefix = None if prefix_kv is None else prefix_kv[index]
-        exact_block = load_block(rotated, index, runner.device)
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []

@@ -113,12 +113,14 @@ class Sizes:
 
 
 def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
-    """What rotating takes: a block in float64, or embedding and lm_head before and after."""
+    """What rotating takes: a block before and after and a tensor in float64, or embedding and lm_head."""
     sizes = Sizes.of(checkpoint)
     entries = sizes.vocabulary * sizes.hidden
     sources = 1 if checkpoint.config.tie_word_embeddings else 2
     tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + min(_ROWS, sizes.vocabulary) * sizes.hidden * 32
-    return _need(max(31 * sizes.numbers, tables), 0, on_gpu=False)
+    narrow = 0 if dtype == torch.float32 else dtype.itemsize
+    block = sizes.numbers * (sizes.item + 4 + narrow) + 3 * 8 * sizes.hidden * sizes.inner
+    return _need(max(block, tables), 0, on_gpu=False)
 
 
 def plan_walk(checkpoint: Checkpoint, tokens: int, batch: int, on_gpu: bool) -> Need:
@@ -129,7 +131,8 @@ def plan_walk(checkpoint: Checkpoint, tokens: int, batch: int, on_gpu: bool) -> 
         batch: tokens of one batch.
     """
     sizes = Sizes.of(checkpoint)
-    return _need(sizes.numbers * sizes.item + sizes.forward(batch), sizes.stream(tokens), on_gpu)
+    block = sizes.numbers * sizes.item
+    return _need(block + sizes.forward(batch), sizes.stream(tokens), on_gpu, ahead=block)
 
 
 def plan_evaluation(
@@ -152,7 +155,8 @@ def plan_evaluation(
     phases = [block + sizes.forward(batch), heads + scoring]
     phases += [model + sizes.forward(batch), model + scoring] if in_memory else []
     phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
-    return _need(max(phases), sizes.stream(tokens) * (2 if compared else 1), on_gpu)
+    ahead = sizes.numbers * (1 if quantized else sizes.item)
+    return _need(max(phases), sizes.stream(tokens) * (2 if compared else 1), on_gpu, ahead=ahead)
 
 
 def plan_prefix_training(
@@ -172,17 +176,20 @@ def plan_prefix_training(
 def plan_quantizer_init(
     checkpoint: Checkpoint, tokens: int, length: int, params: QuantizerInitParams, batch: int, on_gpu: bool
 ) -> Need:
-    """What choosing quantizers takes: a block in several forms, Gram matrices, sampled windows, a batch."""
+    """What choosing quantizers takes: a block, Gram matrices, samples, and a batch or GPTQ's forms of a weight."""
     sizes = Sizes.of(checkpoint)
     widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
-    grams = 4 * sum(width * width for width in widths) + (6 * 4 * max(widths) ** 2)
+    square = 4 * max(widths) ** 2
+    grams = 4 * sum(width * width for width in widths)
     sampled = min(params.mse_samples * length, tokens)
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
-    block = sizes.numbers * (sizes.item + 1 + 4 + 4)
+    block = sizes.numbers * sizes.item
+    recording = square + max(sizes.forward(batch), sizes.forward(sampled))
+    rounding = 2 * square + 5 * 4 * sizes.hidden * sizes.inner
     assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
-    work = max(block + grams + samples + max(sizes.forward(batch), sizes.forward(sampled)), assembling)
+    work = max(block + grams + samples + max(recording, rounding), assembling)
     disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(tokens)
-    return _need(work, sizes.stream(tokens), on_gpu, disk)
+    return _need(work, sizes.stream(tokens), on_gpu, disk, ahead=block)
 
 
 def plan_export(checkpoint: Checkpoint, shard: int) -> Need:
@@ -198,9 +205,10 @@ def own_tokens(windows: int, length: int, processes: int) -> int:
     return math.ceil(windows / processes) * length
 
 
-def _need(work: float, streams: float, on_gpu: bool, disk: float = 0) -> Need:
+def _need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0) -> Need:
+    """`ahead`: the block that is fetched while another one computes, on a GPU."""
     has = current_rss_gib() * GIB + _KERNELS
-    return Need(has + streams + (0 if on_gpu else work), work if on_gpu else 0, disk, streams)
+    return Need(has + streams + (ahead if on_gpu else work), work + ahead if on_gpu else 0, disk, streams)
 
 
 def plan_finetuning(

@@ -31,11 +31,10 @@ from pipeline.quantized_block import (
     count_expected_quantizers,
     count_fired_quantizers,
     find_settings,
-    load_block,
 )
 from pipeline.ranks import ALONE, Ranks
 from pipeline.saturation import Report, advance_probed_, summarise_saturation
-from pipeline.walk import BlockRunner, batches
+from pipeline.walk import BlockRunner, batches, load_blocks
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
 
@@ -201,13 +200,15 @@ def compute_final_hidden(
     hidden = {corpus: checkpoint.embed(ids) for corpus, ids in windows.items()}
     saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
     fired, expected = Counter[str](), Counter[str]()
+    blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "evaluating"):
-        block = load_block(checkpoint, index, runner.device)
+        block = next(blocks)
         own_prefix = None if prefix_kv is None else prefix_kv[index]
         for corpus, states in hidden.items():
             saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, own_prefix)
         fired += count_fired_quantizers(block, checkpoint.architecture)
         expected += count_expected_quantizers(block_settings(checkpoint, index))
+        del block
     _check_run(hidden, fired, expected)
     for states in hidden.values():
         checkpoint.apply_final_norm_(states)

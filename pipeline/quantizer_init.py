@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json
 from pipeline.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
 from pipeline.equalization import EQUALIZATION, equalize_mlp_
 from pipeline.params import QuantizerInitParams, site_group, site_params
+from pipeline.prefetch import prefetch_blocks
 from pipeline.prefix import PREFIX
 from pipeline.progress import show_progress
 from pipeline.quantized_block import BlockSettings, block_settings, describe_blocks, fill_block
@@ -135,31 +137,40 @@ def init_blocks(
     if start:
         hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
+
+    def load(index: int) -> nn.Module:
+        settings, _ = plan_block(init, checkpoint, index)
+        return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
+
+    blocks = prefetch_blocks(load, range(start, checkpoint.block_count), runner.device)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
-        report, tensors, scales = _init_block(checkpoint, index, hidden, prefix_kv, init, runner, ranks)
+        block = next(blocks)
+        report, scales = _init_block_(checkpoint, index, block, hidden, prefix_kv, init, runner, ranks)
+        tensors = block.state_dict()
         if ranks.first:
             if scales is not None:
                 save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
             write_json(work / f"block-{index:05d}.json", {"block": index} | report)
             save_block_file(work, checkpoint.architecture, index, tensors, header)
         save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
+        del block, tensors
     return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
 
 
-def _init_block(
+def _init_block_(
     checkpoint: Checkpoint,
     index: int,
+    block: nn.Module,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
     init: QuantizerInitParams,
     runner: BlockRunner,
     ranks: Ranks,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
-    """Quantize one block and move `hidden` behind it; its report, its tensors, and the scales of `equalize_mlp_`."""
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Quantize one block and move `hidden` behind it; its report, and the scales of `equalize_mlp_`."""
     architecture = checkpoint.architecture
     settings, plan = plan_block(init, checkpoint, index)
     own_prefix = None if prefix_kv is None else prefix_kv[index]
-    block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings, runner.device)
     scales = None
     if init.equalize:
         sample = hidden[choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)]
@@ -176,7 +187,7 @@ def _init_block(
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not all(torch.isfinite(window).all() for window in hidden):
         raise NumericalError(f"block {index}: its quantized output is not finite")
-    return {"block_error": block_error, "sites": report, "saturation": saturation}, block.state_dict(), scales
+    return {"block_error": block_error, "sites": report, "saturation": saturation}, scales
 
 
 def assemble_checkpoint(

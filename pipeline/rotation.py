@@ -198,7 +198,8 @@ def rotate_model(
             gate.advance_original_(index, original)
             exact, narrow = {}, {}
             for name, tensor in rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim):
-                exact[name], narrow[name] = tensor.float(), tensor.to(dtype)
+                exact[name] = tensor.float()
+                narrow[name] = exact[name] if dtype == torch.float32 else tensor.to(dtype)
             del original
             gate.advance_rotated_(index, exact)
             del exact

@@ -2,8 +2,7 @@
 
     runner = BlockRunner(checkpoint, device, batch_size)
     hidden = checkpoint.embed(token_ids)                     # [N, T, D], before block 0
-    for index in range(checkpoint.block_count):
-        block = load_block(checkpoint, index, device)
+    for index, block in enumerate(load_blocks(checkpoint, device)):
         runner.advance_(block, hidden, prefix_kv[index])     # now before block index + 1
 
 Walking equals the model's own forward: the block is the model's own layer, the mask and the rotary embedding are built
@@ -20,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from pipeline.architectures import check_window
 from pipeline.checkpoint import Checkpoint
 from pipeline.kv_cache import make_block_cache
+from pipeline.prefetch import prefetch_blocks
 from pipeline.progress import show_progress
 from pipeline.quantized_block import load_block
 from pipeline.streams import Stream
@@ -122,6 +122,12 @@ def batches(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
 
 
+def load_blocks(checkpoint: Checkpoint, device: torch.device, start: int = 0) -> Iterator[nn.Module]:
+    """The blocks from `start` on, as `load_block` gives them; see `prefetch_blocks`."""
+    indices = range(start, checkpoint.block_count)
+    return prefetch_blocks(lambda index: load_block(checkpoint, index), indices, device)
+
+
 def walk(
     checkpoint: Checkpoint,
     hidden: torch.Tensor,
@@ -138,13 +144,15 @@ def walk(
         watch: called with (index, block) before a block runs, to hang hooks on it; the block is dropped afterwards.
         after: called with (index, block) when `hidden` stands behind the block.
     """
+    blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, description):
-        block = load_block(checkpoint, index, runner.device)
+        block = next(blocks)
         if watch is not None:
             watch(index, block)
         runner.advance_(block, hidden, None if prefix_kv is None else prefix_kv[index])
         if after is not None:
             after(index, block)
+        del block
     return hidden
 
 
@@ -163,8 +171,8 @@ def compute_prefix_kv(checkpoint: Checkpoint, embeddings: torch.Tensor, runner: 
         return None
     hidden = embeddings.to(device=runner.device, dtype=checkpoint.dtype).unsqueeze(0)
     kept = []
-    for index in range(checkpoint.block_count):
-        block = load_block(checkpoint, index, runner.device)
+    for block in load_blocks(checkpoint, runner.device):
         hidden, prefix_kv = runner.run_prefix(block, hidden)
         kept.append(prefix_kv.cpu())
+        del block
     return torch.stack(kept)
