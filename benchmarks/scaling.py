@@ -71,6 +71,9 @@ PARAMS = {
     "calibration.evaluation.windows": WINDOWS // 2,  # of each of two corpora
     "calibration.evaluation.length": LENGTH,
     "evaluation.tasks": {},
+    # Judged at the layer's output a clip factor takes a product with the Gram matrix, whatever the number of tokens: at
+    # these widths some thirty forwards of 8 windows.
+    "quantizer_init.weights.range": "tensor",
     "finetuning.start": "full_precision",
     "finetuning.epochs": 1,
     "finetuning.weight_lr": 5e-6,
