@@ -21,7 +21,7 @@ from pipeline.progress import current_rss_gib
 GIB = 2**30
 _POSITIONS = 128  # of divergence.py and perplexity.py, whose logits exist at a time
 _TASK_TOKENS = 224
-_ROWS = 8192  # of rotation.py, of a vocabulary-sized matrix in float64 at a time
+_ROTATED = 1 << 23  # entries of a matrix rotation.py has in float64 at a time
 _KERNELS = 0.1 * GIB  # what libraries allocate once they are used
 _UNITS = {"MiB": 2**20, "GiB": GIB}
 
@@ -117,7 +117,7 @@ def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
     sizes = Sizes.of(checkpoint)
     entries = sizes.vocabulary * sizes.hidden
     sources = 1 if checkpoint.config.tie_word_embeddings else 2
-    tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + min(_ROWS, sizes.vocabulary) * sizes.hidden * 32
+    tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + _ROTATED * 32
     narrow = 0 if dtype == torch.float32 else dtype.itemsize
     block = sizes.numbers * (sizes.item + 4 + narrow) + 3 * 8 * sizes.hidden * sizes.inner
     return _need(max(block, tables), 0, on_gpu=False)

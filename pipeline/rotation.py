@@ -35,8 +35,8 @@ from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 ROTATIONS = "rotations.safetensors"
-_ENTRIES = 1 << 22  # of a matrix rotated at a time
-_ROWS = 8192  # of a vocabulary-sized matrix at a time, in float64
+_ENTRIES = 1 << 23  # of a matrix at a time, in float64
+_ROWS = 8192  # of a vocabulary-sized matrix at most
 _GATE_WINDOWS, _GATE_LENGTH = 2, 64
 GATE_TOLERANCE = 1e-4
 
@@ -277,8 +277,9 @@ class _InvarianceGate:
         head = self.checkpoint.load_lm_head()
         cap, head = head.cap, head.weight
         largest, deviation, narrow_deviation = 0.0, 0.0, 0.0
-        for start in range(0, len(head), _ROWS):
-            rows = head[start : start + _ROWS]
+        count = _count_rows(head)
+        for start in range(0, len(head), count):
+            rows = head[start : start + count]
             rotated_rows = r1.apply(rows.double() if folded is None else rows.double() * folded).float()
             logits = LmHead(rows.float(), cap).logits(original)
             largest = max(largest, logits.abs().max().item())
@@ -303,10 +304,15 @@ def _rotate_heads(x: torch.Tensor, r2: Rotation, head_dim: int) -> torch.Tensor:
     return r2.apply(x.unflatten(-1, (-1, head_dim))).flatten(-2)
 
 
+def _count_rows(matrix: torch.Tensor) -> int:
+    return min(_ROWS, max(1, _ENTRIES // matrix.shape[1]))
+
+
 def _rotate_rows(matrix: torch.Tensor, r1: Rotation, norm: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """(matrix · norm) R1 for a vocabulary-sized matrix [V, D], rows in slices so that float64 stays small."""
     result = torch.empty(matrix.shape, dtype=dtype)
-    for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS].to(torch.float64)
-        result[start : start + _ROWS] = r1.apply(rows if norm is None else rows * norm).to(dtype)
+    count = _count_rows(matrix)
+    for start in range(0, len(matrix), count):
+        rows = matrix[start : start + count].to(torch.float64)
+        result[start : start + count] = r1.apply(rows if norm is None else rows * norm).to(dtype)
     return result

@@ -13,7 +13,7 @@ import torch
 from pipeline.checkpoint import Checkpoint
 from pipeline.memory import plan_rotation
 from pipeline.params import load_params
-from pipeline.progress import run_main, run_stage, select_device
+from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
 from pipeline.rotation import rotate_model
 from stages.arguments import parse_arguments
 
@@ -30,6 +30,7 @@ def main() -> None:
     if plan_only:
         print(plan_rotation(Checkpoint(MODEL, "model"), getattr(torch, rotation.dtype)).describe())
         return
+    return_freed_memory()
     with run_stage("rotation", METRICS, params.runtime, rotation.seed) as metrics:
         metrics |= rotate_model(
             Checkpoint(MODEL, "model"),
