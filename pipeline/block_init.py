@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 from pipeline.architectures import Architecture
 from pipeline.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.quantized_block import QuantizedLinear, find_site_quantizers
-from pipeline.quantizer import group, measure_range, quantize_weight
+from pipeline.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.scale_search import (
     Candidate,
     ClipSearch,
@@ -147,7 +147,8 @@ class _Chooser:
             report = {"damping": factor.damping}
         else:
             apply(search.factor)
-        change = linear.dense_weight(torch.float32) - weight
+        # Not `dense_weight`, which keeps what it computes: a whole block in float32, in the end.
+        change = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
         error, energy = (((x @ hessian) * x).sum().item() for x in (change, weight))

@@ -249,6 +249,7 @@ def _finetune_block(
     elif params.weight_lr > 0:
         weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
     trainables = unfreeze_(block, architecture, weights=weights)
+    del weights  # trained is a copy
     trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, place.ranks)
     outcome = trainer.train_(data["train"], data["validation"], params.seed * 10_000 + index)
     freeze_(block)

@@ -51,23 +51,22 @@ def round_gptq(
     """
     width, order, upper = weight.shape[1], factor.order, factor.upper
     # Inputs are rows below, so that what is taken one by one lies together in memory.
-    rest = weight.T[order].contiguous()
-    steps, offsets = (
-        None if t is None else t.T.repeat_interleave(width // t.shape[1], dim=0)[order] for t in (scale, zero_point)
-    )
-    integers = torch.empty_like(rest)
+    rest = weight.T[order]
+    steps, offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
+    groups = (order * scale.shape[1] // width).tolist()
+    integers = torch.empty(rest.shape, dtype=torch.int8 if zero_point is None else torch.uint8, device=rest.device)
     for start in range(0, width, _INPUTS):
         stop = min(start + _INPUTS, width)
         errors = torch.empty_like(rest[start:stop])
         for row in range(start, stop):
-            step, offset = steps[row], None if offsets is None else offsets[row]
+            step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
             integers[row] = rounded = quantize(rest[row], step, bits, offset)
             error = torch.div(rest[row] - dequantize(rounded, step, offset), upper[row, row], out=errors[row - start])
             rest[row + 1 : stop] -= upper[row, row + 1 : stop].unsqueeze(1) * error
         rest[stop:] -= upper[start:stop, stop:].T @ errors
     result = torch.empty_like(integers)
     result[order] = integers
-    return result.T.contiguous().to(torch.int8 if zero_point is None else torch.uint8)
+    return result.T.contiguous()
 
 
 def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:

@@ -229,8 +229,8 @@ def plan_finetuning(
     kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.target]
     streams = sizes.stream(windows * length) * kept
     trained = params.weight_lr > 0 or params.start == "full_precision"
-    # Integers; float weights, their gradients, two moments, best state, what rounding leaves and AdamW's temporaries.
-    state = sizes.numbers * (1 + (4 * 8 if trained else 4))
+    # Integers; float weights, their gradients, two moments, best state, and what rounding leaves.
+    state = sizes.numbers * (1 + (4 * 6 if trained else 4))
     training = state + sizes.graph(params.batch_size * length)
     forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * length)
     phases = [training, forward, sizes.table]
