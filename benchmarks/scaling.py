@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling                             # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
     python -m benchmarks.scaling --models llama-2-7b --json scaling.json
+    python -m benchmarks.scaling --whole                     # no run: what --plan says of whole models on one GPU
 
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
 a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
@@ -18,11 +19,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import CONFIG, Checkpoint, build_skeleton
-from pipeline.memory import GIB, Sizes
+from pipeline.memory import (
+    GIB,
+    Sizes,
+    plan_evaluation,
+    plan_export,
+    plan_finetuning,
+    plan_quantizer_init,
+    plan_rotation,
+    plan_walk,
+)
+from pipeline.params import parse_params
 from pipeline.quantized_block import load_block
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
@@ -83,10 +95,28 @@ PARAMS = {
 }
 
 
+# The official command line's: 512 x 1024 tokens.
+WHOLE = {
+    "calibration.train.windows": 512,
+    "calibration.train.length": 1024,
+    "calibration.validation.windows": 64,
+    "calibration.validation.length": 1024,
+    "quantizer_init.weights.range": "tensor",
+    "finetuning.start": "full_precision",
+    "finetuning.weight_lr": 5e-6,
+    "finetuning.end_to_end.enabled": False,
+    "runtime.offload": "always",
+}
+
+
 def main() -> None:
     parser = make_parser(__doc__, BLOCKS)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--whole", action="store_true", help="print what --plan says of whole models, and stop")
     arguments = parser.parse_args()
+    if arguments.whole:
+        print(plan_whole_models())
+        return
     rows = read_rows(arguments.json)
     for name in arguments.models:
         wanted = [stage for stage in arguments.rows if has_row(name, stage) and f"{name}/{stage}" not in rows]
@@ -170,6 +200,45 @@ def time_block(model: Checkpoint, windows: torch.Tensor) -> float:
     start = time.perf_counter()
     runner.advance_(block, hidden)
     return time.perf_counter() - start
+
+
+class Shape:
+    """As much of a checkpoint as planning looks at."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, shapes: dict[str, Any], quantized: bool) -> None:
+        self.config = LlamaConfig(**shapes, tie_word_embeddings=False, dtype="bfloat16")
+        self.block_count = self.config.num_hidden_layers
+        self.settings = {"block": {}} if quantized else {}
+        self._block = build_skeleton(LlamaConfig(**shapes | {"num_hidden_layers": 1})).model.layers[0]
+
+    def build_block(self, index: int) -> nn.Module:
+        return self._block
+
+
+def plan_whole_models() -> str:
+    """A Markdown table: host memory, GPU memory and disk of whole models with the official numbers of windows."""
+    params = parse_params(override(read_params(), WHOLE))
+    runtime, train = params.runtime, params.calibration.train
+    tokens, batch = train.windows * train.length, runtime.batch_size * train.length
+    windows = train.windows + params.calibration.validation.windows
+    lines = ["| model | stage | host, GiB | GPU, GiB | disk, GiB |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, blocks in (("llama-2-7b", 32), ("llama-3-70b", 80)):
+        plain, quantized = (Shape(SHAPES[name] | {"num_hidden_layers": blocks}, kind) for kind in (False, True))
+        evaluated = 2 * 64 * 2048
+        needs = {
+            "rotation": plan_rotation(plain, torch.bfloat16),
+            "prefix_search": plan_walk(plain, 64 * 512, batch, True),
+            "quantizer_init": plan_quantizer_init(plain, tokens, train.length, params.quantizer_init, batch, True),
+            "finetuning": plan_finetuning(plain, windows, train.length, params.finetuning, runtime, True),
+            "evaluation": plan_evaluation(quantized, evaluated, 2048 * runtime.batch_size, True, False, 0, True),
+            "export": plan_export(quantized, 5 * 10**9),
+        }
+        for stage, need in needs.items():
+            host, gpu, disk = (size / GIB for size in (need.memory, need.gpu, need.disk))
+            lines.append(f"| {name}, {blocks} blocks | {stage} | {host:.1f} | {gpu:.1f} | {disk:.0f} |")
+    return "\n".join(lines)
 
 
 def format_table(rows: dict[str, Any]) -> str:

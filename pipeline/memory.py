@@ -119,7 +119,7 @@ def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
     sources = 1 if checkpoint.config.tie_word_embeddings else 2
     tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + _ROTATED * 32
     narrow = 0 if dtype == torch.float32 else dtype.itemsize
-    block = sizes.numbers * (sizes.item + 4 + narrow) + 3 * 8 * sizes.hidden * sizes.inner
+    block = sizes.numbers * (sizes.item + 4 + narrow) + 8 * sizes.hidden * sizes.inner + _ROTATED * 32
     return _need(max(block, tables), 0, on_gpu=False)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import POST_NORMS, ROOT, open_model
+from conftest import ROOT, open_model
 from safetensors import safe_open
 from test_prefixed_model import QUANTIZERS, make_quantized
 from tokenizers import processors
@@ -23,7 +23,7 @@ from pipeline.prefix import load_prefix_kv
 from pipeline.prefixed_model import assemble_model
 from pipeline.quantized_model import check_folder, load, use_integers_
 
-FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", *POST_NORMS]
+FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"]
 RESULTS = {"original": {"perplexity": {"prose": 2.5}, "settings": {"windows": {"prose": 2}, "targets_per_window": 47}}}
 TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3))
 
