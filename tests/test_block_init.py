@@ -143,3 +143,17 @@ def test_a_centered_weight_makes_no_error_at_the_mean_input(imported, tmp_path):
         means.append((outputs[0] - outputs[1]).abs().max().item())
     assert means[0] < 1e-5 * outputs[1].abs().max()
     assert means[1] > 100 * means[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path):
+    """Each is rounded with the Hessian of its own kind, whichever was there first."""
+    own = {"q_proj": first, "k_proj": not first, "v_proj": first}
+    overrides = [{"sites": [site], "centered": centered} for site, centered in own.items()]
+    mixed = quantize_block(imported["llama_tied"], {"overrides": overrides}, tmp_path / "mixed")[0]
+    for centered in (True, False):
+        changes = {"weights.centered": centered}
+        alike = quantize_block(imported["llama_tied"], changes, tmp_path / str(centered))[0]
+        for site, kind in own.items():
+            same = torch.equal(getattr(mixed.self_attn, site).weight, getattr(alike.self_attn, site).weight)
+            assert same == (kind == centered), site
