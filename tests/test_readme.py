@@ -1,5 +1,6 @@
 """What the README tells a reader to type must exist."""
 
+import itertools
 import math
 import re
 
@@ -42,7 +43,10 @@ def test_overrides_are_valid_params():
     assert len(commands) >= 4
     for command in commands:
         pairs = [pair.split("=", 1) for pair in re.findall(r"-S (\S+)", command)]
-        parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in pairs}))
+        queued = "--queue" in command  # of a list every value is an experiment of its own
+        choices = [[(key, value) for value in (values.split(",") if queued else [values])] for key, values in pairs]
+        for chosen in itertools.product(*choices):
+            parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in chosen}))
 
 
 def test_the_yaml_examples_are_valid():

@@ -423,8 +423,8 @@ def start(project, slow_block):
     code = (
         "import sys, time; sys.argv = ['quantizer_init']\n"
         "import pipeline.quantizer_init as q; from stages import quantizer_init as stage\n"
-        "init_block = q._init_block\n"
-        f"q._init_block = lambda *a: (time.sleep(60 if a[1] == {slow_block} else 0), init_block(*a))[1]\n"
+        "init_block = q._init_block_\n"
+        f"q._init_block_ = lambda *a: (time.sleep(60 if a[1] == {slow_block} else 0), init_block(*a))[1]\n"
         "stage.main()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
