@@ -256,6 +256,8 @@ def plan_finetuning(
 
     if not params.end_to_end.enabled:
         return put_together(recompute=False)
+    if runtime.offload == "always":  # who asks for files wants memory for something else
+        return put_together(recompute=True)
     need = put_together(recompute=False)
     roomy = need.gpu <= gpu_limit() if on_gpu else need.memory <= fits
     return need if roomy else put_together(recompute=True)
