@@ -89,19 +89,19 @@ class Architecture:
         """Whether R1 can be merged."""
         return not self.post_norms
 
+    def input_norm(self, site: str) -> str | None:
+        """The norm that writes `attention_input` or `mlp_input`, if there is one."""
+        return {"attention_input": self.attention_norm, "mlp_input": self.mlp_norm}[site]
+
     def input_module(self, block: nn.Module, site: str) -> nn.Module:
         """Where `attention_input` or `mlp_input` is watched: the norm that writes it, or the module that reads it."""
-        norm, module = {
-            "attention_input": (self.attention_norm, self.attention),
-            "mlp_input": (self.mlp_norm, self.mlp),
-        }[site]
-        return block.get_submodule(norm or module)
+        reader = {"attention_input": self.attention, "mlp_input": self.mlp}[site]
+        return block.get_submodule(self.input_norm(site) or reader)
 
     def watch_input_(self, block: nn.Module, site: str, see: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         """Let readers of `attention_input` or `mlp_input` get see(input_module, x) in place of x."""
-        norm = self.attention_norm if site == "attention_input" else self.mlp_norm
         module = self.input_module(block, site)
-        if norm is not None:
+        if self.input_norm(site) is not None:
             module.register_forward_hook(lambda module, args, output: see(module, output))
             return
 
@@ -115,7 +115,6 @@ class Architecture:
 
 _LLAMA = Architecture()
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
-_GEMMA3 = Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -123,7 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma2": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, kernel="eager"),
-    "gemma3_text": _GEMMA3,
+    "gemma3_text": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True),
     "olmo2": Architecture(attention_norm=None, mlp_norm=None, post_norms=_POST),
 }
 # Imported as another family that computes the same, see fused_projections.py.

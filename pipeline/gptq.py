@@ -78,7 +78,6 @@ def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
             Cholesky factor fails.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    # In that order, as `order` has it: sums of the same numbers, whoever calls.
     mean = hessian.diagonal()[order].mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     for _ in range(_ATTEMPTS):
         # A matrix of an MLP's width is larger than its block: at most two of them beside the Hessian.

@@ -247,20 +247,19 @@ def plan_finetuning(
             heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
             graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
             own.append(weights + states + graph + heads)
-        need = _need(max(phases + own), streams, on_gpu, disk)
+        need = _need(max(phases + own), streams, on_gpu, disk, ahead=sizes.numbers * sizes.item)
         if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= fits):
             return replace(need, recompute=recompute)
         # Saving maps the files once, one stream at a time.
         in_memory = need.memory - streams * (1 - 1 / (2 * kept))
         return Need(in_memory, need.gpu, disk + streams, streams, offload=True, recompute=recompute)
 
-    if not params.end_to_end.enabled:
-        return put_together(recompute=False)
-    if runtime.offload == "always":  # who asks for files wants memory for something else
-        return put_together(recompute=True)
     need = put_together(recompute=False)
+    if not params.end_to_end.enabled:
+        return need
     roomy = need.gpu <= gpu_limit() if on_gpu else need.memory <= fits
-    return need if roomy else put_together(recompute=True)
+    # Who always asks for files wants memory for something else.
+    return need if roomy and runtime.offload != "always" else put_together(recompute=True)
 
 
 def gpu_limit() -> float:

@@ -121,11 +121,11 @@ class QuantizationMeasure:
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
         self.signs = signs.float()
         names = {"attention_input": architecture.attention_norm, "mlp_input": architecture.mlp_norm}
-        self.unrotated = () if architecture.rotates_residual else _RESIDUAL_READERS
-        self.norms = [
-            {site: checkpoint.load_block_tensors(index)[f"{name}.weight"].float() for site, name in names.items()}
-            for index in range(checkpoint.block_count if architecture.rotates_residual else 0)
-        ]
+        folded = names if architecture.rotates_residual else {}
+        self.norms: list[dict[str, torch.Tensor]] = []
+        for index in range(checkpoint.block_count):
+            tensors = checkpoint.load_block_tensors(index)
+            self.norms.append({site: tensors[f"{name}.weight"].float() for site, name in folded.items()})
         self.heads = checkpoint.config.num_attention_heads
         self._scales: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -138,20 +138,20 @@ class QuantizationMeasure:
         return self._rotate_back(index, site, quantized) if self.simulate else x, error.unsqueeze(0)
 
     def _rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.unrotated:
-            return x
-        if site in _RESIDUAL_READERS:  # a norm's weight goes into the linears behind it; a zero stays a zero
+        if site in self.norms[index]:  # a norm's weight goes into the linears behind it; a zero stays a zero
             weight = self.norms[index][site].to(x.device)
             return hadamard_transform(x / weight.where(weight != 0, 1.0) * self.signs.to(x.device))
+        if site in _RESIDUAL_READERS:
+            return x
         if site == "attention_output":
             return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
         return hadamard_transform(x)
 
     def _rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.unrotated:
-            return x
-        if site in _RESIDUAL_READERS:
+        if site in self.norms[index]:
             return hadamard_transform(x, inverse=True) * self.signs.to(x.device) * self.norms[index][site].to(x.device)
+        if site in _RESIDUAL_READERS:
+            return x
         if site == "attention_output":
             return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)
         return hadamard_transform(x, inverse=True)

@@ -35,8 +35,7 @@ from pipeline.quantized_block import BlockSettings, describe_blocks, fill_block
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 ROTATIONS = "rotations.safetensors"
-_ENTRIES = 1 << 23  # of a matrix at a time, in float64
-_ROWS = 8192  # of a vocabulary-sized matrix at most
+_ENTRIES, _ROWS = 1 << 23, 8192  # of a matrix at a time, in float64, at most
 _GATE_WINDOWS, _GATE_LENGTH = 2, 64
 GATE_TOLERANCE = 1e-4
 
@@ -135,7 +134,7 @@ def rotate_block(
 
 def _change_rows_(matrix: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace the rows [n, C] of a matrix (or of a transposed one) by change(rows), some at a time."""
-    rows = max(1, _ENTRIES // matrix.shape[1])
+    rows = _count_rows(matrix)
     for start in range(0, len(matrix), rows):
         # Contiguous both ways: element by element, a transposed matrix takes thirty times as long.
         changed = change(matrix[start : start + rows].contiguous())
@@ -305,6 +304,7 @@ def _rotate_heads(x: torch.Tensor, r2: Rotation, head_dim: int) -> torch.Tensor:
 
 
 def _count_rows(matrix: torch.Tensor) -> int:
+    """How many rows of a matrix are taken to float64 at a time."""
     return min(_ROWS, max(1, _ENTRIES // matrix.shape[1]))
 
 

@@ -103,6 +103,11 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
     """family -> a folder as a user would have it: config.json, model.safetensors, tokenizer."""

@@ -17,7 +17,6 @@ from pipeline.quantized_block import load_block
 from pipeline.walk import BlockRunner, load_blocks
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_a_block_is_loaded_when_it_is_asked_for_and_gone_when_it_is_dropped():
@@ -46,7 +45,6 @@ def test_walking_from_a_later_block_on(imported):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_prefetched_blocks_are_the_loaded_ones(imported):
     checkpoint, _ = open_model(imported["qwen3"])
     for index, block in enumerate(load_blocks(checkpoint, torch.device("cuda"))):
@@ -57,7 +55,6 @@ def test_prefetched_blocks_are_the_loaded_ones(imported):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @torch.no_grad()
 def test_a_failed_load_is_raised_where_the_block_is_asked_for():
     def load(index):
@@ -72,7 +69,6 @@ def test_a_failed_load_is_raised_where_the_block_is_asked_for():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gemma3_text", "olmo2"])
 def test_walking_on_a_gpu_is_walking_on_a_cpu(family, imported, token_ids):
@@ -87,7 +83,6 @@ def test_walking_on_a_gpu_is_walking_on_a_cpu(family, imported, token_ids):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_whole_pipeline_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(dtype, model_folders, tmp_path, monkeypatch):
     found = {}
