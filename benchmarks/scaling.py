@@ -2,17 +2,24 @@
 
     python -m benchmarks.scaling                             # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
     python -m benchmarks.scaling --models llama-2-7b --json scaling.json
-    python -m benchmarks.scaling --whole                     # no run: what --plan says of whole models on one GPU
+    python -m benchmarks.scaling --whole                     # no run: what whole models take on one GPU and on eight
 
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
 a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
 blocks in float32; what `--plan` said; seconds, and those in plain forwards of the same tokens through the same blocks
 (the original model's, timed in the same run). A model's folder is deleted when its rows are done.
+
+--whole is what `--plan` says of memory and disk, and operations counted from shapes: 2 a parameter and token a pass,
+two streams for statistics, targets and reference, 3 x 1.6 passes for each of 20 epochs (`python -m
+benchmarks.finetuning`), a Gram matrix for each kind of input, a cubic factorisation and an update for GPTQ. Windows are
+shared among GPUs; every GPU factorises for itself. Minutes suppose the operations a second of --tflops, reached
+throughout; clip factors' search, which depends on params, and reading the checkpoint, which overlaps, are not counted.
 """
 
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +102,7 @@ PARAMS = {
 }
 
 
-# The official command line's: 512 x 1024 tokens.
+# The official command line's: 512 x 1024 tokens, 20 epochs.
 WHOLE = {
     "calibration.train.windows": 512,
     "calibration.train.length": 1024,
@@ -103,6 +110,7 @@ WHOLE = {
     "calibration.validation.length": 1024,
     "quantizer_init.weights.range": "tensor",
     "finetuning.start": "full_precision",
+    "finetuning.epochs": 20,
     "finetuning.weight_lr": 5e-6,
     "finetuning.end_to_end.enabled": False,
     "runtime.offload": "always",
@@ -112,10 +120,11 @@ WHOLE = {
 def main() -> None:
     parser = make_parser(__doc__, BLOCKS)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--whole", action="store_true", help="print what --plan says of whole models, and stop")
+    parser.add_argument("--whole", action="store_true", help="print what whole models take, and stop")
+    parser.add_argument("--tflops", type=float, default=200.0, help="of --whole: 10^12 operations a GPU does a second")
     arguments = parser.parse_args()
     if arguments.whole:
-        print(plan_whole_models())
+        print(plan_whole_models(arguments.tflops))
         return
     rows = read_rows(arguments.json)
     for name in arguments.models:
@@ -217,27 +226,67 @@ class Shape:
         return self._block
 
 
-def plan_whole_models() -> str:
-    """A Markdown table: host memory, GPU memory and disk of whole models with the official numbers of windows."""
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a stage: `shared` among GPUs, or `own`, of each."""
+
+    shared: float = 0.0
+    own: float = 0.0
+
+    def minutes(self, gpus: int, tflops: float) -> float:
+        return (self.shared / gpus + self.own) / (tflops * 1e12) / 60
+
+
+def count_pass(sizes: Sizes, tokens: int, length: int) -> float:
+    """Operations of a forward pass of all blocks: a multiplication and an addition a parameter, scores, their sums."""
+    return sizes.blocks * tokens * (2 * sizes.numbers + 4 * length * sizes.queries / 2)
+
+
+def count_gptq(sizes: Sizes, tokens: int) -> Work:
+    """Operations of Gram matrices [n, n], their factorised inverses (n³) and the updates of m rows (m n²)."""
+    kv = sizes.keys
+    linears = [(sizes.hidden, sizes.queries + 2 * kv), (sizes.queries, sizes.hidden)]
+    linears += [(sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)]
+    grams = sum(2 * n**2 * tokens for n, _ in linears)
+    solved = sum(n**3 + m * n**2 for n, m in linears)
+    return Work(sizes.blocks * grams, sizes.blocks * solved)
+
+
+def plan_whole_models(tflops: float) -> str:
+    """A Markdown table: host memory, GPU memory, disk and time of whole models with the official numbers of windows."""
     params = parse_params(override(read_params(), WHOLE))
-    runtime, train = params.runtime, params.calibration.train
+    runtime, train, tuning = params.runtime, params.calibration.train, params.finetuning
     tokens, batch = train.windows * train.length, runtime.batch_size * train.length
     windows = train.windows + params.calibration.validation.windows
-    lines = ["| model | stage | host, GiB | GPU, GiB | disk, GiB |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        "| model | stage | host, GiB | GPU, GiB | disk, GiB | 10¹⁵ operations | minutes, 1 GPU | minutes, 8 GPUs |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, blocks in (("llama-2-7b", 32), ("llama-3-70b", 80)):
         plain, quantized = (Shape(SHAPES[name] | {"num_hidden_layers": blocks}, kind) for kind in (False, True))
-        evaluated = 2 * 64 * 2048
+        sizes, evaluated = Sizes.of(plain), 2 * 64 * 2048
         needs = {
             "rotation": plan_rotation(plain, torch.bfloat16),
             "prefix_search": plan_walk(plain, 64 * 512, batch, True),
             "quantizer_init": plan_quantizer_init(plain, tokens, train.length, params.quantizer_init, batch, True),
-            "finetuning": plan_finetuning(plain, windows, train.length, params.finetuning, runtime, True),
+            "finetuning": plan_finetuning(plain, windows, train.length, tuning, runtime, True),
             "evaluation": plan_evaluation(quantized, evaluated, 2048 * runtime.batch_size, True, False, 0, True),
             "export": plan_export(quantized, 5 * 10**9),
         }
+        gptq, once = count_gptq(sizes, tokens), count_pass(sizes, windows * train.length, train.length)
+        work = {
+            "prefix_search": Work(count_pass(sizes, 64 * 512, 512)),
+            "quantizer_init": Work(2 * count_pass(sizes, tokens, train.length) + gptq.shared, gptq.own),
+            "finetuning": Work(2 * once + tuning.epochs * 3 * 1.6 * count_pass(sizes, tokens, train.length)),
+            "evaluation": Work(2 * count_pass(sizes, evaluated, 2048)),
+        }
         for stage, need in needs.items():
             host, gpu, disk = (size / GIB for size in (need.memory, need.gpu, need.disk))
-            lines.append(f"| {name}, {blocks} blocks | {stage} | {host:.1f} | {gpu:.1f} | {disk:.0f} |")
+            line = f"| {name}, {blocks} blocks | {stage} | {host:.1f} | {gpu:.1f} | {disk:.0f} |"
+            if (own := work.get(stage)) is not None:
+                line += f" {(own.shared + own.own) / 1e15:.1f} |"
+                line += "".join(f" {own.minutes(gpus, tflops):.1f} |" for gpus in (1, 8))
+            lines.append(line if own else line + " | | |")
     return "\n".join(lines)
 
 

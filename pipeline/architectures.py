@@ -147,6 +147,13 @@ def find_logit_cap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
+def find_sliding_window(config: Any) -> int | None:
+    """How many positions, its own included, a token sees in the layers that see least; None: all of them."""
+    layer_types = getattr(config, "layer_types", None) or []
+    sliding = getattr(config, "sliding_window", None)
+    return sliding if "sliding_attention" in layer_types or not layer_types else None
+
+
 def check_window(config: Any, positions: int) -> None:
     """Refuse windows that a sliding attention window or the position range would cut, prefix included.
 
@@ -154,10 +161,8 @@ def check_window(config: Any, positions: int) -> None:
         config: a transformers config.
         positions: prefix tokens + window length.
     """
-    layer_types = getattr(config, "layer_types", None) or []
-    sliding = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in layer_types or (not layer_types and sliding)
-    if slides and positions > sliding:
+    sliding = find_sliding_window(config)
+    if sliding and positions > sliding:
         raise UnsupportedModelError(
             f"{positions} positions (prefix + window) exceed sliding_window={sliding} of this model, and the prefix "
             f"would slide out of sight; use windows of at most {sliding} tokens less the prefix"

@@ -117,7 +117,7 @@ def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype) -> Need:
     sizes = Sizes.of(checkpoint)
     entries = sizes.vocabulary * sizes.hidden
     sources = 1 if checkpoint.config.tie_word_embeddings else 2
-    tables = entries * (sources * sizes.item + 3 * dtype.itemsize) + _ROTATED * 8
+    tables = entries * (sources * sizes.item + 2 * dtype.itemsize) + _ROTATED * 8
     narrow = 0 if dtype == torch.float32 else dtype.itemsize
     block = sizes.numbers * (sizes.item + 4 + narrow) + 8 * sizes.hidden * sizes.inner + _ROTATED * 8
     return _need(max(block, tables), 0, on_gpu=False)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from pipeline.architectures import find_architecture
+from pipeline.architectures import find_architecture, find_sliding_window
 from pipeline.checkpoint import Checkpoint, build_skeleton
 from pipeline.kv_cache import PrefixCache, make_layer
 from pipeline.quantized_block import load_block
@@ -84,6 +84,8 @@ class PrefixedModel(PreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
         if past == 0 and input_ids is not None:
             self._warn_of_second_start(input_ids, attention_mask)
+        if prefix:
+            self._warn_of_sliding(prefix + past, length)
         if position_ids is not None:
             position_ids = position_ids + prefix
         if attention_mask is not None:
@@ -113,6 +115,17 @@ class PrefixedModel(PreTrainedModel):
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", config.use_cache) is not False:
             kwargs["past_key_values"] = self.make_cache()
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _warn_of_sliding(self, past: int, length: int) -> None:
+        """Warn when the first of `length` positions behind `past` is added that some layers see without the prefix."""
+        sliding = find_sliding_window(self.config)
+        if sliding and past <= sliding < past + length:
+            logger.warning(
+                "position %d is beyond sliding_window=%d (prefix included): in layers that slide what follows does not "
+                "see the prefix, and outliers can come back; keep texts shorter",
+                past + length,
+                sliding,
+            )
 
     def _warn_of_second_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if self.start_token_id is None or input_ids.shape[1] == 0:
