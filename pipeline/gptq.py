@@ -63,7 +63,7 @@ def round_gptq(
             integers[row] = rounded = quantize(rest[row], step, bits, offset)
             error = torch.div(rest[row] - dequantize(rounded, step, offset), upper[row, row], out=errors[row - start])
             rest[row + 1 : stop] -= upper[row, row + 1 : stop].unsqueeze(1) * error
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
+        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)  # in place: no second matrix of this size
     result = torch.empty_like(integers)
     result[order] = integers
     return result.T.contiguous()
