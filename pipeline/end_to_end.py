@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pipeline.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.divergence import mean_divergence
 from pipeline.params import EndToEndParams
+from pipeline.place import Place
 from pipeline.quantized_block import block_settings, fill_block
 from pipeline.streams import Stream
 from pipeline.trainable import freeze_, unfreeze_
-from pipeline.training import Place, Trainer
+from pipeline.training import Trainer
 from pipeline.walk import BlockRunner, walk
 
 _STATE = "end-to-end.safetensors"

@@ -45,6 +45,7 @@ from pipeline.checkpoint import (
 from pipeline.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.equalization import EQUALIZATION, scale_mlp_
 from pipeline.params import FinetuningParams
+from pipeline.place import Place
 from pipeline.prefix import PREFIX, load_prefix_kv
 from pipeline.progress import show_progress
 from pipeline.quantized_block import block_settings, describe_blocks, fill_block, find_site_quantizers, load_block
@@ -54,7 +55,7 @@ from pipeline.reconstruction import LOSSES
 from pipeline.saturation import SATURATION, advance_probed_, write_saturation
 from pipeline.streams import Stream, as_tensor
 from pipeline.trainable import Trainables, freeze_, unfreeze_
-from pipeline.training import Outcome, Place, Trainer
+from pipeline.training import Outcome, Trainer
 from pipeline.unfinished import load_generation, save_generation
 from pipeline.walk import BlockRunner, load_blocks
 

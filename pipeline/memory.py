@@ -35,7 +35,7 @@ class Need:
         disk: in files, the finished artifact excluded: unfinished work and offloaded streams.
         streams: of `memory` or of `disk`, what hidden states take.
         offload: whether they are on disk.
-        recompute: whether fine-tuning end to end runs blocks again for the backward pass.
+        recompute: whether training a whole model runs blocks again for the backward pass.
     """
 
     memory: float
@@ -160,17 +160,27 @@ def plan_evaluation(
 
 
 def plan_prefix_training(
-    checkpoint: Checkpoint, tokens: int, length: int, params: PrefixTrainingParams, on_gpu: bool
+    checkpoint: Checkpoint,
+    tokens: int,
+    length: int,
+    params: PrefixTrainingParams,
+    runtime: RuntimeParams,
+    on_gpu: bool,
 ) -> Need:
-    """What training a prefix takes: the whole model, and a batch's hidden states between its blocks."""
+    """What training a prefix takes: the whole model, and what its blocks, or one of them, keep of a batch."""
     sizes = Sizes.of(checkpoint)
     if not params.enabled:
         return Need(current_rss_gib() * GIB, 0, 0, 0)
     batch = params.batch_size * (length + (params.length or 0))
     heads = sizes.table + 5 * sizes.logits if params.weights.kl else 0
     model = 2 * sizes.blocks * sizes.numbers * sizes.item + sizes.table  # measured: blocks as read and as run
-    work = model + heads + sizes.blocks * batch * sizes.hidden * 4 + 0.85 * sizes.graph(batch)
-    return _need(work, sizes.stream(tokens) if params.weights.kl else 0, on_gpu)
+    streams = sizes.stream(tokens) if params.weights.kl else 0
+    # Frozen weights need no inputs for the backward pass: less is kept than where scales are trained.
+    kept = _need(model + heads + 0.7 * sizes.kept_graphs(batch), streams, on_gpu)
+    if fits(kept, runtime, on_gpu):
+        return kept
+    again = sizes.blocks * batch * sizes.hidden * 4 + 0.85 * sizes.graph(batch)
+    return replace(_need(model + heads + again, streams, on_gpu), recompute=True)
 
 
 def plan_quantizer_init(
@@ -236,7 +246,7 @@ def plan_finetuning(
     phases = [training, forward, sizes.table]
     model = sizes.blocks * sizes.numbers
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(windows * length)
-    fits = memory_limit(runtime)
+    limit = memory_limit(runtime)
 
     def put_together(recompute: bool) -> Need:
         own = []
@@ -248,7 +258,7 @@ def plan_finetuning(
             graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
             own.append(weights + states + graph + heads)
         need = _need(max(phases + own), streams, on_gpu, disk, ahead=sizes.numbers * sizes.item)
-        if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= fits):
+        if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= limit):
             return replace(need, recompute=recompute)
         # Saving maps the files once, one stream at a time.
         in_memory = need.memory - streams * (1 - 1 / (2 * kept))
@@ -257,9 +267,13 @@ def plan_finetuning(
     need = put_together(recompute=False)
     if not params.end_to_end.enabled:
         return need
-    roomy = need.gpu <= gpu_limit() if on_gpu else need.memory <= fits
     # Who always asks for files wants memory for something else.
-    return need if roomy and runtime.offload != "always" else put_together(recompute=True)
+    return need if fits(need, runtime, on_gpu) and runtime.offload != "always" else put_together(recompute=True)
+
+
+def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:
+    """Whether there is room for what stays in memory, on the GPU or here."""
+    return need.gpu <= gpu_limit() if on_gpu else need.memory <= memory_limit(runtime)
 
 
 def gpu_limit() -> float:

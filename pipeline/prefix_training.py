@@ -8,8 +8,8 @@ frozen, and every loss looks at the positions behind the prefix only. The loss i
     magnitude   norms beyond the largest of the embedding table
     kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
 
-Blocks are run one after the other inside `torch.utils.checkpoint`: what stays in memory for the backward pass is the
-hidden states between blocks.
+What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
+`torch.utils.checkpoint`, and only the hidden states between them stay.
 """
 
 import logging
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as run_again
 
 from pipeline.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.checkpoint import Checkpoint
 from pipeline.divergence import mean_divergence
 from pipeline.errors import PipelineError
 from pipeline.params import PrefixTrainingParams
+from pipeline.place import Place
 from pipeline.prefix import PREFIX, resize_rows
 from pipeline.prefix_losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix_search import measure_outliers
@@ -102,17 +103,13 @@ def make_candidates(
     train: torch.Tensor,
     validation: torch.Tensor,
     params: PrefixTrainingParams,
-    runner: BlockRunner,
-    work: Path,
-    header: Header,
-    ranks: Ranks = ALONE,
+    place: Place,
 ) -> Candidates:
     """The found prefix, unchanged, and when training is enabled the trained and the discretised one.
 
     Args:
         found: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
         train, validation: windows [N, T] and [M, T].
-        ranks: each runs its own windows; all come to the same.
 
     Raises:
         PrefixTrainingError: nothing was found and no length is set, so that there is nothing to train.
@@ -126,7 +123,7 @@ def make_candidates(
         raise PrefixTrainingError(
             "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
         )
-    trained = train_prefix(checkpoint, initial, train, validation, params, runner, work, header, ranks)
+    trained = train_prefix(checkpoint, initial, train, validation, params, place)
     token_ids, similarities = discretise(trained.embeddings, table)
     tensors |= {
         "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
@@ -139,9 +136,9 @@ def make_candidates(
     outliers = {}
     for name in ("none", "found", "trained", "discretised"):
         embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
-        prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
+        prefix_kv = compute_prefix_kv(checkpoint, embeddings, place.runner)
         layers = measure_outliers(
-            checkpoint, validation, runner, "down_proj_input", params.outlier_threshold, prefix_kv, ranks
+            checkpoint, validation, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
         )
         outliers[name] = [
             {
@@ -201,21 +198,20 @@ def train_prefix(
     train: torch.Tensor,
     validation: torch.Tensor,
     params: PrefixTrainingParams,
-    runner: BlockRunner,
-    work: Path,
-    header: Header,
-    ranks: Ranks = ALONE,
+    place: Place,
 ) -> TrainedPrefix:
     """Train a prefix; a killed run with the same header continues behind its last finished epoch.
+
+    Ranks differentiate their own windows of a batch; gradients are summed, weighed by how many there are.
 
     Args:
         checkpoint: the original model.
         embeddings: [P, D] to start from.
         train, validation: windows [N, T] and [M, T].
-        work: where the state is kept between epochs; removed by the caller at the end.
-        ranks: each differentiates its own windows of a batch; gradients are summed, weighed by how many there are.
+        place: its `work` keeps the state between epochs, and is removed by the caller at the end.
     """
-    model = FrozenModel(checkpoint, runner, params)
+    runner, ranks, state_file = place.runner, place.ranks, place.work / _STATE
+    model = FrozenModel(checkpoint, runner, params, place.recompute)
     prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
     group = {"params": [prefix], "lr": params.learning_rate, "highest": params.learning_rate}
     optimizer = torch.optim.AdamW([group], weight_decay=0.0)
@@ -223,11 +219,11 @@ def train_prefix(
     state = TrainingState([prefix], optimizer)
     own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
     exact, exact_validation = model.run_original(own_train), model.run_original(own_validation)
-    if state.load_(work / _STATE, header):
+    if state.load_(state_file, place.header):
         logger.info("continuing behind epoch %d", len(state.history) - 1)
     else:
         state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})
-        state.save(work / _STATE, header, ranks)
+        state.save(state_file, place.header, ranks)
     stopped = None
     for epoch in range(len(state.history), params.epochs + 1):
         generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
@@ -259,7 +255,7 @@ def train_prefix(
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break
         state.add({"epoch": epoch, "train": sum(losses) / len(losses), **measured})
-        state.save(work / _STATE, header, ranks)
+        state.save(state_file, place.header, ranks)
         if epoch - state.best_epoch >= params.early_stop:
             stopped = f"no lower validation loss for {params.early_stop} epochs"
             break
@@ -276,8 +272,10 @@ def cosine(step: int, steps: int) -> float:
 class FrozenModel:
     """The original model with a prefix in front, and what a training step measures on it."""
 
-    def __init__(self, checkpoint: Checkpoint, runner: BlockRunner, params: PrefixTrainingParams) -> None:
-        self.checkpoint, self.runner, self.params = checkpoint, runner, params
+    def __init__(
+        self, checkpoint: Checkpoint, runner: BlockRunner, params: PrefixTrainingParams, recompute: bool = True
+    ) -> None:
+        self.checkpoint, self.runner, self.params, self.recompute = checkpoint, runner, params, recompute
         self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
         self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
         self.table = checkpoint.scale_embeddings(checkpoint.load_tensor(checkpoint.architecture.embedding))
@@ -347,7 +345,10 @@ class FrozenModel:
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
         for index in range(len(self.blocks)):
-            hidden, terms = recompute(self._run_block, index, hidden, use_reentrant=False)
+            if self.recompute:
+                hidden, terms = run_again(self._run_block, index, hidden, use_reentrant=False)
+            else:
+                hidden, terms = self._run_block(index, hidden)
             if index in self.layers:
                 collected.append(terms)
         means = torch.stack(collected).mean(0)

@@ -6,18 +6,15 @@ rank takes those of its own, and gradients are summed.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pipeline.artifacts import Header
 from pipeline.progress import note_progress, show_progress
-from pipeline.ranks import ALONE, Ranks, shuffle
-from pipeline.streams import Offload
+from pipeline.ranks import Ranks, shuffle
 from pipeline.training_state import TrainingState
-from pipeline.walk import BlockRunner, batches
+from pipeline.walk import batches
 
 _FAILURES = 3  # steps without a finite loss and gradient, one after the other, that end training
 
@@ -52,28 +49,6 @@ class Outcome:
     history: list[dict[str, Any]]
     best_epoch: int
     failure: str | None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run takes place.
-
-    Attributes:
-        runner: runs blocks, on its device.
-        offload: where streams are kept.
-        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
-        header: of the artifact.
-        ranks: each runs its own windows; the first one writes.
-        recompute: whether end to end blocks are run again for the backward pass, so that only hidden states between
-            them are kept; changes nothing but time and memory.
-    """
-
-    runner: BlockRunner
-    offload: Offload
-    work: Path
-    header: Header
-    ranks: Ranks = ALONE
-    recompute: bool = True
 
 
 def learning_rate(progress: float, highest: float, min_lr_factor: float) -> float:

@@ -18,9 +18,9 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.finetuning import Models, finetune
 from pipeline.memory import Need, plan_finetuning
 from pipeline.params import Params, load_params
+from pipeline.place import Place
 from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
 from pipeline.streams import Offload
-from pipeline.training import Place
 from pipeline.walk import BlockRunner
 from pipeline.windows import Windows, load_windows
 from stages.arguments import parse_arguments

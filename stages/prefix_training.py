@@ -13,8 +13,10 @@ from pipeline.artifacts import load_tensors, make_header
 from pipeline.checkpoint import Checkpoint
 from pipeline.memory import Need, own_tokens, plan_prefix_training
 from pipeline.params import Params, load_params
+from pipeline.place import Place
 from pipeline.prefix_training import make_candidates, write_candidates
 from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
+from pipeline.streams import Offload
 from pipeline.walk import BlockRunner
 from pipeline.windows import load_windows
 from stages.arguments import parse_arguments
@@ -52,9 +54,8 @@ def main() -> None:
         settings = training.model_dump() if training.enabled else {"enabled": False}
         header = make_header("prefix_training", settings, inputs)
         runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
-        candidates = make_candidates(
-            checkpoint, found, train.token_ids, validation.token_ids, training, runner, WORK, header, ranks
-        )
+        place = Place(runner, Offload(None), WORK, header, ranks, plan(params).recompute)
+        candidates = make_candidates(checkpoint, found, train.token_ids, validation.token_ids, training, place)
         if ranks.first:
             write_candidates(PREFIX_TRAINING, candidates, header)
             shutil.rmtree(WORK, ignore_errors=True)
@@ -68,7 +69,7 @@ def plan(params: Params) -> Need:
     runtime = params.runtime
     tokens = own_tokens(count, length, runtime.processes)
     on_gpu = select_device(runtime).type == "cuda"
-    return plan_prefix_training(Checkpoint(MODEL, "model"), tokens, length, params.prefix_training, on_gpu)
+    return plan_prefix_training(Checkpoint(MODEL, "model"), tokens, length, params.prefix_training, runtime, on_gpu)
 
 
 if __name__ == "__main__":

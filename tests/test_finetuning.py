@@ -17,6 +17,7 @@ from pipeline.equalization import scale_mlp_
 from pipeline.finetuning import BlockData, BlockTrainer, Models, finetune, finetune_blocks, summarise_blocks
 from pipeline.params import EndToEndParams, FinetuningParams, QuantizerInitParams
 from pipeline.perplexity import compute_final_hidden
+from pipeline.place import Place
 from pipeline.prefix import load_prefix_kv
 from pipeline.quantized_block import block_settings, fill_block, load_block
 from pipeline.quantizer import dequantize_weight, quantize_weight
@@ -24,7 +25,7 @@ from pipeline.quantizer_init import init_quantizers
 from pipeline.ranks import Ranks
 from pipeline.streams import Offload
 from pipeline.trainable import unfreeze_
-from pipeline.training import Place, Trainer
+from pipeline.training import Trainer
 from pipeline.walk import BlockRunner, compute_prefix_kv
 
 HEADER = make_header("finetuning", {"test": 1})

@@ -13,10 +13,12 @@ from pipeline import prefix_training
 from pipeline.artifacts import make_header
 from pipeline.hadamard import hadamard_transform
 from pipeline.params import PrefixTrainingParams
+from pipeline.place import Place
 from pipeline.prefix import resize_rows
 from pipeline.prefix_losses import AttentionMeasure, OutlierMeasure, QuantizationMeasure, diversity, magnitude
 from pipeline.prefix_training import FrozenModel, cosine, discretise, initial_embeddings, make_candidates, train_prefix
 from pipeline.rotation import load_rotation
+from pipeline.streams import Offload
 from pipeline.walk import compute_prefix_kv
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -212,9 +214,11 @@ def test_gradients_reach_nothing_but_the_embeddings_and_all_of_them(loss_type, i
     assert not any(p.requires_grad or p.grad is not None for block in model.blocks for p in block.parameters())
 
 
-def run(imported, windows, work, **changes):
+def run(imported, windows, work, recompute=True, **changes):
     checkpoint, runner, prefix, params = setup(imported, **changes)
-    return train_prefix(checkpoint, prefix, *windows, params, runner, work, HEADER), prefix
+    return train_prefix(
+        checkpoint, prefix, *windows, params, Place(runner, Offload(None), work, HEADER, recompute=recompute)
+    ), prefix
 
 
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])
@@ -308,11 +312,19 @@ def test_a_killed_training_continues_with_the_same_bytes(killed_in, imported, wi
     assert [row["validation"] for row in resumed.history] == [row["validation"] for row in undisturbed.history]
 
 
+def test_kept_and_recomputed_activations_train_the_same_prefix(imported, windows, tmp_path):
+    easy = {"weights": {"kl": 0.0}, "learning_rate": 0.003}
+    kept, recomputed = (run(imported, windows, tmp_path / str(again), again, **easy)[0] for again in (False, True))
+    assert kept.best_epoch > 0
+    assert torch.equal(kept.embeddings, recomputed.embeddings)
+    assert kept.history == recomputed.history
+
+
 def test_an_unfinished_run_of_other_settings_is_not_continued(imported, windows, tmp_path, caplog):
     run(imported, windows, tmp_path)
     checkpoint, runner, prefix, params = setup(imported, epochs=1)
     other = make_header("prefix_training", {"test": 2})
-    trained = train_prefix(checkpoint, prefix, *windows, params, runner, tmp_path, other)
+    trained = train_prefix(checkpoint, prefix, *windows, params, Place(runner, Offload(None), tmp_path, other))
     assert trained.epochs == 1
     assert "had other settings or inputs" in caplog.text
 
@@ -374,7 +386,9 @@ def test_disabled_training_passes_the_found_prefix_on(imported, windows, tmp_pat
     for ids in (torch.tensor([7, 0]), torch.zeros(0, dtype=torch.int64)):
         found = {"token_ids": ids, "embeddings": checkpoint.embed(ids)}
         params = training(enabled=False)
-        candidates = make_candidates(checkpoint, found, *windows, params, runner, tmp_path, HEADER)
+        candidates = make_candidates(
+            checkpoint, found, *windows, params, Place(runner, Offload(None), tmp_path, HEADER)
+        )
         assert candidates.tensors.keys() == {"found.token_ids", "found.embeddings"}
         assert torch.equal(candidates.tensors["found.embeddings"], found["embeddings"])
         assert candidates.summary() == {"enabled": False, "prefix_tokens": len(ids)}
@@ -384,7 +398,7 @@ def test_candidates_and_their_report(imported, windows, tmp_path):
     checkpoint, runner, _, params = setup(imported, length=3, epochs=1)
     ids = torch.tensor([7, 0])
     found = {"token_ids": ids, "embeddings": checkpoint.embed(ids)}
-    candidates = make_candidates(checkpoint, found, *windows, params, runner, tmp_path, HEADER)
+    candidates = make_candidates(checkpoint, found, *windows, params, Place(runner, Offload(None), tmp_path, HEADER))
     tensors = candidates.tensors
     assert tensors["trained.embeddings"].shape == (3, 48)
     assert tensors["trained.initial_token_ids"].tolist() == [0, 7, 0]
@@ -396,4 +410,6 @@ def test_candidates_and_their_report(imported, windows, tmp_path):
     assert summary["validation_loss"]["after"] <= summary["validation_loss"]["before"]
     empty = {"token_ids": ids[:0], "embeddings": checkpoint.embed(ids[:0])}
     with pytest.raises(prefix_training.PrefixTrainingError, match=r"set prefix_training\.length"):
-        make_candidates(checkpoint, empty, *windows, training(length=None), runner, tmp_path / "b", HEADER)
+        make_candidates(
+            checkpoint, empty, *windows, training(length=None), Place(runner, Offload(None), tmp_path / "b", HEADER)
+        )

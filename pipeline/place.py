@@ -1,0 +1,31 @@
+"""Where a training run takes place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifacts import Header
+from pipeline.ranks import ALONE, Ranks
+from pipeline.streams import Offload
+from pipeline.walk import BlockRunner
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training run takes place.
+
+    Attributes:
+        runner: runs blocks, on its device.
+        offload: where streams are kept.
+        work: where what is finished is kept until the end; an unfinished run with the same header is continued.
+        header: of the artifact.
+        ranks: each runs its own windows; the first one writes.
+        recompute: whether blocks of a whole model are run again for the backward pass, so that only hidden states
+            between them are kept; changes nothing but time and memory.
+    """
+
+    runner: BlockRunner
+    offload: Offload
+    work: Path
+    header: Header
+    ranks: Ranks = ALONE
+    recompute: bool = True
