@@ -32,6 +32,7 @@ from pipeline.scale_search import (
 from pipeline.site_statistics import BlockStatistics
 from pipeline.walk import BlockRunner, batches
 
+_COLUMNS = 2048  # of a weight whose product with a Gram matrix is in memory
 SitePlan = dict[str, Any]  # the values of a site's params: bits, range, rounding, …
 
 
@@ -151,7 +152,7 @@ class _Chooser:
         change = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
-        error, energy = (((x @ hessian) * x).sum().item() for x in (change, weight))
+        error, energy = (_output_energy(x, hessian) for x in (change, weight))
         return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
 
     def _hessian(self, site: str, centered: bool) -> torch.Tensor:
@@ -224,6 +225,17 @@ def measure_block_error(
         found = runner.run(block, statistics.inputs[rows], prefix_kv)
         error += (found.float() - statistics.outputs[rows]).square().sum()
     return error.item()
+
+
+def _output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The sum of (W H) * W for a symmetric H, from its upper triangle, `_COLUMNS` at a time."""
+    total = 0.0
+    for start in range(0, weight.shape[1], _COLUMNS):
+        here = slice(start, start + _COLUMNS)
+        total += ((weight[:, here] @ hessian[here, here]) * weight[:, here]).sum().item()
+        if start:
+            total += 2 * ((weight[:, :start] @ hessian[:start, here]) * weight[:, here]).sum().item()
+    return total
 
 
 def _describe(search: ClipSearch) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch
 from conftest import init_params, open_model
 from test_rotation import rotate
 
+from pipeline import block_init
 from pipeline.block_init import choose_quantizers_
 from pipeline.quantized_block import fill_block, find_site_quantizers, load_block
 from pipeline.quantizer_init import plan_block
@@ -157,3 +158,11 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
         for site, kind in own.items():
             same = torch.equal(getattr(mixed.self_attn, site).weight, getattr(alike.self_attn, site).weight)
             assert same == (kind == centered), site
+
+
+@pytest.mark.parametrize("columns", [5, 7, 40])
+def test_the_energy_of_an_output_is_the_same_from_slices_of_the_hessian(columns, monkeypatch):
+    monkeypatch.setattr(block_init, "_COLUMNS", columns)
+    inputs, weight = torch.randn(60, 40, generator=GENERATOR), torch.randn(9, 40, generator=GENERATOR)
+    expected = (inputs.double() @ weight.double().T).square().sum().item()
+    assert block_init._output_energy(weight, inputs.T @ inputs) == pytest.approx(expected, rel=1e-5)
