@@ -80,13 +80,15 @@ def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     mean = hessian.diagonal()[order].mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     for _ in range(_ATTEMPTS):
-        # A matrix of an MLP's width is larger than its block: at most two of them beside the Hessian.
-        factor = hessian[order.unsqueeze(1), order]
+        # A matrix of an MLP's width is larger than its block: one beside the Hessian, its columns together in memory, and
+        # LAPACK works in place.
+        factor = hessian[order, order.unsqueeze(1)].mT
         factor.diagonal().add_(damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(factor)
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
         if not failed and torch.isfinite(torch.stack(factor.aminmax())).all():
             return InverseFactor(order, factor, damping)
         damping = max(damping, 1e-4) * _RAISE
