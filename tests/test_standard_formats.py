@@ -44,6 +44,8 @@ KINDS = {
     },
 }
 
+READ = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"]
+
 
 def write(imported, folder, family, changes, formats=("compressed-tensors",), drop=(), prefix=(), r4="identity"):
     checkpoint, _ = make_quantized(imported, folder, family, PLAIN | changes, prefix, r4=r4)
@@ -54,7 +56,7 @@ def write(imported, folder, family, changes, formats=("compressed-tensors",), dr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", READ)
 @torch.no_grad()
 def test_compressed_tensors_computes_the_same_logits(imported, tmp_path, family, kind):
     ours, folder, plans = write(imported, tmp_path, family, KINDS[kind])
@@ -88,7 +90,7 @@ def test_biases_that_correct_the_mean_error_of_weights_find_a_place_in_llama(imp
     assert (theirs(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 @torch.no_grad()
 def test_the_prefix_travels_as_an_adapter(imported, tmp_path, family):
     formats = ("compressed-tensors", "peft")
