@@ -80,9 +80,9 @@ def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     mean = hessian.diagonal()[order].mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     for _ in range(_ATTEMPTS):
-        # A matrix of an MLP's width is larger than its block: one beside the Hessian, its columns together in memory,
-        # so that LAPACK works in place.
-        factor = hessian[order, order.unsqueeze(1)].mT
+        # A matrix of an MLP's width is larger than its block: one beside the Hessian, its columns together in memory
+        # (they are its rows), so that LAPACK works in place.
+        factor = hessian[order.unsqueeze(1), order].mT
         factor.diagonal().add_(damping * mean)
         failed = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
