@@ -195,7 +195,7 @@ def plan_quantizer_init(
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
     block = sizes.numbers * sizes.item
     recording = square + max(sizes.forward(batch), sizes.forward(sampled))
-    rounding = 2 * square + 5 * 4 * sizes.hidden * sizes.inner
+    rounding = square + 5 * 4 * sizes.hidden * sizes.inner
     assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
     work = max(block + grams + samples + max(recording, rounding), assembling)
     disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(tokens)
