@@ -19,6 +19,7 @@ from benchmarks.workspace import Workspace, append_row, make_parser, override, r
 OUTLIER_LOSS = {
     "loss_type": "outlier",
     "learning_rate": 1e-3,
+    "batch_size": 2,
     "weights.kl": 0.0,
     "weights.diversity": 0.05,
     "weights.magnitude": 0.01,
@@ -40,6 +41,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "found, repeated to 8": {"prefix.use": "found", "prefix.length": 8, "prefix_training.enabled": True},
     "trained, as many tokens as found": _trained(length=None),
     "trained, 16 tokens": _trained(length=16),
+    "trained, two windows a step": _trained(batch_size=2),
+    "trained, rate 3e-2": _trained(learning_rate=3e-2),
     "trained, quantizers only measured": _trained(simulate=False, **{"weights.quantization": 1.0, "weights.kl": 0.1}),
     "trained, l2": _trained(**OUTLIER_LOSS | {"loss_type": "l2"}),
     "trained, var": _trained(**OUTLIER_LOSS | {"loss_type": "var"}),
