@@ -243,7 +243,6 @@ def _finetune_block(
     """Train one block and move its inputs, the quantized streams, behind it; its report and its tensors."""
     architecture, runner = models.initial.architecture, place.runner
     block = load_block(models.initial, index, runner.device)
-    before = {name: block.get_submodule(name).weight for name in architecture.linears}
     weights = None
     if params.start == "full_precision":
         weights = use_full_precision_(block, models.rotated, models.initial, index)
@@ -258,14 +257,16 @@ def _finetune_block(
     runner.advance_(block, data["validation"].inputs, prefix_kv)
     if outcome.failure:
         logger.warning("block %d: %s; it keeps its state of epoch %d", index, outcome.failure, outcome.best_epoch)
-    changed = sum((block.get_submodule(name).weight != weight).sum().item() for name, weight in before.items())
+    before = models.initial.load_block_tensors(index)  # read again rather than kept while training
+    pairs = [(block.get_submodule(name).weight, before[f"{name}.weight"]) for name in architecture.linears]
+    changed = sum((after.cpu() != weight).sum().item() for after, weight in pairs)
     losses = [row["validation"] for row in outcome.history]
     report = {
         "validation_before": losses[0],
         "validation_after": losses[outcome.best_epoch],
         "best_epoch": outcome.best_epoch,
         "failure": outcome.failure,
-        "changed_integers": changed / sum(weight.numel() for weight in before.values()),
+        "changed_integers": changed / sum(weight.numel() for _, weight in pairs),
         "history": outcome.history,
         "saturation": saturation,
     }
