@@ -53,7 +53,7 @@ class Workspace:
         folder.mkdir()
         (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         for name, path in upstream.items():
-            for out in stages[name]["outs"]:
+            for out in _list_written(stages[name]):
                 (folder / out).parent.mkdir(parents=True, exist_ok=True)
                 (folder / out).symlink_to(path / out)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -143,11 +143,15 @@ def append_row(path: Path | None, rows: dict[str, Any], name: str, values: dict[
         write_json(path, rows)
 
 
+def _list_written(stage: dict[str, Any]) -> list[str]:
+    return [*stage["outs"], *(path for metrics in stage.get("metrics", []) for path in metrics)]
+
+
 def _producers(stages: dict[str, dict[str, Any]], spec: dict[str, Any]) -> list[str]:
     """The stages whose outs `spec` depends on: an out is a dependency, holds one, or lies in one."""
     found = []
     for name, stage in stages.items():
-        for out in stage["outs"]:
+        for out in _list_written(stage):
             if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in spec["deps"]):
                 found.append(name)
     return found
