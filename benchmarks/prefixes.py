@@ -6,8 +6,9 @@
 
 Columns: the largest ratio over layers of a window's largest token maximum to the median, and of outlier tokens per
 window (input of down_proj, validation windows); perplexity in full precision with the prefix; perplexity quantized as
-params.yaml says, without training of anything but the prefix. Mean over seeds ± their standard deviation. The last
-columns are the ratio to the found prefix with the same seed: what calibration text does to both cancels.
+params.yaml says, without training of anything but the prefix, and its divergence from the original model in nats. Mean
+over seeds ± their standard deviation. The last columns are ratios to the found prefix with the same seed: what
+calibration text does to both cancels.
 """
 
 import statistics
@@ -72,39 +73,64 @@ def measure(workspace: Workspace, params: dict[str, Any]) -> dict[str, Any]:
     """One row for one seed: outliers, perplexities, and what training took."""
     training = workspace.metrics("prefix_training", params)
     candidate = params["prefix"]["use"]
+    quantized = workspace.metrics("evaluation@quantizer_init", params)
     return {
         "ratio": training["top1_median_ratio"][candidate],
         "outliers": training["outlier_tokens_per_window"][candidate],
         "full_precision": workspace.metrics("evaluation@original_prefix", params)["perplexity"],
-        "quantized": workspace.metrics("evaluation@quantizer_init", params)["perplexity"],
+        "quantized": quantized["perplexity"],
+        "divergence": quantized["kl"],
         "seconds": training["seconds"],
         "peak_rss_gib": training["peak_rss_gib"],
     }
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table: a line per prefix, mean ± standard deviation over the seeds there are."""
+    """Two Markdown tables with a line per prefix, mean ± standard deviation over the seeds there are.
+
+    The second one is of ratios, each to the found prefix with the same seed.
+    """
     corpora = list(next(iter(rows.values()))["quantized"])
-    names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, row in rows.items():
+        name, _, seed = key.rpartition("/")
+        by_name.setdefault(name, {})[seed] = row
+    kinds = {"full_precision": "full precision", "quantized": "quantized", "divergence": "KL"}
     head = ["prefix", "seeds", "top-1 / median", "outliers"]
-    head += [f"full precision, {corpus}" for corpus in corpora] + [f"quantized, {corpus}" for corpus in corpora]
-    head += [f"to found, {corpus}" for corpus in corpora]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for name in names:
-        own = {key.rpartition("/")[2]: row for key, row in rows.items() if key.rpartition("/")[0] == name}
-        cells = [name, str(len(own)), _spread([r["ratio"] for r in own.values()], 0)]
+    head += [f"{title}, {corpus}" for title in kinds.values() for corpus in corpora]
+    lines = []
+    for name, own in by_name.items():
+        cells = [name, str(len(own)), _spread([row["ratio"] for row in own.values()], 0)]
         cells.append(_spread([row["outliers"] for row in own.values()], 2))
-        for kind in ("full_precision", "quantized"):
-            cells += [_spread([row[kind][corpus] for row in own.values()], 2) for corpus in corpora]
-        for corpus in corpora:
-            pairs = [(row, rows.get(f"found/{seed}")) for seed, row in own.items()]
-            ratios = [row["quantized"][corpus] / found["quantized"][corpus] for row, found in pairs if found]
-            cells.append(_spread(ratios, 3) if ratios else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for kind in kinds:
+            digits = 3 if kind == "divergence" else 2
+            cells += [_spread([row[kind][corpus] for row in own.values()], digits) for corpus in corpora]
+        lines.append(cells)
+    table = _format_lines(head, lines)
+    if "found" not in by_name:
+        return table
+    compared = {kind: title for kind, title in kinds.items() if kind != "full_precision"}
+    head = ["to the found prefix", "seeds"]
+    head += [f"{title}, {corpus}" for title in compared.values() for corpus in corpora]
+    lines = []
+    for name, own in by_name.items():
+        pairs = [(row, found) for seed, row in own.items() if (found := by_name["found"].get(seed))]
+        cells = [name, str(len(pairs))]
+        for kind in compared:
+            for corpus in corpora:
+                cells.append(_spread([row[kind][corpus] / found[kind][corpus] for row, found in pairs], 3))
+        lines.append(cells)
+    return f"{table}\n\n{_format_lines(head, lines)}"
+
+
+def _format_lines(head: list[str], lines: list[list[str]]) -> str:
+    texts = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
+    return "\n".join([texts[0], "| --- |" + " ---: |" * (len(head) - 1), *texts[1:]])
 
 
 def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -101,7 +101,20 @@ PARAMS = {
     "finetuning.batch_size": 1,
 }
 
-
+# Packing takes the same whatever rounded the weights, so that it need not wait for GPTQ and fine-tuning.
+ROW_PARAMS = {
+    "export": {
+        "quantizer_init.weights.rounding": "rtn",
+        "quantizer_init.weights.range": "max",
+        "quantizer_init.activations.range": "max",
+        "quantizer_init.keys.range": "max",
+        "quantizer_init.values.range": "max",
+        "quantizer_init.equalize": False,
+        "finetuning.start": "quantizer_init",
+        "finetuning.weight_lr": 0.0,
+        "finetuning.epochs": 0,
+    }
+}
 # The official command line's: 512 x 1024 tokens, 20 epochs.
 WHOLE = {
     "calibration.train.windows": 512,
@@ -135,14 +148,15 @@ def main() -> None:
         source = make_model(workspace.folder / "source", SHAPES[name])
         params = override(read_params(), PARAMS | {"model.source": str(source)})
         for stage in wanted:
-            append_row(arguments.json, rows, f"{name}/{stage}", measure(workspace, stage, params))
+            own = override(params, ROW_PARAMS.get(stage, {}))
+            append_row(arguments.json, rows, f"{name}/{stage}", measure(workspace, stage, own))
         shutil.rmtree(workspace.folder)
     print(format_table(rows))
 
 
 def has_row(model: str, stage: str) -> bool:
-    """A block of 70B is not fine-tuned here, so that nothing behind fine-tuning runs on it."""
-    return model != "llama-3-70b" or stage not in ("finetuning", "evaluation@finetuning", "export")
+    """A block of 70B is not fine-tuned here."""
+    return model != "llama-3-70b" or stage not in ("finetuning", "evaluation@finetuning")
 
 
 def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
@@ -238,14 +252,13 @@ class Work:
 
 
 def count_pass(sizes: Sizes, tokens: int, length: int) -> float:
-    """Operations of a forward pass of all blocks: a multiplication and an addition a parameter, scores, their sums."""
-    return sizes.blocks * tokens * (2 * sizes.numbers + 4 * length * sizes.queries / 2)
+    """Operations of a pass through all blocks: 2 a parameter and token, 4 a query's number and token that it sees."""
+    return sizes.blocks * tokens * (2 * sizes.numbers + 2 * length * sizes.queries)
 
 
 def count_gptq(sizes: Sizes, tokens: int) -> Work:
     """Operations of Gram matrices [n, n], their factorised inverses (n³) and the updates of m rows (m n²)."""
-    kv = sizes.keys
-    linears = [(sizes.hidden, sizes.queries + 2 * kv), (sizes.queries, sizes.hidden)]
+    linears = [(sizes.hidden, sizes.queries + 2 * sizes.keys), (sizes.queries, sizes.hidden)]
     linears += [(sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)]
     grams = sum(2 * n**2 * tokens for n, _ in linears)
     solved = sum(n**3 + m * n**2 for n, m in linears)
@@ -282,11 +295,13 @@ def plan_whole_models(tflops: float) -> str:
         }
         for stage, need in needs.items():
             host, gpu, disk = (size / GIB for size in (need.memory, need.gpu, need.disk))
-            line = f"| {name}, {blocks} blocks | {stage} | {host:.1f} | {gpu:.1f} | {disk:.0f} |"
-            if (own := work.get(stage)) is not None:
-                line += f" {(own.shared + own.own) / 1e15:.1f} |"
-                line += "".join(f" {own.minutes(gpus, tflops):.1f} |" for gpus in (1, 8))
-            lines.append(line if own else line + " | | |")
+            cells = [f"{name}, {blocks} blocks", stage, f"{host:.1f}", f"{gpu:.1f}", f"{disk:.0f}"]
+            if own := work.get(stage):
+                minutes = [own.minutes(gpus, tflops) for gpus in (1, 8)]
+                cells += [f"{value:.1f}" for value in ((own.shared + own.own) / 1e15, *minutes)]
+            else:
+                cells += ["", "", ""]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from pipeline.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.divergence import mean_divergence
 from pipeline.params import EndToEndParams
-from pipeline.place import Place
+from pipeline.place import Place, run_differentiably
 from pipeline.quantized_block import block_settings, fill_block
 from pipeline.streams import Stream
 from pipeline.trainable import freeze_, unfreeze_
@@ -82,10 +81,8 @@ class EndToEndTrainer(Trainer):
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
-            if self.place.recompute:
-                hidden = recompute(self.runner.run, self.blocks[index], hidden, own_prefix, use_reentrant=False)
-            else:
-                hidden = self.runner.run(self.blocks[index], hidden, own_prefix)
+            own = self.blocks[index], hidden, own_prefix
+            hidden = run_differentiably(self.place.recompute, self.runner.run, *own)
         normed, exact = self.norm(hidden), data.exact[rows].to(self.device)
         return torch.stack(
             [

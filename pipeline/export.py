@@ -148,7 +148,8 @@ def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[d
         block = load_block(checkpoint, index)
         pack_block_(block, architecture)
         prefix = architecture.tensor_prefix(index)
-        yield {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        # Copies: a view of the smallest tensor would keep the whole block's file in memory.
+        yield {prefix + name: tensor.clone() for name, tensor in block.state_dict().items()}
 
 
 def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[str, int]) -> dict[str, Any]:

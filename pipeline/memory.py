@@ -173,11 +173,11 @@ def plan_prefix_training(
         return Need(current_rss_gib() * GIB, 0, 0, 0)
     batch = params.batch_size * (length + (params.length or 0))
     heads = sizes.table + 5 * sizes.logits if params.weights.kl else 0
-    model = 2 * sizes.blocks * sizes.numbers * sizes.item + sizes.table  # measured: blocks as read and as run
+    model = 2 * (sizes.blocks * sizes.numbers * sizes.item + sizes.table)  # measured: as read and as run
     streams = sizes.stream(tokens) if params.weights.kl else 0
     # Frozen weights need no inputs for the backward pass: less is kept than where scales are trained.
-    kept = _need(model + heads + 0.7 * sizes.kept_graphs(batch), streams, on_gpu)
-    if fits(kept, runtime, on_gpu):
+    kept = _need(model + heads + 0.75 * sizes.kept_graphs(batch), streams, on_gpu)
+    if fits(kept, memory_limit(runtime), on_gpu):
         return kept
     again = sizes.blocks * batch * sizes.hidden * 4 + 0.85 * sizes.graph(batch)
     return replace(_need(model + heads + again, streams, on_gpu), recompute=True)
@@ -268,12 +268,12 @@ def plan_finetuning(
     if not params.end_to_end.enabled:
         return need
     # Who always asks for files wants memory for something else.
-    return need if fits(need, runtime, on_gpu) and runtime.offload != "always" else put_together(recompute=True)
+    return need if fits(need, limit, on_gpu) and runtime.offload != "always" else put_together(recompute=True)
 
 
-def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:
-    """Whether there is room for what stays in memory, on the GPU or here."""
-    return need.gpu <= gpu_limit() if on_gpu else need.memory <= memory_limit(runtime)
+def fits(need: Need, limit: float, on_gpu: bool) -> bool:
+    """Whether there is room for what stays in memory, on the GPU or, within `limit` bytes, here."""
+    return need.gpu <= gpu_limit() if on_gpu else need.memory <= limit
 
 
 def gpu_limit() -> float:

@@ -1,7 +1,11 @@
-"""Where a training run takes place."""
+"""Where a training run takes place, and what it keeps for the backward pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint as run_again
 
 from pipeline.artifacts import Header
 from pipeline.ranks import ALONE, Ranks
@@ -29,3 +33,8 @@ class Place:
     header: Header
     ranks: Ranks = ALONE
     recompute: bool = True
+
+
+def run_differentiably(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args); for the backward pass it is run again, or all it needs is kept."""
+    return run_again(function, *args, use_reentrant=False) if recompute else function(*args)

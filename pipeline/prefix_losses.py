@@ -117,15 +117,16 @@ class QuantizationMeasure:
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.bits, self.simulate = params.bits, params.simulate
+        self.counts = params.weights.quantization > 0  # otherwise it is reported, and nothing kept for its gradient
         architecture = checkpoint.architecture
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
         self.signs = signs.float()
-        names = {"attention_input": architecture.attention_norm, "mlp_input": architecture.mlp_norm}
-        folded = names if architecture.rotates_residual else {}
+        folded = _RESIDUAL_READERS if architecture.rotates_residual else ()
+        names = {site: f"{architecture.input_norm(site)}.weight" for site in folded}
         self.norms: list[dict[str, torch.Tensor]] = []
         for index in range(checkpoint.block_count):
-            tensors = checkpoint.load_block_tensors(index)
-            self.norms.append({site: tensors[f"{name}.weight"].float() for site, name in folded.items()})
+            tensors = checkpoint.load_block_tensors(index) if names else {}
+            self.norms.append({site: tensors[name].float() for site, name in names.items()})
         self.heads = checkpoint.config.num_attention_heads
         self._scales: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -170,7 +171,8 @@ class QuantizationMeasure:
             self._scales[key] = self._search(values.movedim(1, 0).flatten(1) if per_head else values.flatten()[None])
         scale = self._scales[key]
         quantized = fake_quantize(centered, scale.view(-1, 1, 1) if per_head else scale, self.bits)
-        error = (quantized - centered).square().sum() / centered.detach().square().sum().clamp_min(1e-30)
+        left, wanted = (quantized, centered) if self.counts else (quantized.detach(), centered.detach())
+        error = (left - wanted).square().sum() / wanted.detach().square().sum().clamp_min(1e-30)
         return quantized + mean, error
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:

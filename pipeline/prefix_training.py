@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as run_again
 
 from pipeline.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.checkpoint import Checkpoint
 from pipeline.divergence import mean_divergence
 from pipeline.errors import PipelineError
 from pipeline.params import PrefixTrainingParams
-from pipeline.place import Place
+from pipeline.place import Place, run_differentiably
 from pipeline.prefix import PREFIX, resize_rows
 from pipeline.prefix_losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix_search import measure_outliers
@@ -345,10 +344,7 @@ class FrozenModel:
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
         for index in range(len(self.blocks)):
-            if self.recompute:
-                hidden, terms = run_again(self._run_block, index, hidden, use_reentrant=False)
-            else:
-                hidden, terms = self._run_block(index, hidden)
+            hidden, terms = run_differentiably(self.recompute, self._run_block, index, hidden)
             if index in self.layers:
                 collected.append(terms)
         means = torch.stack(collected).mean(0)

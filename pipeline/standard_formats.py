@@ -237,7 +237,8 @@ class _Layers:
             for name, tensor in block.state_dict().items():
                 if "_proj." not in name and "quantizer." not in name:
                     part[prefix + name] = tensor
-            yield part
+            # Copies, as in `export.py`, and safetensors refuses what is shared.
+            yield {name: tensor.clone() for name, tensor in part.items()}
 
     def _name_tensors(
         self, linear: QuantizedLinear, site: ActivationQuantizer, name: str, has_bias: bool
@@ -260,7 +261,7 @@ class _Layers:
             tensors["weight_zero_point"] = pack_words(zero_points, spec.bits, False).T
         inputs = site.spec if self.with_activations else QuantizerSpec()
         if inputs.enabled and not inputs.dynamic:
-            tensors["input_scale"] = site.scale.clone()  # safetensors refuses what is shared
+            tensors["input_scale"] = site.scale
             if not inputs.symmetric:
                 offset = integer_range(inputs.bits)[0]  # integers are signed there
                 tensors["input_zero_point"] = (site.zero_point + offset).to(torch.int8)

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pipeline.hf
 from pipeline.artifacts import load_tensors, make_header, save_tensors
-from pipeline.export import drop_start_token_, export_model, parse_size
+from pipeline.export import drop_start_token_, export_model, parse_size, write_shards
 from pipeline.hf import ExportError
 from pipeline.packed_block import PackedLinear
 from pipeline.prefix import load_prefix_kv
 from pipeline.prefixed_model import assemble_model
 from pipeline.quantized_model import check_folder, load, use_integers_
 
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks into /proc")
 FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"]
 RESULTS = {"original": {"perplexity": {"prose": 2.5}, "settings": {"windows": {"prose": 2}, "targets_per_window": 47}}}
 TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3))
@@ -52,6 +54,37 @@ def test_what_is_loaded_is_what_was_evaluated(imported, tmp_path, family, kind):
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(TEXT, **options), evaluated.generate(TEXT, **options))
     assert tokenizer("The house")["input_ids"] == open_model(imported[family])[0].tokenizer("The house")["input_ids"]
+
+
+@NEEDS_PROC
+def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path, monkeypatch):
+    """A view of one small tensor keeps mapped all of the block's file that it was read from."""
+    collected = collect_parts(monkeypatch, "pipeline.export")
+    make_export(imported, tmp_path)
+    check_parts(collected)
+
+
+def collect_parts(monkeypatch, module):
+    """The list that parts written by `module` will go to."""
+    collected = []
+
+    def write(parts, *args):
+        collected.extend(parts)
+        return write_shards(collected, *args)
+
+    monkeypatch.setattr(f"{module}.write_shards", write)
+    return collected
+
+
+def check_parts(parts):
+    """Nothing of a block lies in a file."""
+    blocks = parts[1:]
+    assert len(blocks) == 3
+    files = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            files.append(range(*(int(end, 16) for end in line.split()[0].split("-"))))
+    assert not any(tensor.data_ptr() in file for part in blocks for tensor in part.values() for file in files)
 
 
 @torch.no_grad()

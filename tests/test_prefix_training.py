@@ -118,11 +118,24 @@ def test_only_values_beyond_the_range_get_a_gradient_from_quantization(imported)
     x = torch.randn(1, 200, 8, generator=GENERATOR)
     x[0, 0, 0] = 20.0
     x.requires_grad_()
-    QuantizationMeasure(checkpoint, training(bits=4)).quantize(x)[1].backward()
+    QuantizationMeasure(checkpoint, training(bits=4, weights={"quantization": 1.0})).quantize(x)[1].backward()
     moved = x.grad.abs() > 1e-5 * x.grad.abs().max()
     assert moved[0, 0, 0]
     assert x.grad[0, 0, 0] > 0  # smaller is better
     assert moved.float().mean() < 0.2
+
+
+def test_an_error_that_does_not_count_is_measured_all_the_same_and_nothing_is_kept_for_it(imported):
+    checkpoint, _ = open_model(imported["llama_tied"])
+    x = torch.randn(1, 50, 8, generator=GENERATOR, requires_grad=True)
+    (kept, counted), (left, reported) = (
+        QuantizationMeasure(checkpoint, training(weights={"quantization": weight})).quantize(x) for weight in (1.0, 0.0)
+    )
+    assert torch.equal(kept, left)
+    assert left.requires_grad
+    assert reported.item() == counted.item() > 0
+    assert counted.requires_grad
+    assert not reported.requires_grad
 
 
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])

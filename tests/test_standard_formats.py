@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from conftest import read_json
 from peft import PeftModel
+from test_export import NEEDS_PROC, check_parts, collect_parts
 from test_prefixed_model import make_quantized
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
@@ -53,6 +54,13 @@ def write(imported, folder, family, changes, formats=("compressed-tensors",), dr
     place = folder / "formats", list(formats), list(drop)
     plans = write_formats(checkpoint, kv, *place, "5GB", make_header("export", {}))
     return assemble_model(checkpoint, kv), folder / "formats", plans
+
+
+@NEEDS_PROC
+def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path, monkeypatch):
+    collected = collect_parts(monkeypatch, "pipeline.standard_formats")
+    write(imported, tmp_path, "llama_untied_biases", {})
+    check_parts(collected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
