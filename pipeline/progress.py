@@ -26,6 +26,11 @@ T = TypeVar("T")
 _bars: list[tqdm] = []
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
+_MKL_FUNCTIONS = (
+    *(torch.acos, torch.asin, torch.atan, torch.cos, torch.sin, torch.tan, torch.tanh, torch.erf, torch.erfc),
+    *(torch.erfinv, torch.exp, torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sqrt, torch.trunc),
+)
+
 
 class DeviceError(PipelineError):
     """The device asked for is not there."""
@@ -44,6 +49,7 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    settle_kernels()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -56,6 +62,19 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
     metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
     write_json(metrics_path, metrics)
     logger.info("%s: %s", name, ", ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
+
+
+def settle_kernels() -> None:
+    """Call each elementwise function that oneMKL computes once, on one number and so on one thread.
+
+    oneMKL looks for a function's kernel in its first call. Where several threads make that call at once, one of them
+    may get a kernel of low precision for its share (https://github.com/pytorch/pytorch/issues/188792): RoPE's cosines
+    of half of the positions, and with them all results, then differ from those of any other run.
+    """
+    for dtype in (torch.float32, torch.float64):
+        number = torch.full((1,), 0.5, dtype=dtype)
+        for function in _MKL_FUNCTIONS:
+            function(number)
 
 
 def run_main(main: Callable[[], None]) -> None:

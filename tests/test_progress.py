@@ -3,8 +3,11 @@
 import io
 
 import pytest
+import torch
+from conftest import ROOT, read_json
 
 from pipeline import progress
+from pipeline.params import load_params
 
 
 @pytest.fixture
@@ -32,3 +35,18 @@ def test_a_bar_that_is_left_early_is_gone(postfixes):
     progress.note_progress(loss=1.0)
     assert postfixes == []
     assert list(progress.show_progress(iter("abc"), 3, "whole")) == ["a", "b", "c"]
+
+
+def test_no_stage_begins_before_every_elementwise_function_has_been_called_on_one_thread(tmp_path, monkeypatch):
+    calls = []
+
+    def spy(function):
+        return lambda x: calls.append((function.__name__, x.dtype, x.numel())) or function(x)
+
+    monkeypatch.setattr(progress, "_MKL_FUNCTIONS", [spy(function) for function in progress._MKL_FUNCTIONS])
+    with progress.run_stage("model", tmp_path / "metrics.json", load_params(ROOT / "params.yaml").runtime) as metrics:
+        metrics["calls"] = len(calls)
+    for name in ("cos", "sin", "exp", "log", "sqrt", "tanh", "erf"):
+        for dtype in (torch.float32, torch.float64):
+            assert calls.count((name, dtype, 1)) == 1
+    assert read_json(tmp_path / "metrics.json")["calls"] == len(calls)
