@@ -207,7 +207,7 @@ def plan_export(checkpoint: Checkpoint, shard: int) -> Need:
     sizes = Sizes.of(checkpoint)
     tables = 2 * sizes.vocabulary * sizes.hidden * 2
     packed = sizes.blocks * sizes.numbers // 2 + tables
-    return _need(min(packed, max(shard, tables)) + 2 * sizes.numbers, 0, on_gpu=False)
+    return _need(min(packed, max(shard, tables)) + sizes.numbers, 0, on_gpu=False)
 
 
 def own_tokens(windows: int, length: int, processes: int) -> int:
