@@ -7,7 +7,8 @@
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
 a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
 blocks in float32; what `--plan` said; seconds, and those in plain forwards of the same tokens through the same blocks
-(the original model's, timed in the same run). A model's folder is deleted when its rows are done.
+(the original model's, timed in the same run). What `export` packs was rounded to nearest. A model's folder is deleted
+when its rows are done.
 
 --whole is what `--plan` says of memory and disk, and operations counted from shapes: 2 a parameter and token a pass,
 two streams for statistics, targets and reference, 3 x 1.6 passes for each of 20 epochs (`python -m
@@ -313,7 +314,8 @@ def format_table(rows: dict[str, Any]) -> str:
     ]
     for key, row in rows.items():
         model, _, stage = key.partition("/")
-        name = f"{model}, {SHAPES[model]['num_hidden_layers']} blocks of {row['block_gib']:.2f} GiB"
+        count = SHAPES[model]["num_hidden_layers"]
+        name = f"{model}, {count} block{'s' if count > 1 else ''} of {row['block_gib']:.2f} GiB"
         lines.append(
             f"| {name} | {stage} | {row['peak_rss_gib']:.2f} | {row['limit_gib']:.2f} | {BLOCKS[stage]} | "
             f"{row['planned_gib']:.2f} | {row['seconds']:.0f} | {row['seconds'] / row['forward_seconds']:.1f} |"
