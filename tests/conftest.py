@@ -103,6 +103,24 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Behind `pytest -m families`: a table of families and what was checked on each."""
+    if config.option.markexpr != "families":
+        return
+    table: dict[str, dict[str, str]] = {}
+    for outcome in ("passed", "skipped", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            check, _, family = report.nodeid.rpartition("::test_")[2].removesuffix("]").partition("[")
+            table.setdefault(family, {})[check.replace("_", " ")] = outcome
+    checks = sorted({check for own in table.values() for check in own})
+    terminalreporter.section("families")
+    for number, check in enumerate(checks, start=1):
+        terminalreporter.line(f"({number}) {check}")
+    for family, own in sorted(table.items()):
+        cells = "  ".join(f"({number}) {own.get(check, '-'):7}" for number, check in enumerate(checks, start=1))
+        terminalreporter.line(f"{family:24}{cells}".rstrip())
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
