@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 from benchmarks.quality import SIZES
-from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
+from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
 
 OUTLIER_LOSS = {
     "loss_type": "outlier",
@@ -106,7 +106,7 @@ def format_table(rows: dict[str, Any]) -> str:
             digits = 3 if kind == "divergence" else 2
             cells += [_spread([row[kind][corpus] for row in own.values()], digits) for corpus in corpora]
         lines.append(cells)
-    table = _format_lines(head, lines)
+    table = format_markdown(head, lines)
     if "found" not in by_name:
         return table
     compared = {kind: title for kind, title in kinds.items() if kind != "full_precision"}
@@ -120,12 +120,7 @@ def format_table(rows: dict[str, Any]) -> str:
             for corpus in corpora:
                 cells.append(_spread([row[kind][corpus] / found[kind][corpus] for row, found in pairs], 3))
         lines.append(cells)
-    return f"{table}\n\n{_format_lines(head, lines)}"
-
-
-def _format_lines(head: list[str], lines: list[list[str]]) -> str:
-    texts = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
-    return "\n".join([texts[0], "| --- |" + " ---: |" * (len(head) - 1), *texts[1:]])
+    return f"{table}\n\n{format_markdown(head, lines)}"
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
+from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
 from pipeline.checkpoint import CONFIG, Checkpoint, build_skeleton
 from pipeline.memory import (
     GIB,
@@ -308,19 +308,25 @@ def plan_whole_models(tflops: float) -> str:
 
 def format_table(rows: dict[str, Any]) -> str:
     """A Markdown table, a line per model and stage."""
-    lines = [
-        "| model | stage | peak RSS, GiB | limit, GiB | k | --plan, GiB | seconds | in plain forwards |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["model", "stage", "peak RSS, GiB", "limit, GiB", "k", "--plan, GiB", "seconds", "in plain forwards"]
+    lines = []
     for key, row in rows.items():
         model, _, stage = key.partition("/")
         count = SHAPES[model]["num_hidden_layers"]
         name = f"{model}, {count} block{'s' if count > 1 else ''} of {row['block_gib']:.2f} GiB"
         lines.append(
-            f"| {name} | {stage} | {row['peak_rss_gib']:.2f} | {row['limit_gib']:.2f} | {BLOCKS[stage]} | "
-            f"{row['planned_gib']:.2f} | {row['seconds']:.0f} | {row['seconds'] / row['forward_seconds']:.1f} |"
+            [
+                name,
+                stage,
+                f"{row['peak_rss_gib']:.2f}",
+                f"{row['limit_gib']:.2f}",
+                f"{BLOCKS[stage]}",
+                f"{row['planned_gib']:.2f}",
+                f"{row['seconds']:.0f}",
+                f"{row['seconds'] / row['forward_seconds']:.1f}",
+            ]
         )
-    return "\n".join(lines)
+    return format_markdown(head, lines, titles=2)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,12 @@ def append_row(path: Path | None, rows: dict[str, Any], name: str, values: dict[
         write_json(path, rows)
 
 
+def format_markdown(head: list[str], lines: list[list[str]], titles: int = 1) -> str:
+    """A Markdown table: the first `titles` columns to the left, numbers to the right."""
+    texts = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
+    return "\n".join([texts[0], "|" + " --- |" * titles + " ---: |" * (len(head) - titles), *texts[1:]])
+
+
 def _list_written(stage: dict[str, Any]) -> list[str]:
     return [*stage["outs"], *(path for metrics in stage.get("metrics", []) for path in metrics)]
 

@@ -81,8 +81,7 @@ class EndToEndTrainer(Trainer):
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
-            own = self.blocks[index], hidden, own_prefix
-            hidden = run_differentiably(self.place.recompute, self.runner.run, *own)
+            hidden = run_differentiably(self.place.recompute, self.runner.run, self.blocks[index], hidden, own_prefix)
         normed, exact = self.norm(hidden), data.exact[rows].to(self.device)
         return torch.stack(
             [

@@ -117,7 +117,6 @@ class QuantizationMeasure:
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.bits, self.simulate = params.bits, params.simulate
-        self.counts = params.weights.quantization > 0  # otherwise it is reported, and nothing kept for its gradient
         architecture = checkpoint.architecture
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
         self.signs = signs.float()
@@ -171,8 +170,7 @@ class QuantizationMeasure:
             self._scales[key] = self._search(values.movedim(1, 0).flatten(1) if per_head else values.flatten()[None])
         scale = self._scales[key]
         quantized = fake_quantize(centered, scale.view(-1, 1, 1) if per_head else scale, self.bits)
-        left, wanted = (quantized, centered) if self.counts else (quantized.detach(), centered.detach())
-        error = (left - wanted).square().sum() / wanted.detach().square().sum().clamp_min(1e-30)
+        error = (quantized - centered).square().sum() / centered.detach().square().sum().clamp_min(1e-30)
         return quantized + mean, error
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:

@@ -280,6 +280,8 @@ class FrozenModel:
         self.table = checkpoint.scale_embeddings(checkpoint.load_tensor(checkpoint.architecture.embedding))
         self.table_norm = self.table.float().norm(dim=-1).max().item()
         self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
+        weights = params.weights.model_dump()
+        self._counts = any(weights[name] for name in self.measure.names)
         self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
         self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
         self._terms: list[torch.Tensor] | None = None  # of the block that runs; None: nobody is looking
@@ -296,7 +298,8 @@ class FrozenModel:
                 return x
             before, behind = x[..., : self._prefix_tokens, :], x[..., self._prefix_tokens :, :]
             seen, terms = self.measure.see(index, site, behind.float())
-            self._terms.append(terms)
+            # Without weight terms are reported, and nothing is kept for their gradient.
+            self._terms.append(terms if self._counts else terms.detach())
             return torch.cat((before, seen.to(x.dtype)), dim=-2)
 
         def watch_input(site: str, name: str) -> None:

@@ -125,19 +125,6 @@ def test_only_values_beyond_the_range_get_a_gradient_from_quantization(imported)
     assert moved.float().mean() < 0.2
 
 
-def test_an_error_that_does_not_count_is_measured_all_the_same_and_nothing_is_kept_for_it(imported):
-    checkpoint, _ = open_model(imported["llama_tied"])
-    x = torch.randn(1, 50, 8, generator=GENERATOR, requires_grad=True)
-    (kept, counted), (left, reported) = (
-        QuantizationMeasure(checkpoint, training(weights={"quantization": weight})).quantize(x) for weight in (1.0, 0.0)
-    )
-    assert torch.equal(kept, left)
-    assert left.requires_grad
-    assert reported.item() == counted.item() > 0
-    assert counted.requires_grad
-    assert not reported.requires_grad
-
-
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])
 def test_losses_look_behind_the_prefix_only_and_equal_the_models_own_activations(loss_type, imported, windows):
     """Terms measured through the walk are those of transformers' forward over prefix and tokens."""
@@ -212,6 +199,22 @@ def test_kl_is_the_divergence_from_the_original_without_a_prefix(imported, windo
         embedded = torch.cat((prefix.expand(4, -1, -1), original.model.embed_tokens(windows[0])), dim=1)
         ours = original(inputs_embeds=embedded).logits[:, 2:].log_softmax(-1)
     assert found.item() == pytest.approx((exact.exp() * (exact - ours)).sum(-1).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])
+def test_terms_that_do_not_count_are_measured_all_the_same_and_nothing_is_kept_for_them(loss_type, imported, windows):
+    checkpoint, runner, prefix, params = setup(imported, loss_type=loss_type)
+    names = FrozenModel(checkpoint, runner, params).measure.names
+    found = []
+    for weight in (1.0, 0.0):
+        params = training(loss_type=loss_type, weights=dict.fromkeys(names, weight))
+        model = FrozenModel(checkpoint, runner, params)
+        original = model.run_original(windows[0])
+        found.append(model.losses(prefix.clone().requires_grad_(), windows[0], original))
+    counted, reported = found
+    assert all(reported[name].item() == counted[name].item() > 0 for name in names)
+    assert all(counted[name].requires_grad and not reported[name].requires_grad for name in names)
+    assert reported["kl"].requires_grad
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
