@@ -78,6 +78,6 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(quantized, tmp_path):  #
         for name, loss in losses.items():
             assert found_losses[name] == pytest.approx(loss, rel=1e-5), name
         for found, expected in zip(found_gradients, gradients, strict=True):
-            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert found_history == pytest.approx(history, rel=1e-2)
     assert both[0][2] == both[1][2]  # ranks agree to the last bit: they choose the same epoch
