@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
-from pipeline.checkpoint import Checkpoint
-from pipeline.finetuning import BlockData, BlockTrainer
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.quantized import load_block
+from pipeline.blocks.walk import BlockRunner, batches
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import parse_params
-from pipeline.prefix import load_prefix_kv
-from pipeline.quantized_block import load_block
-from pipeline.ranks import Ranks, shuffle
-from pipeline.trainable import unfreeze_
-from pipeline.walk import BlockRunner, batches
-from pipeline.windows import load_windows
+from pipeline.runtime.ranks import Ranks, shuffle
+from pipeline.text.windows import load_windows
+from pipeline.training.block_wise import BlockData, BlockTrainer
+from pipeline.training.trainables import unfreeze_
 
 ROWS = ("epoch", "never", "always")
 BLOCK = 15

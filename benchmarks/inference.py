@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
-from pipeline.progress import current_rss_gib, peak_rss_gib, return_freed_memory
-from pipeline.quantized_model import load
-from pipeline.windows import load_windows
+from pipeline.export.loading import load
+from pipeline.runtime.progress import current_rss_gib, peak_rss_gib, return_freed_memory
+from pipeline.text.windows import load_windows
 
 ROWS = ("original, float32", "original, bfloat16", "export, float", "export, integer")
 ROUNDS = 3

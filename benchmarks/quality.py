@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
-from pipeline.artifacts import load_tensors
+from pipeline.runtime.artifacts import load_tensors
 
 SIZES = {
     "screening": {

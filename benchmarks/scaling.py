@@ -31,21 +31,19 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
-from pipeline.checkpoint import CONFIG, Checkpoint, build_skeleton
-from pipeline.memory import (
-    GIB,
-    Sizes,
-    plan_evaluation,
-    plan_export,
-    plan_finetuning,
-    plan_quantizer_init,
-    plan_rotation,
-    plan_walk,
-)
+from pipeline.blocks.plan import plan_walk
+from pipeline.blocks.quantized import load_block
+from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.plan import plan_evaluation
+from pipeline.export.plan import plan_export
+from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
+from pipeline.models.sizes import Sizes
 from pipeline.params import parse_params
-from pipeline.quantized_block import load_block
-from pipeline.walk import BlockRunner
-from pipeline.windows import load_windows
+from pipeline.quantization.plan import plan_quantizer_init
+from pipeline.rotation.plan import plan_rotation
+from pipeline.runtime.memory import GIB, Share
+from pipeline.text.windows import load_windows
+from pipeline.training.plan import plan_finetuning
 
 SHAPES = {
     "llama-2-7b": {
@@ -270,21 +268,23 @@ def plan_whole_models(tflops: float) -> str:
     """A Markdown table: host memory, GPU memory, disk and time of whole models with the official numbers of windows."""
     params = parse_params(override(read_params(), WHOLE))
     runtime, train, tuning = params.runtime, params.calibration.train, params.finetuning
-    tokens, batch = train.windows * train.length, runtime.batch_size * train.length
-    windows = train.windows + params.calibration.validation.windows
+    tokens, windows = train.windows * train.length, train.windows + params.calibration.validation.windows
+    calibration = Share.of([train.windows], train.length, runtime, True)
+    trained = Share.of([windows], train.length, runtime, True)
+    held_out = Share.of([64, 64], 2048, runtime, True)
     lines = [
         "| model | stage | host, GiB | GPU, GiB | disk, GiB | 10¹⁵ operations | minutes, 1 GPU | minutes, 8 GPUs |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, blocks in (("llama-2-7b", 32), ("llama-3-70b", 80)):
         plain, quantized = (Shape(SHAPES[name] | {"num_hidden_layers": blocks}, kind) for kind in (False, True))
-        sizes, evaluated = Sizes.of(plain), 2 * 64 * 2048
+        sizes = Sizes.of(plain)
         needs = {
             "rotation": plan_rotation(plain, torch.bfloat16),
-            "prefix_search": plan_walk(plain, 64 * 512, batch, True),
-            "quantizer_init": plan_quantizer_init(plain, tokens, train.length, params.quantizer_init, batch, True),
-            "finetuning": plan_finetuning(plain, windows, train.length, tuning, runtime, True),
-            "evaluation": plan_evaluation(quantized, evaluated, 2048 * runtime.batch_size, True, False, 0, True),
+            "prefix_search": plan_walk(plain, Share.of([64], 512, runtime, True)),
+            "quantizer_init": plan_quantizer_init(plain, calibration, params.quantizer_init),
+            "finetuning": plan_finetuning(plain, trained, tuning, runtime),
+            "evaluation": plan_evaluation(quantized, held_out, True, False, 0),
             "export": plan_export(quantized, 5 * 10**9),
         }
         gptq, once = count_gptq(sizes, tokens), count_pass(sizes, windows * train.length, train.length)
@@ -292,7 +292,7 @@ def plan_whole_models(tflops: float) -> str:
             "prefix_search": Work(count_pass(sizes, 64 * 512, 512)),
             "quantizer_init": Work(2 * count_pass(sizes, tokens, train.length) + gptq.shared, gptq.own),
             "finetuning": Work(2 * once + tuning.epochs * 3 * 1.6 * count_pass(sizes, tokens, train.length)),
-            "evaluation": Work(2 * count_pass(sizes, evaluated, 2048)),
+            "evaluation": Work(2 * count_pass(sizes, held_out.tokens, 2048)),
         }
         for stage, need in needs.items():
             host, gpu, disk = (size / GIB for size in (need.memory, need.gpu, need.disk))

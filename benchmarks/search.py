@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from benchmarks.workspace import Workspace, make_parser, override, read_params
-from pipeline.artifacts import write_json
-from pipeline.block_init import choose_quantizers_, measure_block_error
-from pipeline.checkpoint import Checkpoint
-from pipeline.equalization import equalize_mlp_
-from pipeline.params import QuantizerInitParams, parse_params
-from pipeline.prefix import load_prefix
-from pipeline.quantized_block import fill_block, load_block
-from pipeline.quantizer_init import plan_block
-from pipeline.rotation import compute_rotated_prefix_kv
-from pipeline.site_statistics import choose_windows, record_block
-from pipeline.walk import BlockRunner
-from pipeline.windows import load_windows
+from pipeline.blocks.quantized import fill_block, load_block
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import parse_params
+from pipeline.prefix.candidates import load_prefix
+from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
+from pipeline.quantization.equalization import equalize_mlp_
+from pipeline.quantization.params import QuantizerInitParams
+from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.statistics import choose_windows, record_block
+from pipeline.rotation.matrices import compute_rotated_prefix_kv
+from pipeline.runtime.artifacts import write_json
+from pipeline.text.windows import load_windows
 
 BLOCKS = (2, 11, 28)
 RANGES = ("max", "tensor", "layer", "block")

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
-from pipeline.checkpoint import CONFIG, Checkpoint
-from pipeline.walk import batches
-from pipeline.windows import load_windows
+from pipeline.blocks.walk import batches
+from pipeline.models.checkpoint import CONFIG, Checkpoint
+from pipeline.text.windows import load_windows
 
 STAGES = ("rotation", "prefix_search", "quantizer_init", "evaluation@original", "evaluation@quantizer_init")
 TOKENS_OF = {"prefix_search": "search", "quantizer_init": "train"}

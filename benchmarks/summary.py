@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality import format_table, mean_and_error
 from benchmarks.workspace import ROOT
-from pipeline.artifacts import load_tensors
+from pipeline.runtime.artifacts import load_tensors
 
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 STEPS = (("original", "original_prefix"), ("original_prefix", "quantizer_init"), ("quantizer_init", "finetuning"))

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifacts import fingerprint, fingerprint_file, write_json
 from pipeline.params import parse_params
+from pipeline.runtime.artifacts import fingerprint, fingerprint_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,18 @@
+"""The library: rooms of one concept each, in one order. A module imports from its own room and from rooms before it.
+
+    runtime       what every run has: errors, artifacts, progress, ranks, memory. Computes nothing
+    numerics      what is done to one tensor: Hadamard transforms, quantizers, GPTQ, packing
+    models        families, checkpoints, importing
+    text          corpora and token windows
+    blocks        one decoder block at work: quantized, cached, walked through
+    rotation      R1 to R4: merged into weights, checked
+    quantization  choosing every scale and rounding the weights
+    training      the training loop, block by block and end to end
+    prefix        outlier tokens, the prefix found or trained
+    export        the folder a user loads, and what loads it
+    evaluation    perplexity, divergence, tasks
+    pictures      activations, plots, the report
+
+`params.py` puts the groups of params.yaml together; the other modules here are names that users type, short.
+docs/architecture.md follows data and three settings through the rooms.
+"""

@@ -22,80 +22,60 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import Header, check_input, make_header, read_header, save_tensors
-from pipeline.checkpoint import Checkpoint
-from pipeline.memory import Need, own_tokens, plan_evaluation
-from pipeline.params import Params, load_params
-from pipeline.perplexity import Original, evaluate_model, evaluate_windows
-from pipeline.prefix import load_prefix, load_prefix_kv
-from pipeline.prefixed_model import assemble_model
-from pipeline.progress import run_main, run_stage, select_device
-from pipeline.quantized_model import load
-from pipeline.saturation import write_saturation
-from pipeline.walk import BlockRunner, compute_prefix_kv
-from pipeline.windows import load_windows
-from stages.arguments import parse_arguments
-from stages.launcher import join_ranks, start_ranks
+from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
+from pipeline.blocks.saturation import write_saturation
+from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.perplexity import Original, evaluate_model, evaluate_windows
+from pipeline.evaluation.plan import plan_evaluation
+from pipeline.export.loading import load
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import Params
+from pipeline.prefix.candidates import load_prefix
+from pipeline.runtime.artifacts import Header, check_input, make_header, read_header, save_tensors
+from pipeline.runtime.memory import Need
+from pipeline.text.windows import load_windows
+from stages.opening import Run, open_stage
 
-PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 PREFIX = Path("artifacts/prefix_training/prefix.safetensors")
 QUANTIZED = {"quantizer_init": Path("artifacts/quantizer_init"), "finetuning": Path("artifacts/finetuning")}
 WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
-METRICS = Path("metrics/evaluation")
 EXPORT = Path("artifacts/export")
 VARIANTS = ("original", "original_prefix", *QUANTIZED, "export")
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, VARIANTS)
-    variant = arguments.variant
-    params = load_params(PARAMS)
-    if arguments.plan:
-        print(plan(variant, params).describe())
-        return
-    if start_ranks(params.runtime.processes):
-        return
-    with (
-        join_ranks(params.runtime) as (ranks, device),
-        run_stage(f"evaluation@{variant}", METRICS / f"{variant}.json", params.runtime) as metrics,
-    ):
-        tasks = prepare_tasks(params) if ranks.first and params.evaluation.tasks else None
-        opened = open_variant(variant, params, device)
-        corpora = params.calibration.evaluation.corpora
-        windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
-        inputs = opened.inputs | {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
-        compared = variant != "original" and params.evaluation.compare_with_original
-        original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
-        token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
-        measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
-        metrics |= measured
-        if ranks.first:
-            save_tensors(
-                EVALUATION / f"{variant}.safetensors", tensors, make_header("evaluation", {"variant": variant}, inputs)
-            )
-            write_saturation(EVALUATION / f"{variant}_saturation.json", saturation)
-        if tasks is not None:
-            metrics |= tasks(*opened.load_model())
-
-
-def plan(variant: str, params: Params) -> Need:
-    """What a run will take."""
-    cuts = [
-        load_windows(WINDOWS / f"{corpus}.safetensors").token_ids for corpus in params.calibration.evaluation.corpora
-    ]
-    length, runtime = cuts[0].shape[1], params.runtime
-    tokens = sum(own_tokens(len(cut), length, runtime.processes) for cut in cuts)
+def main(run: Run) -> None:
+    params, variant, ranks = run.params, run.variant, run.ranks
+    tasks = prepare_tasks(params) if ranks.first and params.evaluation.tasks else None
+    opened = open_variant(run)
+    corpora = params.calibration.evaluation.corpora
+    windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
+    inputs = opened.inputs | {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
     compared = variant != "original" and params.evaluation.compare_with_original
-    items = runtime.task_batch_size if params.evaluation.tasks else 0
+    original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
+    token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
+    measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
+    run.metrics.update(measured)
+    if ranks.first:
+        header = make_header("evaluation", {"variant": variant}, inputs)
+        save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)
+        write_saturation(EVALUATION / f"{variant}_saturation.json", saturation)
+    if tasks is not None:
+        run.metrics.update(tasks(*opened.load_model()))
+
+
+def plan(run: Run) -> Need:
+    params, variant = run.params, run.variant
+    corpora = params.calibration.evaluation.corpora
+    share = run.share(*(load_windows(WINDOWS / f"{corpus}.safetensors").token_ids for corpus in corpora))
+    compared = variant != "original" and params.evaluation.compare_with_original
+    items = params.runtime.task_batch_size if params.evaluation.tasks else 0
     # The exported model is the fine-tuned one.
-    quantized = QUANTIZED | {"export": QUANTIZED["finetuning"]}
-    stage = {"export": "finetuning"}.get(variant, variant)
-    checkpoint = Checkpoint(quantized[variant], stage) if variant in quantized else Checkpoint(MODEL, "model")
-    on_gpu = select_device(runtime).type == "cuda"
-    batch = min(tokens, runtime.batch_size * length)
-    return plan_evaluation(checkpoint, tokens, batch, compared, variant == "export", items, on_gpu)
+    stage = "finetuning" if variant == "export" else variant
+    checkpoint = Checkpoint(QUANTIZED[stage], stage) if stage in QUANTIZED else Checkpoint(MODEL, "model")
+    return plan_evaluation(checkpoint, share, compared, variant == "export", items)
 
 
 @dataclass(frozen=True)
@@ -113,16 +93,18 @@ class Variant:
     inputs: dict[str, Header]
 
 
-def open_variant(variant: str, params: Params, device: torch.device) -> Variant:
+def open_variant(run: Run) -> Variant:
     """The variant, ready to be evaluated. Raises ArtifactError and ExportError."""
-    batch_size = params.runtime.batch_size
+    variant, device = run.variant, run.device
     if variant == "export":
         model, tokenizer = load(EXPORT, device)
         inputs = {"checkpoint": read_header(EXPORT, "export")}
-        return Variant(partial(evaluate_model, model, batch_size=batch_size), lambda: (model, tokenizer), inputs)
+        return Variant(
+            partial(evaluate_model, model, batch_size=run.params.runtime.batch_size), lambda: (model, tokenizer), inputs
+        )
     checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
-    runner = BlockRunner(checkpoint, device, batch_size)
-    prefix_kv, inputs = open_prefix(variant, params, checkpoint, runner)
+    runner = run.runner(checkpoint)
+    prefix_kv, inputs = open_prefix(variant, run.params, checkpoint, runner)
     return Variant(
         partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv),
         lambda: (assemble_model(checkpoint, prefix_kv, device), checkpoint.tokenizer),
@@ -133,8 +115,8 @@ def open_variant(variant: str, params: Params, device: torch.device) -> Variant:
 def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]:
     """Load the tasks and their data; what then asks a model and returns metrics."""
     # lm-eval takes seconds to import, and is of no use without tasks.
-    from pipeline.lm_eval_tasks import run_tasks
-    from pipeline.task_data import open_tasks
+    from pipeline.evaluation.harness import run_tasks
+    from pipeline.evaluation.task_data import open_tasks
 
     own = params.evaluation
     tasks = open_tasks(own.tasks, own.task_folder, own.skip_unavailable)
@@ -155,4 +137,4 @@ def open_prefix(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("evaluation", main, __doc__, plan, VARIANTS, shared=True)

@@ -9,42 +9,36 @@ Packaged model: a few seconds, 1 GiB.
 import json
 from pathlib import Path
 
-from pipeline.artifacts import load_tensors, make_header, read_header
-from pipeline.checkpoint import Checkpoint
-from pipeline.export import export_model, parse_size
-from pipeline.memory import plan_export
-from pipeline.params import load_params
-from pipeline.prefix import PREFIX
-from pipeline.progress import run_main, run_stage
-from pipeline.standard_formats import write_formats
-from stages.arguments import parse_arguments
+from pipeline.blocks.prefix_kv import PREFIX
+from pipeline.export.folder import export_model, parse_size
+from pipeline.export.other_formats import write_formats
+from pipeline.export.plan import plan_export
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.runtime.artifacts import load_tensors, make_header, read_header
+from pipeline.runtime.memory import Need
+from stages.opening import Run, open_stage
 
-PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 FINETUNING = Path("artifacts/finetuning")
 EVALUATIONS = {name: Path(f"metrics/evaluation/{name}.json") for name in ("original", "finetuning")}
 EXPORT = Path("artifacts/export")
 FORMATS = Path("artifacts/export_formats")
-METRICS = Path("metrics/export.json")
 
 
-def main() -> None:
-    plan_only = parse_arguments(__doc__).plan
-    params = load_params(PARAMS)
-    if plan_only:
-        print(plan_export(Checkpoint(FINETUNING, "finetuning"), parse_size(params.export.max_shard_size)).describe())
-        return
-    with run_stage("export", METRICS, params.runtime) as metrics:
-        checkpoint = Checkpoint(FINETUNING, "finetuning")
-        prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
-        results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in EVALUATIONS.items()}
-        inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
-        own = params.export
-        header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
-        # First, since it refuses what a format cannot express.
-        write_formats(checkpoint, prefix.get("kv"), FORMATS, own.formats, own.drop, own.max_shard_size, header)
-        metrics |= export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results)
+def main(run: Run) -> None:
+    own, checkpoint = run.params.export, Checkpoint(FINETUNING, "finetuning")
+    prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
+    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in EVALUATIONS.items()}
+    inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
+    header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
+    # First, since it refuses what a format cannot express.
+    write_formats(checkpoint, prefix.get("kv"), FORMATS, own.formats, own.drop, own.max_shard_size, header)
+    run.metrics.update(export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results))
+
+
+def plan(run: Run) -> Need:
+    return plan_export(Checkpoint(FINETUNING, "finetuning"), parse_size(run.params.export.max_shard_size))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("export", main, __doc__, plan)

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_launcher
 
-from pipeline.params import RuntimeParams
-from pipeline.progress import DeviceError, select_device
-from pipeline.ranks import RankError, Ranks
+from pipeline.runtime.params import RuntimeParams
+from pipeline.runtime.progress import DeviceError, select_device
+from pipeline.runtime.ranks import RankError, Ranks
 
 
 def start_ranks(processes: int) -> bool:

@@ -11,28 +11,20 @@ from pathlib import Path
 
 import torch
 
-from pipeline.model_import import import_model
-from pipeline.params import check_against_model, load_params
-from pipeline.progress import run_main, run_stage
-from pipeline.task_data import check_tasks
+from pipeline.evaluation.task_data import check_tasks
+from pipeline.models.importing import import_model
+from pipeline.params import check_against_model
+from stages.opening import Run, open_stage
 
-PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
-METRICS = Path("metrics/model.json")
 
 
-def main() -> None:
-    params = load_params(PARAMS)
-    check_tasks(params)  # before hours of work, not behind them
-    with run_stage("model", METRICS, params.runtime) as metrics:
-        metrics |= import_model(
-            params.model.source,
-            params.model.revision,
-            getattr(torch, params.model.dtype),
-            MODEL,
-            check_plan=functools.partial(check_against_model, params),
-        )
+def main(run: Run) -> None:
+    own = run.params.model
+    check_tasks(run.params.evaluation)  # before hours of work, not behind them
+    plan = functools.partial(check_against_model, run.params)
+    run.metrics.update(import_model(own.source, own.revision, getattr(torch, own.dtype), MODEL, check_plan=plan))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("model", main, __doc__)

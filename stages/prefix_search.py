@@ -7,64 +7,36 @@ arXiv:2410.05265, §5.1 and Eq. 3. Packaged model: about 20 seconds for 16 windo
 
 from pathlib import Path
 
-from pipeline.artifacts import make_header, replacing_folder, save_tensors, write_json
-from pipeline.checkpoint import Checkpoint
-from pipeline.memory import Need, own_tokens, plan_walk
-from pipeline.params import Params, load_params
-from pipeline.prefix_search import search_prefix
-from pipeline.progress import run_main, run_stage, select_device
-from pipeline.walk import BlockRunner
-from pipeline.windows import load_windows
-from stages.arguments import parse_arguments
-from stages.launcher import join_ranks, start_ranks
+from pipeline.blocks.plan import plan_walk
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.search import search_prefix
+from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors, write_json
+from pipeline.runtime.memory import Need
+from pipeline.text.windows import load_windows
+from stages.opening import Run, open_stage
 
-PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 SEARCH = Path("artifacts/calibration/search.safetensors")
 PREFIX_SEARCH = Path("artifacts/prefix_search")
-METRICS = Path("metrics/prefix_search.json")
 
 
-def main() -> None:
-    plan_only = parse_arguments(__doc__).plan
-    params = load_params(PARAMS)
-    search = params.prefix_search
-    if plan_only:
-        print(plan(params).describe())
-        return
-    if start_ranks(params.runtime.processes):
-        return
-    with join_ranks(params.runtime) as (ranks, device), run_stage("prefix_search", METRICS, params.runtime) as metrics:
-        checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
-        runner = BlockRunner(checkpoint, device, params.runtime.batch_size)
-        prefix = search_prefix(
-            checkpoint,
-            windows.token_ids,
-            runner,
-            search.site,
-            search.outlier_threshold,
-            search.start_token_counts,
-            ranks,
-        )
-        header = make_header(
-            "prefix_search", search.model_dump(), {"model": checkpoint.header, "windows": windows.header}
-        )
-        if ranks.first:
-            with replacing_folder(PREFIX_SEARCH) as partial:
-                tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}
-                save_tensors(partial / "prefix.safetensors", tensors, header)
-                write_json(partial / "report.json", prefix.report)
-        metrics |= prefix.summary()
+def main(run: Run) -> None:
+    own = run.params.prefix_search
+    checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
+    how = (own.site, own.outlier_threshold, own.start_token_counts)
+    prefix = search_prefix(checkpoint, windows.token_ids, run.runner(checkpoint), *how, run.ranks)
+    header = make_header("prefix_search", own.model_dump(), {"model": checkpoint.header, "windows": windows.header})
+    if run.ranks.first:
+        with replacing_folder(PREFIX_SEARCH) as partial:
+            tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}
+            save_tensors(partial / "prefix.safetensors", tensors, header)
+            write_json(partial / "report.json", prefix.report)
+    run.metrics.update(prefix.summary())
 
 
-def plan(params: Params) -> Need:
-    """What a run will take."""
-    count, length = load_windows(SEARCH).token_ids.shape
-    runtime = params.runtime
-    tokens = own_tokens(count, length, runtime.processes)
-    on_gpu = select_device(runtime).type == "cuda"
-    return plan_walk(Checkpoint(MODEL, "model"), tokens, min(tokens, runtime.batch_size * length), on_gpu)
+def plan(run: Run) -> Need:
+    return plan_walk(Checkpoint(MODEL, "model"), run.share(load_windows(SEARCH).token_ids))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("prefix_search", main, __doc__, plan, shared=True)

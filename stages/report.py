@@ -10,18 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import replacing_folder
-from pipeline.checkpoint import Checkpoint
-from pipeline.model_card import describe_bits
-from pipeline.params import Params, load_params
-from pipeline.plots import draw_all, read_measured
-from pipeline.progress import run_main, run_stage
-from pipeline.quantized_block import block_settings
-from pipeline.report import build_page, draw_curves, read_rows, summarise_run
-from pipeline.saturation import SITES
+from pipeline.blocks.quantized import block_settings
+from pipeline.blocks.saturation import SITES
+from pipeline.export.model_card import describe_bits
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import Params
+from pipeline.pictures.plots import draw_all, read_measured
+from pipeline.pictures.report import build_page, draw_curves, read_rows, summarise_run
+from pipeline.runtime.artifacts import replacing_folder
+from stages.opening import METRICS, Run, open_stage
 
-PARAMS = Path("params.yaml")
-METRICS = Path("metrics")
 FINETUNING = Path("artifacts/finetuning")
 SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
 ACTIVATIONS = {name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed")}
@@ -29,22 +27,21 @@ VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "expo
 REPORT = Path("artifacts/report")
 
 
-def main() -> None:
-    params = load_params(PARAMS)
-    with run_stage("report", METRICS / "report.json", params.runtime) as metrics:
-        evaluations = {name: read_metrics(f"evaluation/{name}") for name in VARIANTS}
-        costs = read_costs(params)
-        prefix = read_metrics("prefix_search")
-        tokens = evaluations["export"]["settings"]["prefix_tokens"]
-        bits = describe_bits(block_settings(Checkpoint(FINETUNING, "finetuning"), 0))
-        described = f"{params.prefix.use} ({tokens} tokens)"
-        size = read_metrics("export")["size_mib"]
-        metrics |= summarise_run(bits, described, evaluations, costs, size)
-        saturation = read_rows(SATURATION)
-        with replacing_folder(REPORT) as partial:
-            pictures = draw_all(read_measured(ACTIVATIONS), partial) + draw_losses(partial, saturation)
-            page = build_page(metrics, evaluations, prefix, saturation, costs, read_settings(params), pictures)
-            (partial / "report.html").write_text(page, encoding="utf-8")
+def main(run: Run) -> None:
+    params = run.params
+    evaluations = {name: read_metrics(f"evaluation/{name}") for name in VARIANTS}
+    costs = read_costs(params)
+    prefix = read_metrics("prefix_search")
+    tokens = evaluations["export"]["settings"]["prefix_tokens"]
+    bits = describe_bits(block_settings(Checkpoint(FINETUNING, "finetuning"), 0))
+    described = f"{params.prefix.use} ({tokens} tokens)"
+    size = read_metrics("export")["size_mib"]
+    run.metrics.update(summarise_run(bits, described, evaluations, costs, size))
+    saturation = read_rows(SATURATION)
+    with replacing_folder(REPORT) as partial:
+        pictures = draw_all(read_measured(ACTIVATIONS), partial) + draw_losses(partial, saturation)
+        page = build_page(run.metrics, evaluations, prefix, saturation, costs, read_settings(params), pictures)
+        (partial / "report.html").write_text(page, encoding="utf-8")
 
 
 def read_metrics(name: str) -> dict[str, Any]:
@@ -95,4 +92,4 @@ def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("report", main, __doc__)

@@ -10,40 +10,26 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.memory import plan_rotation
-from pipeline.params import load_params
-from pipeline.progress import return_freed_memory, run_main, run_stage, select_device
-from pipeline.rotation import rotate_model
-from stages.arguments import parse_arguments
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.rotation.merging import rotate_model
+from pipeline.rotation.plan import plan_rotation
+from pipeline.runtime.memory import Need
+from stages.opening import Run, open_stage
 
-PARAMS = Path("params.yaml")
 MODEL = Path("artifacts/model")
 ROTATION = Path("artifacts/rotation")
-METRICS = Path("metrics/rotation.json")
 
 
-def main() -> None:
-    plan_only = parse_arguments(__doc__).plan
-    params = load_params(PARAMS)
-    rotation = params.rotation
-    if plan_only:
-        print(plan_rotation(Checkpoint(MODEL, "model"), getattr(torch, rotation.dtype)).describe())
-        return
-    return_freed_memory()
-    with run_stage("rotation", METRICS, params.runtime, rotation.seed) as metrics:
-        metrics |= rotate_model(
-            Checkpoint(MODEL, "model"),
-            ROTATION,
-            rotation.r1,
-            rotation.r2,
-            rotation.r3,
-            rotation.r4,
-            rotation.seed,
-            getattr(torch, rotation.dtype),
-            select_device(params.runtime),
-        )
+def main(run: Run) -> None:
+    own = run.params.rotation
+    modes = (own.r1, own.r2, own.r3, own.r4)
+    checkpoint, dtype = Checkpoint(MODEL, "model"), getattr(torch, own.dtype)
+    run.metrics.update(rotate_model(checkpoint, ROTATION, *modes, own.seed, dtype, run.device))
+
+
+def plan(run: Run) -> Need:
+    return plan_rotation(Checkpoint(MODEL, "model"), getattr(torch, run.params.rotation.dtype))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    open_stage("rotation", main, __doc__, plan)

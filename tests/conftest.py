@@ -21,10 +21,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.model_import import import_model
-from pipeline.params import QuantizerInitParams
-from pipeline.walk import BlockRunner
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.importing import import_model
+from pipeline.quantization.params import QuantizerInitParams
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way

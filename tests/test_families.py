@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, POST_NORMS, ROOT, SIZES, read_json, tiny_params, write_params
-from test_stages import ALL, run
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from pipeline.artifacts import load_tensors
-from pipeline.checkpoint import Checkpoint
-from pipeline.prefixed_model import assemble_model
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.runtime.artifacts import load_tensors
+from tests.conftest import FAMILIES, POST_NORMS, ROOT, SIZES, read_json, tiny_params, write_params
+from tests.test_stages import ALL, run
 
 pytestmark = pytest.mark.families
 # A block of Qwen2-0.5B's widths: 896 = 28 x 32 and 4864 = 76 x 64.

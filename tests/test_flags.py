@@ -4,9 +4,9 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from pipeline.params import parse_params
+from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
 KEYS = re.findall(r"^\|[^|]*\| `([a-z0-9_.]+): ([^`]*)` \|", TEXT, re.MULTILINE)

@@ -7,24 +7,26 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-from conftest import ROOT, init_params
 from lm_eval.models.huggingface import HFLM
-from test_lm_eval_tasks import write_task
-from test_rotation import rotate
-from test_walk import assert_close, walked_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifacts import make_header
-from pipeline.checkpoint import Checkpoint
-from pipeline.lm_eval_tasks import run_tasks
-from pipeline.model_import import import_model
-from pipeline.params import PACKAGED_MODEL, TaskParams
-from pipeline.prefix_search import choose_start_token
-from pipeline.prefixed_model import assemble_model
-from pipeline.quantized_block import block_settings
-from pipeline.quantizer_init import init_quantizers
-from pipeline.task_data import open_tasks
-from pipeline.walk import BlockRunner, compute_prefix_kv
+from pipeline.blocks.prefix_kv import compute_prefix_kv
+from pipeline.blocks.quantized import block_settings
+from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.harness import run_tasks
+from pipeline.evaluation.params import TaskParams
+from pipeline.evaluation.task_data import open_tasks
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.importing import import_model
+from pipeline.models.params import PACKAGED_MODEL
+from pipeline.prefix.search import choose_start_token
+from pipeline.quantization.quantizer_init import init_quantizers
+from pipeline.runtime.artifacts import make_header
+from tests.blocks.test_walk import assert_close, walked_logits
+from tests.conftest import ROOT, init_params
+from tests.evaluation.test_harness import write_task
+from tests.rotation.test_merging import rotate
 
 pytestmark = pytest.mark.slow
 # piqa/ and hellaswag/ as their authors publish them; what needs them is skipped without.

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import yaml
-from conftest import ROOT
 
-from pipeline.params import ParamsError, check_against_model, load_params, parse_params, site_params
+from pipeline.params import check_against_model, load_params, parse_params
+from pipeline.quantization.params import site_params
+from pipeline.runtime.params import ParamsError
+from tests.conftest import ROOT
 
 DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text())
 

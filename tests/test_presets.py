@@ -4,9 +4,9 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from pipeline.params import load_params
+from tests.conftest import ROOT
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))}
 

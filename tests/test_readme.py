@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 
 from benchmarks.quality import format_table
 from benchmarks.summary import mean_and_error, read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
 from pipeline.params import parse_params
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -67,7 +67,7 @@ def test_every_stage_is_in_the_table_and_the_graph():
 
 
 def test_supported_families_are_those_of_the_code():
-    from pipeline.architectures import ARCHITECTURES, IMPORTED_AS
+    from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS
 
     (listed,) = re.findall(r"families: ([\w, ]+)\.", README)
     assert [name.lower() for name in listed.split(", ")] == sorted(ARCHITECTURES | IMPORTED_AS)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_params, write_params
+
+from tests.conftest import ROOT, tiny_params, write_params
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, model_folders):
     """A clone with a tiny model and corpus, run once."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("pipeline", "stages", "dvc.yaml", ".gitignore"):
+    for name in ("pipeline", "stages", "dvc.yaml", ".gitignore", ".dvcignore"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
     corpus = folder / "prose.txt"

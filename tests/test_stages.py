@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, read_json, write_params
-from test_lm_eval_tasks import local_task
 
-from pipeline.artifacts import load_tensors
-from pipeline.checkpoint import Checkpoint
-from pipeline.prefix import load_prefix_kv
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.runtime.artifacts import load_tensors
+from tests.conftest import ROOT, read_json, write_params
+from tests.evaluation.test_harness import local_task
 
 BEFORE_QUANTIZER = ("model", "corpora prose", "calibration", "rotation", "prefix_search", "prefix_training")
 ALL = (
@@ -423,10 +423,10 @@ def start(project, slow_block):
     """quantizer_init as a process of its own that dawdles at one block, to be killed there."""
     code = (
         "import sys, time; sys.argv = ['quantizer_init']\n"
-        "import pipeline.quantizer_init as q; from stages import quantizer_init as stage\n"
+        "import runpy, pipeline.quantization.quantizer_init as q\n"
         "init_block = q._init_block_\n"
         f"q._init_block_ = lambda *a: (time.sleep(60 if a[1] == {slow_block} else 0), init_block(*a))[1]\n"
-        "stage.main()\n"
+        "runpy.run_module('stages.quantizer_init', run_name='__main__', alter_sys=False)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], cwd=project, env=environment, stderr=subprocess.DEVNULL)
@@ -476,7 +476,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypat
 
 def test_broken_activations_are_reported_with_block_and_site(project, monkeypatch):
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
-    import pipeline.quantizer_init as module
+    import pipeline.quantization.quantizer_init as module
 
     fill = module.fill_block
 

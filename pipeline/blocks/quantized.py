@@ -1,0 +1,308 @@
+"""The model's own decoder layer with its quantizers: no forward is copied, modules are replaced or added.
+
+    the attention's norm      + quantizer          site attention_input (its output, shared by q, k, v)
+    self_attn                 + key_quantizer      site key   (applied by the cache, after RoPE)
+                              + value_quantizer    site value (applied by the cache)
+    self_attn.o_proj          -> QuantizedLinear   site attention_output
+    the MLP's norm            + quantizer          site mlp_input (its output, shared by gate, up)
+    mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
+    the other linears         -> QuantizedLinear   weights only
+
+Where there is no norm in front, attention and MLP themselves carry the quantizer of what they read.
+The same structure serves three lives of a block: rotated in full precision (nothing calibrated, R4 online), under
+calibration (hooks on its quantizers), and quantized. Its state dict is what the artifact of a block holds.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.models.architectures import Architecture
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
+
+_QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift"))
+_BUFFERS = (".weight_scale", ".weight_zero_point", *_QUANTIZER)
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What one block is asked for; kept in config.json beside the weights it belongs to.
+
+    Attributes:
+        online_r3, online_r4: the online rotations the weights count on.
+        key_before_rope: keys are quantized before RoPE, without R3.
+        sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
+            site that is not listed is not quantized.
+    """
+
+    online_r3: bool = False
+    online_r4: bool = False
+    key_before_rope: bool = False
+    sites: dict[str, QuantizerSpec] = field(default_factory=dict)
+
+    def spec(self, site: str) -> QuantizerSpec:
+        return self.sites.get(site, QuantizerSpec())
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BlockSettings":
+        return cls(**values | {"sites": {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}})
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
+
+    Attributes:
+        weight: float [out, in]; int8 (symmetric) or uint8 [out, in] once quantized; float again while it is trained.
+        weight_scale: float32 [out, G] once quantized.
+        weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
+        unfrozen: its scales are being trained: what it multiplies by changes from step to step.
+        fired: whether a quantized weight has been multiplied by.
+        bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, spec: QuantizerSpec, rotate_input: bool, input_quantizer: ActivationQuantizer | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.spec = spec
+        self.rotate_input = rotate_input
+        self.input_quantizer = input_quantizer
+        self.compute_dtype = linear.weight.dtype
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("weight_scale", None)
+        self.register_buffer("weight_zero_point", None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.unfrozen = False
+        self.fired = False
+        self._dequantized: torch.Tensor | None = None
+
+    def declare_quantized_(self) -> None:
+        """Give the buffers the types and shapes of a quantized weight, to be filled by `load_state_dict`."""
+        if not self.spec.enabled:
+            return
+        scales, device = (self.out_features, self.spec.count_groups(self.in_features)), self.weight.device
+        integers = torch.int8 if self.spec.symmetric else torch.uint8
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=integers, device=device)
+        self.weight_scale = torch.empty(scales, dtype=torch.float32, device=device)
+        self.weight_zero_point = None if self.spec.symmetric else torch.empty_like(self.weight_scale)
+        if self.spec.centered and self.bias is None:
+            self.bias = torch.empty(self.out_features, dtype=self.compute_dtype, device=device)
+
+    def correct_bias_(self, correction: torch.Tensor) -> None:
+        """Add [out] to the bias, which the layer gets if it had none."""
+        bias = torch.zeros_like(correction) if self.bias is None else self.bias.float()
+        self.bias = (bias + correction).to(self.compute_dtype)
+
+    def set_integers_(
+        self, integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+    ) -> None:
+        """Replace the weight by integers [out, in] and their scales and zero points [out, G]."""
+        self.weight, self.weight_scale, self.weight_zero_point = integers, scale, zero_point
+        self._dequantized = None
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight the layer multiplies by, [out, in]; computed once from integers that stand still, and kept."""
+        if self.weight_scale is None:
+            return self.weight
+        self.fired = True
+        if self.weight.is_floating_point():  # being trained, to be rounded
+            zero_point = None if self.weight_zero_point is None else self.weight_zero_point.unsqueeze(-1)
+            grouped = group(self.weight, self.spec.group_size)
+            rounded = fake_quantize(grouped, self.weight_scale.unsqueeze(-1), self.spec.bits, zero_point)
+            return rounded.flatten(-2).to(dtype)
+        if self.unfrozen:
+            return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
+        if self._dequantized is None or self._dequantized.dtype != dtype:
+            self._dequantized = dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
+        return self._dequantized
+
+    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input behind R4 and the layer's own quantizer, where it has them."""
+        if self.rotate_input:
+            x = hadamard_transform(x)
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.prepare_input(x)
+        if self.unfrozen and torch.is_grad_enabled() and self._has_one_scale_per_output():
+            self.fired = True
+            return _MultiplyScaled.apply(x, self.weight, self.weight_scale, self.weight_zero_point, self.bias)
+        return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
+
+    def _has_one_scale_per_output(self) -> bool:
+        return not self.weight.is_floating_point() and self.weight_scale.shape[1] == 1
+
+
+class _MultiplyScaled(torch.autograd.Function):
+    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers n that stand still.
+
+    The gradients of s and z do not need that of W, a third of all the work: with g the gradient of y,
+
+        d/ds = sum over tokens of g (y - b) / s        d/dz = -s · sum over tokens of (g · sum over inputs of x)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        integers: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        weight = dequantize_weight(integers, scale, zero_point).to(x.dtype)
+        output = nn.functional.linear(x, weight, bias)
+        total = None if zero_point is None else x.float().sum(-1, keepdim=True)
+        ctx.save_for_backward(weight.to(output.dtype), scale, bias, output, total)
+        ctx.dtype = x.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, scale, bias, output, total = ctx.saved_tensors
+        for_x = (upstream @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        upstream, over = upstream.float(), tuple(range(upstream.dim() - 1))
+        for_scale = for_zero_point = None
+        if ctx.needs_input_grad[2]:
+            product = output.float() if bias is None else output.float() - bias
+            for_scale = (product * upstream).sum(over).unsqueeze(1) / scale
+        if ctx.needs_input_grad[3]:
+            for_zero_point = (upstream * total).sum(over).unsqueeze(1) * -scale
+        return for_x, None, for_scale, for_zero_point, upstream.sum(over) if ctx.needs_input_grad[4] else None
+
+
+def _quantize(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module.quantizer(x)
+
+
+def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
+    """Replace the modules of a plain decoder layer as listed in the module's docstring; nothing is calibrated yet."""
+    widths = architecture.site_widths(block)
+    for site in ("attention_input", "mlp_input"):
+        # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
+        architecture.input_module(block, site).quantizer = ActivationQuantizer(settings.spec(site), widths[site])
+        architecture.watch_input_(block, site, _quantize)
+    own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
+    for short, name in architecture.linear_sites.items():
+        site = own_sites.get(name)
+        quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
+        rotate = settings.online_r4 and name == architecture.mlp_output
+        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer)
+        block.set_submodule(name, linear)
+    attention = block.self_attn
+    before_rope = settings.key_before_rope
+    rotate = settings.online_r3 and not before_rope
+    attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
+    if before_rope:
+        attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
+    attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
+
+
+def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
+    """The six activation quantizers of a block with quantizers, in the order data flows; none for a plain block."""
+    if not hasattr(block.self_attn, "key_quantizer"):
+        return {}
+    return {
+        "attention_input": architecture.input_module(block, "attention_input").quantizer,
+        "key": block.self_attn.key_quantizer.quantizer,
+        "value": block.self_attn.value_quantizer,
+        "attention_output": block.get_submodule(architecture.attention_output).input_quantizer,
+        "mlp_input": architecture.input_module(block, "mlp_input").quantizer,
+        "mlp_hidden": block.get_submodule(architecture.mlp_output).input_quantizer,
+    }
+
+
+def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
+    """How many quantizers of each kind one block must have: what the params ask for, not what was built."""
+    return Counter(site_group(site) for site in (settings.sites if settings else ()))
+
+
+def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
+    """How many quantizers of each kind have acted in this block since it was loaded."""
+    weights = sum(linear.fired for linear in _linears(block))
+    fired = Counter({"weights": weights} if weights else {})
+    sites = find_site_quantizers(block, architecture)
+    fired.update(site_group(site) for site, quantizer in sites.items() if quantizer.fired)
+    return fired
+
+
+def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> nn.Module:
+    """Block `index` of a checkpoint, ready to run: plain, rotated, or quantized, as its config.json says.
+
+    Raises:
+        ArtifactError: the shard is missing or damaged.
+        RuntimeError: its tensors are not those the config asks for (torch's message lists them).
+    """
+    return fill_block(
+        checkpoint, index, checkpoint.load_block_tensors(index), block_settings(checkpoint, index), device
+    )
+
+
+def fill_block(
+    checkpoint: Checkpoint,
+    index: int,
+    tensors: dict[str, torch.Tensor],
+    settings: BlockSettings | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """As `load_block`, from tensors in memory, with settings and a compute dtype other than the checkpoint's.
+
+    `settings` None gives the model's plain layer; with settings it gets its quantizers, calibrated or not.
+    """
+    block = checkpoint.build_block(index)
+    if settings is not None:
+        add_quantizers_(block, checkpoint.architecture, settings, checkpoint.config.num_key_value_heads)
+    for linear in _linears(block) if any(name.endswith(".weight_scale") for name in tensors) else ():
+        linear.declare_quantized_()
+    # Integers stay integers; float weights and biases take the dtype the model computes in, quantizers stay float32.
+    dtype = dtype or checkpoint.dtype
+    cast = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(_BUFFERS) else tensor
+        for name, tensor in tensors.items()
+    }
+    calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
+    missing, unexpected = block.load_state_dict(cast, strict=False, assign=True)
+    missing = [name for name in missing if calibrated or "quantizer." not in name]
+    if missing or unexpected:
+        raise RuntimeError(f"block {index}: missing tensors {missing}, unexpected {unexpected}")
+    for quantizer in find_site_quantizers(block, checkpoint.architecture).values():
+        quantizer.calibrated = calibrated and quantizer.spec.enabled
+    return block.requires_grad_(False).to(device)
+
+
+def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
+    """For config.json: the first block's settings, and those of the blocks that differ from it."""
+    overrides = {str(index): own.to_dict() for index, own in enumerate(settings) if own != settings[0]}
+    return {"block": settings[0].to_dict()} | ({"overrides": overrides} if overrides else {})
+
+
+def block_settings(checkpoint: Checkpoint, index: int) -> BlockSettings | None:
+    """What a checkpoint's config.json records of block `index`; None for a plain model."""
+    return find_settings(checkpoint.settings, index)
+
+
+def find_settings(described: dict[str, Any], index: int) -> BlockSettings | None:
+    """Block `index` of what `describe_blocks` wrote; None for a plain model."""
+    recorded = described.get("overrides", {}).get(str(index)) or described.get("block")
+    return None if recorded is None else BlockSettings.from_dict(recorded)
+
+
+def _linears(block: nn.Module) -> Iterator[QuantizedLinear]:
+    return (module for module in block.modules() if isinstance(module, QuantizedLinear))
+
+
+def site_group(site: str) -> str:
+    """The group of quantizer params a site belongs to: q_proj -> weights, mlp_input -> activations, key -> keys."""
+    return {"key": "keys", "value": "values"}.get(site, "weights" if site.endswith("_proj") else "activations")

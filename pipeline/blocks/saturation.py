@@ -1,0 +1,137 @@
+"""How well static ranges fit the values that meet them: what falls beyond, and the signal-to-quantization-noise ratio.
+
+A static scale was chosen on calibration text. On other text more values may lie beyond its range, where they are cut
+off, or use a small part of it, where the step is coarse. Per site and block this counts, prefix left out,
+
+    share   of values whose integer would lie beyond the range (0.001: one in a thousand)
+    sqnr    10 log10 (energy of the values / energy of their quantization errors), in dB
+
+Prefix positions never pass a quantizer and are not counted.
+"""
+
+import logging
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import find_site_quantizers
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import Architecture
+from pipeline.numerics.quantizer import ActivationQuantizer, group, integer_range
+from pipeline.runtime.artifacts import write_rows
+from pipeline.runtime.streams import Stream
+
+logger = logging.getLogger(__name__)
+
+Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
+SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")  # as data flows
+SATURATION = "plots/saturation.json"
+_PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
+_WORST = 3
+
+
+class SaturationProbe:
+    """Hangs on a block's activation quantizers as long as it is entered: `with SaturationProbe(…) as probe: …`."""
+
+    def __init__(self, block: nn.Module, architecture: Architecture) -> None:
+        quantizers = find_site_quantizers(block, architecture).items()
+        self._quantizers = {site: quantizer for site, quantizer in quantizers if quantizer.calibrated}
+        self._sums = {site: torch.zeros(4, dtype=torch.float64) for site in self._quantizers}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "SaturationProbe":
+        for site, quantizer in self._quantizers.items():
+            self._handles.append(quantizer.register_forward_hook(self._make_hook(site)))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def report(self) -> Report:
+        """Share and SQNR of every site seen since the probe was entered first."""
+        result = {}
+        for site, sums in self._sums.items():
+            beyond, count, signal, noise = sums.tolist()
+            sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+            result[site] = {"share": beyond / max(count, 1), "sqnr": min(sqnr, 200.0)}
+        return result
+
+    def _make_hook(self, site: str) -> Any:
+        def hook(module: ActivationQuantizer, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            x = args[0]
+            output = module.from_integers(output) if module.emits_integers else output
+            noise = (output - x).float().square().sum()
+            values = [count_beyond(module, x), x.numel(), x.float().square().sum(), noise]
+            self._sums[site] += torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+        return hook
+
+
+def advance_probed_(
+    runner: BlockRunner,
+    block: nn.Module,
+    architecture: Architecture,
+    hidden: Stream,
+    prefix_kv: torch.Tensor | None,
+) -> Report:
+    """Move `hidden` [N, T, D] behind a block, as `runner.advance_`; the report of its first few windows."""
+    probed = min(_PROBED_WINDOWS, len(hidden))
+    with SaturationProbe(block, architecture) as probe:
+        runner.advance_(block, hidden, prefix_kv, windows=range(probed))
+    runner.advance_(block, hidden, prefix_kv, windows=range(probed, len(hidden)))
+    return probe.report()
+
+
+@torch.no_grad()
+def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> int:
+    """How many values of x round to an integer beyond the quantizer's range."""
+    qmin, qmax = integer_range(quantizer.spec.bits, quantizer.spec.symmetric)
+    grouped = group(quantizer.center(x).float(), quantizer.spec.group_size)
+    scale, zero_point = quantizer.find_parameters(grouped)
+    offset = 0 if zero_point is None else zero_point
+    low, high = (qmin - 0.5 - offset) * scale, (qmax + 0.5 - offset) * scale
+    return int(((grouped < low) | (grouped > high)).sum())
+
+
+def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
+    """For the metrics: largest share and lowest SQNR per text; logs a warning that names the worst sites.
+
+    Args:
+        texts: name of a text ("calibration", a corpus) -> block -> report. Nothing for a model without quantizers.
+    """
+    summary: dict[str, Any] = {"largest_saturation": {}, "lowest_sqnr": {}}
+    for text, blocks in texts.items():
+        sites = [(values, f"block {index} {site}") for index, own in blocks.items() for site, values in own.items()]
+        if not sites:
+            continue
+        by_share = sorted(sites, key=lambda entry: -entry[0]["share"])
+        by_sqnr = sorted(sites, key=lambda entry: entry[0]["sqnr"])
+        summary["largest_saturation"][text] = round(by_share[0][0]["share"], 5)
+        summary["lowest_sqnr"][text] = round(by_sqnr[0][0]["sqnr"], 2)
+        logger.warning(
+            "%s: worst fitting static ranges: %s; lowest signal to noise: %s",
+            text,
+            ", ".join(f"{name} ({values['share']:.2%} beyond)" for values, name in by_share[:_WORST]),
+            ", ".join(f"{name} ({values['sqnr']:.1f} dB)" for values, name in by_sqnr[:_WORST]),
+        )
+    return {key: values for key, values in summary.items() if values}
+
+
+def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
+    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of all `SITES`, of the worst fitting text."""
+    rows = []
+    for index in sorted({index for own in texts.values() for index in own}):
+        row: dict[str, Any] = {"block": index}
+        own = [text[index] for text in texts.values()]
+        for site in SITES:
+            seen = [report[site] for report in own if site in report]
+            row[f"{site}_share"] = max((report["share"] for report in seen), default=None)
+            row[f"{site}_sqnr"] = min((report["sqnr"] for report in seen), default=None)
+        rows.append(row)
+    write_rows(path, rows)

@@ -1,0 +1,156 @@
+"""Hidden states of all windows through the model, one block in memory at a time.
+
+    runner = BlockRunner(checkpoint, device, batch_size)
+    hidden = checkpoint.embed(token_ids)                     # [N, T, D], before block 0
+    for index, block in enumerate(load_blocks(checkpoint, device)):
+        runner.advance_(block, hidden, prefix_kv[index])     # now before block index + 1
+
+Walking equals the model's own forward: the block is the model's own layer, the mask and the rotary embedding are built
+by the model's own code from the cache's length, so that a prefix in the cache is counted by both.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from pipeline.blocks.kv_cache import make_block_cache
+from pipeline.blocks.prefetch import prefetch_blocks
+from pipeline.blocks.quantized import load_block
+from pipeline.models.architectures import check_window
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.runtime.progress import show_progress
+from pipeline.runtime.streams import Stream
+
+
+class BlockRunner:
+    """Runs any block of one model over batches of equally long windows."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, batch_size: int) -> None:
+        self.config = checkpoint.config
+        self.device = device
+        self.batch_size = batch_size
+        self._rotary = checkpoint.build_rotary_embedding().to(device)
+        self._prepared: dict[tuple, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
+        """One batch through one block.
+
+        Args:
+            block: a decoder layer from `load_block`, on the runner's device.
+            hidden: [B, T, D] before the block, on the runner's device.
+            prefix_kv: [2, heads, P, d], the prefix's keys and values in this block, or None.
+
+        Returns:
+            [B, T, D] after the block.
+        """
+        return self._run(block, hidden, make_block_cache(block, prefix_kv))
+
+    def run_prefix(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix itself, [1, P, D], through one block: its outputs, and its keys and values [2, heads, P, d]."""
+        cache = make_block_cache(block, None)
+        hidden = self._run(block, hidden, cache)
+        return hidden, torch.stack((cache.layers[0].keys[0], cache.layers[0].values[0]))
+
+    def run_with_kv(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `run` without a prefix in the cache; also keys (behind RoPE) and values, [B, heads, T, d] each."""
+        cache = make_block_cache(block, None)
+        hidden = self._run(block, hidden, cache)
+        return hidden, cache.layers[0].keys, cache.layers[0].values
+
+    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
+        mask, positions = self._prepare(block, hidden, cache)
+        return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
+
+    @torch.no_grad()
+    def advance_(
+        self,
+        block: nn.Module,
+        hidden: Stream,
+        prefix_kv: torch.Tensor | None = None,
+        into: Stream | None = None,
+        windows: range | None = None,
+    ) -> None:
+        """Replace `hidden` [N, T, D] (anywhere) by the block's outputs, batch by batch, in place or `into` another.
+
+        `windows`, consecutive ones, are those to advance; None: all.
+        """
+        target = hidden if into is None else into
+        windows = range(len(hidden)) if windows is None else windows
+        for part in batches(len(windows), self.batch_size):
+            rows = slice(windows.start + part.start, windows.start + part.stop)
+            target[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(target.device)
+
+    def rotary_tables(
+        self, block: nn.Module, hidden: torch.Tensor, prefix_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of the positions of hidden [B, T, D] behind a prefix, each [1, T, d]."""
+        positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
+        kind = self._rope_kind(block)
+        return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
+
+    def _rope_kind(self, block: nn.Module) -> str | None:
+        """The kind of layer, where RoPE depends on it."""
+        kind = getattr(block.self_attn, "layer_type", None)
+        return kind if kind in self.config.rope_parameters else None
+
+    def _prepare(
+        self, block: nn.Module, hidden: torch.Tensor, cache: Cache
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+        """Mask and rotary tables for a batch's shape; the same in every block of a kind, hence kept."""
+        batch, length, _ = hidden.shape
+        prefix = cache.get_seq_length()
+        key = (batch, length, prefix, self._rope_kind(block))
+        if key not in self._prepared:
+            check_window(self.config, prefix + length)
+            position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)
+        return self._prepared[key]
+
+
+def batches(count: int, batch_size: int) -> Iterator[slice]:
+    """Slices that cover range(count) in order."""
+    return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
+
+
+def load_blocks(checkpoint: Checkpoint, device: torch.device, start: int = 0) -> Iterator[nn.Module]:
+    """The blocks from `start` on, as `load_block` gives them; see `prefetch_blocks`."""
+    indices = range(start, checkpoint.block_count)
+    return prefetch_blocks(lambda index: load_block(checkpoint, index), indices, device)
+
+
+def walk(
+    checkpoint: Checkpoint,
+    hidden: torch.Tensor,
+    runner: BlockRunner,
+    description: str,
+    prefix_kv: torch.Tensor | None = None,
+    watch: Callable[[int, nn.Module], None] | None = None,
+    after: Callable[[int, nn.Module], None] | None = None,
+) -> torch.Tensor:
+    """Advance `hidden` [N, T, D] in place through all blocks and return it.
+
+    Args:
+        prefix_kv: [L, 2, heads, P, d] or None.
+        watch: called with (index, block) before a block runs, to hang hooks on it; the block is dropped afterwards.
+        after: called with (index, block) when `hidden` stands behind the block.
+    """
+    blocks = load_blocks(checkpoint, runner.device)
+    for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, description):
+        block = next(blocks)
+        if watch is not None:
+            watch(index, block)
+        runner.advance_(block, hidden, None if prefix_kv is None else prefix_kv[index])
+        if after is not None:
+            after(index, block)
+        del block
+    return hidden

@@ -1,0 +1,114 @@
+"""Tasks of the LM Evaluation Harness (lm-eval) on models with a prefix.
+
+    python -m pipeline.lm_eval_tasks run --model prefixquant --model_args path=artifacts/export --tasks piqa
+
+takes lm-eval's own arguments: it adds the model type `prefixquant` and the tasks in `evaluation/tasks/`, and lm-eval
+does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods and texts those of
+`export/prefixed_model.py`; what is changed is what a prefix changes: no start
+token follows it, and it takes up some of the model's positions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.evaluation.task_data import FOLDER, Tasks
+from pipeline.export.loading import load
+
+COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+_METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
+
+
+@register_model("prefixquant")
+class PrefixedLM(HFLM):
+    """lm-eval's own class for transformers models, around a model that may begin with a prefix."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        pretrained: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Of an exported folder `path`, or of a model in memory."""
+        if path is not None:
+            pretrained, tokenizer = load(Path(path), device)
+        prefix_kv = getattr(pretrained, "prefix_kv", None)
+        self.start_token = None if prefix_kv is None else tokenizer.bos_token
+        if prefix_kv is not None:
+            positions = pretrained.config.max_position_embeddings - prefix_kv.shape[-2]
+            kwargs = {"max_length": positions, "add_bos_token": False} | kwargs
+        super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context consists of: the start token, or, where the prefix has that already, a line break."""
+        if self.start_token is None or self.custom_prefix_token_id is not None:
+            return super().prefix_token_id
+        return self.tokenizer.encode("\n", add_special_tokens=False)[-1]
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        return super().tok_encode(self._strip(string), *args, **kwargs)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
+
+    def _strip(self, string: str) -> str:
+        return string if self.start_token is None else string.removeprefix(self.start_token)
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, batch_size: int
+) -> dict[str, Any]:
+    """Ask a model everything.
+
+    Returns:
+        `tasks.<task>.<metric>`; `average`, of acc and of acc_norm (acc where a task has none), where all five of
+        `COMMONSENSE` were asked; `task_items`, how many items each had; `tasks_skipped`, where there are any.
+    """
+    lm = PrefixedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found: dict[str, dict[str, float]] = {}
+    items: dict[str, int] = {}
+    for name, own in tasks.asked.items():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[name],
+            num_fewshot=own.num_fewshot,
+            limit=own.limit,
+            task_manager=tasks.manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        found[name] = _pick_metrics(results["results"][name])
+        items[name] = sum(count["effective"] for count in results["n-samples"].values())
+    metrics: dict[str, Any] = {"tasks": found, "task_items": items} if found else {}
+    if set(COMMONSENSE) <= set(found):
+        five = [found[name] for name in COMMONSENSE]
+        means = {"acc": [own["acc"] for own in five], "acc_norm": [own.get("acc_norm", own["acc"]) for own in five]}
+        metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in means.items()}
+    return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
+
+
+def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "acc_stderr,none": …} -> {"acc": 0.5}; of several filters the first."""
+    found: dict[str, float] = {}
+    for key, value in results.items():
+        metric = key.partition(",")[0]
+        if metric in _METRICS and isinstance(value, int | float):
+            found.setdefault(metric, round(float(value), 4))
+    return found
+
+
+def run_command_line() -> None:
+    """lm-eval's command line, with our tasks and the model type `prefixquant`."""
+    parser = HarnessCLI()
+    arguments = parser.parse_args()
+    own = getattr(arguments, "include_path", None)
+    arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
+    parser.execute(arguments)

@@ -1,0 +1,29 @@
+"""What an evaluation will take."""
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sizes import Sizes
+from pipeline.runtime.memory import Need, Share, make_need
+
+_TASK_TOKENS = 224
+
+
+def plan_evaluation(checkpoint: Checkpoint, share: Share, compared: bool, in_memory: bool, task_items: int) -> Need:
+    """What evaluating a variant takes.
+
+    Args:
+        compared: with the original's final hidden states.
+        in_memory: perplexity is that of the whole model (the exported one).
+        task_items: of tasks asked at a time; 0 without tasks. Their texts are taken to be `_TASK_TOKENS` long.
+    """
+    sizes = Sizes.of(checkpoint)
+    quantized = bool(checkpoint.settings)
+    block = sizes.numbers * (1 + 4 if quantized else sizes.item)
+    scoring = (sizes.table + 9 * sizes.logits) if compared else 5 * sizes.logits
+    heads = sizes.table * (1.5 if quantized else 1)  # stored in bfloat16 and computed in float32
+    model = sizes.blocks * block + 2 * sizes.table
+    asked = task_items * _TASK_TOKENS
+    phases = [block + sizes.forward(share.batch), heads + scoring]
+    phases += [model + sizes.forward(share.batch), model + scoring] if in_memory else []
+    phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
+    ahead = sizes.numbers * (1 if quantized else sizes.item)
+    return make_need(max(phases), sizes.stream(share.tokens) * (2 if compared else 1), share.on_gpu, ahead=ahead)

@@ -1,0 +1,71 @@
+"""Evaluate an exported folder outside the pipeline: perplexity of any text, and lm-eval tasks.
+
+    python -m pipeline.evaluate artifacts/export --text my.txt --length 2048
+    python -m pipeline.evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
+
+Perplexity is the field's: documents joined by blank lines, consecutive windows, no token added; a last, shorter window
+is left out. Windows and tasks are computed as the pipeline computes them.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.params import TaskParams
+from pipeline.evaluation.perplexity import evaluate_model
+from pipeline.export.loading import load
+from pipeline.runtime.artifacts import write_json
+from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.progress import return_freed_memory
+from pipeline.text.calibration import cut_documents
+from pipeline.text.corpora import read_local_documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an exported model")
+    parser.add_argument("--text", type=Path, action="append", default=[], help=".txt, .jsonl, .json, .csv or .parquet")
+    parser.add_argument("--text-field", default="text", help="of files with fields")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--windows", type=int, help="so many windows of each text; all when left out")
+    parser.add_argument("--tasks", default="", help="names of lm-eval tasks, or of this project's, with commas")
+    parser.add_argument("--task-folder", help="folder with YAML files of tasks of your own")
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--limit", type=int, help="the first so many items of each task")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arithmetic", choices=("float", "integer"), default="float")
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    arguments = parser.parse_args()
+    return_freed_memory()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    names = [name for name in arguments.tasks.split(",") if name]
+    if not names and not arguments.text:
+        raise PipelineError("nothing to evaluate: give --text, --tasks, or both")
+    results = evaluate_folder(arguments, names)
+    print(json.dumps(results, indent=2))
+    if arguments.json:
+        write_json(arguments.json, results)
+
+
+def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """What `arguments` ask for: metrics as in `metrics/evaluation/`."""
+    asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
+    if asked:
+        from pipeline.evaluation.harness import run_tasks
+        from pipeline.evaluation.task_data import open_tasks
+
+        tasks = open_tasks(asked, arguments.task_folder)
+    model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
+    results: dict[str, Any] = {}
+    if arguments.text:
+        windows = {}
+        for path in arguments.text:
+            documents = read_local_documents(path, arguments.text_field)
+            windows[path.name] = cut_documents(documents, arguments.windows, arguments.length, tokenizer, str(path))
+        results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
+    if asked:
+        results |= run_tasks(model, tokenizer, tasks, arguments.batch_size)
+    return results

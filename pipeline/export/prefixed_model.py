@@ -1,0 +1,199 @@
+"""A whole model with its prefix in front of whatever it reads: quantized or not, an ordinary transformers model.
+
+    checkpoint = Checkpoint(Path("artifacts/finetuning"), "finetuning")
+    model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
+    model.generate(**checkpoint.tokenizer(["Once upon"], return_tensors="pt"))
+
+It is the model's own class, with quantizers in its blocks, and a `forward` that prepares three things before the
+class's own: a cache that begins with the prefix, a mask that lets everybody see it, positions that start behind it.
+Callers pass what they would pass without a prefix: token ids, a mask over them, the cache of an earlier call.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pipeline.blocks.kv_cache import PrefixCache, make_layer
+from pipeline.blocks.quantized import load_block
+from pipeline.blocks.saturation import SaturationProbe
+from pipeline.models.architectures import find_architecture, find_sliding_window
+from pipeline.models.checkpoint import Checkpoint, build_skeleton
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixedModel(PreTrainedModel):
+    """Goes in front of a causal language model's class; made by `prefix_model_`.
+
+    Attributes:
+        prefix_kv: [L, 2, kv_heads, P, d], keys (behind RoPE) and values of the prefix, or None.
+        start_token_id: what must not stand at the beginning of a text, as the prefix has it already, or None.
+    """
+
+    prefix_kv: torch.Tensor | None
+    start_token_id: int | None
+
+    def make_cache(self) -> PrefixCache:
+        """An empty cache, to be passed as `past_key_values`: the prefix, and quantizers for what follows."""
+        layers = self.model.layers
+        own: Any = [None] * len(layers) if self.prefix_kv is None else self.prefix_kv
+        return PrefixCache([make_layer(block, prefix_kv) for block, prefix_kv in zip(layers, own, strict=True)])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own. Nothing of the prefix is passed.
+
+        Args:
+            attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
+                does not mask.
+            past_key_values: None, or what an earlier call returned, or `make_cache()`.
+
+        Raises:
+            ValueError: a cache of another kind, or a mask that is not [B, past + T].
+        """
+        cache = self.make_cache() if past_key_values is None else past_key_values
+        if not isinstance(cache, PrefixCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which holds no prefix and quantizes nothing; pass None, "
+                "or model.make_cache()"
+            )
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        past, prefix = cache.get_seq_length(), cache.prefix_tokens
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
+                raise ValueError(
+                    f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, {past + length}], a 1 for "
+                    "every token read so far that is no padding, without the prefix"
+                )
+            if position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+        if past == 0 and input_ids is not None:
+            self._warn_of_second_start(input_ids, attention_mask)
+        if prefix:
+            self._warn_of_sliding(prefix + past, length)
+        if position_ids is not None:
+            position_ids = position_ids + prefix
+        if attention_mask is not None:
+            seen = attention_mask.new_ones(len(attention_mask), prefix)
+            attention_mask = torch.cat((seen, attention_mask), dim=1)
+        with cache.counting_prefix():
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if use_cache is False and "past_key_values" in output:
+            output.past_key_values = None  # it was there for the prefix alone
+        return output
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """As the model's own; the cache is one that begins with the prefix."""
+        config = generation_config or self.generation_config
+        if (kind := kwargs.get("cache_implementation", config.cache_implementation)) is not None:
+            raise ValueError(f"cache_implementation={kind!r} holds no prefix and quantizes nothing; leave it out")
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", config.use_cache) is not False:
+            kwargs["past_key_values"] = self.make_cache()
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _warn_of_sliding(self, past: int, length: int) -> None:
+        """Warn when the first of `length` positions behind `past` is added that some layers see without the prefix."""
+        sliding = find_sliding_window(self.config)
+        if sliding and past <= sliding < past + length:
+            logger.warning(
+                "position %d is beyond sliding_window=%d (prefix included): in layers that slide what follows does not "
+                "see the prefix, and outliers can come back; keep texts shorter",
+                past + length,
+                sliding,
+            )
+
+    def _warn_of_second_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if self.start_token_id is None or input_ids.shape[1] == 0:
+            return
+        first = input_ids[:, :1] if attention_mask is None else input_ids.gather(1, attention_mask.argmax(1, True))
+        if (first == self.start_token_id).any():
+            logger.warning(
+                "a text begins with the start token (id %d), which the prefix has already: a second one can bring the "
+                "outliers back; leave it out (add_special_tokens=False, or strip_start_token)",
+                self.start_token_id,
+            )
+
+
+@functools.cache
+def _prefixed_class(model_class: type) -> type:
+    return type(model_class.__name__, (PrefixedModel, model_class), {})
+
+
+def prefix_model_(
+    model: PreTrainedModel, prefix_kv: torch.Tensor | None, start_token_id: int | None = None
+) -> PreTrainedModel:
+    """Put a prefix [L, 2, kv_heads, P, d] (None: an empty one) in front of whatever `model` reads, and return it."""
+    model.__class__ = _prefixed_class(type(model))
+    model.register_buffer("prefix_kv", prefix_kv)
+    model.start_token_id = None if prefix_kv is None else start_token_id
+    return model
+
+
+def strip_start_token(token_ids: list[int], model: PreTrainedModel) -> list[int]:
+    """Token ids of one text without the start token, where the prefix has it already."""
+    start = getattr(model, "start_token_id", None)
+    return token_ids[1:] if start is not None and token_ids[:1] == [start] else token_ids
+
+
+def assemble_model(
+    checkpoint: Checkpoint, prefix_kv: torch.Tensor | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The whole model of a checkpoint, plain, rotated or quantized, on `device`, ready to run.
+
+    Args:
+        prefix_kv: [L, 2, kv_heads, P, d] in the checkpoint's basis.
+    """
+    architecture = checkpoint.architecture
+    model = build_skeleton(checkpoint.config)
+    for index in range(checkpoint.block_count):
+        block = load_block(checkpoint, index, device)
+        block.self_attn.layer_idx = index
+        model.model.layers[index] = block
+    table = checkpoint.load_tensor(architecture.embedding).to(device, checkpoint.dtype)
+    model.model.embed_tokens = checkpoint.build_embedding(table)
+    model.lm_head.weight = nn.Parameter(checkpoint.load_lm_head().weight.to(device), requires_grad=False)
+    model.model.norm = checkpoint.load_final_norm().requires_grad_(False).to(device)
+    model.model.rotary_emb = checkpoint.build_rotary_embedding().to(device)
+    model.tie_weights()
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if prefix_kv is None and not checkpoint.settings:
+        return model.eval()
+    prefix_kv = None if prefix_kv is None else prefix_kv.to(device, checkpoint.dtype)
+    return prefix_model_(model.eval(), prefix_kv, checkpoint.tokenizer.bos_token_id)
+
+
+@contextmanager
+def probe_saturation(model: PreTrainedModel) -> Iterator[list[SaturationProbe]]:
+    """Counts, as long as it is entered, what of everything `model` does (decoding included) lies beyond static ranges.
+
+    Yields a probe per block: `[probe.report() for probe in probes]`.
+    """
+    architecture = find_architecture(model.config)
+    with ExitStack() as stack:
+        yield [stack.enter_context(SaturationProbe(block, architecture)) for block in model.model.layers]

@@ -1,0 +1,15 @@
+"""The groups of params.yaml about where a model comes from: `model`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.runtime.params import FloatDtype, Group
+
+PACKAGED_MODEL = "packaged:smollm2-135m"
+
+
+class ModelParams(Group):
+    source: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    dtype: FloatDtype

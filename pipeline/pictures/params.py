@@ -1,0 +1,13 @@
+"""The group `activation_plots` of params.yaml."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.runtime.params import Group, Number
+
+
+class ActivationPlotsParams(Group):
+    windows: Annotated[int, Field(ge=1)]
+    outlier_threshold: Annotated[Number, Field(gt=1)]
+    surface_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None

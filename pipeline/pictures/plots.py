@@ -1,0 +1,166 @@
+"""Pictures of activations: variants of a model side by side, same axes.
+
+token_maxima_inputs.png, …_outputs.png   by block: the three largest token maxima, their median and the least
+outlier_counts.png                       by block: outlier tokens per window
+outlier_positions.png, outlier_contents.png
+surface_input_I.png, surface_output_I.png  |x| over tokens and channels of block I
+
+Drawn with matplotlib, without a display.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.pictures.activations import ACTIVATIONS, STATISTICS, read_outliers
+from pipeline.runtime.artifacts import load_tensors
+
+_INPUTS = {
+    "attention_input": "input of q, k, v",
+    "attention_output": "input of o_proj",
+    "mlp_input": "input of gate, up",
+    "mlp_hidden": "input of down_proj",
+}
+_OUTPUTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_STYLES = {"top1": "#b2182b", "top2": "#ef8a62", "top3": "#fddbc7", "median": "#2166ac", "least": "#67a9cf"}
+_COLUMN = 3.6  # inches
+_CONTENTS = 12  # tokens shown
+_DPI = 110
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant: its statistics and surfaces, see `activations.py`, and outliers.json."""
+
+    tensors: dict[str, torch.Tensor]
+    outliers: dict[str, Any]
+
+
+def read_measured(folders: dict[str, Path]) -> dict[str, Measured]:
+    """Variant -> what `activation_plots` wrote into its folder. Raises ArtifactError."""
+    return {
+        name: Measured(load_tensors(folder / ACTIVATIONS, "activation_plots")[0], read_outliers(folder))
+        for name, folder in folders.items()
+    }
+
+
+def draw_all(variants: dict[str, Measured], folder: Path) -> list[Path]:
+    """Draw every picture into `folder`, which must exist; what was drawn, in order."""
+    drawn = []
+    for name, figure in _draw(variants):
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+        drawn.append(path)
+    return drawn
+
+
+def _draw(variants: dict[str, Measured]) -> Iterator[tuple[str, Figure]]:
+    yield "token_maxima_inputs", _draw_maxima(variants, _INPUTS, "Token-wise maxima of the linears' inputs")
+    outputs = {name: f"output of {name}" for name in _OUTPUTS}
+    yield "token_maxima_outputs", _draw_maxima(variants, outputs, "Token-wise maxima of the linears' outputs")
+    blocks = {"block_input": "input of the block", "block_output": "output of the block"}
+    yield "token_maxima_blocks", _draw_maxima(variants, blocks, "Token-wise maxima of the blocks")
+    yield "outlier_counts", _draw_counts(variants)
+    yield "outlier_positions", _draw_positions(variants)
+    yield "outlier_contents", _draw_contents(variants)
+    first = next(iter(variants.values()))
+    for name in sorted(first.tensors):
+        if name.startswith("surface."):
+            _, side, block = name.split(".")
+            yield f"surface_{side}_{block}", _draw_surfaces(variants, name, f"|{side}| of block {block}")
+
+
+def _make_figure(title: str, rows: int, columns: int, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(_COLUMN * columns + 0.8, height * rows + 0.7), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+
+
+def _draw_maxima(variants: dict[str, Measured], sites: dict[str, str], title: str) -> Figure:
+    figure, axes = _make_figure(title, len(sites), len(variants), 2.1)
+    for row, (site, label) in zip(axes, sites.items(), strict=True):
+        for axis, (variant, measured) in zip(row, variants.items(), strict=True):
+            values = measured.tensors[f"statistics.{site}"]
+            for name, colour in reversed(_STYLES.items()):  # the largest on top
+                axis.plot(values[:, STATISTICS.index(name)].clamp_min(1e-6), color=colour, label=name, lw=1.4)
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+            if site == next(iter(sites)):
+                axis.set_title(variant)
+        row[0].set_ylabel(f"{label}\nmax |x| of a token")
+    for axis in axes[-1]:
+        axis.set_xlabel("block")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _draw_counts(variants: dict[str, Measured]) -> Figure:
+    figure, axes = _make_figure("Outlier tokens by block", 1, len(variants), 2.6)
+    for axis, (variant, measured) in zip(axes[0], variants.items(), strict=True):
+        layers = measured.outliers["layers"]
+        axis.bar([row["layer"] for row in layers], [row["count"] for row in layers], color="#b2182b")
+        axis.set_title(variant)
+        axis.set_xlabel("block")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_ylabel("outlier tokens per window")
+    return figure
+
+
+def _draw_positions(variants: dict[str, Measured]) -> Figure:
+    figure, axes = _make_figure("Where outlier tokens stand", 1, len(variants), 2.6)
+    for axis, (variant, measured) in zip(axes[0], variants.items(), strict=True):
+        rows = measured.outliers["positions"]
+        axis.stem([row["position"] for row in rows] or [0], [row["count"] for row in rows] or [0], basefmt=" ")
+        axis.set_title(variant)
+        axis.set_xlabel("position in the window, tokens")
+        axis.set_xscale("symlog", linthresh=1)
+    axes[0][0].set_ylabel("outliers, all blocks and windows")
+    return figure
+
+
+def _draw_contents(variants: dict[str, Measured]) -> Figure:
+    figure = Figure(figsize=(_COLUMN * len(variants) + 0.8, 3.6), layout="constrained")
+    figure.suptitle("What outlier tokens are (position 0 left out)")
+    axes = figure.subplots(1, len(variants), sharex=True, squeeze=False)
+    for axis, (variant, measured) in zip(axes[0], variants.items(), strict=True):
+        rows = measured.outliers["contents"][:_CONTENTS][::-1]
+        names = [repr(row["text"]).replace("$", r"\$") for row in rows]
+        axis.barh(names, [row["count"] for row in rows], color="#2166ac", height=0.6)
+        axis.set_ylim(len(rows) - _CONTENTS - 0.5, len(rows) - 0.5)
+        axis.set_title(variant)
+        axis.set_xlabel("outliers, all blocks and windows")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if not rows:
+            axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center")
+            axis.set_yticks([])
+    return figure
+
+
+def _draw_surfaces(variants: dict[str, Measured], name: str, title: str) -> Figure:
+    figure = Figure(figsize=(_COLUMN * len(variants) + 0.8, 3.9), layout="constrained")
+    figure.suptitle(f"{title}, first window, log scale")
+    surfaces = {variant: measured.tensors[name] for variant, measured in variants.items()}
+    logs = {variant: surface.clamp_min(1e-3).log10() for variant, surface in surfaces.items()}
+    every = torch.cat([values.flatten() for values in logs.values()])
+    low, high = every.min().item(), every.max().item()
+    for place, (variant, values) in enumerate(logs.items()):
+        axis = figure.add_subplot(1, len(variants), place + 1, projection="3d")
+        tokens, channels = values.shape
+        y, x = torch.meshgrid(torch.arange(tokens), torch.arange(channels), indexing="ij")
+        axis.plot_surface(
+            x.numpy(), y.numpy(), values.numpy(), cmap="viridis", vmin=low, vmax=high, rcount=tokens, ccount=channels
+        )
+        axis.set_zlim(low, high)
+        axis.set_title(variant)
+        axis.set_xlabel("channels, pooled")
+        axis.set_ylabel("tokens, pooled")
+        axis.set_zlabel("log10 max |x|")
+        axis.set_box_aspect(None, zoom=0.85)
+    return figure

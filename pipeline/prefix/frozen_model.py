@@ -1,0 +1,144 @@
+"""The original model with a prefix in front, frozen, and what a training step measures on it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import load_block
+from pipeline.blocks.walk import BlockRunner, batches
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.losses import MEASURES, Measure, diversity, magnitude
+from pipeline.prefix.params import PrefixTrainingParams
+from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.training.divergence import mean_divergence
+from pipeline.training.place import run_differentiably
+
+
+class FrozenModel:
+    """The original model with a prefix in front, and what a training step measures on it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, runner: BlockRunner, params: PrefixTrainingParams, recompute: bool = True
+    ) -> None:
+        self.checkpoint, self.runner, self.params, self.recompute = checkpoint, runner, params, recompute
+        self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
+        self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
+        self.table = checkpoint.scale_embeddings(checkpoint.load_tensor(checkpoint.architecture.embedding))
+        self.table_norm = self.table.float().norm(dim=-1).max().item()
+        self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
+        weights = params.weights.model_dump()
+        self._counts = any(weights[name] for name in self.measure.names)
+        self.norm = checkpoint.load_final_norm().to(runner.device).requires_grad_(False)
+        self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
+        self._terms: list[torch.Tensor] | None = None  # of the block that runs; None: nobody is looking
+        self._prefix_tokens = 0
+        for index in sorted(self.layers):
+            self._watch(index)
+
+    def _watch(self, index: int) -> None:
+        """Show the measure what passes its sites in block `index`, behind the prefix."""
+        block, architecture = self.blocks[index], self.checkpoint.architecture
+
+        def see(site: str, x: torch.Tensor) -> torch.Tensor:
+            if self._terms is None:
+                return x
+            before, behind = x[..., : self._prefix_tokens, :], x[..., self._prefix_tokens :, :]
+            seen, terms = self.measure.see(index, site, behind.float())
+            # Without weight terms are reported, and nothing is kept for their gradient.
+            self._terms.append(terms if self._counts else terms.detach())
+            return torch.cat((before, seen.to(x.dtype)), dim=-2)
+
+        def watch_input(site: str, name: str) -> None:
+            block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
+
+        def watch_site(site: str) -> None:
+            architecture.watch_input_(block, site, lambda module, x: see(site, x))
+
+        def watch_output(site: str, name: str) -> None:
+            block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
+
+        hang = {
+            "attention_input": watch_site,
+            "key": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
+            "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+            "attention_output": lambda site: watch_input(site, architecture.attention_output),
+            "o_proj": lambda site: watch_output(site, architecture.attention_output),
+            "mlp_input": watch_site,
+            "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
+        }
+        for site in self.measure.sites:
+            hang[site](site)
+
+    @torch.no_grad()
+    def run_original(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Final hidden states [N, T, D] (CPU) of windows without a prefix; None where no term asks for them."""
+        if not self.params.weights.kl:
+            return None
+        self._terms = None
+        hidden = self.checkpoint.embed(token_ids)
+        for block in self.blocks:
+            self.runner.advance_(block, hidden)
+        return hidden
+
+    def losses(
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Every term of one batch [B, T], unweighted: the layers' means, and those of the prefix itself.
+
+        `original` is `run_original` of the same windows.
+        """
+        embedded = nn.functional.embedding(token_ids.cpu(), self.table).to(self.runner.device, self.checkpoint.dtype)
+        self._prefix_tokens = count = len(prefix)
+        self.measure.begin_batch()
+        hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
+        collected: list[torch.Tensor] = []
+        for index in range(len(self.blocks)):
+            hidden, terms = run_differentiably(self.recompute, self._run_block, index, hidden)
+            if index in self.layers:
+                collected.append(terms)
+        means = torch.stack(collected).mean(0)
+        result = dict(zip(self.measure.names, means, strict=True))
+        result["diversity"] = diversity(prefix)
+        result["magnitude"] = magnitude(prefix, self.table_norm)
+        if original is not None:
+            exact = self.norm(original.to(self.runner.device))
+            result["kl"] = mean_divergence(self.norm(hidden[:, count:]), exact, self.lm_head)
+        return result
+
+    def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = self.params.weights.model_dump()
+        return sum(weights[name] * value for name, value in terms.items())
+
+    @torch.no_grad()
+    def evaluate(
+        self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None, ranks: Ranks = ALONE
+    ) -> dict[str, float]:
+        """Means over all ranks' windows, [M, T] of them this one's: `validation`, the weighted sum, and every term."""
+        totals: dict[str, float] = {}
+        for rows in batches(len(token_ids), self.params.batch_size):
+            terms = self.losses(prefix, token_ids[rows], None if original is None else original[rows])
+            for name, value in ({"validation": self.weigh(terms)} | terms).items():
+                totals[name] = totals.get(name, 0.0) + (rows.stop - rows.start) * value.item()
+        sums = torch.tensor([*totals.values(), len(token_ids)], dtype=torch.float64)
+        ranks.sum_(sums)
+        *values, count = sums.tolist()
+        return {name: value / count for name, value in zip(totals, values, strict=True)}
+
+    def _run_block(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._terms = []
+        output = self.runner.run(self.blocks[index], hidden)
+        return output, torch.stack(self._terms).mean(0) if self._terms else hidden.new_zeros(())
+
+
+class _CacheSite(nn.Module):
+    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
+
+    before_rope = False
+
+    def __init__(self, see: Callable[[str, torch.Tensor], torch.Tensor], site: str) -> None:
+        super().__init__()
+        self.see, self.site = see, site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.see(self.site, x)

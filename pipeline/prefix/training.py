@@ -1,0 +1,265 @@
+"""Learn prefix embeddings that leave the rest of the sequence easy to quantize: the trainable prefix.
+
+P continuous embeddings stand in front of every calibration window and are the only thing that is trained; the model is
+frozen, and every loss looks at the positions behind the prefix only. The loss is the weighted sum of
+
+    the terms of `loss_type`, mean over layers (`losses.py`)
+    diversity   squared cosine similarity between different rows of the prefix
+    magnitude   norms beyond the largest of the embedding table
+    kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
+
+What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
+`torch.utils.checkpoint`, and only the hidden states between them stay.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv
+from pipeline.blocks.walk import batches
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.candidates import resize_rows
+from pipeline.prefix.frozen_model import FrozenModel
+from pipeline.prefix.params import PrefixTrainingParams
+from pipeline.prefix.search import measure_outliers
+from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
+from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.progress import note_progress, show_progress
+from pipeline.training.place import Place
+from pipeline.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+LOSSES = "losses.json"
+_STATE = "state.safetensors"
+
+
+class PrefixTrainingError(PipelineError):
+    """There is nothing to train."""
+
+
+@dataclass(frozen=True)
+class TrainedPrefix:
+    """The outcome.
+
+    Attributes:
+        embeddings: [P, D] float32, of the epoch with the least validation loss (0: the initial ones).
+        best_epoch, epochs: which that was, and how many were run.
+        stopped: why training ended before its last epoch, or None.
+        history: per epoch {"epoch", "train", "validation", and each term's mean on validation windows}.
+    """
+
+    embeddings: torch.Tensor
+    best_epoch: int
+    epochs: int
+    stopped: str | None
+    history: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every candidate prefix as tensors, and what was measured; `trained` None when training is disabled."""
+
+    tensors: dict[str, torch.Tensor]
+    trained: TrainedPrefix | None
+    report: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """The stage's metrics."""
+        if self.trained is None:
+            return {"enabled": False, "prefix_tokens": len(self.tensors["found.token_ids"])}
+        history, best = self.trained.history, self.trained.best_epoch
+        worst = {
+            name: {
+                kind: max(layer[kind] for layer in layers)
+                for kind in ("top1_median_ratio", "outlier_tokens_per_window")
+            }
+            for name, layers in self.report["outliers"].items()
+        }
+        return {
+            "enabled": True,
+            "prefix_tokens": len(self.trained.embeddings),
+            "best_epoch": best,
+            "validation_loss": {"before": history[0]["validation"], "after": history[best]["validation"]},
+            "discrete_token_ids": self.tensors["discretised.token_ids"].tolist(),
+            "top1_median_ratio": {name: values["top1_median_ratio"] for name, values in worst.items()},
+            "outlier_tokens_per_window": {name: values["outlier_tokens_per_window"] for name, values in worst.items()},
+        }
+
+
+def make_candidates(
+    checkpoint: Checkpoint,
+    found: dict[str, torch.Tensor],
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: PrefixTrainingParams,
+    place: Place,
+) -> Candidates:
+    """The found prefix, unchanged, and when training is enabled the trained and the discretised one.
+
+    Args:
+        found: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
+        train, validation: windows [N, T] and [M, T].
+
+    Raises:
+        PrefixTrainingError: nothing was found and no length is set, so that there is nothing to train.
+    """
+    tensors = {"found.token_ids": found["token_ids"], "found.embeddings": found["embeddings"]}
+    if not params.enabled:
+        return Candidates(tensors, None, {"enabled": False})
+    table = checkpoint.load_tensor(checkpoint.architecture.embedding)
+    initial = initial_embeddings(found["embeddings"], checkpoint.scale_embeddings(table), params.length, params.seed)
+    if len(initial) == 0:
+        raise PrefixTrainingError(
+            "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
+        )
+    trained = train_prefix(checkpoint, initial, train, validation, params, place)
+    token_ids, similarities = discretise(trained.embeddings, table)
+    tensors |= {
+        "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
+        "trained.initial_token_ids": resize_rows(found["token_ids"], len(initial)),
+        "discretised.token_ids": token_ids,
+        "discretised.embeddings": checkpoint.scale_embeddings(table[token_ids]),
+        "discretised.similarities": similarities,
+    }
+    decode = checkpoint.tokenizer.decode
+    outliers = {}
+    for name in ("none", "found", "trained", "discretised"):
+        embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
+        prefix_kv = compute_prefix_kv(checkpoint, embeddings, place.runner)
+        layers = measure_outliers(
+            checkpoint, validation, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
+        )
+        outliers[name] = [
+            {
+                "layer": layer.layer,
+                "top1_median_ratio": layer.mean_top1_ratio,
+                "outlier_tokens_per_window": layer.mean_count,
+            }
+            for layer in layers
+        ]
+    report = {
+        "enabled": True,
+        "best_epoch": trained.best_epoch,
+        "epochs": trained.epochs,
+        "stopped": trained.stopped,
+        "history": trained.history,
+        "nearest_tokens": [
+            {"id": token, "text": decode([token]), "similarity": similarity}
+            for token, similarity in zip(token_ids.tolist(), similarities.tolist(), strict=True)
+        ],
+        "outliers": outliers,
+    }
+    return Candidates(tensors, trained, report)
+
+
+def write_candidates(folder: Path, candidates: Candidates, header: Header) -> None:
+    """Replace `folder` by prefix.safetensors, report.json and losses.json (a row per epoch; none when disabled)."""
+    history = candidates.report.get("history", [])
+    with replacing_folder(folder) as partial:
+        save_tensors(partial / PREFIX, candidates.tensors, header)
+        write_json(partial / "report.json", candidates.report)
+        write_rows(partial / LOSSES, history)
+
+
+def initial_embeddings(found: torch.Tensor, table: torch.Tensor, length: int | None, seed: int) -> torch.Tensor:
+    """Where training starts: the found prefix [P0, D] cut or repeated to `length` (None: P0).
+
+    Without a found prefix random rows are drawn at the scale of the embedding table [V, D].
+    """
+    length = len(found) if length is None else length
+    if len(found):
+        return resize_rows(found, length).float().clone()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, table.shape[1], generator=generator) * table.float().std()
+
+
+def discretise(embeddings: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest vocabulary tokens by cosine similarity: ids [P] int64 and similarities [P]."""
+    normed = nn.functional.normalize(embeddings.float(), dim=-1)
+    similarity = normed @ nn.functional.normalize(table.float(), dim=-1).T
+    best = similarity.max(dim=-1)
+    return best.indices, best.values
+
+
+def train_prefix(
+    checkpoint: Checkpoint,
+    embeddings: torch.Tensor,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: PrefixTrainingParams,
+    place: Place,
+) -> TrainedPrefix:
+    """Train a prefix; a killed run with the same header continues behind its last finished epoch.
+
+    Ranks differentiate their own windows of a batch; gradients are summed, weighed by how many there are.
+
+    Args:
+        checkpoint: the original model.
+        embeddings: [P, D] to start from.
+        train, validation: windows [N, T] and [M, T].
+        place: its `work` keeps the state between epochs, and is removed by the caller at the end.
+    """
+    runner, ranks, state_file = place.runner, place.ranks, place.work / _STATE
+    model = FrozenModel(checkpoint, runner, params, place.recompute)
+    prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
+    group = {"params": [prefix], "lr": params.learning_rate, "highest": params.learning_rate}
+    optimizer = torch.optim.AdamW([group], weight_decay=0.0)
+    steps = params.epochs * math.ceil(len(train) / params.batch_size)
+    state = TrainingState([prefix], optimizer)
+    own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
+    exact, exact_validation = model.run_original(own_train), model.run_original(own_validation)
+    if state.load_(state_file, place.header):
+        logger.info("continuing behind epoch %d", len(state.history) - 1)
+    else:
+        state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})
+        state.save(state_file, place.header, ranks)
+    stopped = None
+    for epoch in range(len(state.history), params.epochs + 1):
+        generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
+        order = torch.randperm(len(train), generator=generator)
+        losses = []
+        parts = list(batches(len(train), params.batch_size))
+        for number, rows in enumerate(show_progress(parts, len(parts), f"prefix epoch {epoch}/{params.epochs}")):
+            step = (epoch - 1) * len(parts) + number
+            optimizer.param_groups[0]["lr"] = params.learning_rate * cosine(step, steps)
+            own = ranks.locate(order[rows])
+            prefix.grad, total = torch.zeros_like(prefix), torch.zeros((), device=runner.device)
+            if len(own):
+                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own])
+                loss = model.weigh(terms) * (len(own) / len(order[rows]))
+                loss.backward()
+                total += loss.detach()
+            ranks.sum_(prefix.grad, total)
+            norm = nn.utils.clip_grad_norm_([prefix], params.clip_grad)
+            if not (torch.isfinite(total) and torch.isfinite(norm)):
+                stopped = f"the loss was not finite in epoch {epoch}, step {number}"
+                break
+            optimizer.step()
+            losses.append(total.item())
+            note_progress(loss=losses[-1], validation=state.history[-1]["validation"])
+        if stopped:
+            break
+        measured = model.evaluate(prefix, own_validation, exact_validation, ranks)
+        if not math.isfinite(measured["validation"]):
+            stopped = f"the validation loss was not finite after epoch {epoch}"
+            break
+        state.add({"epoch": epoch, "train": sum(losses) / len(losses), **measured})
+        state.save(state_file, place.header, ranks)
+        if epoch - state.best_epoch >= params.early_stop:
+            stopped = f"no lower validation loss for {params.early_stop} epochs"
+            break
+    if stopped:
+        logger.warning("prefix training stopped: %s; keeping epoch %d", stopped, state.best_epoch)
+    return TrainedPrefix(state.best[0].cpu(), state.best_epoch, len(state.history) - 1, stopped, state.history)
+
+
+def cosine(step: int, steps: int) -> float:
+    """1 at step 0, falling to 0 at `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,99 @@
+"""Statistics of what a quantizer sees, over any number of batches, merged independently of their order.
+
+Extrema and histograms are exact: whatever the batches and their order, the result is the same to the last bit. (An
+exponential moving average, as often used, is not: its first sample weighs most.) Means are summed in float64.
+"""
+
+import torch
+
+from pipeline.numerics.quantizer import group
+from pipeline.runtime.ranks import Ranks
+
+_BINS = 1 << 16
+
+
+class ChannelObserver:
+    """Minimum, maximum and mean of every channel.
+
+    Attributes:
+        low, high: [*channels] float32, true extrema; None before the first update.
+        total: [*channels] float64, the sum.
+        count: tokens seen.
+    """
+
+    def __init__(self) -> None:
+        self.low: torch.Tensor | None = None
+        self.high: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add values [n, *channels]."""
+        low, high = torch.aminmax(values, dim=0)
+        total = values.sum(dim=0, dtype=torch.float64)
+        if self.count:
+            low, high, total = torch.minimum(low, self.low), torch.maximum(high, self.high), total + self.total
+        self.low, self.high, self.total = low.float(), high.float(), total
+        self.count += len(values)
+
+    def combine_(self, ranks: Ranks) -> None:
+        """Make it that of all ranks' tokens."""
+        ranks.sum_(self.total)
+        ranks.least_(self.low)
+        ranks.most_(self.high)
+        self.count = ranks.count(self.count)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """[*channels] float32."""
+        return (self.total / self.count).float()
+
+    def find_range(self, group_size: int, shift: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(low, high) of every group of channels, after `shift` [*channels] is subtracted; zero always lies inside.
+
+        Channels [heads, d], group_size d / 2 -> ranges [heads, 2].
+        """
+        low, high = (self.low, self.high) if shift is None else (self.low - shift, self.high - shift)
+        low, high = group(low, group_size).amin(-1), group(high, group_size).amax(-1)
+        return low.clamp_max(0), high.clamp_min(0)
+
+
+class ValueHistogram:
+    """The distribution of S groups of values, from which percentiles are read.
+
+    There is a bin for every bfloat16 number, so that no range is needed beforehand and any magnitude is resolved to 1
+    part in 256.
+
+    Attributes:
+        counts: [S, 65536] int64, how many values fall on each bfloat16 number in ascending order; None when empty.
+    """
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add values [n, S, g]."""
+        bits = values.bfloat16().view(torch.int16).long()
+        # Negative numbers have their sign bit set and descend; positive ones follow them and ascend.
+        places = torch.where(bits < 0, -1 - (bits + (_BINS >> 1)), bits) + (_BINS >> 1)
+        groups = values.shape[1]
+        places += torch.arange(groups, device=values.device).view(1, -1, 1) * _BINS
+        counts = torch.bincount(places.flatten(), minlength=groups * _BINS).view(groups, _BINS)
+        self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def find_range(self, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(low, high) [S]: `percentile` % of all values are at most high, as many at least low; zero lies inside."""
+        numbers = _bfloat16_numbers(self.counts.device)
+        total = self.counts.sum(dim=1, keepdim=True)
+        below = self.counts.cumsum(dim=1)
+        wanted = torch.ceil(total.double() * percentile / 100)
+        high = numbers[(below >= wanted).int().argmax(dim=1)]
+        low = numbers[(below > total - wanted).int().argmax(dim=1)]
+        return low.clamp_max(0), high.clamp_min(0)
+
+
+def _bfloat16_numbers(device: torch.device) -> torch.Tensor:
+    """Every bfloat16 number in ascending order, as float32."""
+    place = torch.arange(_BINS, device=device) - (_BINS >> 1)
+    bits = torch.where(place < 0, -1 - place - (_BINS >> 1), place).to(torch.int16)
+    return bits.view(torch.bfloat16).float()

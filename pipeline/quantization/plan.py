@@ -1,0 +1,25 @@
+"""What choosing quantizers will take."""
+
+import torch
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sizes import Sizes
+from pipeline.quantization.params import QuantizerInitParams
+from pipeline.runtime.memory import Need, Share, make_need
+
+
+def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerInitParams) -> Need:
+    """What choosing quantizers takes: a block, Gram matrices, samples, and a batch or GPTQ's forms of a weight."""
+    sizes = Sizes.of(checkpoint)
+    widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
+    square = 4 * max(widths) ** 2
+    grams = 4 * sum(width * width for width in widths)
+    sampled = min(params.mse_samples * share.length, share.tokens)
+    samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
+    block = sizes.numbers * sizes.item
+    recording = square + max(sizes.forward(share.batch), sizes.forward(sampled))
+    rounding = square + 5 * 4 * sizes.hidden * sizes.inner
+    assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
+    work = max(block + grams + samples + max(recording, rounding), assembling)
+    disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(share.tokens)
+    return make_need(work, sizes.stream(share.tokens), share.on_gpu, disk, ahead=block)

@@ -1,0 +1,252 @@
+"""Initialise every quantizer of a rotated model, block by block, on what its quantized predecessors produce.
+
+For each block, on all calibration windows:
+
+1. run it in full precision and record what its quantizers will see (`statistics.py`);
+2. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
+3. run it again, quantized, to get the next block's input, and count what falls beyond the static ranges
+   (`blocks/saturation.py`).
+
+The prefix is in the cache throughout, in full precision; its positions enter no statistic. A finished block is on disk
+together with the hidden states behind it, so that a killed run continues at the first unfinished block and ends with
+the same bytes.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.prefetch import prefetch_blocks
+from pipeline.blocks.prefix_kv import PREFIX
+from pipeline.blocks.quantized import BlockSettings, block_settings, describe_blocks, fill_block, site_group
+from pipeline.blocks.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
+from pipeline.numerics.quantizer import QuantizerSpec
+from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
+from pipeline.quantization.equalization import EQUALIZATION, equalize_mlp_
+from pipeline.quantization.params import QuantizerInitParams, site_params
+from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
+from pipeline.rotation.matrices import compute_rotated_prefix_kv
+from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json
+from pipeline.runtime.progress import show_progress
+from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.runtime.unfinished import load_generation, save_generation
+
+logger = logging.getLogger(__name__)
+
+_SCALES = "equalization-{index:05d}.safetensors"
+_TINY = 1e-30
+
+
+def plan_block(
+    init: QuantizerInitParams, checkpoint: Checkpoint, index: int
+) -> tuple[BlockSettings, dict[str, SitePlan]]:
+    """What block `index` is asked for: its settings, and how to choose the parameters of each quantized site.
+
+    Args:
+        init: as in params.yaml; overrides that name the block are applied.
+        checkpoint: the rotated model, which says what online rotations it needs.
+    """
+    rotated = block_settings(checkpoint, index) or BlockSettings()
+    sites = checkpoint.architecture.site_widths(checkpoint.build_block(index))
+    plan = {site: site_params(init, site, index)[1] for site in sites}
+    plan = {site: values for site, values in plan.items() if values["bits"] < 16}
+    specs = {
+        site: QuantizerSpec(
+            values["bits"],
+            values["symmetric"],
+            values["group_size"],
+            values.get("mode", "static") == "dynamic",
+            values["centered"],
+        )
+        for site, values in plan.items()
+    }
+    return BlockSettings(rotated.online_r3, rotated.online_r4, init.keys.before_rope, specs), plan
+
+
+def init_quantizers(
+    checkpoint: Checkpoint,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    token_ids: torch.Tensor,
+    init: QuantizerInitParams,
+    runner: BlockRunner,
+    work: Path,
+    folder: Path,
+    header: Header,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """From a rotated model to a quantized one.
+
+    Args:
+        checkpoint: the rotated model in full precision.
+        prefix: token ids [P] and embeddings [P, D] in the original model's basis; P may be 0.
+        token_ids: calibration windows [N, T].
+        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
+        folder: replaced by the quantized checkpoint at the end.
+        header: of the artifact.
+        ranks: each runs its own windows; choices are made from all of them, and the first rank writes.
+
+    Returns:
+        The stage's metrics: the mean error of the blocks' outputs and of each kind of site, saturation, prefix length.
+    """
+    prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix[1], runner)
+    embedding_dtype = getattr(torch, init.embedding_dtype)
+    own = token_ids[ranks.own(len(token_ids))]
+    hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)
+    report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
+    kept_prefix = {"token_ids": prefix[0]} | ({} if prefix_kv is None else {"kv": prefix_kv})
+    if ranks.first:
+        assemble_checkpoint(checkpoint, work, folder, init, kept_prefix, report, header)
+        shutil.rmtree(work)
+    ranks.wait()
+    saturation = {block["block"]: block["saturation"] for block in report}
+    return {"prefix_tokens": len(prefix[1])} | _summarise(report) | summarise_saturation({"calibration": saturation})
+
+
+def init_blocks(
+    checkpoint: Checkpoint,
+    hidden: torch.Tensor,
+    prefix_kv: torch.Tensor | None,
+    init: QuantizerInitParams,
+    runner: BlockRunner,
+    work: Path,
+    header: Header,
+    ranks: Ranks = ALONE,
+) -> list[dict[str, Any]]:
+    """Quantize all blocks into `work`, continuing there if an earlier run with the same header was cut short.
+
+    Args:
+        hidden: [N, T, D] embedded calibration windows, this rank's; overwritten.
+        prefix_kv: [L, 2, kv_heads, P, d] or None.
+
+    Returns:
+        Per block: {"block": i, "block_error": of its output on the sampled windows, relative to what the block adds,
+        "sites": {site: …} as `choose_quantizers_` returns, "saturation": {site: …} as `SaturationProbe.report`}.
+
+    Raises:
+        NumericalError: NaN or infinity in a block's activations.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    start, saved = load_generation(work, header, ranks)
+    if start:
+        hidden.copy_(saved["hidden"])
+        logger.info("continuing at block %d of %d", start, checkpoint.block_count)
+
+    def load(index: int) -> nn.Module:
+        settings, _ = plan_block(init, checkpoint, index)
+        return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
+
+    blocks = prefetch_blocks(load, range(start, checkpoint.block_count), runner.device)
+    for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
+        block = next(blocks)
+        report, scales = _init_block_(checkpoint, index, block, hidden, prefix_kv, init, runner, ranks)
+        tensors = block.state_dict()
+        if ranks.first:
+            if scales is not None:
+                save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
+            write_json(work / f"block-{index:05d}.json", {"block": index} | report)
+            save_block_file(work, checkpoint.architecture, index, tensors, header)
+        save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
+        del block, tensors
+    return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
+
+
+def _init_block_(
+    checkpoint: Checkpoint,
+    index: int,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    prefix_kv: torch.Tensor | None,
+    init: QuantizerInitParams,
+    runner: BlockRunner,
+    ranks: Ranks,
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Quantize one block and move `hidden` behind it; its report, and the scales of `equalize_mlp_`."""
+    architecture = checkpoint.architecture
+    settings, plan = plan_block(init, checkpoint, index)
+    own_prefix = None if prefix_kv is None else prefix_kv[index]
+    scales = None
+    if init.equalize:
+        sample = hidden[choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)]
+        centered = settings.spec("mlp_hidden").centered
+        scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, centered, ranks)
+    percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
+    try:
+        statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
+        report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
+    except NumericalError as error:
+        raise NumericalError(f"block {index}: {error}") from None
+    ranks.spread_(*block.state_dict().values())  # all chose the same; to the last bit from here
+    block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
+    saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
+    if not all(torch.isfinite(window).all() for window in hidden):
+        raise NumericalError(f"block {index}: its quantized output is not finite")
+    return {"block_error": block_error, "sites": report, "saturation": saturation}, scales
+
+
+def assemble_checkpoint(
+    checkpoint: Checkpoint,
+    work: Path,
+    folder: Path,
+    init: QuantizerInitParams,
+    prefix: dict[str, torch.Tensor],
+    report: list[dict[str, Any]],
+    header: Header,
+) -> None:
+    """Put the finished blocks of `work` and everything else a quantized checkpoint consists of into `folder`.
+
+    Args:
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
+        report: of `init_blocks`.
+    """
+    architecture = checkpoint.architecture
+    settings = [plan_block(init, checkpoint, index)[0] for index in range(checkpoint.block_count)]
+    embedding_dtype = getattr(torch, init.embedding_dtype)
+    with replacing_folder(folder) as partial:
+        writer = CheckpointWriter(partial, architecture, header.stage, header)
+        for index in range(checkpoint.block_count):
+            writer.adopt_block(index, work / BLOCK.format(index=index))
+        names = (architecture.embedding, architecture.lm_head)
+        embeddings = {name: checkpoint.load_tensor(name).to(embedding_dtype) for name in names}
+        embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
+        writer.write_embeddings(embeddings)
+        save_tensors(partial / PREFIX, prefix, header)
+        if init.equalize:
+            paths = [work / _SCALES.format(index=index) for index in range(checkpoint.block_count)]
+            scales = torch.stack([load_tensors(path, header.stage)[0]["scales"] for path in paths])
+            save_tensors(partial / EQUALIZATION, {"scales": scales}, header)
+        write_json(partial / REPORT, {"blocks": report})
+        blocks = {block["block"]: block["saturation"] for block in report}
+        write_saturation(partial / SATURATION, {"calibration": blocks})
+        copy_companions(checkpoint.folder, partial)
+        writer.finish(checkpoint.read_config(), describe_blocks(settings))
+
+
+def _summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over blocks, by kind of site with the seven linears as one; warns of optima on the edge of the grid."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for block in report:
+        for site, values in block["sites"].items():
+            kinds.setdefault("weights" if site_group(site) == "weights" else site, []).append(values)
+
+    def mean(kind: str, key: str) -> float:
+        return round(sum(values[key] for values in kinds[kind]) / len(kinds[kind]), 5)
+
+    at_edge = sum(values["at_grid_edge"] for all_values in kinds.values() for values in all_values)
+    if at_edge:
+        logger.warning("%d clip factors lie on the low end of their grid; see report.json for the sites", at_edge)
+    return {
+        "block_error": round(sum(block["block_error"] for block in report) / len(report), 5),
+        "relative_error": {kind: mean(kind, "relative_error") for kind in kinds},
+        "at_grid_edge": at_edge,
+    }
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

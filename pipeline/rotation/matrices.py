@@ -1,0 +1,62 @@
+"""The matrices a model is rotated by: made, applied, stored, and applied to a prefix."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.blocks.prefix_kv import compute_prefix_kv
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.numerics.hadamard import hadamard_transform, random_orthogonal, random_signs
+from pipeline.runtime.artifacts import load_tensors
+
+ROTATIONS = "rotations.safetensors"
+ENTRIES, _ROWS = 1 << 23, 8192  # of a matrix at a time, in float64, at most
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix acting on rows: x -> x R.
+
+    Either `signs` [n] (R = diag(signs) H, H the normalised Hadamard transform), or a dense `matrix` [n, n], or neither
+    (identity). float64.
+    """
+
+    signs: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] -> x R in x's dtype."""
+        if self.signs is not None:
+            return hadamard_transform(x * self.signs.to(x))
+        return x if self.matrix is None else x @ self.matrix.to(x)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix}
+        return {key: tensor for key, tensor in kept.items() if tensor is not None}
+
+
+def make_rotation(mode: str, n: int, generator: torch.Generator) -> Rotation:
+    """A rotation of width n; `mode` is hadamard, random or identity."""
+    if mode == "hadamard":
+        return Rotation(signs=random_signs(n, generator))
+    return Rotation(matrix=random_orthogonal(n, generator)) if mode == "random" else Rotation()
+
+
+def load_rotation(folder: Path, name: str) -> Rotation:
+    """R1 or R2 of a rotated checkpoint (`name`: "r1" or "r2")."""
+    tensors, _ = load_tensors(folder / ROTATIONS, "rotation")
+    return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"))
+
+
+def compute_rotated_prefix_kv(
+    checkpoint: Checkpoint, embeddings: torch.Tensor, runner: BlockRunner
+) -> torch.Tensor | None:
+    """As `compute_prefix_kv`, of a rotated model from embeddings [P, D] in the original model's basis."""
+    return compute_prefix_kv(checkpoint, load_rotation(checkpoint.folder, "r1").apply(embeddings.double()), runner)
+
+
+def count_rows(matrix: torch.Tensor) -> int:
+    """How many rows of a matrix are taken to float64 at a time."""
+    return min(_ROWS, max(1, ENTRIES // matrix.shape[1]))

@@ -1,0 +1,258 @@
+"""Artifacts: safetensors and JSON, written whole or not at all, each with a header that says where it comes from.
+
+Every safetensors file carries one metadata key, `prefixquant`, holding canonical JSON (sorted keys, no time, host or
+path): the producing stage, the format version, a fingerprint of the values that determine the tensors, and the
+fingerprints of the artifacts it was made from. One key, because safetensors writes several in random order, which
+would change the file's hash. A folder that other tools read too (a checkpoint) carries the same header once more in
+`artifact.json`.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.runtime.errors import PipelineError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+METADATA_KEY = "prefixquant"
+FOLDER_HEADER = "artifact.json"
+
+
+class ArtifactError(PipelineError):
+    """An artifact is missing, damaged, of another format, or made from other inputs; the message names the stage."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where an artifact comes from.
+
+    Attributes:
+        stage: the stage that wrote it.
+        fingerprint: of the values that determine its tensors, see `fingerprint`.
+        inputs: name of each artifact it was made from -> that artifact's fingerprint.
+        format_version: of the layout; raised whenever it changes.
+    """
+
+    stage: str
+    fingerprint: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def make_header(stage: str, values: dict[str, Any], inputs: dict[str, "Header"] | None = None) -> Header:
+    """The header of an artifact determined by `values` (params) and by the artifacts `inputs`."""
+    fingerprints = {name: header.fingerprint for name, header in (inputs or {}).items()}
+    own = fingerprint({"stage": stage, "format": FORMAT_VERSION, "values": values, "inputs": fingerprints})
+    return Header(stage, own, fingerprints)
+
+
+def canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def fingerprint_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """The first 16 hex digits of the SHA-256 of CPU tensors' names, dtypes, shapes and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_file(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, replacing `path` in one step. Raises ValueError on NaN and infinities."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table for `dvc plots`, numbers to 6 digits, making its folder.
+
+    Every row gets every column; what it lacks, or is not finite, is null, of which nothing is drawn.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    write_json(path, [{name: _round(row.get(name)) for name in columns} for row in rows])
+
+
+def _round(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
+    """Write tensors (any device; stored contiguous, on the CPU) with their header, replacing `path` in one step."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(Path(path)) as temporary:
+        save_file(stored, temporary, metadata={METADATA_KEY: canonical_json(asdict(header))})
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def load_tensors(path: Path, stage: str) -> tuple[dict[str, torch.Tensor], Header]:
+    """Read a whole artifact file written by `stage`; see `open_tensors`."""
+    with open_tensors(path, stage) as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+def load_unfinished(path: Path, header: Header) -> dict[str, torch.Tensor] | None:
+    """The state that an unfinished run of the same header left in `path`, or None, saying why where there is one."""
+    if not path.is_file():
+        return None
+    try:
+        tensors, found = load_tensors(path, header.stage)
+    except ArtifactError as error:
+        logger.warning("starting over: %s", error)
+        return None
+    if found != header:
+        logger.warning("starting over: the unfinished run in %s had other settings or inputs", path.parent)
+        return None
+    return tensors
+
+
+def write_folder_header(folder: Path, header: Header) -> None:
+    """Put a header into a folder, as `artifact.json`."""
+    write_json(folder / FOLDER_HEADER, asdict(header))
+
+
+def read_header(path: Path, stage: str) -> Header:
+    """Read and check the header of one artifact file, or of a folder that holds `artifact.json`."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder_header(path, stage)
+    with open_tensors(path, stage) as (_, header):
+        return header
+
+
+@contextmanager
+def open_tensors(path: Path, stage: str) -> Iterator[tuple[Any, Header]]:
+    """Open an artifact file for reading tensor by tensor, yielding (the safetensors handle, its header).
+
+    Raises:
+        ArtifactError: the file is missing, cut off or not safetensors, carries no header of ours, was written by
+            another stage, or has another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {_remedy(stage)}") from None
+    with file as handle:
+        yield handle, _check_header((handle.metadata() or {}).get(METADATA_KEY), path, stage)
+
+
+def check_input(header: Header, name: str, expected: Header, path: Path) -> None:
+    """Check that the artifact with `header` was made from the artifact `expected`.
+
+    Raises:
+        ArtifactError: it was made from another one; names the stage to rerun.
+    """
+    if header.inputs.get(name) != expected.fingerprint:
+        raise ArtifactError(
+            f"{path} was made from another {name} than the one at hand "
+            f"({header.inputs.get(name)} instead of {expected.fingerprint}); {_remedy(header.stage)}"
+        )
+
+
+def check_same_origin(first: Header, second: Header, name: str) -> None:
+    """Check that two artifacts were made from the same artifact `name` (say, the model).
+
+    Raises:
+        ArtifactError: they were not; names both stages.
+    """
+    if first.inputs.get(name) != second.inputs.get(name):
+        raise ArtifactError(
+            f"the artifacts of {first.stage} and {second.stage} were made from different {name}s "
+            f"({first.inputs.get(name)}, {second.inputs.get(name)}); rerun both: "
+            f"dvc repro --force --single-item {first.stage} {second.stage}"
+        )
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty sibling folder to fill; on success it takes the place of `folder`, on failure it is removed."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    move_folder(partial, folder)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, removing what stood there."""
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        # To disk before the rename: after a power cut the name must not stand for a file whose blocks never arrived.
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remedy(stage: str) -> str:
+    return f"rerun the stage that makes it: dvc repro --force --single-item {stage}"
+
+
+def _read_folder_header(folder: Path, stage: str) -> Header:
+    path = folder / FOLDER_HEADER
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
+    return _check_header(path.read_text(encoding="utf-8"), path, stage)
+
+
+def _check_header(text: str | None, path: Path, stage: str) -> Header:
+    try:
+        header = Header(**json.loads(text or ""))
+    except (ValueError, TypeError):
+        raise ArtifactError(f"{path} was not written by this project (no header); {_remedy(stage)}") from None
+    if header.stage != stage:
+        raise ArtifactError(f"{path} was written by the stage {header.stage}, not {stage}; {_remedy(stage)}")
+    if header.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {header.format_version}, this code reads {FORMAT_VERSION}; {_remedy(stage)}"
+        )
+    return header

@@ -1,0 +1,151 @@
+"""Cut documents into token windows that never overlap, one artifact per split.
+
+Search and training windows come from a corpus's train documents, dealt apart document by document, validation windows
+from its validation documents: no two splits share text. Documents are shuffled by seed, tokenized, joined by blank
+lines and cut in order. Held-out evaluation windows are cut the field's way: the whole test split, joined by blank
+lines, in consecutive windows. No special tokens are added anywhere: every variant of a model sees exactly these ids.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from pipeline.runtime.artifacts import ArtifactError, fingerprint_file, make_header
+from pipeline.runtime.errors import PipelineError
+from pipeline.text.corpora import read_documents
+from pipeline.text.windows import Windows
+
+# Search windows take every fourth train document, training windows the rest.
+_SEARCH_SHARE = 4
+_SEPARATOR = "\n\n"
+
+
+class WindowsError(PipelineError):
+    """A corpus is too small for the windows asked for; says how many tokens it has and how many are needed."""
+
+
+def load_tokenizer(model_folder: Path) -> tuple[Any, str]:
+    """The tokenizer of a checkpoint folder and the fingerprint of its tokenizer.json. Raises ArtifactError."""
+    path = model_folder / "tokenizer.json"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; rerun the stage that makes it: dvc repro model")
+    return AutoTokenizer.from_pretrained(model_folder), fingerprint_file(path)
+
+
+def cut_calibration_windows(
+    split: str, corpora: list[str], windows: int, length: int, seed: int, data: Path, tokenizer: Any, tokenizer_id: str
+) -> Windows:
+    """Windows for `search`, `train` or `validation`, dealt evenly over the corpora, in turn.
+
+    Args:
+        split: which documents to use, see the module's docstring.
+        corpora: names of folders below `data`; several are a mix, each giving its share (the first ones one more
+            window where the count does not divide).
+        windows, length: how many, of how many tokens.
+        seed: of the order of documents.
+        tokenizer, tokenizer_id: a transformers tokenizer and the fingerprint of its file.
+
+    Raises:
+        WindowsError: a corpus has too few tokens.
+    """
+    source = "validation" if split == "validation" else "train"
+    parts = []
+    for position, corpus in enumerate(corpora):
+        share = windows // len(corpora) + (position < windows % len(corpora))
+        documents = _shuffle(read_documents(data / corpus / f"{source}.jsonl"), seed)
+        if split == "search":
+            documents = documents[::_SEARCH_SHARE]
+        elif split == "train":
+            documents = [text for place, text in enumerate(documents) if place % _SEARCH_SHARE]
+        parts.append(_cut(_tokenize(documents, tokenizer), share, length, f"calibration.{split} from {corpus}"))
+    order = [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]
+    values = {
+        "tokenizer": tokenizer_id,
+        "corpora": {corpus: fingerprint_file(data / corpus / f"{source}.jsonl") for corpus in corpora},
+        "order": corpora,
+        "seed": seed,
+        "split": split,
+        "windows": windows,
+        "length": length,
+    }
+    return Windows(torch.stack(order), make_header("calibration", values))
+
+
+def cut_evaluation_windows(
+    corpus: str, windows: int | None, length: int, data: Path, tokenizer: Any, tokenizer_id: str
+) -> Windows:
+    """The first `windows` (None: all) consecutive windows of a corpus's test split; a shorter rest is left out.
+
+    Raises:
+        WindowsError: the split has too few tokens.
+    """
+    path = data / corpus / "test.jsonl"
+    documents = read_documents(path)
+    token_ids = cut_documents(documents, windows, length, tokenizer, f"calibration.evaluation from {corpus}")
+    values = {
+        "tokenizer": tokenizer_id,
+        "corpus": fingerprint_file(path),
+        "windows": windows,
+        "length": length,
+    }
+    return Windows(token_ids, make_header("calibration", values))
+
+
+def cut_documents(documents: list[str], windows: int | None, length: int, tokenizer: Any, what: str) -> torch.Tensor:
+    """The first `windows` (None: all) windows [N, T] of documents joined by blank lines; a shorter rest is left out.
+
+    Raises:
+        WindowsError: too few tokens; names `what`.
+    """
+    needed = None if windows is None else windows * length
+    return _cut(iter([_tokenize_joined(documents, tokenizer, needed)]), windows, length, what)
+
+
+def _shuffle(documents: list[str], seed: int) -> list[str]:
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return [documents[place] for place in order.tolist()]
+
+
+def _tokenize(documents: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids document by document, so that a large corpus is read only as far as needed.
+
+    The separator is tokenized together with the document before it.
+    """
+    for place, text in enumerate(documents):
+        joined = text + _SEPARATOR if place + 1 < len(documents) else text
+        yield tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _tokenize_joined(documents: list[str], tokenizer: Any, needed: int | None) -> list[int]:
+    """Token ids of all documents joined by blank lines, or of a beginning that is long enough for `needed` of them.
+
+    Tokenized as one text, as the field does. A beginning's last tokens may differ from the whole text's (a word cut
+    short), hence the margin.
+    """
+    text = _SEPARATOR.join(documents)
+    margin = 64
+    length = len(text) if needed is None else 8 * needed
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text) or (needed is not None and len(ids) >= needed + margin):
+            return ids
+        length *= 2
+
+
+def _cut(pieces: Iterator[list[int]], windows: int | None, length: int, what: str) -> torch.Tensor:
+    needed = windows * length if windows is not None else None
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(piece)
+        if needed is not None and len(ids) >= needed:
+            break
+    count = windows if windows is not None else len(ids) // length
+    if len(ids) < max(count, 1) * length:
+        raise WindowsError(
+            f"{what}: needs {max(count, 1)} windows of {length} = {max(count, 1) * length} tokens, the corpus has "
+            f"{len(ids)}; ask for fewer or shorter windows, or raise corpora.*.max_documents"
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)

@@ -1,0 +1,69 @@
+"""The groups of params.yaml about text: `corpora` and `calibration`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.runtime.params import Group, check_packaged
+
+PACKAGED_CORPORA = ("packaged:wikipedia", "packaged:news")
+SPLIT_GROUPS = ("search", "train", "validation", "evaluation")  # of `calibration`
+HUB_CORPORA = ("wikitext2", "ptb", "c4", "pile", "redpajama")
+
+
+class CorpusParams(Group):
+    source: Annotated[str, Field(min_length=1)]
+    max_documents: Annotated[int, Field(ge=3)] | None = None
+    text_field: str = "text"
+
+
+class SplitParams(Group):
+    corpora: Annotated[list[str], Field(min_length=1)]
+    windows: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=8)]
+
+
+class EvaluationSplitParams(Group):
+    corpora: Annotated[list[str], Field(min_length=1)]
+    windows: Annotated[int, Field(ge=1)] | None
+    length: Annotated[int, Field(ge=8)]
+
+
+class CalibrationParams(Group):
+    seed: Annotated[int, Field(ge=0)]
+    search: SplitParams
+    train: SplitParams
+    validation: SplitParams
+    evaluation: EvaluationSplitParams
+
+
+def find_contradictions(corpora: dict[str, CorpusParams], calibration: CalibrationParams) -> list[str]:
+    """Splits of corpora that are not there, or named twice, and names that cannot be folders: a line for each."""
+    problems = []
+    for name in SPLIT_GROUPS:
+        split = getattr(calibration, name)
+        for corpus in split.corpora:
+            if corpus not in corpora:
+                problems.append(
+                    f"calibration.{name}.corpora={corpus!r} is not among the corpora "
+                    f"({', '.join(sorted(corpora))}); add it under `corpora:` or pick one of those"
+                )
+        if len(set(split.corpora)) != len(split.corpora):
+            problems.append(f"calibration.{name}.corpora={split.corpora} names a corpus twice; remove one")
+    for name, corpus in corpora.items():
+        if not name.replace("_", "").replace("-", "").isalnum():
+            problems.append(
+                f"corpora.{name} is no usable folder name; use letters, digits, `-` and `_` (it becomes data/<name>/)"
+            )
+        problems += check_packaged(f"corpora.{name}.source", corpus.source, PACKAGED_CORPORA)
+    return problems
+
+
+def find_misfits(calibration: CalibrationParams, max_positions: int) -> list[str]:
+    """Windows longer than the model was made for: a line for each."""
+    return [
+        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
+        f"max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few positions too)"
+        for name in SPLIT_GROUPS
+        if getattr(calibration, name).length > max_positions
+    ]

@@ -1,0 +1,227 @@
+"""Block-wise fine-tuning (PrefixQuant, arXiv:2410.05265, §5; EfficientQAT, arXiv:2407.11062, §3.2).
+
+Blocks in order. Two streams of hidden states stand before a block: what the quantized blocks before it made of the
+windows, which it is trained on, and the full-precision model's, from which its target comes:
+
+    fp_input      block(full-precision input): also makes up for what the blocks before it lost
+    quant_input   block(quantized input): only the block's own error
+    both          the mean of the two losses
+
+Prefix positions are keys and values in the cache, never outputs, and so in no loss. Weights and quantizer parameters
+are trained by AdamW along a cosine; after each epoch the loss of validation windows is taken, and in the end the best
+epoch stands. Epoch 0, the start, counts: no block gets worse on validation windows.
+
+Each finished block is on disk before the next one starts, with the streams behind it.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
+from pipeline.blocks.saturation import advance_probed_
+from pipeline.blocks.walk import BlockRunner, load_blocks
+from pipeline.models.checkpoint import (
+    Checkpoint,
+    save_block_file,
+)
+from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
+from pipeline.quantization.equalization import EQUALIZATION, scale_mlp_
+from pipeline.runtime.artifacts import load_tensors, write_json
+from pipeline.runtime.progress import show_progress
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.streams import Stream, as_tensor
+from pipeline.runtime.unfinished import load_generation, save_generation
+from pipeline.training.losses import LOSSES
+from pipeline.training.params import FinetuningParams
+from pipeline.training.place import Place
+from pipeline.training.trainables import Trainables, freeze_, unfreeze_
+from pipeline.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_REPORT = "block-{index:05d}.json"
+TARGETS = {"fp_input": ("fp_input",), "quant_input": ("quant_input",), "both": ("fp_input", "quant_input")}
+
+
+@dataclass
+class BlockData:
+    """What a block is trained on.
+
+    Attributes:
+        inputs: [N, T, D], this rank's windows as the quantized blocks before it made them.
+        targets: one or two times [N, T, D], what the block should make of them.
+        count: how many windows all ranks have together.
+    """
+
+    inputs: Stream
+    targets: list[Stream]
+    count: int
+
+
+class BlockTrainer(Trainer):
+    """Trains one block on windows before it."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        trainables: Trainables,
+        prefix_kv: torch.Tensor | None,
+        runner: BlockRunner,
+        params: FinetuningParams,
+        ranks: Ranks,
+    ) -> None:
+        groups = [(trainables.quantizers, params.quant_lr), (trainables.weights, params.weight_lr)]
+        super().__init__(groups, params, params.weight_decay, runner.device, ranks)
+        self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
+        self.loss_of = LOSSES[params.loss_type]
+
+    def losses(self, data: BlockData, rows: Any) -> torch.Tensor:
+        """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
+        output = self.runner.run(self.block, data.inputs[rows].to(self.device), self.prefix_kv)
+        return torch.stack([self.loss_of(output, target[rows].to(self.device)) for target in data.targets]).mean(0)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The original, the rotated one in full precision, and the quantized one to start from."""
+
+    original: Checkpoint
+    rotated: Checkpoint
+    initial: Checkpoint
+
+
+def finetune_blocks(
+    models: Models,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    place: Place,
+) -> list[dict[str, Any]]:
+    """Train all blocks into `place.work`, continuing there if an earlier run with the same header was cut short.
+
+    Returns:
+        Per block: {"block", "validation_before", "validation_after", "best_epoch", "failure", "history",
+        "changed_integers": share of the weights' integers that differ from the start's, "saturation"}.
+    """
+    rotated, initial, runner, ranks = models.rotated, models.initial, place.runner, place.ranks
+    place.work.mkdir(parents=True, exist_ok=True)
+    prefix_kv = load_prefix_kv(initial.folder, initial.stage)
+    wanted = TARGETS[params.target]
+    windows = {"train": train[ranks.own(len(train))], "validation": validation[ranks.own(len(validation))]}
+    counts = {"train": len(train), "validation": len(validation)}
+    start, saved = load_generation(place.work, place.header, ranks)
+    if start:
+        logger.info("continuing at block %d of %d", start, initial.block_count)
+    streams: dict[str, dict[str, Stream]] = {}
+    for kind, checkpoint in ({"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})).items():
+        streams[kind] = {
+            split: place.offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
+            for split, ids in windows.items()
+        }
+    del saved
+    own_target = {
+        split: place.offload.keep(f"target-{split}", torch.empty_like(as_tensor(stream)))
+        for split, stream in streams["quantized"].items()
+        if "quant_input" in wanted
+    }
+    exact_blocks = load_blocks(rotated, runner.device, start)
+    for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
+        exact_block = next(exact_blocks)
+        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        data = {}
+        for split, inputs in streams["quantized"].items():
+            targets = []
+            if "fp_input" in wanted:
+                runner.advance_(exact_block, streams["exact"][split], own_prefix)
+                targets.append(streams["exact"][split])
+            if "quant_input" in wanted:
+                runner.advance_(exact_block, inputs, own_prefix, into=own_target[split])
+                targets.append(own_target[split])
+            data[split] = BlockData(inputs, targets, counts[split])
+        del exact_block
+        report, tensors = _finetune_block(models, index, data, own_prefix, params, place)
+        if ranks.first:
+            write_json(place.work / _REPORT.format(index=index), {"block": index} | report)
+            save_block_file(place.work, initial.architecture, index, tensors, place.header)
+        finished = {
+            f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
+        }
+        save_generation(place.work, finished, index + 1, place.header, ranks)
+    paths = [place.work / _REPORT.format(index=index) for index in range(initial.block_count)]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _finetune_block(
+    models: Models,
+    index: int,
+    data: dict[str, BlockData],
+    prefix_kv: torch.Tensor | None,
+    params: FinetuningParams,
+    place: Place,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Train one block and move its inputs, the quantized streams, behind it; its report and its tensors."""
+    architecture, runner = models.initial.architecture, place.runner
+    block = load_block(models.initial, index, runner.device)
+    weights = None
+    if params.start == "full_precision":
+        weights = use_full_precision_(block, models.rotated, models.initial, index)
+    elif params.weight_lr > 0:
+        weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
+    trainables = unfreeze_(block, architecture, weights=weights)
+    del weights  # trained is a copy
+    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, place.ranks)
+    outcome = trainer.train_(data["train"], data["validation"], params.seed * 10_000 + index)
+    freeze_(block)
+    saturation = advance_probed_(runner, block, architecture, data["train"].inputs, prefix_kv)
+    runner.advance_(block, data["validation"].inputs, prefix_kv)
+    if outcome.failure:
+        logger.warning("block %d: %s; it keeps its state of epoch %d", index, outcome.failure, outcome.best_epoch)
+    before = models.initial.load_block_tensors(index)  # read again rather than kept while training
+    pairs = [(block.get_submodule(name).weight, before[f"{name}.weight"]) for name in architecture.linears]
+    changed = sum((after.cpu() != weight).sum().item() for after, weight in pairs)
+    losses = [row["validation"] for row in outcome.history]
+    report = {
+        "validation_before": losses[0],
+        "validation_after": losses[outcome.best_epoch],
+        "best_epoch": outcome.best_epoch,
+        "failure": outcome.failure,
+        "changed_integers": changed / sum(weight.numel() for _, weight in pairs),
+        "history": outcome.history,
+        "saturation": saturation,
+    }
+    return report, block.state_dict()
+
+
+def use_full_precision_(
+    block: nn.Module, rotated: Checkpoint, initial: Checkpoint, index: int
+) -> dict[str, torch.Tensor]:
+    """Linear -> the rotated model's weight [out, in] of block `index`, equalized as the quantized one was.
+
+    The biases of the quantized `block` become those that go with these weights rounded to nearest, in place: of a
+    centered weight, with the correction of its own mean error instead of that of `initial`'s integers.
+    """
+    architecture = initial.architecture
+    exact = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
+    if (initial.folder / EQUALIZATION).is_file():
+        scales, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
+        scale_mlp_(exact, architecture, scales["scales"][index])
+    quantizers, weights = find_site_quantizers(block, architecture), {}
+    for site, readers in architecture.site_readers.items():
+        for name in readers:
+            linear, source = block.get_submodule(name), exact.get_submodule(name)
+            weights[name] = source.weight.to(linear.weight.device)
+            if linear.bias is None:
+                continue
+            linear.bias = torch.zeros_like(linear.bias) if source.bias is None else source.bias.to(linear.bias)
+            if linear.spec.centered and quantizers[site].spec.centered:
+                scale, zero_point = linear.weight_scale, linear.weight_zero_point
+                integers = quantize_weight(weights[name], scale, linear.spec.bits, zero_point)
+                error = dequantize_weight(integers, scale, zero_point) - weights[name].float()
+                linear.correct_bias_(-(error @ quantizers[site].shift))
+    return weights

@@ -1,0 +1,109 @@
+"""Train what is left to train through the whole quantized model: scales, zero points, clip factors, and, where asked
+for, norm weights and the prefix's keys and values.
+
+The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
+error counts, not its size. Integers of the weights stand still. All blocks are in memory. Where what they keep for the
+backward pass does not fit beside them, only hidden states between them are kept, and they are run again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import block_settings, fill_block
+from pipeline.blocks.walk import BlockRunner, walk
+from pipeline.models.checkpoint import Checkpoint, load_block_file, save_block_file
+from pipeline.runtime.streams import Stream
+from pipeline.training.divergence import mean_divergence
+from pipeline.training.params import EndToEndParams
+from pipeline.training.place import Place, run_differentiably
+from pipeline.training.trainables import freeze_, unfreeze_
+from pipeline.training.trainer import Trainer
+
+_STATE = "end-to-end.safetensors"
+
+
+@dataclass
+class ModelData:
+    """This rank's windows: embedded, and the original's hidden states behind its final norm; [N, T, D] both."""
+
+    inputs: Stream
+    exact: Stream
+    count: int
+
+
+class EndToEndTrainer(Trainer):
+    """Trains the finished blocks of `work` together."""
+
+    bar = "end to end"
+
+    def __init__(
+        self,
+        initial: Checkpoint,
+        original: Checkpoint,
+        prefix_kv: torch.Tensor | None,
+        params: EndToEndParams,
+        place: Place,
+    ) -> None:
+        """The blocks in `place.work`, and how far an unfinished run with the same header has trained them.
+
+        Args:
+            initial: the quantized checkpoint the blocks are of: final norm, lm_head, settings.
+            original: the model whose logits are the target.
+            prefix_kv: [L, 2, kv_heads, P, d] or None.
+        """
+        self.initial, self.runner, self.place = initial, place.runner, place
+        architecture, device = initial.architecture, self.runner.device
+        self.blocks, quantizers, norms = [], [], []
+        for index in range(initial.block_count):
+            tensors = load_block_file(place.work, architecture, index, place.header.stage)
+            block = fill_block(initial, index, tensors, block_settings(initial, index), device)
+            found = unfreeze_(block, architecture, norms=params.norm_lr > 0)
+            quantizers += found.quantizers
+            norms += found.norms
+            self.blocks.append(block)
+        self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
+        self.norm = initial.load_final_norm().to(device).requires_grad_(False)
+        self.lm_head, self.exact_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
+        groups = [
+            (quantizers, params.quant_lr),
+            (norms, params.norm_lr),
+            ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
+        ]
+        super().__init__(groups, params, 0.0, device, place.ranks)
+        self.state.load_(place.work / _STATE, place.header)
+
+    def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
+        """The divergence of each of this rank's windows `rows`, [B]."""
+        hidden = data.inputs[rows].to(self.device)
+        for index in range(len(self.blocks)):
+            own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
+            hidden = run_differentiably(self.place.recompute, self.runner.run, self.blocks[index], hidden, own_prefix)
+        normed, exact = self.norm(hidden), data.exact[rows].to(self.device)
+        return torch.stack(
+            [
+                mean_divergence(ours, target, self.lm_head, self.exact_lm_head)
+                for ours, target in zip(normed, exact, strict=True)
+            ]
+        )
+
+    def end_epoch(self) -> None:
+        self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
+
+    def write_(self, blocks: Path) -> torch.Tensor | None:
+        """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""
+        for index, block in enumerate(self.blocks):
+            freeze_(block)
+            save_block_file(blocks, self.initial.architecture, index, block.state_dict(), self.place.header)
+        return None if self.prefix_kv is None else self.prefix_kv.detach().to(self.initial.dtype).cpu()
+
+
+@torch.no_grad()
+def run_original(original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner) -> torch.Tensor:
+    """Hidden states [N, T, D] behind the original's final norm, without a prefix."""
+    hidden = walk(original, original.embed(token_ids), runner, "original")
+    original.apply_final_norm_(hidden)
+    return hidden

@@ -1,0 +1,164 @@
+"""Fine-tuning as a whole: blocks one by one (`block_wise.py`), then all together (`end_to_end.py`), and the checkpoint.
+
+What is finished is kept in the place's work folder until the end, so that a killed run continues there; what the
+artifact holds beside the checkpoint are losses for `dvc plots` and a report by block and epoch.
+"""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.blocks.prefix_kv import PREFIX
+from pipeline.blocks.quantized import block_settings, describe_blocks
+from pipeline.blocks.saturation import SATURATION, write_saturation
+from pipeline.models.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json, write_rows
+from pipeline.training.block_wise import Models, finetune_blocks
+from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
+from pipeline.training.params import FinetuningParams
+from pipeline.training.place import Place
+from pipeline.training.trainer import Outcome
+
+logger = logging.getLogger(__name__)
+
+EPOCH_LOSSES = "plots/losses.json"
+BLOCK_LOSSES = "plots/blocks.json"
+END_TO_END_LOSSES = "plots/end_to_end.json"
+
+
+def finetune(
+    models: Models, train: torch.Tensor, validation: torch.Tensor, params: FinetuningParams, place: Place, folder: Path
+) -> dict[str, Any]:
+    """From a quantized checkpoint to a better one.
+
+    Args:
+        train, validation: all windows [N, T] and [M, T].
+        folder: replaced by the checkpoint at the end.
+
+    Returns:
+        The stage's metrics.
+    """
+    blocks = finetune_blocks(models, train, validation, params, place)
+    report: dict[str, Any] = {"blocks": blocks}
+    metrics = summarise_blocks(blocks)
+    prefix, _ = load_tensors(models.initial.folder / PREFIX, models.initial.stage)
+    finished = place.work
+    if params.end_to_end.enabled:
+        finished = place.work / "end_to_end"
+        outcome, kv = _finetune_end_to_end(models, prefix.get("kv"), train, validation, params, place, finished)
+        prefix |= {} if kv is None else {"kv": kv}
+        report["end_to_end"] = vars(outcome)
+        metrics |= summarise_end_to_end(outcome)
+    if place.ranks.first:
+        assemble_checkpoint(models.initial, finished, folder, prefix, report, place.header)
+        shutil.rmtree(place.work)
+    place.ranks.wait()
+    return metrics
+
+
+def _finetune_end_to_end(
+    models: Models,
+    prefix_kv: torch.Tensor | None,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    place: Place,
+    finished: Path,
+) -> tuple[Outcome, torch.Tensor | None]:
+    """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
+    data = []
+    for name, windows in (("train", train), ("validation", validation)):
+        own = windows[place.ranks.own(len(windows))]
+        exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner))
+        embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(own))
+        data.append(ModelData(embedded, exact, len(windows)))
+    trainer = EndToEndTrainer(models.initial, models.original, prefix_kv, params.end_to_end, place)
+    outcome = trainer.train_(*data, params.seed)
+    if outcome.failure:
+        logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)
+    if place.ranks.first:
+        finished.mkdir(exist_ok=True)
+        return outcome, trainer.write_(finished)
+    return outcome, None
+
+
+def assemble_checkpoint(
+    initial: Checkpoint,
+    work: Path,
+    folder: Path,
+    prefix: dict[str, torch.Tensor],
+    report: dict[str, Any],
+    header: Header,
+) -> None:
+    """Put the finished blocks of `work` and what else `initial` consists of into `folder`, with losses for dvc plots.
+
+    Args:
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
+        report: {"blocks": of `finetune`, …}.
+    """
+    architecture = initial.architecture
+    with replacing_folder(folder) as partial:
+        writer = CheckpointWriter(partial, architecture, header.stage, header)
+        for index in range(initial.block_count):
+            writer.adopt_block(index, work / BLOCK.format(index=index))
+        names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
+        writer.write_embeddings({name: initial.load_tensor(name) for name in names})
+        save_tensors(partial / PREFIX, prefix, header)
+        write_json(partial / REPORT, report)
+        write_losses(partial, report["blocks"])
+        write_rows(partial / END_TO_END_LOSSES, report.get("end_to_end", {"history": []})["history"])
+        saturation = {block["block"]: block["saturation"] for block in report["blocks"]}
+        write_saturation(partial / SATURATION, {"calibration": saturation})
+        copy_companions(initial.folder, partial)
+        settings = [block_settings(initial, index) for index in range(initial.block_count)]
+        config = initial.read_config()
+        config.pop(CONFIG_KEY)
+        writer.finish(config, describe_blocks(settings))
+
+
+def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
+    """losses.json, a row per block and epoch, relative to the block's start, and blocks.json, a row per block."""
+    epochs, before_after = [], []
+    for block in blocks:
+        first = block["validation_before"] or 1.0
+        for row in block["history"]:
+            own = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
+            train = None if row["train"] is None else row["train"] / first
+            epochs.append(own | {"epoch": row["epoch"], "train": train, "validation": row["validation"] / first})
+        after = block["validation_after"]
+        values = {"before": block["validation_before"], "after": after, "ratio": after / first}
+        before_after.append({"block": block["block"]} | values)
+    write_rows(folder / EPOCH_LOSSES, epochs)
+    write_rows(folder / BLOCK_LOSSES, before_after)
+
+
+def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stage's metrics of the block-wise phase; a warning names the blocks whose training was given up."""
+    ratios = [block["validation_after"] / block["validation_before"] for block in blocks if block["validation_before"]]
+    failed = [block["block"] for block in blocks if block["failure"]]
+    if failed:
+        logger.warning("training was given up in blocks %s; they keep their best state", ", ".join(map(str, failed)))
+    mean = sum(math.log(max(ratio, 1e-6)) for ratio in ratios) / max(len(ratios), 1)
+    return {
+        "validation_ratio": round(math.exp(mean), 4),
+        "changed_integers": round(sum(block["changed_integers"] for block in blocks) / len(blocks), 5),
+        "blocks_unchanged": sum(block["best_epoch"] == 0 for block in blocks),
+        "blocks_failed": failed,
+    }
+
+
+def summarise_end_to_end(outcome: Outcome) -> dict[str, Any]:
+    """The stage's metrics of the second phase: KL from the original on validation windows, in nats."""
+    losses = [row["validation"] for row in outcome.history]
+    return {
+        "end_to_end": {
+            "kl_before": round(losses[0], 5),
+            "kl_after": round(losses[outcome.best_epoch], 5),
+            "best_epoch": outcome.best_epoch,
+            "failed": outcome.failure is not None,
+        }
+    }

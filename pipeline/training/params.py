@@ -1,0 +1,35 @@
+"""The group `finetuning` of params.yaml."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.runtime.params import Group, Number
+
+
+class EndToEndParams(Group):
+    enabled: bool
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    quant_lr: Annotated[Number, Field(ge=0)]
+    norm_lr: Annotated[Number, Field(ge=0)]
+    prefix_lr: Annotated[Number, Field(ge=0)]
+    min_lr_factor: Annotated[Number, Field(ge=1)]
+    clip_grad: Annotated[Number, Field(gt=0)]
+    early_stop: Annotated[int, Field(ge=1)]
+
+
+class FinetuningParams(Group):
+    start: Literal["quantizer_init", "full_precision"]
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+    quant_lr: Annotated[Number, Field(ge=0)]
+    weight_lr: Annotated[Number, Field(ge=0)]
+    min_lr_factor: Annotated[Number, Field(ge=1)]
+    weight_decay: Annotated[Number, Field(ge=0)]
+    clip_grad: Annotated[Number, Field(gt=0)]
+    loss_type: Literal["mse", "clamp_mse", "skip_mse", "normalized_mse", "cosine"]
+    target: Literal["fp_input", "quant_input", "both"]
+    early_stop: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    end_to_end: EndToEndParams

@@ -1,0 +1,52 @@
+"""What fine-tuning will take."""
+
+from dataclasses import replace
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sizes import Sizes
+from pipeline.runtime.memory import Need, Share, fits, make_need, memory_limit
+from pipeline.runtime.params import RuntimeParams
+from pipeline.training.params import FinetuningParams
+
+
+def plan_finetuning(checkpoint: Checkpoint, share: Share, params: FinetuningParams, runtime: RuntimeParams) -> Need:
+    """What fine-tuning takes.
+
+    Args:
+        checkpoint: the rotated model.
+        share: training and validation windows together.
+    """
+    sizes = Sizes.of(checkpoint)
+    kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.target]
+    streams = sizes.stream(share.tokens) * kept
+    trained = params.weight_lr > 0 or params.start == "full_precision"
+    # Integers; float weights, their gradients, two moments, best state, and what rounding leaves.
+    state = sizes.numbers * (1 + (4 * 6 if trained else 4))
+    training = state + sizes.graph(params.batch_size * share.length)
+    forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * share.length)
+    phases = [training, forward, sizes.table]
+    model = sizes.blocks * sizes.numbers
+    disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(share.tokens)
+    limit = memory_limit(runtime)
+
+    def put_together(recompute: bool) -> Need:
+        own = []
+        if params.end_to_end.enabled:
+            batch = params.end_to_end.batch_size * share.length
+            weights = model * 1.05 + sizes.numbers * 4 * 3
+            states = sizes.blocks * batch * sizes.hidden * 4
+            heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
+            graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
+            own.append(weights + states + graph + heads)
+        need = make_need(max(phases + own), streams, share.on_gpu, disk, ahead=sizes.numbers * sizes.item)
+        if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= limit):
+            return replace(need, recompute=recompute)
+        # Saving maps the files once, one stream at a time.
+        in_memory = need.memory - streams * (1 - 1 / (2 * kept))
+        return Need(in_memory, need.gpu, disk + streams, streams, offload=True, recompute=recompute)
+
+    need = put_together(recompute=False)
+    if not params.end_to_end.enabled:
+        return need
+    # Who always asks for files wants memory for something else.
+    return need if fits(need, limit, share.on_gpu) and runtime.offload != "always" else put_together(recompute=True)

@@ -1,0 +1,162 @@
+"""A calibrated block as something to train, and back: its scales, zero points, clip factors, and weights.
+
+Quantizer parameters are trained relative to what they are at the start, so that one learning rate suits a scale of
+0.001 and one of 10, and no step turns a scale negative:
+
+    scale, clip factor   initial * exp(theta)
+    zero point           round(initial + (qmax - qmin) * theta), kept in range
+
+with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is trained is float32,
+whatever the block computes in. What is rounded in the end is rounded all along, so that the block under training
+computes what the frozen one will.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
+from pipeline.models.architectures import Architecture
+from pipeline.numerics.quantizer import ActivationQuantizer, integer_range, quantize_weight, round_through
+
+
+@dataclass
+class Trainables:
+    """What of a block is trained.
+
+    Attributes:
+        quantizers: thetas of scales, zero points and clip factors.
+        weights: weights [out, in] and biases [out].
+        norms: weights of its norms [D].
+    """
+
+    quantizers: list[nn.Parameter] = field(default_factory=list)
+    weights: list[nn.Parameter] = field(default_factory=list)
+    norms: list[nn.Parameter] = field(default_factory=list)
+
+
+class _Cast(nn.Module):
+    """A float32 parameter in the dtype a module computes in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.dtype)
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        return value.float()
+
+
+class _Relative(nn.Module):
+    def __init__(self, initial: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("initial", initial.clone())
+
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        return self.initial * theta.exp()
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(value)
+
+
+class _RelativeZeroPoint(_Relative):
+    def __init__(self, initial: torch.Tensor, bits: int) -> None:
+        super().__init__(initial)
+        self.qmin, self.qmax = integer_range(bits, symmetric=False)
+
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        moved = round_through(self.initial + (self.qmax - self.qmin) * theta)
+        return moved.clamp(self.qmin, self.qmax)
+
+
+def unfreeze_(
+    block: nn.Module,
+    architecture: Architecture,
+    weights: dict[str, torch.Tensor] | None = None,
+    norms: bool = False,
+) -> Trainables:
+    """Turn scales, zero points, clip factors and what else is to be trained into parameters, in place.
+
+    Args:
+        block: calibrated, from `load_block`.
+        weights: linear -> float weight [out, in] to start from, to be rounded with the linear's scales; None: the
+            integers stand still.
+        norms: whether the weights of the norms are trained.
+    """
+    found = Trainables()
+    for name in architecture.linears:
+        linear: QuantizedLinear = block.get_submodule(name)
+        linear.unfrozen = True
+        if weights is not None:
+            # A weight that is to be rounded is cast behind the rounding.
+            dtype = None if linear.spec.enabled else linear.weight.dtype
+            linear.weight = weights[name].to(linear.weight.device)
+            found.weights.append(_make_parameter_(linear, "weight", dtype))
+            if linear.bias is not None:
+                found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
+        if linear.spec.enabled:
+            found.quantizers.append(_make_relative_(linear, "weight_scale"))
+            if linear.weight_zero_point is not None:
+                found.quantizers.append(_make_relative_(linear, "weight_zero_point", linear.spec.bits))
+    for quantizer in find_site_quantizers(block, architecture).values():
+        for name in ("scale", "clip_factor"):
+            if _has(quantizer, name):
+                found.quantizers.append(_make_relative_(quantizer, name))
+        if _has(quantizer, "zero_point"):
+            found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
+    for name in (*architecture.norms, *architecture.post_norms) if norms else ():
+        norm = block.get_submodule(name)
+        found.norms.append(_make_parameter_(norm, "weight", norm.weight.dtype))
+    return found
+
+
+@torch.no_grad()
+def freeze_(block: nn.Module) -> None:
+    """Undo `unfreeze_`: parameters become buffers again, weights their integers; the block computes the same."""
+    for module in block.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                value = getattr(module, name).detach()
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                setattr(module, name, nn.Parameter(value))
+        ours = isinstance(module, QuantizedLinear | ActivationQuantizer)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if ours:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+            else:  # a norm's
+                parameter.requires_grad_(False)
+        if isinstance(module, QuantizedLinear):
+            module.unfrozen = False
+        if isinstance(module, QuantizedLinear) and module.weight_scale is not None:
+            integers, scale, zero_point = module.weight, module.weight_scale, module.weight_zero_point
+            if integers.is_floating_point():
+                integers = quantize_weight(integers, scale, module.spec.bits, zero_point)
+            module.set_integers_(integers, scale, zero_point)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, None) is not None
+
+
+def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A float32 parameter in place of a buffer or parameter; the module sees it in `dtype` (None: float32)."""
+    value = getattr(module, name).detach()
+    if name in module._buffers:
+        del module._buffers[name]
+    setattr(module, name, nn.Parameter(value.float().clone()))
+    if dtype in (None, torch.float32):
+        return getattr(module, name)
+    parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
+    return module.parametrizations[name].original
+
+
+def _make_relative_(module: nn.Module, name: str, zero_point_bits: int | None = None) -> nn.Parameter:
+    initial = _make_parameter_(module, name).detach()
+    kind = _Relative(initial) if zero_point_bits is None else _RelativeZeroPoint(initial, zero_point_bits)
+    parametrize.register_parametrization(module, name, kind, unsafe=True)
+    return module.parametrizations[name].original

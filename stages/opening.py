@@ -1,0 +1,106 @@
+"""What every stage script opens with: its command line, params.yaml, its ranks, its metrics file.
+
+    def main(run: Run) -> None: …       # the work, which adds to run.metrics
+    def plan(run: Run) -> Need: …       # what it will take, for `python -m stages.NAME --plan`
+
+    if __name__ == "__main__":
+        open_stage("NAME", main, __doc__, plan)
+
+A mistake the user can act on becomes one message and exit code 1.
+"""
+
+import argparse
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import Params, load_params
+from pipeline.runtime.memory import Need, Share
+from pipeline.runtime.params import ParamsError
+from pipeline.runtime.progress import return_freed_memory, run_main, run_stage, select_device
+from pipeline.runtime.ranks import ALONE, Ranks
+from stages.launcher import join_ranks, start_ranks
+
+PARAMS = Path("params.yaml")
+METRICS = Path("metrics")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage.
+
+    Attributes:
+        params: all of params.yaml.
+        device: of this process.
+        variant: of a stage that has several; "" otherwise.
+        ranks: this process among those that share the work; the first one writes.
+        metrics: what is put here ends up in the metrics file.
+    """
+
+    params: Params
+    device: torch.device
+    variant: str = ""
+    ranks: Ranks = ALONE
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def runner(self, checkpoint: Checkpoint) -> BlockRunner:
+        """Runs a checkpoint's blocks on this device."""
+        return BlockRunner(checkpoint, self.device, self.params.runtime.batch_size)
+
+    def share(self, *token_ids: torch.Tensor) -> Share:
+        """What this process is given of texts in windows [N, T]."""
+        length = max(windows.shape[1] for windows in token_ids)
+        counts = [len(windows) for windows in token_ids]
+        return Share.of(counts, length, self.params.runtime, self.device.type == "cuda")
+
+
+def open_stage(
+    name: str,
+    main: Callable[[Run], None],
+    description: str | None,
+    plan: Callable[[Run], Need] | None = None,
+    variants: Collection[str] | Callable[[Params], Collection[str]] = (),
+    shared: bool = False,
+) -> None:
+    """Run a stage as its command line says; see the module's docstring.
+
+    Args:
+        name: of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json.
+        variants: those it has, or what says so of params.yaml; then one is asked for on the command line.
+        shared: whether `runtime.processes` of them share the work.
+    """
+    run_main(lambda: _open_stage(name, main, description, plan, variants, shared))
+
+
+def _open_stage(
+    name: str,
+    main: Callable[[Run], None],
+    description: str | None,
+    plan: Callable[[Run], Need] | None,
+    variants: Collection[str] | Callable[[Params], Collection[str]],
+    shared: bool,
+) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if variants:
+        parser.add_argument("variant", choices=None if callable(variants) else variants)
+    if plan is not None:
+        parser.add_argument("--plan", action="store_true", help="say what the run will need, and stop")
+    arguments = parser.parse_args()
+    variant = getattr(arguments, "variant", "")
+    params = load_params(PARAMS)
+    if callable(variants) and variant not in variants(params):
+        raise ParamsError(f"{variant!r} is not under `{name}:` in {PARAMS}; there are: {', '.join(variants(params))}")
+    if plan is not None and arguments.plan:
+        print(plan(Run(params, select_device(params.runtime), variant)).describe())
+        return
+    if shared and start_ranks(params.runtime.processes):
+        return
+    return_freed_memory()
+    title, file = (f"{name}@{variant}", f"{name}/{variant}.json") if variant else (name, f"{name}.json")
+    with join_ranks(params.runtime) as (ranks, device), run_stage(title, METRICS / file, params.runtime) as metrics:
+        main(Run(params, device, variant, ranks, metrics))

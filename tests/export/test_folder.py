@@ -1,0 +1,342 @@
+"""The exported folder: what is loaded is what was evaluated; what is damaged is refused."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pipeline.hf
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.export.folder import drop_start_token_, export_model, parse_size, write_shards
+from pipeline.export.loading import check_folder, load, use_integers_
+from pipeline.export.packed_block import PackedLinear
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.export.transformers_quantizer import ExportError
+from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
+from tests.conftest import ROOT, open_model
+from tests.export.test_prefixed_model import QUANTIZERS, make_quantized
+
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks into /proc")
+FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"]
+RESULTS = {"original": {"perplexity": {"prose": 2.5}, "settings": {"windows": {"prose": 2}, "targets_per_window": 47}}}
+TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3))
+
+
+def make_export(imported, folder, family="llama_tied", kind=None, max_shard_size="5GB", **options):
+    """An exported folder, and the whole model it was made of."""
+    r3 = "identity" if kind == "keys before RoPE" else "hadamard"
+    changes = QUANTIZERS[kind] if kind else options.pop("changes", None)
+    checkpoint, _ = make_quantized(imported, folder, family, changes, r3=r3, **options)
+    prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
+    header = make_header("export", {})
+    place = imported[family], folder / "export"
+    metrics = export_model(checkpoint, prefix, *place, max_shard_size, header, RESULTS)
+    return folder / "export", assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage)), metrics
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_loaded_is_what_was_evaluated(imported, tmp_path, family, kind):
+    folder, evaluated, _ = make_export(imported, tmp_path, family, kind)
+    model, tokenizer = load(folder)
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    mask = torch.ones_like(TEXT)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(TEXT, **options), evaluated.generate(TEXT, **options))
+    assert tokenizer("The house")["input_ids"] == open_model(imported[family])[0].tokenizer("The house")["input_ids"]
+
+
+@NEEDS_PROC
+def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path, monkeypatch):
+    """A view of one small tensor keeps mapped all of the block's file that it was read from."""
+    collected = collect_parts(monkeypatch, "pipeline.export.folder")
+    make_export(imported, tmp_path)
+    check_parts(collected)
+
+
+def collect_parts(monkeypatch, module):
+    """The list that parts written by `module` will go to."""
+    collected = []
+
+    def write(parts, *args):
+        collected.extend(parts)
+        return write_shards(collected, *args)
+
+    monkeypatch.setattr(f"{module}.write_shards", write)
+    return collected
+
+
+def check_parts(parts):
+    """Nothing of a block lies in a file."""
+    blocks = parts[1:]
+    assert len(blocks) == 3
+    files = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            files.append(range(*(int(end, 16) for end in line.split()[0].split("-"))))
+    assert not any(tensor.data_ptr() in file for part in blocks for tensor in part.values() for file in files)
+
+
+@torch.no_grad()
+def test_transformers_alone_loads_saves_and_loads_again(imported, tmp_path):
+    folder, evaluated, _ = make_export(imported, tmp_path, "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = evaluated(TEXT).logits
+    assert torch.equal(model(TEXT).logits, expected)
+    assert model.config.quantization_config.quant_method == "prefixquant"
+    assert model.is_quantized
+    for integers in (False, True):
+        if integers:
+            use_integers_(model)
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(TEXT).logits, expected)
+    mapped = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
+    assert torch.equal(mapped(TEXT).logits, expected)
+    # In bfloat16, scales and prefix stay as they were computed.
+    narrow = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert narrow.prefix_kv.dtype == torch.float32
+    linear = narrow.model.layers[0].mlp.down_proj
+    assert linear.weight_scale.dtype == torch.float32
+    assert torch.equal(linear.weight_scale, model.model.layers[0].mlp.down_proj.weight_scale)
+    assert narrow.lm_head.weight.dtype == torch.bfloat16
+    assert torch.isfinite(narrow(TEXT).logits).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weights.symmetric": False, "activations.symmetric": False},
+        {"weights.bits": 3, "activations.bits": 8},
+        {"activations.centered": False},
+    ],
+)
+@torch.no_grad()
+def test_integer_arithmetic_is_the_same_function(imported, tmp_path, changes):
+    folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", changes=changes)
+    model, _ = load(folder)
+    exact, _ = load(folder)
+    for block in exact.model.layers:
+        x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(1))
+        for name, width in (("self_attn.q_proj", 48), ("mlp.down_proj", 96)):
+            assert isinstance(block.get_submodule(name), PackedLinear)
+            assert block.get_submodule(name).in_features == width
+    use_integers_(model)
+    for block, other in zip(model.model.layers, exact.model.layers, strict=True):
+        for norm, readers in model_sites(block):
+            a, b = block.get_submodule(norm)(x), other.get_submodule(norm)(x)
+            assert a.dtype == torch.int8
+            for name in readers:
+                found, expected = block.get_submodule(name)(a), other.get_submodule(name)(b)
+                assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 5e-7
+        hidden = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(2))
+        found, expected = block.mlp.down_proj(hidden), other.mlp.down_proj(hidden)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert block.mlp.down_proj.weight_packed is None
+    assert torch.isfinite(model(TEXT).logits).all()
+
+
+def model_sites(block):
+    return (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    )
+
+
+@torch.no_grad()
+def test_what_integers_cannot_do_stays_in_floats(imported, tmp_path):
+    for kind in ("dynamic", "asymmetric groups"):
+        folder, evaluated, _ = make_export(imported, tmp_path / kind, kind=kind)
+        model, _ = load(folder, arithmetic="integer")
+        assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+
+
+@torch.no_grad()
+def test_unquantized_weights_and_no_prefix(imported, tmp_path):
+    folder, evaluated, metrics = make_export(imported, tmp_path, changes={"weights.bits": 16}, prefix=[])
+    model, _ = load(folder)
+    assert model.prefix_kv is None
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    assert metrics["size_ratio"] > 0.5
+
+
+def test_sizes_shards_and_what_is_in_the_folder(imported, tmp_path):
+    folder, evaluated, metrics = make_export(imported, tmp_path, max_shard_size="10KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert file.metadata().keys() == {"prefixquant"}
+    assert metrics["original_mib"] > metrics["size_mib"]
+    model, _ = load(folder)
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    assert {path.suffix for path in folder.iterdir()} <= {".safetensors", ".json", ".md", ".jinja"}
+    config = json.loads((folder / "config.json").read_text())
+    assert "prefixquant" not in config
+    quantization = config["quantization_config"]
+    assert quantization["quant_method"] == "prefixquant"
+    assert quantization["blocks"]["block"]["online_r4"] is True
+    assert quantization["blocks"]["block"]["sites"]["key"]["bits"] == 4
+    assert quantization["prefix"] == {"tokens": 3, "token_ids": [7, 9, 0], "start_token_id": 0}
+    card = (folder / "README.md").read_text()
+    assert "W4A4KV4 static" in card
+    assert "import pipeline.hf" in card
+    assert "| original | 2.50 |" in card
+
+
+def test_exports_are_byte_identical(imported, tmp_path):
+    one, _, _ = make_export(imported, tmp_path / "one")
+    two, _, _ = make_export(imported, tmp_path / "two")
+    assert [path.name for path in sorted(one.iterdir())] == [path.name for path in sorted(two.iterdir())]
+    assert all(path.read_bytes() == (two / path.name).read_bytes() for path in one.iterdir())
+
+
+def test_sizes_are_parsed():
+    assert [parse_size(text) for text in ("5GB", "200MB", "64KB")] == [5 * 10**9, 2 * 10**8, 64_000]
+    with pytest.raises(ValueError, match="'5 GB' is no size"):
+        parse_size("5 GB")
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported, template):
+    tokenizer = AutoTokenizer.from_pretrained(imported["llama_tied"])
+    assert not drop_start_token_(tokenizer)
+    plain = tokenizer("The house")["input_ids"]
+    if template:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    else:
+        tokenizer.add_bos_token = True
+    assert tokenizer("The house")["input_ids"] == [0, *plain]
+    assert drop_start_token_(tokenizer)
+    assert tokenizer("The house")["input_ids"] == plain
+
+
+# --- What is damaged -------------------------------------------------------------------------------------------------
+
+
+def damage(folder, generator):
+    """Change one thing in a random file; what was done."""
+    path = generator.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    kind = generator.choice(["flip", "truncate", "append", "remove", "empty", "header"])
+    if kind == "flip":
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    elif kind == "truncate":
+        del data[generator.randrange(len(data)) :]
+    elif kind == "append":
+        data += bytes(generator.randrange(256) for _ in range(generator.randrange(1, 20)))
+    elif kind == "empty":
+        data.clear()
+    elif kind == "header":
+        data[: min(8, len(data))] = bytes(generator.randrange(256) for _ in range(min(8, len(data))))
+    if kind == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    return f"{kind} {path.name}"
+
+
+def test_three_hundred_damaged_folders_are_refused_in_words(imported, tmp_path):
+    folder, _, _ = make_export(imported, tmp_path, max_shard_size="20KB")
+    check_folder(folder)
+    generator = random.Random(0)
+    for _ in range(300):
+        broken = tmp_path / "broken"
+        shutil.copytree(folder, broken)
+        done = damage(broken, generator)
+        if same_manifest(folder, broken) and done.endswith("manifest.json"):
+            load(broken)  # spaces of the manifest say nothing
+        else:
+            with pytest.raises(ExportError, match=str(broken)):
+                load(broken)
+        shutil.rmtree(broken)
+
+
+def same_manifest(one, two):
+    try:
+        return json.loads((one / "manifest.json").read_text()) == json.loads((two / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
+    folder, _, _ = make_export(imported, tmp_path)
+    with pytest.raises(ExportError, match="there is no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"manifest.json is missing; is it a folder that this project exported"):
+        load(imported["llama_tied"])
+    edit_json(folder / "manifest.json", lambda values: values.update(format_version=2))
+    with pytest.raises(ExportError, match="format_version=2; this version of the project reads 1: update it"):
+        load(folder)
+    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=2))
+    with pytest.raises(ExportError, match="format_version=2"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=1, surprise=1))
+    with pytest.raises(ExportError, match="unknown keys: surprise"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_transformers_gives_no_partial_model(imported, tmp_path):
+    """Missing tensors, which transformers only warns of, are an error here."""
+    folder, _, _ = make_export(imported, tmp_path)
+    (path,) = folder.glob("*.safetensors")
+    tensors, header = load_tensors(path, "export")
+    for missing in (
+        "model.layers.1.mlp.up_proj.weight_scale",
+        "model.layers.2.self_attn.key_quantizer.quantizer.scale",
+    ):
+        save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != missing}, header)
+        with pytest.raises(ExportError, match=f"1 tensors are missing: {missing}"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None)
+
+
+def test_commands_generate_and_evaluate(imported, tmp_path):
+    folder, evaluated, _ = make_export(imported, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("The house had")["input_ids"]])
+    expected = tokenizer.decode(evaluated.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+    done = run("pipeline.generate", folder, "The house had", "--max-new-tokens", 6, "--arithmetic", "float")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == expected.strip()
+    results = tmp_path / "results.json"
+    text = ROOT / "tests" / "prose.txt"
+    done = run("pipeline.evaluate", folder, "--text", text, "--length", 48, "--windows", 2, "--json", results)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(results.read_text())
+    assert found["settings"]["windows"] == {"prose.txt": 2}
+    assert 1 < found["perplexity"]["prose.txt"] < 10_000
+    for arguments in (("pipeline.generate", tmp_path, "x"), ("pipeline.evaluate", folder)):
+        failed = run(*arguments)
+        assert failed.returncode == 1
+        assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+assert pipeline.hf

@@ -1,0 +1,302 @@
+"""The whole model with a prefix: whatever is asked of it equals the original reading the prefix's tokens first."""
+
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
+from pipeline.export.generation import chat
+from pipeline.export.prefixed_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.quantization.quantizer_init import init_quantizers
+from pipeline.runtime.artifacts import make_header
+from tests.blocks.test_walk import walked_logits
+from tests.conftest import POST_NORMS, init_params, make_model, open_model
+from tests.rotation.test_merging import rotate
+
+PREFIX = [7, 9, 0]
+FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", *POST_NORMS]
+TEXTS = [[5, 6, 8, 40, 41, 42], [90, 91, 92, 93], [17]]
+PAD = 1
+
+
+def prefixed(imported, family="llama_tied", continuous=False):
+    """Our model behind a prefix; transformers' own and the prefix as embeddings [P, D]."""
+    checkpoint, runner = open_model(imported[family])
+    embeddings = checkpoint.embed(torch.tensor(PREFIX))
+    if continuous:
+        embeddings = embeddings + torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+    model = assemble_model(checkpoint, compute_prefix_kv(checkpoint, embeddings, runner))
+    return model, make_model(family), embeddings
+
+
+def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, **rotation):
+    """A checkpoint as quantizer_init writes it, and a runner for it."""
+    rotated, runner, _ = rotate(imported[family], folder / "rotation", **rotation)
+    plain, _ = open_model(imported[family])
+    ids = torch.tensor(prefix, dtype=torch.int64)
+    windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))
+    header = make_header("quantizer_init", {})
+    params = init_params({"weights.rounding": "rtn"} | (changes or {}))
+    place = folder / "work", folder / "quantized"
+    init_quantizers(rotated, (ids, plain.embed(ids)), windows, params, runner, *place, header)
+    return Checkpoint(folder / "quantized", "quantizer_init"), runner
+
+
+@torch.no_grad()
+def reference_logits(original, embeddings, token_ids):
+    """[T, V]: transformers' forward over the prefix and one text, token by token, positions behind the prefix."""
+    embedded = torch.cat((embeddings, original.model.embed_tokens(torch.tensor(token_ids))))
+    cache, logits = DynamicCache(config=original.config), []
+    for step in embedded:
+        output = original(inputs_embeds=step[None, None], past_key_values=cache, use_cache=True)
+        logits.append(output.logits[0, 0])
+    return torch.stack(logits[len(embeddings) :])
+
+
+@torch.no_grad()
+def reference_greedy(original, embeddings, token_ids, count):
+    token_ids = list(token_ids)
+    for _ in range(count):
+        token_ids.append(reference_logits(original, embeddings, token_ids)[-1].argmax().item())
+    return token_ids
+
+
+def pad(texts, side):
+    width = max(len(text) for text in texts)
+    rows, masks = [], []
+    for text in texts:
+        padding = [PAD] * (width - len(text))
+        rows.append(padding + text if side == "left" else text + padding)
+        ones, zeros = [1] * len(text), [0] * len(padding)
+        masks.append(zeros + ones if side == "left" else ones + zeros)
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padded_batch_equals_the_original_token_by_token(imported, family, side, continuous):
+    model, original, embeddings = prefixed(imported, family, continuous)
+    token_ids, mask = pad(TEXTS, side)
+    logits = model(token_ids, attention_mask=mask).logits
+    for row, text in enumerate(TEXTS):
+        found = logits[row][mask[row].bool()]
+        expected = reference_logits(original, embeddings, text)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 2e-6
+
+
+@torch.no_grad()
+def test_without_a_mask_everything_is_text(imported):
+    model, original, embeddings = prefixed(imported)
+    expected = reference_logits(original, embeddings, TEXTS[0])
+    for options in ({}, {"use_cache": False}):
+        output = model(torch.tensor(TEXTS[:1]), **options)
+        assert torch.allclose(output.logits[0], expected, atol=1e-4)
+        assert (output.past_key_values is None) == ("use_cache" in options)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3"])
+@torch.no_grad()
+def test_a_cache_is_continued_and_counts_the_text_alone(imported, family):
+    model, original, embeddings = prefixed(imported, family)
+    expected = reference_logits(original, embeddings, TEXTS[0])
+    token_ids = torch.tensor(TEXTS[:1])
+    first = model(token_ids[:, :2])
+    cache = first.past_key_values
+    assert cache.get_seq_length() == 2
+    assert cache.layers[0].keys.shape[-2] == 2 + len(PREFIX)
+    second = model(token_ids[:, 2:5], past_key_values=cache)
+    third = model(token_ids[:, 5:], past_key_values=second.past_key_values, attention_mask=torch.ones(1, 6))
+    logits = torch.cat([output.logits[0] for output in (first, second, third)])
+    assert torch.allclose(logits, expected, atol=1e-4)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 2
+    again = model(token_ids[:, 2:], past_key_values=cache)
+    assert torch.allclose(again.logits[0], expected[2:], atol=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_of_a_padded_batch_equals_the_original(imported, family, use_cache):
+    model, original, embeddings = prefixed(imported, family)
+    token_ids, mask = pad(TEXTS, "left")
+    found = model.generate(
+        token_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use_cache
+    )
+    for row, text in enumerate(TEXTS):
+        assert found[row].tolist()[-len(text) - 6 :] == reference_greedy(original, embeddings, text, 6)
+
+
+def test_beams_and_samples_equal_the_original_reading_the_prefix(imported):
+    """One text of the same length everywhere: the original reads prefix and text as a prompt."""
+    model, original, _ = prefixed(imported)
+    ours, theirs = torch.tensor(TEXTS[:1]), torch.tensor([PREFIX + TEXTS[0]])
+    for options in (
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "temperature": 0.8, "top_k": 0, "num_return_sequences": 3},
+        {"num_beams": 3, "do_sample": True, "top_k": 0},
+    ):
+        config = GenerationConfig(max_new_tokens=8, eos_token_id=None, pad_token_id=PAD, **options)
+        torch.manual_seed(3)
+        found = model.generate(ours, attention_mask=torch.ones_like(ours), generation_config=config)
+        torch.manual_seed(3)
+        expected = original.generate(theirs, attention_mask=torch.ones_like(theirs), generation_config=config)
+        assert torch.equal(found, expected[:, len(PREFIX) :])
+        assert len(found) == options.get("num_return_sequences", 1)
+
+
+def test_generation_continues_a_conversation_in_its_cache(imported):
+    model, original, embeddings = prefixed(imported)
+    cache = model.make_cache()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    first = model.generate(torch.tensor(TEXTS[:1]), past_key_values=cache, **options)
+    both = torch.cat((first, torch.tensor([[33, 34, 35]])), dim=1)
+    second = model.generate(both, past_key_values=cache, **options)
+    assert second[0].tolist() == reference_greedy(original, embeddings, both[0].tolist(), 4)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_chat_equals_the_original_reading_the_prefix(imported, continuous, monkeypatch, capsys):
+    """Two turns by a template that begins with the start token, which the prefix has and only the prefix is to have."""
+    model, original, embeddings = prefixed(imported, continuous=continuous)
+    tokenizer = open_model(imported["llama_tied"])[0].tokenizer
+    tokenizer.chat_template = TEMPLATE
+    answers = iter(["What did it see?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    chat(model, tokenizer, "The house had stood empty.", {"max_new_tokens": 4, "do_sample": False})
+    turns, replies = [], []
+    for prompt in ("The house had stood empty.", "What did it see?"):
+        turns.append({"role": "user", "content": prompt})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        whole = reference_greedy(original, embeddings, ids[1:], 4)
+        replies.append(tokenizer.decode(whole[len(ids) - 1 :], skip_special_tokens=True))
+        turns.append({"role": "assistant", "content": replies[-1]})
+    shown = capsys.readouterr().out
+    assert shown.split() == " ".join(replies).split()
+
+
+def test_chats_in_one_batch_equal_the_original_one_by_one(imported, caplog):
+    model, original, embeddings = prefixed(imported)
+    tokenizer = open_model(imported["llama_tied"])[0].tokenizer
+    tokenizer.chat_template, tokenizer.pad_token, tokenizer.padding_side = TEMPLATE, tokenizer.eos_token, "left"
+    chats = [[{"role": "user", "content": text}] for text in ("The house.", "It had stood empty for years.")]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for row, text in zip(output, texts, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert row[-len(ids) - 4 :].tolist() == reference_greedy(original, embeddings, ids, 4)
+    with caplog.at_level(logging.WARNING):
+        model.generate(torch.tensor([tokenizer.apply_chat_template(chats[0])["input_ids"]]), max_new_tokens=1)
+    assert "begins with the start token" in caplog.text
+
+
+def test_what_would_lose_the_prefix_is_refused(imported):
+    model, original, _ = prefixed(imported)
+    token_ids = torch.tensor(TEXTS[:1])
+    with pytest.raises(ValueError, match=r"DynamicCache.*holds no prefix.*model.make_cache"):
+        model(token_ids, past_key_values=DynamicCache(config=original.config))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 9\]; pass \[batch, 6\]"):
+        model(token_ids, attention_mask=torch.ones(1, 9))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 6, 6\]"):
+        model(token_ids, attention_mask=torch.ones(1, 1, 6, 6))
+    with pytest.raises(ValueError, match="cache_implementation='static' holds no prefix"):
+        model.generate(token_ids, cache_implementation="static")
+
+
+def test_a_prefix_that_slides_out_of_sight_is_warned_of_once(imported, caplog):
+    model, _, _ = prefixed(imported)
+    token_ids, prefix = torch.tensor(TEXTS[:1]), model.prefix_kv.shape[3]
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window = prefix + token_ids.shape[1] + 2
+    with caplog.at_level(logging.WARNING):
+        model.generate(token_ids, max_new_tokens=3, do_sample=False, eos_token_id=None)  # the last one is not read
+        assert not caplog.records
+        model.generate(token_ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert [record.message.count("is beyond sliding_window=") for record in caplog.records] == [1]
+
+
+def test_a_second_start_token_is_warned_of_and_stripped(imported, caplog):
+    model, _, _ = prefixed(imported)
+    start = model.start_token_id
+    assert start == 0
+    with caplog.at_level(logging.WARNING):
+        model(torch.tensor([[5, start, 6]]))
+        assert not caplog.records
+        model(torch.tensor([[PAD, 5, 6], [PAD, start, 6]]), attention_mask=torch.tensor([[0, 1, 1], [0, 1, 1]]))
+    assert "begins with the start token (id 0)" in caplog.text
+    assert strip_start_token([start, 5, start], model) == [5, start]
+    assert strip_start_token([5, start], model) == [5, start]
+    plain = prefix_model_(make_model("llama_tied"), None, start)
+    assert strip_start_token([start, 5], plain) == [start, 5]
+
+
+@torch.no_grad()
+def test_a_plain_checkpoint_is_assembled_to_the_original(imported):
+    for family in FAMILIES:
+        checkpoint, _ = open_model(imported[family])
+        token_ids = torch.tensor(TEXTS[:1])
+        model = assemble_model(checkpoint)
+        assert torch.equal(model(token_ids).logits, make_model(family)(token_ids).logits)
+        assert type(model) is type(make_model(family))
+
+
+QUANTIZERS = {
+    "static": {},
+    "asymmetric groups": {
+        f"{group}.{key}": value
+        for group in ("weights", "activations", "keys", "values")
+        for key, value in (("symmetric", False), ("group_size", 2))
+    },
+    "dynamic": {f"{group}.mode": "dynamic" for group in ("activations", "keys", "values")},
+    "keys before RoPE": {"keys.before_rope": True},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases", "qwen3", *POST_NORMS])
+@torch.no_grad()
+def test_a_quantized_model_is_what_the_walk_evaluates_however_it_is_fed(imported, tmp_path, family, kind):
+    """At once, padded, and token by token: no scale depends on what else is in the batch."""
+    r3 = "identity" if kind == "keys before RoPE" else "hadamard"
+    checkpoint, runner = make_quantized(imported, tmp_path, family, QUANTIZERS[kind], r3=r3)
+    prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
+    model = assemble_model(checkpoint, prefix_kv)
+    text = torch.randint(0, 320, (1, 12), generator=torch.Generator().manual_seed(9))
+    expected = walked_logits(checkpoint, runner, text, prefix_kv)[0]
+    limit = 1e-5 * expected.abs().max()
+    assert (model(text).logits[0] - expected).abs().max() <= limit
+    token_ids, mask = pad([text[0].tolist(), [5] * 15], "left")
+    assert (model(token_ids, attention_mask=mask).logits[0, 3:] - expected).abs().max() <= limit
+    cache = model.make_cache()
+    steps = [model(text[:, step : step + 1], past_key_values=cache).logits[0, 0] for step in range(12)]
+    assert (torch.stack(steps) - expected).abs().max() <= limit
+
+
+def test_probe_counts_what_decoding_sends_beyond_static_ranges(imported, tmp_path):
+    checkpoint, _ = make_quantized(imported, tmp_path)
+    model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with probe_saturation(model) as probes:
+        model.generate(torch.tensor([[5, 6, 7]]), **options)
+    reports = [probe.report() for probe in probes]
+    assert len(reports) == 3
+    assert all(len(report) == 6 and 0 <= site["share"] < 0.5 for report in reports for site in report.values())
+    # Seven tokens (the last one is not read), and all of them are beyond a range of nothing.
+    model.model.layers[1].mlp.down_proj.input_quantizer.scale *= 1e-6
+    with probe_saturation(model) as probes:
+        model.generate(torch.tensor([[5, 6, 7]]), **options)
+    assert probes[1].report()["mlp_hidden"]["share"] > 0.99
+    assert probes[1]._sums["mlp_hidden"][1] == 7 * 96

@@ -1,0 +1,200 @@
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from pipeline.models import importing as model_import
+from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.importing import ModelImportError, import_model
+from pipeline.runtime.artifacts import read_header
+from tests.conftest import FAMILIES, make_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_imported_folder_is_the_same_model_for_transformers(family, imported, token_ids):
+    loaded = AutoModelForCausalLM.from_pretrained(imported[family]).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids).logits, make_model(family)(token_ids).logits)
+    assert AutoTokenizer.from_pretrained(imported[family])("a stone bridge").input_ids
+
+
+def test_fused_projections_are_taken_apart_long_positions_kept(model_folders, tmp_path, token_ids):
+    folder = shutil.copytree(model_folders["phi3"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0} | factors
+    config |= {"original_max_position_embeddings": 16, "max_position_embeddings": 256, "sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    assert "self_attn.k_proj.weight" in Checkpoint(tmp_path / "out", "model").load_block_tensors(2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        for ids in (token_ids, token_ids[:, :10]):  # beyond and within the original positions
+            assert torch.equal(loaded(ids).logits, original(ids).logits)
+    assert loaded.config.sliding_window == 64
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"partial_rotary_factor=0\.5 is not supported"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_two_imports_are_byte_identical_and_carry_no_path_or_version(model_folders, imported, tmp_path):
+    import_model(str(model_folders["llama_tied"]), None, torch.float32, tmp_path / "again")
+    first = {path.name: path.read_bytes() for path in imported["llama_tied"].iterdir()}
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    config = json.loads(first["config.json"])
+    assert not {"_name_or_path", "transformers_version"} & set(config)
+
+
+def test_other_weights_have_another_fingerprint(model_folders, imported, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert read_header(tmp_path / "out", "model") != read_header(imported["llama_tied"], "model")
+
+
+def test_dtype_is_cast_once(model_folders, tmp_path):
+    import_model(str(model_folders["llama_tied"]), None, torch.bfloat16, tmp_path / "out")
+    checkpoint = Checkpoint(tmp_path / "out", "model")
+    assert checkpoint.dtype == torch.bfloat16
+    source = load_file(model_folders["llama_tied"] / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(checkpoint.load_block_tensors(1)["mlp.up_proj.weight"], source[name].bfloat16())
+
+
+def broken(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
+        (lambda t: t.update(surplus=torch.zeros(1)), r"1 unexpected \(surplus\)"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), r"model\.norm\.weight holds NaN or infinite"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"shape \[3\], its config asks for \[48\]"),
+    ],
+)
+def test_wrong_tensors_are_one_clear_error_and_leave_nothing(change, message, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    broken(folder, change)
+    with pytest.raises(ModelImportError, match=message):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_tied_checkpoint_may_carry_its_lm_head_and_a_rotary_table(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    broken(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()} | extra))
+    assert import_model(str(folder), None, torch.float32, tmp_path / "out")["tied_embeddings"] is True
+
+
+def test_damaged_missing_pickled_and_foreign_sources(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelImportError, match=r"model\.safetensors is damaged"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelImportError, match=r"only pytorch_model\.bin, and pickles are never read"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelImportError, match=r"no config\.json"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    for source in ("./nowhere", str(tmp_path / "nothing"), str(tmp_path / "nothing.gguf")):
+        with pytest.raises(ModelImportError, match="there is no such"):
+            import_model(source, None, torch.float32, tmp_path / "out")
+    (tmp_path / "text.gguf").write_text("not a model")
+    with pytest.raises(ModelImportError, match="cannot read this GGUF file"):
+        import_model(str(tmp_path / "text.gguf"), None, torch.float32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_family_lists_the_supported_ones(tmp_path):
+    GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedModelError,
+        match="'gpt2' is not supported; supported are: gemma2, gemma3_text, llama, mistral, olmo2,",
+    ):
+        import_model(str(tmp_path), None, torch.float32, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .*'gptq'"),
+        ({"prefixquant": {}}, "written by this project"),
+    ],
+)
+def test_already_quantized_sources_are_refused(addition, message, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | addition))
+    with pytest.raises(ModelImportError, match=message):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_hub_ids_are_asked_for_with_their_revision_and_without_pickles(model_folders, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot(repository, **options):
+        asked.update(options, repository=repository)
+        return str(model_folders["llama_tied"])
+
+    monkeypatch.setattr(model_import, "snapshot_download", snapshot)
+    import_model("someone/some-model", "v1.0", torch.float32, tmp_path / "out")
+    assert (asked["repository"], asked["revision"]) == ("someone/some-model", "v1.0")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+    assert "consolidated*" in asked["ignore_patterns"]
+
+
+def test_shards_are_those_of_the_index(model_folders, imported, tmp_path):
+    """A second copy of the weights in another layout is left alone; a shard that is missing is named."""
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    make_model("llama_tied").save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, folder / "consolidated.safetensors")
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(ModelImportError, match=r"names files that are not there: model-00002-of-"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise LocalEntryNotFoundError("cannot find the requested files\nand more")
+
+    monkeypatch.setattr(model_import, "snapshot_download", fail)
+    with pytest.raises(
+        ModelImportError, match=r"'a/b', revision='main': cannot be fetched.*requested files\)$"
+    ) as error:
+        import_model("a/b", "main", torch.float32, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
+
+    def refuse(widths, blocks, max_positions):
+        assert (blocks, max_positions) == (3, 256)
+        assert widths["down_proj"] == widths["mlp_hidden"] == 96
+        assert len(widths) == 13
+        raise KeyError("refused")
+
+    with pytest.raises(KeyError, match="refused"):
+        import_model(str(model_folders["llama_tied"]), None, torch.float32, tmp_path / "out", refuse)

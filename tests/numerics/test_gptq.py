@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from pipeline.numerics.gptq import factor_inverse, round_gptq
+from pipeline.numerics.quantizer import choose_parameters, dequantize_weight, group, measure_range, quantize_weight
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def layer(out, width, tokens=400):
+    mixing = torch.randn(width, width, generator=GENERATOR) / width**0.5
+    x = torch.randn(tokens, width, generator=GENERATOR) @ (mixing + 0.3 * torch.eye(width))
+    weight = torch.randn(out, width, generator=GENERATOR)
+    return weight, x.T @ x / tokens
+
+
+def parameters(weight, bits=4, group_size=-1, symmetric=True, factor=1.0):
+    low, high = measure_range(group(weight, group_size))
+    return choose_parameters(low * factor, high * factor, bits, symmetric)
+
+
+def slow_gptq(weight, hessian, scale, zero_point, bits, damping):
+    """The method as it is derived: after each input, the exact least-squares update of all that are left (float64)."""
+    weight, hessian = weight.double().clone(), hessian.double()
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if zero_point is None else (0, 2**bits - 1)
+    integers = torch.zeros_like(weight)
+    for place, column in enumerate(order):
+        step = scale[:, column].double()
+        offset = 0 if zero_point is None else zero_point[:, column]
+        integers[:, column] = ((weight[:, column] / step).round() + offset).clamp(low, high)
+        error = (integers[:, column] - offset) * step - weight[:, column]
+        later = order[place + 1 :]
+        if later:
+            # argmin over d of [e, d] H [e, d]^T
+            weight[:, later] -= torch.linalg.solve(hessian[later][:, later], hessian[later, column][:, None] * error).T
+    return integers
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equals_the_derivation_step_by_step(bits, groups, symmetric):
+    weight, hessian = layer(5, 24)
+    scale, zero_point = parameters(weight, bits, 24 // groups, symmetric)
+    found = round_gptq(weight, factor_inverse(hessian, 0.01), scale, zero_point, bits)
+    wide = [None if t is None else t.repeat_interleave(24 // groups, 1) for t in (scale, zero_point)]
+    expected = slow_gptq(weight, hessian, *wide, bits, 0.01)
+    assert found.dtype == (torch.int8 if symmetric else torch.uint8)
+    assert (found == expected).float().mean() > 0.99  # measured: 1.0; float32 may tie otherwise
+    assert factor_inverse(hessian, 0.01).damping == 0.01
+
+
+@pytest.mark.parametrize("width", [16, 130, 300])
+def test_errs_less_at_the_output_than_rounding_to_nearest(width):
+    weight, hessian = layer(8, width)
+    scale, _ = parameters(weight, factor=0.8)
+
+    def error(integers):
+        change = dequantize_weight(integers, scale) - weight
+        return ((change @ hessian) * change).sum()
+
+    found = round_gptq(weight, factor_inverse(hessian, 0.01), scale, None, 4)
+    assert found.dtype == torch.int8
+    assert found.min() >= -8
+    assert found.max() <= 7
+    assert error(found) < 0.8 * error(quantize_weight(weight, scale, 4))
+
+
+def test_uncorrelated_inputs_are_rounded_to_nearest():
+    weight, _ = layer(8, 32)
+    scale, _ = parameters(weight)
+    hessian = torch.diag(torch.linspace(1, 3, 32))
+    assert torch.equal(
+        round_gptq(weight, factor_inverse(hessian, 0.01), scale, None, 4), quantize_weight(weight, scale, 4)
+    )
+
+
+def test_a_singular_or_empty_hessian_never_crashes(caplog):
+    weight, hessian = layer(4, 16, tokens=3)
+    scale, _ = parameters(weight)
+    hessian[5], hessian[:, 5] = 0, 0
+    assert round_gptq(weight, factor_inverse(hessian, 0.01), scale, None, 4).shape == (4, 16)
+    rounded = quantize_weight(weight, scale, 4)
+    assert torch.equal(round_gptq(weight, factor_inverse(torch.zeros(16, 16), 0.01), scale, None, 4), rounded)
+    indefinite = hessian - 2 * torch.eye(16)
+    found = round_gptq(weight, factor_inverse(indefinite, 0.01), scale, None, 4)
+    assert factor_inverse(indefinite, 0.01).damping > 0.01
+    assert "damping raised" in caplog.text
+    assert torch.isfinite(dequantize_weight(found, scale)).all()

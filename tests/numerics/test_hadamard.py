@@ -1,0 +1,104 @@
+import math
+
+import pytest
+import torch
+
+from pipeline.numerics.hadamard import (
+    hadamard_matrix,
+    hadamard_transform,
+    plan_hadamard,
+    random_orthogonal,
+    random_signs,
+)
+
+ORDERS = [1, 2, 4, 12, 20, 28, 36, 40, 52, 60, 64, 108, 140, 156, 172, 344, 576, 1536]
+LARGE = [4864, 9728, 11008, 13696, 14336, 18944, 25600, 28672, 29568]
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_matrix_is_orthogonal_and_the_transform_multiplies_by_it(n):
+    matrix = hadamard_matrix(n)
+    assert (matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-13  # measured: 6e-15
+    x = torch.randn(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    assert (hadamard_transform(x) - x @ matrix).abs().max() < 1e-13  # measured: 5e-15
+    assert (hadamard_transform(x, inverse=True) - x @ matrix.T).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_entries_are_plus_minus_one_within_blocks(n):
+    plan = plan_hadamard(n)
+    block = hadamard_matrix(n)[: plan.order, : plan.order] * math.sqrt(plan.order)
+    assert torch.allclose(block.abs(), torch.ones_like(block))
+    assert plan.blocks * plan.order == n
+
+
+@pytest.mark.parametrize("n", LARGE)
+def test_large_transform_is_undone_by_its_inverse_and_keeps_lengths(n):
+    x = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    y = hadamard_transform(x)
+    assert (hadamard_transform(y, inverse=True) - x).abs().max() < 1e-12  # measured: 8e-15
+    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks", "paley", "power"),
+    [
+        (576, 1, (36,), 16),  # 2 (17 + 1)
+        (1536, 1, (12,), 128),  # 11 + 1
+        (11008, 1, (344,), 32),  # 7^3 + 1
+        (29568, 1, (924,), 32),  # 2 (461 + 1)
+        (4864, 1, (76,), 64),  # 2 (37 + 1)
+        (156, 3, (52,), 1),  # neither 155 nor 77 is a prime power; 52 = 2 (5^2 + 1)
+        (172, 43, (), 4),
+        (13696, 107, (), 128),
+        (13, 13, (), 1),
+    ],
+)
+def test_plan_takes_the_smallest_paley_order_and_falls_back_to_blocks(n, blocks, paley, power):
+    plan = plan_hadamard(n)
+    assert (plan.blocks, plan.paley, plan.power_of_two) == (blocks, paley, power)
+
+
+def test_kronecker_products_serve_where_no_single_paley_order_does():
+    plan = plan_hadamard(1904)
+    assert (plan.blocks, plan.paley, plan.power_of_two) == (1, (28, 68), 1)
+    matrix = hadamard_matrix(1904)
+    assert (matrix @ matrix.T - torch.eye(1904, dtype=torch.float64)).abs().max() < 1e-12
+    x = torch.randn(2, 1904, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(hadamard_transform(x), x @ matrix)
+
+
+def test_every_width_up_to_300_is_orthogonal():
+    for n in range(1, 301):
+        matrix = hadamard_matrix(n)
+        assert (matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-13, n
+
+
+def test_sylvester_of_order_four_by_hand():
+    expected = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
+    assert torch.equal(hadamard_matrix(4), expected)
+
+
+def test_random_orthogonal_is_orthogonal_and_repeats_with_its_seed():
+    first = random_orthogonal(17, torch.Generator().manual_seed(3))
+    again = random_orthogonal(17, torch.Generator().manual_seed(3))
+    other = random_orthogonal(17, torch.Generator().manual_seed(4))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert torch.allclose(first @ first.T, torch.eye(17, dtype=torch.float64), atol=1e-13)
+    assert set(random_signs(100, torch.Generator().manual_seed(0)).tolist()) == {-1.0, 1.0}
+
+
+def test_width_zero_is_refused():
+    with pytest.raises(ValueError, match="n=0"):
+        plan_hadamard(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [64, 576, 1536, 14336])
+def test_cuda_transform_equals_the_cpu_one(n):
+    x = torch.randn(5, n)
+    assert torch.allclose(hadamard_transform(x.cuda()).cpu(), hadamard_transform(x), atol=1e-4)
+    assert torch.allclose(
+        hadamard_transform(x.cuda(), inverse=True).cpu(), hadamard_transform(x, inverse=True), atol=1e-4
+    )

@@ -1,0 +1,150 @@
+"""A rotated model computes what the original does, whatever the family, the mode and the sizes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.blocks.prefix_kv import compute_prefix_kv
+from pipeline.blocks.quantized import block_settings
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.rotation import merging as rotation
+from pipeline.rotation.gate import RotationError
+from pipeline.rotation.matrices import load_rotation, make_rotation
+from pipeline.rotation.merging import rotate_model
+from tests.blocks.test_walk import assert_close, walked_logits
+from tests.conftest import FAMILIES, POST_NORMS, make_model, open_model
+
+CPU = torch.device("cpu")
+
+
+def rotate(source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0):
+    """`r1` None: hadamard where the family can have it."""
+    checkpoint = Checkpoint(source, "model")
+    r1 = r1 or ("hadamard" if checkpoint.architecture.rotates_residual else "identity")
+    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, seed, dtype, CPU)
+    rotated = Checkpoint(folder, "rotation")
+    return rotated, BlockRunner(rotated, CPU, 2), metrics
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("modes", [("hadamard",) * 4, ("random", "random", "identity", "hadamard"), ("identity",) * 4])
+def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids):
+    modes = ("identity", *modes[1:]) if family in POST_NORMS else modes
+    rotated, runner, metrics = rotate(imported[family], tmp_path / "out", *modes)
+    with torch.no_grad():
+        expected = make_model(family)(token_ids).logits
+    assert_close(walked_logits(rotated, runner, token_ids), expected)  # measured: at most 2e-6
+    assert metrics["max_logit_deviation"] < 1e-5
+    assert rotated.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_rotations_alone_load_in_transformers(family, imported, tmp_path, token_ids):
+    folds = family not in POST_NORMS
+    rotate(imported[family], tmp_path / "out", r3="identity", r4="identity")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert_close(model(token_ids).logits, make_model(family)(token_ids).logits)
+    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight)) == folds
+
+
+@pytest.mark.parametrize("family", POST_NORMS)
+@pytest.mark.parametrize("mode", ["hadamard", "random"])
+def test_r1_is_refused_where_norms_stand_behind_the_blocks(family, mode, imported, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=rf"{family}'.*post_attention_layernorm.*rotation\.r1: identity"):
+        rotate(imported[family], tmp_path / "out", r1=mode)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rotation_really_rotates(imported, tmp_path):
+    """All of R1, R2 and R4 reach the weights: against a float64 product written out here."""
+    rotated, _, _ = rotate(imported["llama_tied"], tmp_path / "out")
+    original = Checkpoint(imported["llama_tied"], "model").load_block_tensors(1)
+    found = rotated.load_block_tensors(1)
+    eye = torch.eye(48, dtype=torch.float64)
+    r1 = load_rotation(tmp_path / "out", "r1").apply(eye)
+    r2 = load_rotation(tmp_path / "out", "r2").apply(torch.eye(12, dtype=torch.float64))
+    r4 = rotation.hadamard_transform(torch.eye(96, dtype=torch.float64))
+    for matrix in (r1, r2, r4):
+        assert (matrix @ matrix.T - torch.eye(len(matrix), dtype=torch.float64)).abs().max() < 1e-12
+        assert not torch.allclose(matrix, torch.eye(len(matrix), dtype=torch.float64))
+    heads = lambda count: torch.block_diag(*[r2] * count)  # noqa: E731
+    norm = original["input_layernorm.weight"].double()
+    expected = {
+        "self_attn.q_proj.weight": original["self_attn.q_proj.weight"].double() * norm @ r1,
+        "self_attn.v_proj.weight": heads(2).T @ (original["self_attn.v_proj.weight"].double() * norm) @ r1,
+        "self_attn.o_proj.weight": r1.T @ original["self_attn.o_proj.weight"].double() @ heads(4),
+        "mlp.down_proj.weight": r1.T @ original["mlp.down_proj.weight"].double() @ r4,
+    }
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-6, name
+
+
+def test_settings_record_exactly_the_online_rotations(imported, tmp_path):
+    rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="hadamard", r4="identity")
+    settings = block_settings(rotated, 0)
+    assert (settings.online_r3, settings.online_r4) == (True, False)
+    rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="identity", r4="hadamard")
+    settings = block_settings(rotated, 0)
+    assert (settings.online_r3, settings.online_r4) == (False, True)
+
+
+def test_continuous_prefix_goes_through_r1(imported, tmp_path, token_ids):
+    """Embeddings that are no token's: the same logits in the rotated model through e @ R1."""
+    embeddings = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    checkpoint, runner = open_model(imported["qwen3"])
+    expected = walked_logits(checkpoint, runner, token_ids, compute_prefix_kv(checkpoint, embeddings, runner))
+    rotated, runner, _ = rotate(imported["qwen3"], tmp_path / "out")
+    moved = load_rotation(tmp_path / "out", "r1").apply(embeddings.double())
+    prefix_kv = compute_prefix_kv(rotated, moved, runner)
+    assert_close(walked_logits(rotated, runner, token_ids, prefix_kv), expected)
+
+
+def test_two_rotations_are_byte_identical_and_another_seed_differs(imported, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        rotate(imported["llama_tied"], tmp_path / name, seed=seed)
+    read = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "abc"}
+    assert read["a"] == read["b"]
+    assert read["a"]["block-00000.safetensors"] != read["c"]["block-00000.safetensors"]
+
+
+def test_a_narrower_dtype_is_reported_not_judged(imported, tmp_path):
+    rotated, _, metrics = rotate(imported["llama_tied"], tmp_path / "out", dtype=torch.bfloat16)
+    assert rotated.dtype == torch.bfloat16
+    assert metrics["max_logit_deviation"] < 1e-5 < metrics["dtype_logit_deviation"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("description", "damage"),
+    [
+        ("a reader off by one percent", lambda t: t["self_attn.q_proj.weight"].mul_(1.01)),
+        ("a bias of v_proj in another basis", lambda t: t["self_attn.v_proj.bias"].add_(0.1)),
+        (
+            "another R4 merged than applied",
+            lambda t: t.update({"mlp.down_proj.weight": t["mlp.down_proj.weight"].flip(1)}),
+        ),
+    ],
+)
+def test_the_gate_stops_a_wrong_rotation_and_writes_nothing(description, damage, imported, tmp_path, monkeypatch):
+    right = rotation.rotate_block
+
+    def wrong(*args):
+        tensors = dict(right(*args))
+        damage(tensors)
+        yield from tensors.items()
+
+    monkeypatch.setattr(rotation, "rotate_block", wrong)
+    with pytest.raises(RotationError, match="is not the original: logits differ by"):
+        rotate(imported["llama_untied_biases"], tmp_path / "out")
+    assert not list(tmp_path.iterdir()), description
+
+
+def test_modes():
+    x = torch.randn(5, 20, dtype=torch.float64)
+    assert torch.equal(make_rotation("identity", 20, torch.Generator()).apply(x), x)
+    for mode in ("hadamard", "random"):
+        y = make_rotation(mode, 20, torch.Generator().manual_seed(0)).apply(x)
+        assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1))
+        assert not torch.allclose(y, x)

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pipeline.runtime import artifacts
+from pipeline.runtime.artifacts import (
+    ArtifactError,
+    Header,
+    check_input,
+    check_same_origin,
+    load_tensors,
+    make_header,
+    read_header,
+    replacing_folder,
+    save_tensors,
+    write_json,
+)
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int8)}
+
+
+def test_tensors_and_header_come_back(tmp_path):
+    header = make_header("rotation", {"seed": 1}, {"model": make_header("model", {})})
+    save_tensors(tmp_path / "x.safetensors", TENSORS, header)
+    tensors, found = load_tensors(tmp_path / "x.safetensors", "rotation")
+    assert found == header
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_same_input_gives_the_same_bytes_and_one_metadata_key(tmp_path):
+    header = make_header("rotation", {"b": 1, "a": [1, 2]}, {"x": make_header("model", {}), "w": make_header("m", {})})
+    save_tensors(tmp_path / "1.safetensors", TENSORS, header)
+    save_tensors(tmp_path / "2.safetensors", dict(reversed(TENSORS.items())), header)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    with safe_open(tmp_path / "1.safetensors", framework="pt") as file:
+        assert list(file.metadata()) == ["prefixquant"]
+
+
+def test_fingerprints_follow_values_and_inputs():
+    base = make_header("s", {"a": 1}, {"model": make_header("model", {})})
+    assert make_header("s", {"a": 1}, {"model": make_header("model", {})}) == base
+    assert make_header("s", {"a": 2}, {"model": make_header("model", {})}).fingerprint != base.fingerprint
+    assert make_header("s", {"a": 1}, {"model": make_header("model", {"x": 0})}).fingerprint != base.fingerprint
+
+
+def test_missing_damaged_and_foreign_files_name_the_stage_to_rerun(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ArtifactError, match=r"x\.safetensors is missing.*dvc repro .* rotation"):
+        load_tensors(path, "rotation")
+    save_tensors(path, TENSORS, make_header("rotation", {}))
+    whole = path.read_bytes()
+    for cut in (4, 40, len(whole) - 3):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ArtifactError, match=r"is damaged.*dvc repro .* rotation"):
+            load_tensors(path, "rotation")
+    save_file(TENSORS, path)
+    with pytest.raises(ArtifactError, match="was not written by this project"):
+        load_tensors(path, "rotation")
+    save_tensors(path, TENSORS, make_header("model", {}))
+    with pytest.raises(ArtifactError, match="was written by the stage model, not rotation"):
+        load_tensors(path, "rotation")
+
+
+def test_another_format_version_is_refused(tmp_path, monkeypatch):
+    save_tensors(
+        tmp_path / "x.safetensors", TENSORS, Header("rotation", "0", format_version=artifacts.FORMAT_VERSION + 1)
+    )
+    with pytest.raises(ArtifactError, match=r"format version 2, this code reads 1"):
+        load_tensors(tmp_path / "x.safetensors", "rotation")
+
+
+def test_inputs_are_checked():
+    model, other = make_header("model", {}), make_header("model", {"x": 1})
+    rotation = make_header("rotation", {}, {"model": model})
+    check_input(rotation, "model", model, "artifacts/rotation")
+    with pytest.raises(ArtifactError, match=r"artifacts/rotation was made from another model.*dvc repro .* rotation"):
+        check_input(rotation, "model", other, "artifacts/rotation")
+    prefix = make_header("prefix_search", {}, {"model": other})
+    with pytest.raises(ArtifactError, match="rotation and prefix_search were made from different models"):
+        check_same_origin(rotation, prefix, "model")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS, make_header("rotation", {}))
+    before = path.read_bytes()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artifacts, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(path, {"a": torch.zeros(1)}, make_header("rotation", {}))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_failed_folder_leaves_what_was_there(tmp_path):
+    folder = tmp_path / "out"
+    with replacing_folder(folder) as partial:
+        (partial / "kept").write_text("1")
+
+    def be_interrupted():
+        with replacing_folder(folder) as partial:
+            (partial / "half").write_text("2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted()
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["kept"]
+    with replacing_folder(folder) as partial:
+        (partial / "new").write_text("3")
+    assert [file.name for file in folder.iterdir()] == ["new"]
+
+
+def test_json_is_written_whole_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "deep" / "x.json", {"b": 1.5, "a": "é"})
+    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"b": 1.5, "a": "é"}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_folder_without_header_names_the_stage(tmp_path):
+    with pytest.raises(ArtifactError, match=r"artifact\.json is missing.*model"):
+        read_header(tmp_path, "model")

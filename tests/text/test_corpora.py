@@ -1,0 +1,199 @@
+import itertools
+import json
+
+import datasets
+import pytest
+
+from pipeline.text import corpora
+from pipeline.text.calibration import WindowsError, cut_calibration_windows, cut_evaluation_windows
+from pipeline.text.corpora import CorpusError, fetch_corpus, read_documents
+from tests.conftest import make_tokenizer
+
+DOCUMENTS = [f"Document {number} speaks of the number {number} and of nothing else." for number in range(60)]
+
+
+def fetch(source, folder, max_documents=None, text_field="text"):
+    folder.mkdir(exist_ok=True)
+    counts = fetch_corpus(str(source), max_documents, text_field, folder)
+    return counts, {split: read_documents(folder / f"{split}.jsonl") for split in corpora.SPLITS}
+
+
+def write(path, rows):
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"body": row} for row in rows]))
+    elif path.suffix == ".csv":
+        path.write_text("id,body\n" + "".join(f'{number},"{row}"\n' for number, row in enumerate(rows)))
+    else:
+        datasets.Dataset.from_dict({"body": rows}).to_parquet(str(path))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_local_files_are_dealt_whole_and_none_is_lost(suffix, tmp_path):
+    counts, splits = fetch(write(tmp_path / f"x{suffix}", DOCUMENTS), tmp_path / "out", text_field="body")
+    assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS)
+    assert {split: len(texts) for split, texts in splits.items()} == {"train": 39, "validation": 6, "test": 15}
+    assert counts["test"] == {"documents": 15, "characters": sum(map(len, splits["test"]))}
+    for texts in splits.values():
+        assert texts == sorted(texts, key=DOCUMENTS.index)
+
+
+def test_a_folder_with_files_named_after_splits_keeps_them(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write(source / "train.txt", DOCUMENTS[:30])
+    write(source / "test.jsonl", DOCUMENTS[30:33])
+    _, splits = fetch(source, tmp_path / "out", text_field="body")
+    assert splits["test"] == DOCUMENTS[30:33]
+    assert sorted(splits["train"] + splits["validation"]) == sorted(DOCUMENTS[:30])
+    assert len(splits["validation"]) == 3
+
+
+def test_max_documents_caps(tmp_path):
+    _, splits = fetch(write(tmp_path / "x.txt", DOCUMENTS), tmp_path / "out", max_documents=20)
+    assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:20])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing", r"no such file or folder, and not one of wikitext2, ptb, c4"),
+        (lambda folder: write(folder / "x.txt", DOCUMENTS[:2]), "2 documents are too few"),
+        (lambda folder: write(folder / "x.jsonl", DOCUMENTS), r"x\.jsonl has no field 'text'; set text_field"),
+        (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf to read; allowed are files"),
+        (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl cannot be read"),
+    ],
+)
+def test_unusable_sources_say_what_is_wrong(make, message, tmp_path):
+    with pytest.raises(CorpusError, match=message):
+        fetch(make(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", corpora.HUB_CORPORA)
+def test_hub_corpora_are_asked_for_as_the_field_does(name, tmp_path, monkeypatch):
+    asked = []
+
+    def load(repository, config, **options):
+        asked.append((repository, config, options["split"], options["revision"]))
+        field = corpora.HUB_CORPORA[name].text_field
+        return [{field: f"{options['split']} row {number}"} for number in range(1200)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    _, splits = fetch(name, tmp_path / "out")
+    expected = {
+        "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "main"),
+        "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "refs/convert/parquet"),
+        "c4": ("allenai/c4", None, "validation", "main"),
+        "pile": ("mit-han-lab/pile-val-backup", None, "validation", "main"),
+        "redpajama": ("togethercomputer/RedPajama-Data-1T-Sample", "plain_text", "train", "refs/convert/parquet"),
+    }
+    assert expected[name] in asked
+    assert all(splits.values())
+    assert "trust_remote_code" not in str(asked)
+
+
+def test_rows_of_wikitext_become_articles_that_join_to_the_same_text(tmp_path, monkeypatch):
+    rows = ["", " = One = \n", "", " text \n", " = = Part = = \n", " more \n", " = Two = \n", " end \n"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: [{"text": row} for row in rows])
+    _, splits = fetch("wikitext2", tmp_path / "out")
+    assert [text.strip().split("\n")[0].strip() for text in splits["test"]] == ["", "= One =", "= Two ="]
+    assert "\n\n".join(splits["test"]) == "\n\n".join(rows)
+
+
+def test_an_unreachable_hub_names_what_was_asked_for(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ConnectionError("no route to the hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(CorpusError, match=r"cannot fetch Salesforce/wikitext .*'train' \(no route to the hub\)$"):
+        fetch("wikitext2", tmp_path / "out")
+
+
+def test_wikipedia_markup_is_stripped():
+    text = corpora._strip_markup(
+        "'''Stone''' is [[rock (geology)|hard]]<ref name=a>A {{cite|x}} book</ref>.<ref name=a/>\n"
+        "{| class=x\n| a table\n|}\n[[File:a.png|thumb|A [[picture]]]]{{box|y=1}}<!-- note -->[[Category:A]] End."
+    )
+    assert text.replace("\n", " ").split() == ["Stone", "is", "hard.", "End."]
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("a", "b"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        fetch_corpus(str(write(tmp_path / f"{name}.txt", [name + text for text in DOCUMENTS])), None, "text", folder)
+    return tmp_path / "data"
+
+
+def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0):
+    return cut_calibration_windows(split, list(corpora_names), windows, length, seed, data, make_tokenizer(), "id")
+
+
+def test_windows_of_different_purposes_share_no_document(data):
+    tokenizer = make_tokenizer()
+    seen = {}
+    for split in ("search", "train", "validation"):
+        text = tokenizer.decode(cut(data, split, windows=9, length=24).token_ids.flatten().tolist())
+        seen[split] = {word for word in text.split() if word.isdigit()}
+    seen["evaluation"] = {
+        word
+        for word in tokenizer.decode(
+            cut_evaluation_windows("a", None, 24, data, tokenizer, "id").token_ids.flatten().tolist()
+        ).split()
+        if word.isdigit()
+    }
+    assert all(len(numbers) >= 3 for numbers in seen.values())
+    for first in seen:
+        for second in seen:
+            assert first == second or not seen[first] & seen[second]
+
+
+def test_windows_follow_seed_and_fingerprints_follow_what_determines_them(data):
+    base = cut(data, "train")
+    assert (cut(data, "train").token_ids == base.token_ids).all()
+    assert cut(data, "train").header == base.header
+    assert not (cut(data, "train", seed=1).token_ids == base.token_ids).all()
+    others = [
+        cut(data, "train", seed=1),
+        cut(data, "search"),
+        cut(data, "train", windows=3),
+        cut(data, "train", ("b",)),
+    ]
+    assert len({windows.header.fingerprint for windows in [base, *others]}) == 5
+
+
+def test_more_windows_begin_with_the_same_ones(data):
+    assert (cut(data, "train", windows=8).token_ids[:4] == cut(data, "train", windows=4).token_ids).all()
+
+
+def test_a_mix_takes_turns(data):
+    mixed = cut(data, "train", ("a", "b"), windows=5).token_ids
+    assert (mixed[0::2] == cut(data, "train", ("a",), windows=3).token_ids).all()
+    assert (mixed[1::2] == cut(data, "train", ("b",), windows=2).token_ids).all()
+
+
+def test_evaluation_is_the_whole_test_split_joined_by_blank_lines(data):
+    tokenizer = make_tokenizer()
+    whole = tokenizer("\n\n".join(read_documents(data / "a" / "test.jsonl")), add_special_tokens=False).input_ids
+    windows = cut_evaluation_windows("a", None, 20, data, tokenizer, "id").token_ids
+    assert windows.flatten().tolist() == whole[: len(whole) // 20 * 20]
+    first = cut_evaluation_windows("a", 3, 20, data, tokenizer, "id").token_ids
+    assert (first == windows[:3]).all()
+
+
+def test_no_special_tokens_are_added(data):
+    assert not set(cut(data, "train").token_ids.flatten().tolist()) & {0, 1}
+
+
+def test_a_corpus_too_small_says_what_it_has_and_needs(data):
+    with pytest.raises(
+        WindowsError, match=r"validation from a: needs 50 windows of 64 = 3200 tokens, the corpus has \d+"
+    ):
+        cut(data, "validation", windows=50, length=64)
+    with pytest.raises(WindowsError, match=r"evaluation from a: needs 1 windows of 100000"):
+        cut_evaluation_windows("a", None, 100000, data, make_tokenizer(), "id")

@@ -1,0 +1,32 @@
+"""The divergence and its gradient against autograd over whole logits."""
+
+import pytest
+import torch
+
+from pipeline.models.lm_head import LmHead
+from pipeline.training import divergence
+from pipeline.training.divergence import mean_divergence
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("other_head", [True, False])
+def test_value_and_gradient_equal_autograd_over_all_logits(other_head, cap, monkeypatch):
+    monkeypatch.setattr(divergence, "_POSITIONS", 3)  # several parts, the last one short
+    generator = torch.Generator().manual_seed(1)
+    ours, exact = (torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    head, second = (torch.randn(11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    second = second if other_head else head
+    ours.requires_grad_()
+    bend = (lambda z: z) if cap is None else (lambda z: cap * torch.tanh(z / cap))
+    log_p, log_q = bend(exact @ second.T).log_softmax(-1), bend(ours @ head.T).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(3 * expected, ours)
+    found = mean_divergence(ours, exact, LmHead(head, cap), LmHead(second, cap) if other_head else None)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)  # logits are compared in float32
+    (found_gradient,) = torch.autograd.grad(3 * found, ours)
+    assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_zero_for_the_same_states_and_needs_no_gradient():
+    states, head = torch.randn(6, 5), torch.randn(11, 5)
+    assert mean_divergence(states, states, LmHead(head)).item() == pytest.approx(0, abs=1e-7)

@@ -1,0 +1,147 @@
+"""What is unfrozen computes what it computed; what is frozen again computes what was trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import QuantizedLinear
+from pipeline.blocks.walk import BlockRunner
+from pipeline.numerics.quantizer import QuantizerSpec, dequantize_weight, quantize_weight
+from pipeline.training.trainables import freeze_, unfreeze_
+from tests.blocks.test_quantized import quantized_block, settings_of
+from tests.conftest import open_model
+
+MODES = [
+    {"symmetric": True},
+    {"symmetric": False, "group_size": 4},
+    {"symmetric": False, "dynamic": True},
+]
+
+
+@pytest.fixture(params=MODES, ids=str)
+def block(request, imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    settings = settings_of(weights=4, activations=4, key=4, value=4, online=True, **request.param)
+    return checkpoint, quantized_block(checkpoint, settings)
+
+
+def run(checkpoint, block):
+    hidden = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(9))
+    return BlockRunner(checkpoint, torch.device("cpu"), 2).run(block, hidden)
+
+
+def weights_of(checkpoint, block):
+    return {name: block.get_submodule(name).dense_weight(torch.float32) for name in checkpoint.architecture.linears}
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_unfreezing_and_freezing_changes_nothing(with_weights, block):
+    checkpoint, block = block
+    names, expected = dict(block.state_dict()), run(checkpoint, block)
+    weights = weights_of(checkpoint, block) if with_weights else None
+    unfreeze_(block, checkpoint.architecture, weights=weights, norms=True)
+    with torch.enable_grad():
+        assert torch.equal(run(checkpoint, block), expected)
+    freeze_(block)
+    assert torch.equal(run(checkpoint, block), expected)
+    assert block.state_dict().keys() == names.keys()
+    for name, tensor in block.state_dict().items():
+        assert tensor.dtype == names[name].dtype, name
+        assert torch.equal(tensor, names[name]), name
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+def test_what_was_trained_is_what_is_frozen(block):
+    """After random moves of everything the block in training, without gradients, and the frozen one agree."""
+    checkpoint, block = block
+    before = run(checkpoint, block)
+    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        run(checkpoint, block)  # whatever is kept from here must not be used below
+        for parameter in found.quantizers + found.norms:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for parameter in found.weights:
+            parameter += 0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+        trained = run(checkpoint, block)
+    with torch.enable_grad():
+        assert torch.equal(run(checkpoint, block), trained)
+    assert (trained - before).abs().max() > 0.01
+    freeze_(block)
+    assert (run(checkpoint, block) - trained).abs().max() <= 1e-6 * trained.abs().max()
+    for name in checkpoint.architecture.linears:
+        assert not block.get_submodule(name).weight.is_floating_point()
+
+
+def test_integers_stand_still_and_are_rounded_with_the_trained_scales(imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    block = quantized_block(checkpoint, settings_of(weights=4))
+    start = weights_of(checkpoint, block)
+    linear = block.mlp.up_proj
+    scale = linear.weight_scale.clone()
+    found = unfreeze_(block, checkpoint.architecture, weights=start)
+    theta = linear.parametrizations["weight_scale"].original
+    assert any(theta is parameter for parameter in found.quantizers)
+    with torch.no_grad():
+        theta += 0.3
+    freeze_(block)
+    assert torch.allclose(linear.weight_scale, scale * torch.e**0.3)
+    assert torch.equal(linear.weight, quantize_weight(start["mlp.up_proj"], linear.weight_scale, 4))
+
+
+def test_every_quantizer_parameter_gets_a_gradient(block):
+    checkpoint, block = block
+    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    run(checkpoint, block).square().sum().backward()
+    everything = found.quantizers + found.weights + found.norms
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in everything)
+    for parameter in found.weights + found.norms:
+        assert (parameter.grad != 0).any()
+    moved = sum((p.grad != 0).any().item() for p in found.quantizers)
+    assert moved >= len(found.quantizers) / 2  # zero points get one only where something lies beyond the range
+
+
+def test_a_bfloat16_block_is_trained_in_float32(imported):
+    checkpoint, _ = open_model(imported["llama_untied_biases"])
+    block = quantized_block(checkpoint, settings_of(weights=4, activations=4), torch.bfloat16)
+    runner, hidden = BlockRunner(checkpoint, torch.device("cpu"), 2), torch.randn(2, 6, 48).bfloat16()
+    expected, names = runner.run(block, hidden), dict(block.state_dict())
+    start = {n: w.bfloat16() for n, w in weights_of(checkpoint, block).items()}
+    found = unfreeze_(block, checkpoint.architecture, weights=start, norms=True)
+    everything = found.quantizers + found.weights + found.norms
+    assert {p.dtype for p in everything} == {torch.float32}
+    runner.run(block, hidden).float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in everything)
+    with torch.no_grad():
+        for parameter in found.norms:
+            parameter += 1e-4  # less than bfloat16 can tell from nothing
+    assert all((p.detach() - p.detach().bfloat16().float()).abs().max() > 0 for p in found.norms)
+    freeze_(block)
+    assert {name: tensor.dtype for name, tensor in block.state_dict().items()} == {n: t.dtype for n, t in names.items()}
+    assert (runner.run(block, hidden) - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_scales_and_zero_points_get_the_gradients_of_the_whole_weight(symmetric, bias):
+    """One scale a channel: no gradient of the weight is formed, and nothing else differs. Against autograd."""
+    generator = torch.Generator().manual_seed(5)
+    source = nn.Linear(12, 7, bias=bias)
+    linear = QuantizedLinear(source, QuantizerSpec(4, symmetric), False, None)
+    zero_point = None if symmetric else torch.randint(3, 12, (7, 1), generator=generator).float().requires_grad_()
+    scale = (torch.rand(7, 1, generator=generator) + 0.1).requires_grad_()
+    low, high = (-8, 8) if symmetric else (0, 16)
+    integers = torch.randint(low, high, (7, 12), generator=generator)
+    linear.set_integers_(integers.to(torch.int8 if symmetric else torch.uint8), scale, zero_point)
+    x = torch.randn(2, 5, 12, generator=generator, requires_grad=True)
+    upstream = torch.randn(2, 5, 7, generator=generator)
+    trained = [tensor for tensor in (x, scale, zero_point) if tensor is not None]
+    weight = dequantize_weight(linear.weight, scale, zero_point)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    gradients = torch.autograd.grad(expected, trained, upstream)
+    linear.unfrozen = True
+    found = linear(x)
+    assert torch.equal(found, expected)
+    for own, other in zip(torch.autograd.grad(found, trained, upstream), gradients, strict=True):
+        assert own.shape == other.shape
+        assert torch.allclose(own, other, rtol=1e-4, atol=1e-5)
