@@ -439,7 +439,7 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
 
     def divergence(checkpoint, kv):
         """From transformers' own logits of the original."""
-        from conftest import make_model
+        from tests.conftest import make_model
 
         hidden, _, _ = compute_final_hidden(checkpoint, {"x": train}, runner, kv)
         with torch.no_grad():
