@@ -1,8 +1,13 @@
-"""What the README tells a reader to type must exist."""
+"""What the README and docs/ tell a reader to type and open must exist; architecture.md says what the code does."""
 
+import ast
+import importlib
+import importlib.util
 import itertools
 import math
 import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,10 +16,50 @@ import yaml
 from benchmarks.quality import format_table
 from benchmarks.summary import mean_and_error, read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
-from pipeline.params import parse_params
+from pipeline.params import Params, parse_params
 from tests.conftest import ROOT
+from tests.test_dvc_pipeline import ROOMS, STAGES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
+ALL = "\n".join(PAGES.values())
+ARCHITECTURE = PAGES["docs/architecture.md"]
+PARAMS = (ROOT / "params.yaml").read_text(encoding="utf-8")
+FOLDERS = ("pipeline", "stages", "benchmarks", "tests", "docs", "presets", "metrics")
+PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b")  # NAME, VARIANT, … in a path or a command
+PAGE = pytest.mark.parametrize("page", PAGES)
+
+
+def find_rows(text, columns):
+    """The rows of Markdown tables with so many columns, heads left out."""
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in re.findall(r"^\| (.+) \|$", text, re.MULTILINE)]
+    return [row for row in rows if len(row) == columns and row[0].startswith("`")]
+
+
+def find_section(text, title):
+    """What stands below a heading, to the next one of any level."""
+    return re.split(r"^#", text.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def find_source(reference):
+    """The source of a function, method or class, from `file.py:name` or `file.py:Class.name`; None: not there."""
+    path, _, dotted = reference.partition(":")
+    source = (ROOT / path).read_text(encoding="utf-8")
+    node = ast.parse(source)
+    for name in dotted.split("."):
+        named = [child for child in node.body if getattr(child, "name", None) == name]
+        if not named:
+            return None
+        node = named[0]
+    return ast.get_source_segment(source, node)
+
+
+def find_anchors(text):
+    """The headings of a page as links name them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_result_table_is_what_the_metrics_in_git_say():
@@ -22,40 +67,126 @@ def test_the_result_table_is_what_the_metrics_in_git_say():
     assert format_table(read_evaluations()) in README
 
 
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    assert len(README.split()) <= 1500
+    first_screen = README.split("\n## ")[0].splitlines()
+    assert len(first_screen) <= 25
+    assert [line.split()[:2] for line in first_screen if line.startswith("    ")] == [
+        ["make", "repro"],
+        ["make", "test"],
+    ]
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert len(PAGES) > 10
+    for page in PAGES.keys() - {"README.md"}:
+        assert f"]({page})" in README, page
+
+
+@PAGE
+def test_relative_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.is_file(), link
+        if anchor:
+            assert anchor in find_anchors(path.read_text(encoding="utf-8")), link
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
     targets |= set(re.search(r"^SWEEPS := (.+)$", makefile, re.MULTILINE)[1].split())
-    named = set(re.findall(r"`make ([\w-]+)`", README)) | set(re.findall(r"^    make ([\w-]+)", README, re.MULTILINE))
-    assert {"repro", "test"} <= named <= targets
+    named = {page: set(re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE)) for page, text in PAGES.items()}
+    assert {"repro", "test"} <= named["README.md"]
+    for page, names in named.items():
+        assert names <= targets, page
+    presets = re.findall(r"make preset\s+NAME=([\w.-]+)", ALL)
+    assert len(presets) >= 3
+    for name in presets:
+        assert (ROOT / f"presets/{name}.yaml").is_file(), name
 
 
-def test_modules_and_files_exist():
-    for module in re.findall(r"python -m ([\w.]+)", README):
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
-    for path in re.findall(r"`((?:pipeline|benchmarks|metrics)/[\w/]+\.(?:py|json))`", README):
-        if not re.search(r"[A-Z]", path):
-            assert (ROOT / path).is_file(), path
+@PAGE
+def test_modules_exist(page):
+    for module in re.findall(r"python -m ([\w.]+)", PAGES[page]):
+        if PLACEHOLDER.search(module):
+            continue
+        if module.split(".")[0] in FOLDERS:
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        else:
+            assert importlib.util.find_spec(module), module
+    for module, variant in re.findall(r"python -m stages\.(\w+)(?: (\w+))?", PAGES[page]):
+        if not PLACEHOLDER.search(module):
+            assert (f"{module}@{variant}" if variant else module) in expand_stages(read_params()), module
+
+
+@PAGE
+def test_files_and_functions_exist(page):
+    """Paths in backticks, such as `stages/NAME.py`, `metrics/export.json`, `pipeline/hf.py`, `file.py:function`."""
+    for reference in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[^`\s]*)`", PAGES[page]):
+        path = reference.partition(":")[0]
+        assert list(ROOT.glob(PLACEHOLDER.sub("*", path).rstrip("/"))), reference
+        if ":" in reference:
+            assert find_source(reference), reference
+    outs = {out for stage in expand_stages(read_params()).values() for out in stage["outs"]}
+    for path in re.findall(r"`((?:artifacts|data)/[^`\s]+)`", PAGES[page]):
+        pattern = re.compile(PLACEHOLDER.sub(r"[^/]+", path.rstrip("/")))
+        written = any(path.startswith(f"{out}/") or pattern.fullmatch(out) for out in outs)
+        assert written or any(out.startswith(path) for out in outs), path
+
+
+def test_files_are_named_where_they_are():
+    """No page still points at the library's modules as they lay before there were rooms."""
+    flat = {f"pipeline/{path.name}" for path in (ROOT / "pipeline").glob("*.py")}
+    for path in re.findall(r"pipeline/\w+\.py", ALL + PARAMS):
+        assert path in flat, path
 
 
 def test_overrides_are_valid_params():
-    commands = re.findall(r"dvc exp run (.+)", README)
-    assert len(commands) >= 4
-    for command in commands:
+    commands = {page: re.findall(r"dvc exp run ([^`\n]+)", text) for page, text in PAGES.items()}
+    assert len(commands["README.md"]) >= 4
+    for page, command in [(page, command) for page, own in commands.items() for command in own]:
         pairs = [pair.split("=", 1) for pair in re.findall(r"-S (\S+)", command)]
+        assert pairs, (page, command)
         queued = "--queue" in command  # of a list every value is an experiment of its own
         choices = [[(key, value) for value in (values.split(",") if queued else [values])] for key, values in pairs]
         for chosen in itertools.product(*choices):
             parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in chosen}))
 
 
+def merge(params, changes):
+    """`changes` put into nested params."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(params.get(key), dict):
+            merge(params[key], value)
+        else:
+            params[key] = value
+    return params
+
+
 def test_the_yaml_examples_are_valid():
-    override_example, example = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
-    params = read_params()
-    params["quantizer_init"] |= yaml.safe_load(override_example)["quantizer_init"]
-    assert parse_params(params).quantizer_init.overrides[0].blocks == [2, 11, 28]
-    params["corpora"] |= yaml.safe_load(example)["corpora"]
-    assert set(parse_params(params).corpora) == {"wikipedia", "news", "mine", "c4"}
+    examples = [yaml.safe_load(example) for example in re.findall(r"```yaml\n(.+?)```", ALL, re.DOTALL)]
+    assert len(examples) >= 2
+    changed = [parse_params(merge(read_params(), example)) for example in examples]
+    assert [2, 11, 28] in [
+        params.quantizer_init.overrides[0].blocks for params in changed if params.quantizer_init.overrides
+    ]
+    assert {"wikipedia", "news", "mine", "c4"} in [set(params.corpora) for params in changed]
+
+
+def test_the_python_examples_import_what_exists():
+    examples = re.findall(r"```python\n(.+?)```", ALL, re.DOTALL)
+    assert len(examples) >= 2
+    for example in examples:
+        for node in ast.walk(ast.parse(example)):
+            if isinstance(node, ast.Import):
+                assert all(importlib.import_module(alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 def test_every_stage_is_in_the_table_and_the_graph():
@@ -66,11 +197,85 @@ def test_every_stage_is_in_the_table_and_the_graph():
         assert variant in README
 
 
+def test_the_code_a_stage_is_said_to_run_is_code_it_depends_on():
+    rows = find_rows(find_section(README, "The pipeline"), 3)
+    assert len(rows) == len(STAGES)
+    for stage, _, code in rows:
+        deps = STAGES[stage.strip("`").partition("@")[0]]
+        for path in re.findall(r"`([^`]+)`", code):
+            assert str(Path(path).parent) in deps.get("do", deps)["deps"], (stage, path)
+
+
 def test_supported_families_are_those_of_the_code():
     from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS
 
     (listed,) = re.findall(r"families: ([\w, ]+)\.", README)
     assert [name.lower() for name in listed.split(", ")] == sorted(ARCHITECTURES | IMPORTED_AS)
+
+
+def test_the_architecture_names_every_room_in_its_order():
+    rows = find_rows(find_section(ARCHITECTURE, "The rooms"), 3)
+    assert [room.strip("`") for room, _, _ in rows] == ROOMS
+    for room, _, first in rows:
+        assert first.startswith(f"`pipeline/{room.strip('`')}/")
+
+
+def test_the_way_of_the_data_is_what_scripts_call_and_stages_write():
+    rows = find_rows(find_section(ARCHITECTURE, "The way of the data"), 4)
+    assert [stage.strip("`") for stage, *_ in rows] == list(STAGES)
+    for stage, script, calls, artifacts in rows:
+        assert script == f"`stages/{stage.strip('`')}.py`"
+        source = (ROOT / script.strip("`")).read_text(encoding="utf-8")
+        for path, function in re.findall(r"`([\w/]+)\.py:(\w+)`", calls):
+            (names,) = re.findall(rf"^from {path.replace('/', '.')} import (.+)$", source, re.MULTILINE)
+            assert function in names.split(", ")
+            assert re.search(rf"\b{function}\(|partial\({function}\b", source), function
+        outs = STAGES[stage.strip("`")]
+        outs = " ".join(outs.get("do", outs)["outs"]).replace("${key}", "*")
+        for artifact in re.findall(r"`([^`]+)`", artifacts):
+            folder = PLACEHOLDER.sub("*", artifact).rstrip("/")
+            assert folder in outs or str(Path(folder).parent) in outs, artifact
+
+
+@pytest.mark.parametrize("key", ["quantizer_init.equalize", "finetuning.end_to_end.norm_lr", "runtime.offload"])
+def test_a_setting_leads_to_its_line_in_three_files(key):
+    override(read_params(), {key: None})  # it exists
+    rows = find_rows(find_section(ARCHITECTURE, f"`{key}`"), 3)
+    assert len(rows) >= 3
+    for where, line, _ in rows:
+        assert line.strip("`") in find_source(where.strip("`")), (where, line)
+    assert key.rpartition(".")[2] in rows[0][1]
+    assert len({where.partition(":")[0] for where, _, _ in rows}) <= 3
+
+
+def test_where_settings_act():
+    rows = find_rows(find_section(ARCHITECTURE, "Where is …"), 4)
+    assert {"`prefix_search.outlier_threshold`", "`export.drop`", "`calibration.train.length`"} <= {
+        row[0] for row in rows
+    }
+    for key, way, where, line in rows:
+        override(read_params(), {key.strip("`"): None})
+        assert line.strip("`") in find_source(where.strip("`")), (where, line)
+        for function in re.findall(r"`(\w+)`", way):
+            sources = [
+                path.read_text(encoding="utf-8")
+                for room in ("pipeline", "stages")
+                for path in (ROOT / room).rglob("*.py")
+            ]
+            assert any(f"def {function}(" in source for source in sources), function
+
+
+@pytest.mark.parametrize("group", Params.model_fields)
+def test_params_say_where_each_group_is_typed_and_used(group):
+    comment = re.search(rf"((?:^#.*\n)+)^{group}:$", PARAMS, re.MULTILINE)[1]
+    typed, used = re.search(r"# Typed in (\S+); used by ((?:.|\n)+)", comment).groups()
+    annotation = Params.model_fields[group].annotation
+    model = get_args(annotation)[-1] if get_args(annotation) else annotation
+    assert typed == model.__module__.replace(".", "/") + ".py"
+    folder = Path()
+    for name in re.findall(r"[\w/]+\.py", used):
+        folder = Path(name).parent if "/" in name else folder
+        assert (ROOT / folder / Path(name).name).is_file(), name
 
 
 def test_paired_differences_of_a_hand_computed_case():
