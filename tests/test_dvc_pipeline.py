@@ -1,15 +1,21 @@
 """dvc.yaml must list what each stage's results depend on: its script, the rooms that compute them, params groups."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.render.converter.vega import VegaConverter
+from dvc_render import VegaRenderer
 
 ROOT = Path(__file__).parents[1]
 ROOMS = re.findall(r"^    (\w+) {2,}", (ROOT / "pipeline/__init__.py").read_text(), re.MULTILINE)
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PLOTS = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+CURVES = [next(iter(plot.items())) for plot in PLOTS if isinstance(plot, dict)]
+TEMPLATES = ROOT / ".dvc/plots"  # where DVC looks first
 # What a stage looks at before any work, and what changes no result.
 ONLY_CHECKED = {"model": {"evaluation"}}
 
@@ -43,7 +49,7 @@ def closure(path: Path) -> set[Path]:
 
 
 def find_wrong_imports(root: Path) -> list[str]:
-    """Imports from a room into one that comes before it, or from a room's module into names for users."""
+    """Imports from a room into one that comes after it, or into names for users."""
     wrong = []
     for position, room in enumerate(ROOMS):
         for path in sorted((root / "pipeline" / room).glob("*.py")):
@@ -131,21 +137,68 @@ def test_no_module_reads_params_or_arguments_or_the_environment():
 
 
 def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
-    plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
     outs = {out.replace("${key}", key) for stage in STAGES.values() for out, key in _outs(stage)}
     sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
-    pictures = [plot for plot in plots if isinstance(plot, str)]
+    pictures = [plot for plot in PLOTS if isinstance(plot, str)]
     assert len(pictures) == 6
     assert all(picture.startswith("artifacts/report/") for picture in pictures)
-    assert len(plots) - len(pictures) == 8
-    for plot in plots[len(pictures) :]:
-        ((name, spec),) = plot.items()
+    assert len(CURVES) == 8
+    for name, spec in CURVES:
         assert {"title", "x_label", "y_label", "template"} <= spec.keys()
         ((path, columns),) = spec["y"].items()
         assert outs & {path, *map(str, Path(path).parents)}, name
         kind = {"saturation": "share", "sqnr": "sqnr"}.get(name.partition("_")[0])
         expected = ["before", "after"] if name == "finetuning_blocks" else ["train", "validation"]
         assert columns == ([f"{site}_{kind}" for site in sites] if kind else expected)
+
+
+def render(name, spec, revisions=("main", "workspace")):
+    """A plot of dvc.yaml as DVC fills its template: rows 0 and 1, and no value of the first column in row 0."""
+    ((path, columns),) = spec["y"].items()
+    rows = [{spec["x"]: x} | {column: x + i for i, column in enumerate(columns)} for x in range(2)]
+    rows[0][columns[0]] = None
+    points = []
+    for revision in revisions:
+        found, properties = VegaConverter(name, {path: rows}, spec).flat_datapoints(revision)
+        points += found
+    renderer = VegaRenderer(points, name, **properties, template_dir=str(TEMPLATES), revs_with_datapoints=revisions)
+    return renderer.get_filled_template()
+
+
+@pytest.mark.parametrize(("name", "spec"), CURVES, ids=[name for name, _ in CURVES])
+def test_columns_of_a_plot_are_told_apart_by_colour_and_revisions_by_dash(name, spec):
+    ((_, columns),) = spec["y"].items()
+    assert len(columns) > 1
+    assert (TEMPLATES / f"{spec['template']}.json").is_file()
+    drawn = render(name, spec)
+    assert "<DVC_METRIC" not in json.dumps(drawn)
+    values = drawn["data"]["values"]
+    lines, pointed_at = drawn["layer"]
+    assert lines["mark"]["type"] == "line"
+    colour, dash = lines["encoding"]["color"], lines["encoding"]["strokeDash"]
+    assert (colour["field"], colour["type"], colour["sort"]) == ("field", "nominal", None)
+    assert list(dict.fromkeys(row["field"] for row in values)) == columns  # unsorted: in this order in the legend
+    assert len(set(colour["scale"]["range"])) >= len(columns)
+    assert (dash["field"], dash["scale"]["range"][0]) == ("rev", [1, 0])  # one revision alone: solid
+    assert {row["rev"] for row in values} == {"main", "workspace"}
+    assert len({tuple(pattern) for pattern in dash["scale"]["range"]}) >= 5
+    x, y = drawn["encoding"]["x"], lines["encoding"]["y"]
+    assert (x["field"], x["title"], y["title"]) == (spec["x"], spec["x_label"], spec["y_label"])
+    assert drawn["title"]["text"] == spec["title"]
+    assert [row[y["field"]] for row in values[:4]] == [None, 1, 1, 2]
+    assert drawn["transform"] == [{"filter": f"isValid(datum['{y['field']}'])"}]
+    assert pointed_at["mark"]["tooltip"] == {"content": "data"}
+    assert pointed_at["transform"][1] == {"pivot": "curve", "value": y["field"], "groupby": [spec["x"]]}
+
+
+def test_templates_are_in_git_and_leave_to_dvc_what_it_fills():
+    assert "/plots" not in (ROOT / ".dvc/.gitignore").read_text().splitlines()
+    assert {path.stem for path in TEMPLATES.iterdir()} == {spec["template"] for _, spec in CURVES}
+    anchors = {"DATA", "TITLE", "X", "Y", "X_LABEL", "Y_LABEL", "ZOOM_AND_PAN", "PLOT_WIDTH", "PLOT_HEIGHT"}
+    for path in TEMPLATES.iterdir():
+        text = path.read_text()
+        assert json.loads(text)["data"] == {"values": "<DVC_METRIC_DATA>"}
+        assert set(re.findall(r"<DVC_METRIC_(\w+)>", text)) == anchors
 
 
 def _outs(stage):

@@ -1,4 +1,4 @@
-"""The groups of params.yaml about where a model comes from: `model`."""
+"""The group `model` of params.yaml: where a model comes from."""
 
 from typing import Annotated
 

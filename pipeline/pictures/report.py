@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,17 @@ import yaml
 from matplotlib.figure import Figure
 
 _WORST = 10
+# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside their own box.
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { border-bottom: 1px solid #ddd; padding: .25em .6em; }
-td + td, th + th { text-align: right; } th { background: #f5f5f5; } img { max-width: 100%; margin: .6em 0; }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } h2 { margin-top: 2em; border-bottom: 2px solid #2166ac; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: #222;
+       overflow-wrap: break-word; }
+h2 { margin-top: 2em; border-bottom: 2px solid #2166ac; }
+.table, pre { max-width: 100%; overflow-x: auto; margin: 1em 0; }
+table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ddd; padding: .25em .6em; }
+th:first-child { text-align: left; } td + td, th + th { text-align: right; } th, pre { background: #f5f5f5; }
+img { display: block; max-width: 100%; height: auto; margin: .6em 0; } pre { padding: 1em; }
+@media (max-width: 650px) { body { font-size: 13px; } td, th { padding: .25em .4em; } }
 """
 
 
@@ -68,23 +75,12 @@ def build_page(
         pictures: PNG files, in the order they are shown in.
     """
     exact = evaluations["original"]
-    corpora, tasks = list(exact["perplexity"]), list(exact.get("tasks", {}))
-    head = ["", *(f"{c}, perplexity | ratio | KL, nats | top-1 agreement".split(" | ") for c in corpora)]
-    columns = [head[0], *(name for part in head[1:] for name in part), *(f"{task}, acc" for task in tasks)]
-    rows = []
-    for variant, metrics in evaluations.items():
-        row = [variant]
-        for corpus in corpora:
-            value = metrics["perplexity"][corpus]
-            row += [f"{value:.2f}", f"{value / exact['perplexity'][corpus]:.2f}"]
-            row += [_number(metrics.get(key, {}).get(corpus)) for key in ("kl", "top1_agreement")]
-        rows.append(row + [_number(metrics.get("tasks", {}).get(task, {}).get("acc")) for task in tasks])
     windows = exact["settings"]
     counted = ", ".join(f"{count} of {corpus}" for corpus, count in windows["windows"].items())
     parts = [
         f"<h1>{html.escape(summary['bits'])}, prefix {html.escape(summary['prefix'])}</h1>",
         "<h2>Results</h2>",
-        _table(columns, rows),
+        _table(["", *evaluations], _results(evaluations)),
         f"<p>Held-out windows: {counted}, {windows['targets_per_window']} targets each; "
         f"special tokens: {windows['special_tokens']}. Ratios, KL divergence and agreement are to the original.</p>",
         "<h2>Prefix found</h2>",
@@ -106,7 +102,8 @@ def build_page(
         f"<pre>{html.escape(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))}</pre>",
     ]
     title = html.escape(f"{summary['bits']}: a run")
-    opening = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    opening = f'<!doctype html><meta charset="utf-8">{viewport}<title>{title}</title><style>{_STYLE}</style>'
     return "\n".join([opening, *parts, ""])
 
 
@@ -136,6 +133,22 @@ def draw_curves(
     return True
 
 
+def _results(evaluations: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each number, a cell for each variant: more corpora and tasks make the table longer, not wider."""
+    variants, exact = list(evaluations.values()), evaluations["original"]
+    rows = []
+    for corpus, base in exact["perplexity"].items():
+        values = [metrics["perplexity"][corpus] for metrics in variants]
+        rows.append([f"{corpus}, perplexity", *(f"{value:.2f}" for value in values)])
+        rows.append([f"{corpus}, ratio", *(f"{value / base:.2f}" for value in values)])
+        for key, name in (("kl", "KL, nats"), ("top1_agreement", "top-1 agreement")):
+            rows.append([f"{corpus}, {name}", *(_number(metrics.get(key, {}).get(corpus)) for metrics in variants)])
+    for task in exact.get("tasks", {}):
+        scores = [metrics.get("tasks", {}).get(task, {}).get("acc") for metrics in variants]
+        rows.append([f"{task}, acc", *map(_number, scores)])
+    return rows
+
+
 def _worst_sites(saturation: list[dict[str, Any]]) -> list[list[str]]:
     sites = []
     for row in saturation:
@@ -147,9 +160,14 @@ def _worst_sites(saturation: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    head = "".join(f"<th>{_cell(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """Escaped; a name breaks behind `_` and `/` where the window is narrow."""
+    return re.sub(r"(?<=\w)([_/])(?=\w)", r"\1<wbr>", html.escape(text))
 
 
 def _number(value: float | None) -> str:

@@ -98,7 +98,7 @@ def assemble_checkpoint(
 
     Args:
         prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
-        report: {"blocks": of `finetune`, …}.
+        report: {"blocks": of `finetune_blocks`, …}.
     """
     architecture = initial.architecture
     with replacing_folder(folder) as partial:

@@ -1,6 +1,4 @@
-"""Activations are measured where they are, and drawn; the report holds everything it shows."""
-
-import re
+"""Activations are measured where they are, and drawn."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import torch
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.pictures.activations import STATISTICS, measure_activations, read_outliers, write_activations
 from pipeline.pictures.plots import draw_all, read_measured
-from pipeline.pictures.report import build_page, draw_curves, summarise_run
 from pipeline.runtime.artifacts import make_header
 from tests.conftest import make_model, open_model
 from tests.rotation.test_merging import rotate
@@ -83,54 +80,3 @@ def test_pictures_are_drawn_for_all_variants_and_are_byte_identical(imported, tm
     for one, two in zip(*drawn, strict=True):
         assert one.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert one.read_bytes() == two.read_bytes()
-
-
-def evaluation(perplexity, **more):
-    settings = {"windows": {"prose": 2}, "targets_per_window": 47, "special_tokens": "none added"}
-    return {"perplexity": {"prose": perplexity}, "settings": settings} | more
-
-
-EVALUATIONS = {
-    "original": evaluation(2.0, tasks={"colours": {"acc": 0.5}}),
-    "export": evaluation(3.0, tasks={"colours": {"acc": 0.25}}, kl={"prose": 0.125}, average={"acc": 0.4}),
-}
-COSTS = {"model": {"seconds": 90.0, "peak_rss_gib": 0.5}, "export": {"seconds": 30.0, "peak_rss_gib": 1.25}}
-
-
-def test_the_summary_of_a_hand_made_run():
-    assert summarise_run("W4A4KV4 static", "found (3 tokens)", EVALUATIONS, COSTS, 12.5) == {
-        "bits": "W4A4KV4 static",
-        "prefix": "found (3 tokens)",
-        "ppl": {"prose": 3.0},
-        "ratio": {"prose": 1.5},
-        "accuracy": {"colours": 0.25},
-        "average_accuracy": 0.4,
-        "minutes": 2.0,
-        "gib": 1.25,
-        "mib": 12.5,
-    }
-
-
-def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
-    picture = tmp_path / "curve.png"
-    rows = [{"epoch": "0", "train": "", "validation": "2.0"}, {"epoch": "1", "train": "1.5", "validation": "1.0"}]
-    assert draw_curves(picture, rows, "epoch", ("train", "validation"), ("a", "b", "c"))
-    assert not draw_curves(tmp_path / "none.png", [], "epoch", ("train",), ("a", "b", "c"))
-    prefix = {
-        "prefix_texts": [" the", "<s>"],
-        "outlier_tokens_per_window": 1.0,
-        "outlier_tokens_per_window_with_prefix": 0.0,
-        "top1_median_ratio": 2000.0,
-        "top1_median_ratio_with_prefix": 40.0,
-    }
-    saturation = [{"block": 3, "key_share": 0.02, "key_sqnr": 11.5, "value_share": 0.0, "value_sqnr": 30.0}]
-    summary = summarise_run("W4A4KV4 static", "found", EVALUATIONS, COSTS, 12.5)
-    page = build_page(summary, EVALUATIONS, prefix, saturation, COSTS, {"model": {"source": "a<b"}}, [picture])
-    assert "&lt;s&gt;" in page
-    assert "a&lt;b" in page
-    assert "<s>" not in page
-    assert "<td>export</td><td>3.00</td><td>1.50</td><td>0.125</td><td></td><td>0.25</td>" in page
-    assert "<td>block 3 key</td><td>11.5</td><td>2.00%</td>" in page
-    assert page.index("block 3 key") < page.index("block 3 value")
-    assert re.findall(r'src="([^"]{,22})', page) == ["data:image/png;base64,"]
-    assert "http" not in page

@@ -1,0 +1,135 @@
+"""The numbers runs are compared by, and the page: it holds everything it shows and fits the window."""
+
+import re
+from html.parser import HTMLParser
+
+from pipeline.pictures.report import build_page, draw_curves, summarise_run
+
+
+def evaluation(perplexity, **more):
+    settings = {"windows": {"prose": 2}, "targets_per_window": 47, "special_tokens": "none added"}
+    return {"perplexity": {"prose": perplexity}, "settings": settings} | more
+
+
+EVALUATIONS = {
+    "original": evaluation(2.0, tasks={"colours": {"acc": 0.5}}),
+    "export": evaluation(3.0, tasks={"colours": {"acc": 0.25}}, kl={"prose": 0.125}, average={"acc": 0.4}),
+}
+PREFIX = {
+    "prefix_texts": [" the", "<s>"],
+    "outlier_tokens_per_window": 1.0,
+    "outlier_tokens_per_window_with_prefix": 0.0,
+    "top1_median_ratio": 2000.0,
+    "top1_median_ratio_with_prefix": 40.0,
+}
+SATURATION = [{"block": 3, "key_share": 0.02, "key_sqnr": 11.5, "value_share": 0.0, "value_sqnr": 30.0}]
+COSTS = {"model": {"seconds": 90.0, "peak_rss_gib": 0.5}, "export": {"seconds": 30.0, "peak_rss_gib": 1.25}}
+
+
+def test_the_summary_of_a_hand_made_run():
+    assert summarise_run("W4A4KV4 static", "found (3 tokens)", EVALUATIONS, COSTS, 12.5) == {
+        "bits": "W4A4KV4 static",
+        "prefix": "found (3 tokens)",
+        "ppl": {"prose": 3.0},
+        "ratio": {"prose": 1.5},
+        "accuracy": {"colours": 0.25},
+        "average_accuracy": 0.4,
+        "minutes": 2.0,
+        "gib": 1.25,
+        "mib": 12.5,
+    }
+
+
+def build(evaluations=EVALUATIONS, settings=None, pictures=()):
+    summary = summarise_run("W4A4KV4 static", "found", evaluations, COSTS, 12.5)
+    return build_page(summary, evaluations, PREFIX, SATURATION, COSTS, settings or {}, pictures)
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
+    picture = tmp_path / "curve.png"
+    rows = [{"epoch": "0", "train": "", "validation": "2.0"}, {"epoch": "1", "train": "1.5", "validation": "1.0"}]
+    assert draw_curves(picture, rows, "epoch", ("train", "validation"), ("a", "b", "c"))
+    assert not draw_curves(tmp_path / "none.png", [], "epoch", ("train",), ("a", "b", "c"))
+    page = build(settings={"model": {"source": "a<b"}}, pictures=[picture])
+    assert "&lt;s&gt;" in page
+    assert "a&lt;b" in page
+    assert "<s>" not in page
+    assert "<tr><th></th><th>original</th><th>export</th></tr>" in page
+    assert "<td>prose, perplexity</td><td>2.00</td><td>3.00</td>" in page
+    assert "<td>prose, ratio</td><td>1.00</td><td>1.50</td>" in page
+    assert "<td>prose, KL, nats</td><td></td><td>0.125</td>" in page
+    assert "<td>prose, top-1 agreement</td><td></td><td></td>" in page
+    assert "<td>colours, acc</td><td>0.5</td><td>0.25</td>" in page
+    assert "<td>block 3 key</td><td>11.5</td><td>2.00%</td>" in page
+    assert page.index("block 3 key") < page.index("block 3 value")
+    assert re.findall(r'src="([^"]{,22})', page) == ["data:image/png;base64,"]
+    assert "http" not in page
+
+
+class Boxes(HTMLParser):
+    """What each element lies in: (tag, its class, the class of the element around it)."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.around, self.found, self.viewport, self.style = [""], [], None, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.found.append((tag, attributes.get("class", ""), self.around[-1]))
+        if attributes.get("name") == "viewport":
+            self.viewport = attributes["content"]
+        if tag not in ("meta", "img", "wbr"):
+            self.around.append(attributes.get("class", ""))
+
+    def handle_endtag(self, tag):
+        self.around.pop()
+
+    def handle_data(self, data):
+        if self.found[-1:] == [("style", "", "")]:
+            self.style = self.style or data
+
+
+def read_rules(style):
+    """Selector -> its declarations, of rules outside @media."""
+    rules = {}
+    for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", re.sub(r"@media.*", "", style)):
+        pairs = dict(part.split(":", 1) for part in body.split(";") if ":" in part)
+        for selector in selectors.split(","):
+            rules.setdefault(selector.strip(), {}).update({k.strip(): v.strip() for k, v in pairs.items()})
+    return rules
+
+
+def test_whatever_could_be_wider_than_the_window_shrinks_breaks_or_scrolls_in_its_own_box(tmp_path):
+    picture = tmp_path / "curve.png"
+    assert draw_curves(picture, [{"epoch": 0, "train": 1.0}], "epoch", ("train",), ("a", "b", "c"))
+    boxes = Boxes(build(settings={"model": {"source": "long/" * 100}}, pictures=[picture]))
+    assert [box for box in boxes.found if box[0] == "table"] == [("table", "", "table")] * 3
+    assert {box[0] for box in boxes.found} >= {"h1", "h2", "p", "pre", "img"}
+    assert boxes.viewport == "width=device-width, initial-scale=1"
+    rules = read_rules(boxes.style)
+    for scrolling in (".table", "pre"):
+        assert rules[scrolling]["overflow-x"] == "auto"
+        assert rules[scrolling]["max-width"] == "100%"
+    assert rules["img"] | {"max-width": "100%", "height": "auto"} == rules["img"]
+    assert rules["body"]["overflow-wrap"] == "break-word"
+    assert rules["*"]["box-sizing"] == "border-box"  # padding counts: 100 % is never more than the window
+    assert not re.search(r"(?<!-)\b(min-)?width: *\d|nowrap", re.sub(r"max-width", "max", boxes.style))
+
+
+def test_more_corpora_and_tasks_make_the_results_longer_and_not_wider():
+    corpora, tasks = [f"corpus{i}" for i in range(6)], [f"task{i}" for i in range(12)]
+    many = {
+        name: {
+            **EVALUATIONS["original"],
+            "perplexity": dict.fromkeys(corpora, 2.0),
+            "tasks": {task: {"acc": 0.5} for task in tasks},
+        }
+        for name in ("original", "original_prefix", "export")
+    }
+    table = re.search(r"<table>.+?</table>", build(many))[0]
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    assert rows[0] == ["", "original", "original_<wbr>prefix", "export"]  # a narrow window breaks the name there
+    assert {len(row) for row in rows} == {4}
+    assert len(rows) == 1 + 4 * 6 + 12
+    assert rows[-1] == ["task11, acc", "0.5", "0.5", "0.5"]
