@@ -8,15 +8,21 @@ every sequence. R3, the online rotation of queries and keys, cancels in q·k; al
 quantizer sees. So it lives here, wholly inside the key's quantizer: rotate, quantize, rotate back. Queries and prefix
 keys stay as the model made them, and no attention function needs to know about R3. (A kernel that keeps the rotated
 integers rotates its queries instead: (q R3) · Q(k R3) = q · (Q(k R3) R3^T), the same number.)
+
+Biases of k_proj can be hundreds of times what varies (Qwen2). In front of RoPE such a constant m is one vector a head;
+behind it, it turns with the position and fills the whole range. So a centered key quantizer takes it out in front:
+RoPE is linear, RoPE(k) = RoPE(k - m) + RoPE(m), the first part is quantized, the second is known by position.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
 
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
@@ -25,8 +31,13 @@ from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 class KeyQuantizer(nn.Module):
     """Quantizes keys [B, heads, T, d]: after RoPE, in the basis of R3 when `rotate`, or before RoPE.
 
-    A hook on `quantizer` sees the keys as they are quantized, that is, rotated. Before RoPE the cache cannot apply it:
-    `hook_before_rope_` hangs it on the module whose output RoPE turns.
+    A hook on `quantizer` sees the keys as they are quantized, that is, rotated, and without what is constant before
+    RoPE where they are centered. Before RoPE the cache cannot apply it: `hook_before_rope_` hangs it on the module
+    whose output RoPE turns.
+
+    Attributes:
+        mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts behind RoPE.
+        positions: (cos, sin), each [B or 1, T, d], of the keys that come next; `watch_positions_` keeps them.
     """
 
     def __init__(self, spec: QuantizerSpec, heads: int, head_dim: int, rotate: bool, before_rope: bool) -> None:
@@ -34,21 +45,42 @@ class KeyQuantizer(nn.Module):
         self.heads, self.head_dim = heads, head_dim
         self.rotate = rotate
         self.before_rope = before_rope
-        self.quantizer = ActivationQuantizer(spec, head_dim, heads)
+        self.mean_taken_out = spec.enabled and spec.centered and not before_rope
+        self.quantizer = ActivationQuantizer(replace(spec, centered=spec.centered and before_rope), head_dim, heads)
+        self.positions: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.mean_taken_out:
+            self.register_buffer("mean", torch.full((heads, head_dim), torch.nan))
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         if not self.quantizer.spec.enabled:
             return keys
-        if not self.quantizer.calibrated:
-            self.quantizer(self.to_basis(keys))  # for the hooks
+        varying, constant = keys, None
+        if self.mean_taken_out:
+            constant = self.turn_mean(*self.positions)
+            varying = keys.float() - constant
+        quantized = self.quantizer(self.to_basis(varying))
+        if not self.quantizer.calibrated:  # that was for the hooks
             return keys
-        if not self.rotate:
-            return self.quantizer(keys)
-        return hadamard_transform(self.quantizer(hadamard_transform(keys)), inverse=True)
+        if self.rotate:
+            quantized = hadamard_transform(quantized, inverse=True)
+        return quantized if constant is None else (quantized + constant).to(keys.dtype)
 
     def to_basis(self, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys [..., d] in the basis in which keys are quantized."""
         return hadamard_transform(x) if self.rotate else x
+
+    def turn_mean(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d]."""
+        mean = self.mean[None, :, None]
+        return apply_rotary_pos_emb(mean, mean, cos.float(), sin.float())[1]
+
+    def watch_positions_(self, attention: nn.Module) -> None:
+        """Learn from each call of the attention at which positions its keys stand: caches are not told."""
+
+        def keep_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            module.key_quantizer.positions = kwargs["position_embeddings"]
+
+        attention.register_forward_pre_hook(keep_positions, with_kwargs=True)
 
     def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
         """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
@@ -56,16 +88,23 @@ class KeyQuantizer(nn.Module):
         Args:
             heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
         """
-        source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
 
         def quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            if heads_first:
-                return self(output)
-            batch, length = output.shape[:2]
-            keys = output.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-            return self(keys).transpose(1, 2).reshape(output.shape)
+            keys = self(self.split_heads(output, heads_first))
+            return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
 
-        source.register_forward_hook(quantize_output)
+        find_key_source(attention).register_forward_hook(quantize_output)
+
+    def split_heads(self, output: torch.Tensor, heads_first: bool) -> torch.Tensor:
+        """Keys [B, heads, T, d] from what `find_key_source`'s module gives."""
+        if heads_first:
+            return output
+        return output.view(*output.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+
+
+def find_key_source(attention: nn.Module) -> nn.Module:
+    """The module whose output RoPE turns into keys."""
+    return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
 
 
 class PrefixLayer(DynamicLayer):

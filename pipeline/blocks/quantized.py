@@ -27,7 +27,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
 
-_QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift"))
+_QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift", "mean"))
 _BUFFERS = (".weight_scale", ".weight_zero_point", *_QUANTIZER)
 
 
@@ -206,6 +206,8 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
+    if attention.key_quantizer.mean_taken_out:
+        attention.key_quantizer.watch_positions_(attention)
     attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
 
 

@@ -20,7 +20,7 @@ from pipeline.models.architectures import find_architecture
 from pipeline.runtime.errors import PipelineError
 
 METHOD = "prefixquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class ExportError(PipelineError):

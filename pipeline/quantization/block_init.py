@@ -5,6 +5,7 @@ the block in full precision (`scale_search.py`), except for the objective `block
 quantizers chosen so far in place, for every factor tried, and its output compared with the full-precision one.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -189,21 +190,32 @@ class _Chooser:
             return attention_output_error(
                 kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap
             )
-        if attention.key_quantizer.before_rope:
-            prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[-2]
-            cos, sin = self.runner.rotary_tables(self.block, kept.inputs, prefix_tokens)
+        keys, prefix_tokens = attention.key_quantizer, 0 if prefix_keys is None else prefix_keys.shape[-2]
+        tables = functools.partial(self.runner.rotary_tables, self.block, kept.inputs, prefix_tokens)
+        if keys.before_rope:
+            cos, sin = tables()
             return attention_error(
                 kept.queries,
                 samples,
                 prefix_keys,
                 candidate,
                 attention.scaling,
-                lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1],
+                lambda own: apply_rotary_pos_emb(own, own, cos, sin)[1],
                 cap,
             )
-        to_basis = attention.key_quantizer.to_basis
-        prefix_keys = None if prefix_keys is None else to_basis(prefix_keys)
-        return attention_error(to_basis(kept.queries), samples, prefix_keys, candidate, attention.scaling, cap=cap)
+        constant = torch.zeros((), device=samples.device)
+        if keys.mean_taken_out:
+            constant = keys.to_basis(keys.turn_mean(*tables()))
+        prefix_keys = None if prefix_keys is None else keys.to_basis(prefix_keys)
+        return attention_error(
+            keys.to_basis(kept.queries),
+            samples,
+            prefix_keys,
+            candidate,
+            attention.scaling,
+            lambda varying: varying + constant,
+            cap,
+        )
 
     def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
         """One factor for all scales of a site, judged by the whole block's output."""

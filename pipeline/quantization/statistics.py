@@ -25,6 +25,7 @@ from pipeline.numerics.quantizer import group
 from pipeline.quantization.observers import ChannelObserver, ValueHistogram
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.runtime.streams import Stream
 
 _ROWS = 1024  # of a Hessian at a time
 _RECORDING = "prefixquant_recording_"
@@ -191,6 +192,7 @@ def record_block(
         kept.histogram.update(grouped.flatten(1, -2))
 
     attention = block.self_attn
+    measure_key_mean_(block, architecture, hidden, runner, ranks)
     attention.config._attn_implementation = _RECORDING + architecture.kernel
     with _hooks({site: quantizers[site] for site in sites}, record):
         for rows in batches(own_count, runner.batch_size):
@@ -212,6 +214,29 @@ def record_block(
     inputs = hidden[chosen].to(runner.device)
     seen = (torch.cat(queries), torch.cat(keys), inputs, torch.cat(outputs))
     return BlockStatistics(sites, *(ranks.join(own) for own in seen))
+
+
+@torch.no_grad()
+def measure_key_mean_(
+    block: nn.Module, architecture: Architecture, hidden: Stream, runner: BlockRunner, ranks: Ranks = ALONE
+) -> None:
+    """Give the key quantizer the mean of the keys before RoPE over all windows [N, T, D], where it takes that out."""
+    attention = block.self_attn
+    keys = attention.key_quantizer
+    if not keys.mean_taken_out:
+        return
+    total = torch.zeros_like(keys.mean, dtype=torch.float64)
+    for rows in batches(len(hidden), runner.batch_size):
+        x = hidden[rows].to(runner.device)
+        if architecture.attention_norm is not None:
+            x = block.get_submodule(architecture.attention_norm)(x)
+        found = attention.k_proj(x)
+        if hasattr(attention, "k_norm"):  # of each head, or of all together
+            found = attention.k_norm(found.unflatten(-1, (-1, attention.k_norm.weight.numel())))
+        total += found.reshape(-1, *keys.mean.shape).double().sum(0)
+    count = torch.tensor(hidden.shape[0] * hidden.shape[1], dtype=torch.float64, device=total.device)
+    ranks.sum_(total, count)
+    keys.mean = (total / count).float()
 
 
 @contextmanager

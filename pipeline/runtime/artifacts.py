@@ -27,7 +27,7 @@ from pipeline.runtime.errors import PipelineError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "prefixquant"
 FOLDER_HEADER = "artifact.json"
 

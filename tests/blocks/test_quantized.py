@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import KeyQuantizer, PrefixLayer
+from pipeline.blocks.kv_cache import KeyQuantizer, PrefixLayer, find_key_source
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import (
     BlockSettings,
@@ -50,6 +50,8 @@ def quantized_block(checkpoint, settings, dtype=torch.float32):
         if quantizer.spec.enabled:
             buffers = quantizer.named_buffers()
             quantizer.calibrate_(**{name: torch.full(buffer.shape, values[name]) for name, buffer in buffers})
+    if block.self_attn.key_quantizer.mean_taken_out:
+        block.self_attn.key_quantizer.mean.fill_(0.07)
     for name in checkpoint.architecture.linears:
         linear = block.get_submodule(name)
         if linear.spec.enabled:
@@ -224,6 +226,38 @@ def test_r3_inside_the_key_quantizer_equals_rotating_queries_and_keys():
     unrotated = KeyQuantizer(QuantizerSpec(4), 2, 16, rotate=False, before_rope=False)
     unrotated.quantizer.calibrate_(scale=torch.tensor([0.3, 0.2]))
     assert torch.equal(unrotated(k), fake_quantize(k, scale, 4))
+
+
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@torch.no_grad()
+def test_the_mean_of_keys_is_taken_out_before_rope_and_put_back_turned(family, imported):
+    """RoPE(m) + R3^T Q(R3 RoPE(k - m)), written out with complex numbers; k from what RoPE is given."""
+    checkpoint, runner = open_model(imported[family])
+    settings = settings_of(key=4, online=True, centered=True)
+    block = quantized_block(checkpoint, settings)
+    attention = block.self_attn
+    mean = torch.randn(attention.key_quantizer.mean.shape, generator=torch.Generator().manual_seed(2))
+    attention.key_quantizer.mean = mean
+    hidden = torch.randn(2, 9, checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    seen = []
+    find_key_source(attention).register_forward_hook(lambda module, args, output: seen.append(output))
+    _, found, _ = runner.run_with_kv(block, hidden)
+    before = attention.key_quantizer.split_heads(seen[0], checkpoint.architecture.heads_first).double()
+    cos, sin = (table[0, :, : before.shape[-1] // 2].double() for table in runner.rotary_tables(block, hidden, 0))
+
+    def turn(x):
+        low, high = x.chunk(2, dim=-1)
+        turned = torch.complex(low, high) * torch.complex(cos, sin)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    r3 = hadamard_matrix(before.shape[-1])
+    varying = turn(before - mean[:, None].double()) @ r3
+    scale = torch.tensor(ACTIVATION_SCALE, dtype=torch.float64)
+    expected = fake_quantize(varying, scale, 4) @ r3.T + turn(mean[:, None].double())
+    # float32 may round a value on the edge between two integers the other way: one step of one in a thousand.
+    wrong = (found - expected).abs() > 1e-5
+    assert wrong.double().mean() < 0.02
+    assert (found - turn(before)).abs().max() > 0.01  # it acted
 
 
 def test_cache_quantizes_what_is_appended_and_never_the_prefix():

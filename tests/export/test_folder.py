@@ -285,13 +285,13 @@ def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(ExportError, match=r"manifest.json is missing; is it a folder that this project exported"):
         load(imported["llama_tied"])
-    edit_json(folder / "manifest.json", lambda values: values.update(format_version=2))
-    with pytest.raises(ExportError, match="format_version=2; this version of the project reads 1: update it"):
+    edit_json(folder / "manifest.json", lambda values: values.update(format_version=3))
+    with pytest.raises(ExportError, match="format_version=3; this version of the project reads 2: update it"):
         load(folder)
-    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=2))
-    with pytest.raises(ExportError, match="format_version=2"):
+    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=3))
+    with pytest.raises(ExportError, match="format_version=3"):
         AutoModelForCausalLM.from_pretrained(folder)
-    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=1, surprise=1))
+    edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=2, surprise=1))
     with pytest.raises(ExportError, match="unknown keys: surprise"):
         AutoModelForCausalLM.from_pretrained(folder)
 
