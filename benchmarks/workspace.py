@@ -1,7 +1,8 @@
 """Run pipeline stages with changed params outside DVC, each result once.
 
 A stage's folder is named after what determines its result: its code, its params and its inputs' folders, all read from
-dvc.yaml. Rows of a benchmark that share stages share their folders, and a benchmark that is started again continues.
+dvc.yaml; what comes from a stage that always runs (`sources`) counts by its content. Rows of a benchmark that share
+stages share their folders, and a benchmark that is started again continues.
 """
 
 import argparse
@@ -30,6 +31,7 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._looked_at: set[Path] = set()  # folders of stages that always run: here, once
 
     def run(self, stage: str, params: dict[str, Any]) -> Path:
         """Run `stage` (say, `evaluation@original`) and all it needs; the folder it ran in.
@@ -44,13 +46,14 @@ class Workspace:
         code = {path: fingerprint_file(ROOT / path) for path in spec["deps"] if path.endswith(".py")}
         values = {key: _look_up(params, key) for key in spec["params"]}
         runtime = params["runtime"]["threads"], params["runtime"]["device"]
-        inputs = sorted(path.name for path in upstream.values())
+        inputs = sorted(_identify(stages[name], path, spec["deps"]) for name, path in upstream.items())
         key = fingerprint({"code": code, "params": values, "inputs": inputs, "runtime": runtime})
         folder = self.folder / f"{stage}-{key}"
-        if (folder / "done").is_file():
+        if folder in self._looked_at or (not _always_runs(spec) and (folder / "done").is_file()):
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if not _always_runs(spec):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
         (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         for name, path in upstream.items():
             for out in _list_written(stages[name]):
@@ -60,6 +63,8 @@ class Workspace:
         command = [sys.executable, *spec["cmd"].split()[1:]]
         subprocess.run(command, cwd=folder, env=environment, check=True)
         (folder / "done").touch()
+        if _always_runs(spec):
+            self._looked_at.add(folder)
         return folder
 
     def metrics(self, stage: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +154,21 @@ def format_markdown(head: list[str], lines: list[list[str]], titles: int = 1) ->
     return "\n".join([texts[0], "|" + " --- |" * titles + " ---: |" * (len(head) - titles), *texts[1:]])
 
 
+def _always_runs(stage: dict[str, Any]) -> bool:
+    return bool(stage.get("always_changed"))
+
+
+def _identify(stage: dict[str, Any], folder: Path, deps: list[str]) -> str:
+    """What an input from `stage`, run in `folder`, is: the folder's name; its content where the stage always runs."""
+    if not _always_runs(stage):
+        return folder.name
+    read = [dep for dep in deps if any(Path(dep).is_relative_to(out) for out in _list_written(stage))]
+    return fingerprint([fingerprint_file(folder / dep) for dep in read])
+
+
 def _list_written(stage: dict[str, Any]) -> list[str]:
-    return [*stage["outs"], *(path for metrics in stage.get("metrics", []) for path in metrics)]
+    entries = [*stage["outs"], *stage.get("metrics", [])]
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
 
 
 def _producers(stages: dict[str, dict[str, Any]], spec: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """`python -m pipeline.evaluate FOLDER --text FILE`: an exported folder on any text. See evaluation/texts.py."""
 
 from pipeline.evaluation.texts import main
-from pipeline.runtime.progress import run_main
+from pipeline.runtime.errors import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,7 +1,7 @@
 """`python -m pipeline.generate FOLDER PROMPT`: text from an exported folder. See export/generation.py."""
 
 from pipeline.export.generation import main
-from pipeline.runtime.progress import run_main
+from pipeline.runtime.errors import run_main
 
 if __name__ == "__main__":
     run_main(main)

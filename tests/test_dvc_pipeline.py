@@ -18,6 +18,8 @@ CURVES = [next(iter(plot.items())) for plot in PLOTS if isinstance(plot, dict)]
 TEMPLATES = ROOT / ".dvc/plots"  # where DVC looks first
 # What a stage looks at before any work, and what changes no result.
 ONLY_CHECKED = {"model": {"evaluation"}}
+# Runs with every `dvc repro`: a metrics file, which holds seconds, would be another change in git every time.
+UNMEASURED = {"sources"}
 
 
 def find_modules(names: list[str], root: Path = ROOT) -> set[Path]:
@@ -110,11 +112,27 @@ def test_stage_has_a_description_an_uncached_metrics_file_and_no_runtime_setting
     stage = STAGES[name].get("do", STAGES[name])
     assert stage["desc"]
     assert stage["cmd"].startswith(f"python -m stages.{name}")
-    for metrics in stage["metrics"]:
+    assert ("metrics" not in stage) == (name in UNMEASURED)
+    for metrics in stage.get("metrics", []):
         ((path, options),) = metrics.items()
         assert path.startswith(f"metrics/{name}")
         assert options == {"cache": False}
     assert not any("runtime" in str(group) for group in stage["params"])
+
+
+def test_what_stands_behind_sources_is_looked_at_always_and_each_reader_depends_on_its_own():
+    """The one stage that always runs keeps its outs: the hub's last answer is in them."""
+    assert [name for name, stage in STAGES.items() if "always_changed" in stage] == ["sources"]
+    assert STAGES["sources"]["outs"] == [{"artifacts/sources": {"persist": True}}]
+    read = {
+        name: [path for path in stage.get("do", stage)["deps"] if path.startswith("artifacts/sources")]
+        for name, stage in STAGES.items()
+    }
+    assert {name: paths for name, paths in read.items() if paths} == {
+        "model": ["artifacts/sources/model.json"],
+        "corpora": ["artifacts/sources/corpora/${key}.json"],
+        "evaluation": ["artifacts/sources/tasks.json"],
+    }
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -203,4 +221,5 @@ def test_templates_are_in_git_and_leave_to_dvc_what_it_fills():
 
 def _outs(stage):
     keys = list(stage.get("foreach", [""]))
-    return [(out, key) for out in stage.get("do", stage)["outs"] for key in keys]
+    outs = [out for entry in stage.get("do", stage)["outs"] for out in ([entry] if isinstance(entry, str) else entry)]
+    return [(out, key) for out in outs for key in keys]

@@ -1,5 +1,6 @@
 """`dvc repro` in a repository of its own: what reruns when, and what a user gets to see."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import yaml
 
 from tests.conftest import ROOT, tiny_params, write_params
 
+SOURCES = {"sources"}  # always runs
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, model_folders):
@@ -23,7 +26,8 @@ def repository(tmp_path_factory, model_folders):
     corpus = folder / "prose.txt"
     shutil.copyfile(ROOT / "tests" / "prose.txt", corpus)
     (folder / "data").mkdir()
-    params = tiny_params(model_folders["llama_tied"], corpus)
+    shutil.copytree(model_folders["llama_tied"], folder / "llama")
+    params = tiny_params(folder / "llama", corpus)
     params["prefix_search"]["outlier_threshold"] = 1.5
     write_params(folder, params)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
@@ -34,11 +38,15 @@ def repository(tmp_path_factory, model_folders):
     return folder
 
 
-def dvc(folder: Path, *arguments: str) -> str:
+def start_dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    done = start_dvc(folder, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,14 +62,78 @@ def change(folder: Path, group: str, **values: object) -> None:
     write_params(folder, params)
 
 
-def test_nothing_changed_reruns_nothing(repository):
-    assert repro(repository) == set()
+def test_nothing_changed_reruns_nothing_but_the_look_at_sources(repository):
+    lock = (repository / "dvc.lock").read_bytes()
+    assert repro(repository) == SOURCES
+    assert (repository / "dvc.lock").read_bytes() == lock
+
+
+def test_touched_sources_rerun_nothing(repository):
+    files = sorted(path for path in (repository / "llama").iterdir() if path.is_file())
+    for path in [repository / "prose.txt", *files]:
+        path.touch()
+    assert len(files) >= 4
+    assert repro(repository) == SOURCES
+
+
+def test_a_changed_file_of_the_model_reruns_its_import_alone_where_that_comes_to_the_same(repository):
+    """The config laid out differently: another file, the same model. The report says how long importing it took."""
+    config = repository / "llama/config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before)))
+    assert repro(repository) == SOURCES | {"model", "report"}
+    config.write_text(before)
+    assert repro(repository) == SOURCES  # DVC remembers the run
+
+
+def test_another_text_behind_the_same_path_reruns_the_corpus_and_what_follows_but_no_model_stage(repository):
+    corpus = repository / "prose.txt"
+    before = corpus.read_text()
+    status = corpus.stat()
+    changed = "".join(reversed(before))  # as long as before, the documents in another order
+    corpus.write_text(changed)
+    os.utime(corpus, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert corpus.stat().st_size == status.st_size
+    assert repro(repository, "calibration") == SOURCES | {"corpora@prose", "calibration"}
+    followers = {"prefix_search", "quantizer_init", "finetuning", "evaluation@original", "activation_plots@original"}
+    would_run = repro(repository, "--dry")
+    assert followers <= would_run
+    assert not would_run & {"model", "rotation"}
+    corpus.write_text(before)
+    assert repro(repository) == SOURCES
+
+
+def test_a_changed_task_file_reruns_evaluation_and_no_other_work(repository):
+    """What is behind evaluation.task_folder is read by evaluation alone."""
+    before = (repository / "params.yaml").read_text()
+    (repository / "tasks").mkdir()
+    (repository / "tasks/own.yaml").write_text("task: own\n")
+    change(repository, "evaluation", task_folder=str(repository / "tasks"))
+    repro(repository, "sources")
+    variants = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
+    would_run = repro(repository, "--dry")
+    assert {f"evaluation@{variant}" for variant in variants} <= would_run
+    assert not would_run & {"model", "corpora@prose", "calibration", "rotation", "quantizer_init", "finetuning"}
+    (repository / "params.yaml").write_text(before)
+    shutil.rmtree(repository / "tasks")
+    assert repro(repository) == SOURCES
+
+
+def test_a_source_that_is_gone_is_one_line_with_its_key(repository):
+    (repository / "prose.txt").rename(repository / "moved.txt")
+    done = start_dvc(repository, "repro")
+    (repository / "moved.txt").rename(repository / "prose.txt")
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: corpora.prose.source=")
+    assert "no such file or folder" in line
+    assert repro(repository) == SOURCES
 
 
 def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "quantizer_init", equalize=False)
     stages = {"quantizer_init", "finetuning"}
-    made = {"export", "evaluation@export", "report"}
+    made = SOURCES | {"export", "evaluation@export", "report"}
     assert repro(repository) == stages | made | {f"evaluation@{stage}" for stage in stages}
 
 
@@ -76,18 +148,18 @@ def test_the_outlier_threshold_does_not_rerun_rotation(repository):
 
 def test_a_training_key_reruns_nothing_else_while_training_is_off(repository):
     change(repository, "prefix_training", epochs=7)
-    assert repro(repository) == {"prefix_training", "report"}
+    assert repro(repository) == SOURCES | {"prefix_training", "report"}
 
 
 def test_runtime_settings_rerun_nothing(repository):
     change(repository, "runtime", batch_size=1, threads=2)
-    assert repro(repository) == set()
+    assert repro(repository) == SOURCES
 
 
 def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository):
     shutil.copyfile(repository / "prose.txt", repository / "other.txt")
     change(repository, "corpora", other={"source": str(repository / "other.txt")})
-    assert repro(repository) == {"corpora@other", "calibration", "report"}
+    assert repro(repository) == SOURCES | {"corpora@other", "calibration", "report"}
 
 
 def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
@@ -96,7 +168,7 @@ def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
     write_params(repository, params)
     ran = repro(repository)
     variants = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
-    assert ran == {"calibration", "export", "report", *(f"evaluation@{variant}" for variant in variants)}
+    assert ran == SOURCES | {"calibration", "export", "report", *(f"evaluation@{variant}" for variant in variants)}
 
 
 def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
@@ -137,7 +209,7 @@ def test_artifacts_are_shared_through_a_remote_and_a_clone_reruns_nothing(reposi
     commit(repository)
     subprocess.run(["git", "clone", "-q", str(repository), str(tmp_path / "clone")], check=True)
     dvc(tmp_path / "clone", "pull", "-q")
-    assert repro(tmp_path / "clone") == set()
+    assert repro(tmp_path / "clone") == SOURCES
     for name in ("export", "finetuning"):
         assert sorted(path.name for path in (tmp_path / "clone/artifacts" / name).iterdir()) == sorted(
             path.name for path in (repository / "artifacts" / name).iterdir()
@@ -150,7 +222,7 @@ def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_
     before = (repository / "params.yaml").read_text()
     output = dvc(repository, "exp", "run", "--temp", "-n", "wide", "-S", "finetuning.end_to_end.epochs=1")
     ran = set(re.findall(r"Running stage '([^']+)'", output))
-    assert ran == {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
+    assert ran == SOURCES | {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
     assert (repository / "params.yaml").read_text() == before
     makefile = (ROOT / "Makefile").read_text()
     columns = re.search(r"^COLUMNS = (.+)$", makefile, re.MULTILINE)[1].replace("$$", "$")

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.blocks.sites import site_group
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.hadamard import hadamard_transform
@@ -303,8 +304,3 @@ def find_settings(described: dict[str, Any], index: int) -> BlockSettings | None
 
 def _linears(block: nn.Module) -> Iterator[QuantizedLinear]:
     return (module for module in block.modules() if isinstance(module, QuantizedLinear))
-
-
-def site_group(site: str) -> str:
-    """The group of quantizer params a site belongs to: q_proj -> weights, mlp_input -> activations, key -> keys."""
-    return {"key": "keys", "value": "values"}.get(site, "weights" if site.endswith("_proj") else "activations")

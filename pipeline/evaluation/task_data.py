@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 import pipeline.evaluation.packaged_tasks  # noqa: F401  (tasks/*.yaml call it)
 from pipeline.evaluation.params import EvaluationParams, TaskParams
 from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.sources import as_path
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
         TaskError: names all tasks that cannot be had, and why.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not as_path(folder).is_dir():
         raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
-    manager = TaskManager(include_path=[str(FOLDER), *([folder] if folder else [])])
+    manager = TaskManager(include_path=[str(FOLDER), *([str(as_path(folder))] if folder else [])])
     problems = {}
     for name in asked:
         if name not in manager.task_index:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.blocks.quantized import site_group
+from pipeline.blocks.sites import site_group
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
 

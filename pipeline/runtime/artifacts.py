@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,6 @@ def fingerprint_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, replacing `path` in one step. Raises ValueError on NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a table for `dvc plots`, numbers to 6 digits, making its folder.
 
@@ -110,7 +104,7 @@ def _round(value: Any) -> Any:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
     """Write tensors (any device; stored contiguous, on the CPU) with their header, replacing `path` in one step."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         save_file(stored, temporary, metadata={METADATA_KEY: canonical_json(asdict(header))})
         temporary.chmod(0o644)  # safetensors writes for the owner alone
 
@@ -217,20 +211,6 @@ def move_folder(source: Path, target: Path) -> None:
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        # To disk before the rename: after a power cut the name must not stand for a file whose blocks never arrived.
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _remedy(stage: str) -> str:

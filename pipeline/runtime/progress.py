@@ -7,7 +7,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,14 +75,6 @@ def settle_kernels() -> None:
         number = torch.full((1,), 0.5, dtype=dtype)
         for function in _MKL_FUNCTIONS:
             function(number)
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a stage's main; an error the user can act on becomes one message and exit code 1."""
-    try:
-        main()
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
 
 
 def select_device(runtime: RuntimeParams) -> torch.device:

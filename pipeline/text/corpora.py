@@ -14,7 +14,6 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import datasets
 import mwparserfromhell
 
 from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.sources import as_path
+from pipeline.text.hub import HUB_CORPORA, HubCorpus
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,59 +36,6 @@ _MINIMUM_ARTICLE = 200  # characters; below are stubs with nothing but markup
 
 class CorpusError(PipelineError):
     """A corpus cannot be had; one line saying what was asked for and what to do."""
-
-
-@dataclass(frozen=True)
-class _HubCorpus:
-    """Where a corpus lives on the hub and which of its splits serves for what.
-
-    `splits` maps ours to theirs; a split that is missing is dealt from `train`. `rows_per_document` > 0 joins that
-    many rows (sentences) to a document; `heading` starts a new document at every row it matches.
-    """
-
-    repository: str
-    config: str | None
-    revision: str
-    splits: dict[str, str]
-    text_field: str = "text"
-    data_files: dict[str, str] | None = None
-    rows_per_document: int = 1
-    heading: str | None = None
-
-
-# Script datasets are refused by datasets >= 4: those come from the hub's converted parquet revision.
-HUB_CORPORA = {
-    "wikitext2": _HubCorpus(
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        "main",
-        {"train": "train", "validation": "validation", "test": "test"},
-        heading=r"^ = [^=].* = \n?$",
-    ),
-    "ptb": _HubCorpus(
-        "ptb-text-only/ptb_text_only",
-        "penn_treebank",
-        "refs/convert/parquet",
-        {"train": "train", "validation": "validation", "test": "test"},
-        text_field="sentence",
-        rows_per_document=50,
-    ),
-    # The field calibrates on the first train shard and evaluates on the first validation shard.
-    "c4": _HubCorpus(
-        "allenai/c4",
-        None,
-        "main",
-        {"train": "train", "test": "validation"},
-        data_files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-    "pile": _HubCorpus("mit-han-lab/pile-val-backup", None, "main", {"train": "validation"}),
-    "redpajama": _HubCorpus(
-        "togethercomputer/RedPajama-Data-1T-Sample", "plain_text", "refs/convert/parquet", {"train": "train"}
-    ),
-}
 
 
 def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder: Path) -> dict[str, Any]:
@@ -193,7 +141,7 @@ def _read_hub(name: str, max_documents: int | None) -> dict[str, list[str]]:
     return found
 
 
-def _join_rows(rows: Iterable[str], corpus: _HubCorpus) -> Iterator[str]:
+def _join_rows(rows: Iterable[str], corpus: HubCorpus) -> Iterator[str]:
     """Rows to documents, so that joining the documents by blank lines gives what joining the rows would have given."""
     document: list[str] = []
     for row in rows:
@@ -207,11 +155,11 @@ def _join_rows(rows: Iterable[str], corpus: _HubCorpus) -> Iterator[str]:
 
 
 def _read_path(source: str, text_field: str, max_documents: int | None) -> dict[str, list[str]]:
-    path = Path(source)
+    path = as_path(source)
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+        files = sorted(file for file in path.iterdir() if file.suffix in _READERS and not file.name.startswith("."))
     else:
         known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news"])
         raise CorpusError(f"corpus {source!r}: no such file or folder, and not one of {known}")

@@ -8,7 +8,6 @@ from pipeline.runtime.params import Group, check_packaged
 
 PACKAGED_CORPORA = ("packaged:wikipedia", "packaged:news")
 SPLIT_GROUPS = ("search", "train", "validation", "evaluation")  # of `calibration`
-HUB_CORPORA = ("wikitext2", "ptb", "c4", "pile", "redpajama")
 
 
 class CorpusParams(Group):

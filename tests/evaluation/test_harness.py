@@ -61,6 +61,13 @@ def ask(lm, kind, *rows):
     return getattr(lm, kind)([request(kind, *row) for row in rows], disable_tqdm=True)
 
 
+def test_a_task_folder_below_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    local_task(tmp_path / "tasks", "colours")
+    assert list(open_tasks({"colours": TaskParams(limit=2)}, "~/tasks").asked) == ["colours"]
+
+
 def test_the_original_scores_what_lm_evals_own_class_scores(imported, tmp_path):
     checkpoint, _ = open_model(imported["llama_tied"])
     tokenizer = checkpoint.tokenizer

@@ -53,6 +53,16 @@ def test_a_folder_with_files_named_after_splits_keeps_them(tmp_path):
     assert len(splits["validation"]) == 3
 
 
+def test_a_folder_below_home_is_found_and_its_hidden_files_are_none_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = tmp_path / "in"
+    source.mkdir()
+    write(source / "prose.txt", DOCUMENTS[:30])
+    write(source / ".old.txt", DOCUMENTS[30:])
+    _, splits = fetch("~/in", tmp_path / "out")
+    assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:30])
+
+
 def test_max_documents_caps(tmp_path):
     _, splits = fetch(write(tmp_path / "x.txt", DOCUMENTS), tmp_path / "out", max_documents=20)
     assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:20])

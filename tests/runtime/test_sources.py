@@ -1,0 +1,205 @@
+"""What stands behind a source: the same exactly as long as the source is."""
+
+import hashlib
+import os
+import time
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from pipeline.runtime import sources
+from pipeline.runtime.sources import FileHashes, SourceError, describe_files, describe_hub_model, describe_package
+
+
+def describe(path, kept):
+    with FileHashes(kept) as hashes:
+        return describe_files("model.source", str(path), hashes)
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def deny_reading(name):
+    """`hashlib.file_digest`, as where one file may not be read."""
+    digest = hashlib.file_digest
+
+    def read(file, kind):
+        if file.name.endswith(f"/{name}"):
+            raise PermissionError(13, "Permission denied", file.name)
+        return digest(file, kind)
+
+    return read
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return tmp_path / "work/hashes.json"
+
+
+@pytest.fixture
+def read_files(monkeypatch):
+    """Names of the files whose contents are read."""
+    names = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: names.append(file.name.rpartition("/")[2]) or digest(file, kind)
+    )
+    return names
+
+
+def test_names_and_contents_count_and_nothing_else(tmp_path, kept):
+    first = describe(write(tmp_path / "a", x="one", inner__y="two"), kept)
+    assert first == {"sha256": {"inner/y": hashlib.sha256(b"two").hexdigest(), "x": hashlib.sha256(b"one").hexdigest()}}
+    assert list(first["sha256"]) == ["inner/y", "x"]
+    other = write(tmp_path / "b", inner__y="two", x="one")
+    write(other, **{".hidden": "1", ".git__z": "1", "__pycache__": ""} | {"inner__.swp": "1"})
+    assert describe(other, kept) == first
+    (other / "x").rename(other / "z")
+    assert describe(other, kept) != first
+
+
+def test_a_single_file_is_described_by_its_name_and_contents(tmp_path, kept):
+    write(tmp_path, **{"prose.txt": "text", "other.txt": "more"})
+    assert describe(tmp_path / "prose.txt", kept) == {"sha256": {"prose.txt": hashlib.sha256(b"text").hexdigest()}}
+
+
+def test_home_is_found_as_people_write_it(tmp_path, kept, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "texts", x="one")
+    assert describe("~/texts", kept) == describe(tmp_path / "texts", kept)
+
+
+def test_of_a_gguf_file_in_parts_all_parts_count(tmp_path, kept):
+    names = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m-00001-of-00003.gguf", "n-00001-of-00002.gguf")
+    write(tmp_path, **dict.fromkeys(names, "tensors"))
+    assert list(describe(tmp_path / names[0], kept)["sha256"]) == list(names[:2])
+
+
+def test_a_file_is_read_once_and_again_when_touched(tmp_path, kept, read_files):
+    folder = write(tmp_path / "a", x="one", y="two")
+    first = describe(folder, kept)
+    assert read_files == ["x", "y"]
+    stored = kept.read_bytes()
+    assert describe(folder, kept) == first
+    assert read_files == ["x", "y"]
+    assert kept.read_bytes() == stored
+    os.utime(folder / "y")
+    assert describe(folder, kept) == first
+    assert read_files == ["x", "y", "y"]
+
+
+@pytest.mark.parametrize("times_kept", [False, True])
+def test_a_change_of_the_same_size_is_noticed(times_kept, tmp_path, kept):
+    folder = write(tmp_path / "a", x="one")
+    first = describe(folder, kept)
+    status = (folder / "x").stat()
+    time.sleep(0.02)  # a file system's clock has ticks
+    (folder / "x").write_text("two")
+    if times_kept:  # as `cp -p` and `rsync -t` leave it
+        os.utime(folder / "x", ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (folder / "x").stat().st_mtime_ns == status.st_mtime_ns
+    assert describe(folder, kept)["sha256"]["x"] == hashlib.sha256(b"two").hexdigest() != first["sha256"]["x"]
+
+
+def test_what_was_read_before_an_error_is_not_read_again(tmp_path, kept, read_files, monkeypatch):
+    folder = write(tmp_path / "a", x="one", y="two")
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", deny_reading("y"))
+        with pytest.raises(SourceError, match="a/y cannot be read"):
+            describe(folder, kept)
+    describe(folder, kept)
+    assert read_files == ["x", "y"]
+
+
+def test_damaged_records_are_begun_anew(tmp_path, kept):
+    folder = write(tmp_path / "a", x="one")
+    first = describe(folder, kept)
+    kept.write_text("{")
+    assert describe(folder, kept) == first
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, kept, monkeypatch):
+    folder = write(tmp_path / "a", x="one")
+    monkeypatch.setattr(hashlib, "file_digest", deny_reading("x"))
+    with pytest.raises(SourceError, match=r"^model\.source='.*/a': .*/a/x cannot be read \(Permission denied\)$"):
+        describe(folder, kept)
+
+
+def test_a_package_counts_by_its_version():
+    assert describe_package("model.source", "packaged:x", "pytest") == {
+        "package": "pytest",
+        "version": pytest.__version__,
+    }
+    with pytest.raises(SourceError, match=r"^model\.source='packaged:x' needs the package no-such; run: pip install"):
+        describe_package("model.source", "packaged:x", "no-such")
+
+
+COMMITS = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What the hub answers: a commit, or None when it is not reached; and no model downloaded yet."""
+    answer = {"sha": COMMITS[0], "asked": []}
+
+    def model_info(self, repository, revision, timeout):
+        answer["asked"].append((repository, revision))
+        if answer["sha"] is None:
+            raise ConnectionError("Name or service not known\nand a second line")
+        return type("Info", (), {"sha": answer["sha"]})
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return answer
+
+
+def test_a_hub_id_counts_by_its_commit_which_is_kept_when_offline(hub, caplog):
+    first = describe_hub_model("org/model", None, {})
+    assert first == {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
+    hub["sha"] = None
+    assert describe_hub_model("org/model", None, first) == first
+    assert "(Name or service not known); going by the commit known from before, 11111111" in caplog.text
+    hub["sha"] = COMMITS[1]
+    assert describe_hub_model("org/model", None, first)["commit"] == COMMITS[1]
+    assert hub["asked"] == [("org/model", None)] * 3
+
+
+@pytest.mark.parametrize("asked", [("org/other", None), ("org/model", "v2")])
+def test_another_models_commit_is_not_taken_for_this_ones(asked, hub):
+    first = describe_hub_model("org/model", None, {})
+    hub["sha"] = None
+    found = describe_hub_model(*asked, first)
+    assert found["commit"] is None
+    assert found["reason"] == "never seen: not on this machine, and the hub has not answered"
+    assert describe_hub_model(*asked, found) == found
+
+
+def test_offline_the_commit_downloaded_last_serves(hub, tmp_path):
+    hub["sha"] = None
+    folder = tmp_path / "hub/models--org--model"
+    write(folder, refs__main=COMMITS[1], **{f"snapshots__{COMMITS[1]}__config.json": "{}"})
+    assert describe_hub_model("org/model", None, {})["commit"] == COMMITS[1]
+
+
+def test_a_revision_that_is_a_commit_needs_no_hub(hub):
+    assert describe_hub_model("org/model", COMMITS[1], {})["commit"] == COMMITS[1]
+    assert hub["asked"] == []
+
+
+def test_a_hub_that_hangs_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: time.sleep(5))
+    monkeypatch.setattr(sources, "_PATIENCE", 0.1)
+    last = {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
+    start = time.monotonic()
+    assert describe_hub_model("org/model", None, last) == last
+    assert time.monotonic() - start < 2
+
+
+def test_a_name_that_no_repository_can_have_is_left_to_the_import(hub):
+    hub["sha"] = None
+    assert describe_hub_model("no such..name", None, {})["commit"] is None
