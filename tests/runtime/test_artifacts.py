@@ -68,7 +68,7 @@ def test_another_format_version_is_refused(tmp_path, monkeypatch):
     save_tensors(
         tmp_path / "x.safetensors", TENSORS, Header("rotation", "0", format_version=artifacts.FORMAT_VERSION + 1)
     )
-    with pytest.raises(ArtifactError, match=r"format version 2, this code reads 1"):
+    with pytest.raises(ArtifactError, match=r"format version 3, this code reads 2"):
         load_tensors(tmp_path / "x.safetensors", "rotation")
 
 
