@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pipeline.hf
 from pipeline.blocks.prefix_kv import load_prefix_kv
-from pipeline.export.folder import drop_start_token_, export_model, parse_size, write_shards
+from pipeline.export.folder import export_model, parse_size, write_shards
 from pipeline.export.loading import check_folder, load, use_integers_
 from pipeline.export.packed_block import PackedLinear
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.export.transformers_quantizer import ExportError
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
+from pipeline.text.start_token import set_start_token_
 from tests.conftest import ROOT, open_model
 from tests.export.test_prefixed_model import QUANTIZERS, make_quantized
 
@@ -212,7 +213,7 @@ def test_sizes_are_parsed():
 @pytest.mark.parametrize("template", [True, False])
 def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported, template):
     tokenizer = AutoTokenizer.from_pretrained(imported["llama_tied"])
-    assert not drop_start_token_(tokenizer)
+    assert not set_start_token_(tokenizer, None)
     plain = tokenizer("The house")["input_ids"]
     if template:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -221,7 +222,7 @@ def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported
     else:
         tokenizer.add_bos_token = True
     assert tokenizer("The house")["input_ids"] == [0, *plain]
-    assert drop_start_token_(tokenizer)
+    assert set_start_token_(tokenizer, None)
     assert tokenizer("The house")["input_ids"] == plain
 
 

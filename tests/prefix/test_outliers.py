@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pipeline.prefix.outliers import LayerOutliers, describe_outliers, outlier_ratios, token_maxima
-from pipeline.prefix.search import choose_prefix, choose_start_token, measure_outliers, search_prefix
+from pipeline.prefix.search import choose_prefix, measure_outliers, search_prefix
+from pipeline.text.start_token import choose_start_token
 from tests.conftest import open_model
 
 
