@@ -31,11 +31,6 @@ def set_start_token_(tokenizer: Any, start_token: int | None) -> bool:
     """Have a tokenizer put `start_token` in front of texts, None: nothing; whether it did something else before."""
     if find_added_token(tokenizer) == start_token:
         return False
-    # What transformers builds anew from these keys when it loads the tokenizer would overrule what is set here.
-    for key in ("add_bos_token", "add_eos_token"):
-        tokenizer.init_kwargs.pop(key, None)
-    if hasattr(tokenizer, "add_bos_token"):
-        tokenizer.add_bos_token = False
     special = [] if start_token is None else [(tokenizer.convert_ids_to_tokens(start_token), start_token)]
     front = [token for token, _ in special]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
