@@ -34,6 +34,7 @@ def family(request, model_folders, tmp_path_factory):
     params = tiny_params(source, folder / "prose.txt")
     if request.param in POST_NORMS:
         params["rotation"]["r1"] = "identity"
+    params["calibration"]["start_token"] = "always" if request.param.startswith("gemma") else "never"
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["finetuning"]["end_to_end"]["epochs"] = 1
     write_params(folder, params)
@@ -73,8 +74,7 @@ def test_rotated_is_the_original(family):
 def test_walked_is_the_original(family):
     original, folder = family
     windows = load_windows(folder / "artifacts/calibration/evaluation/prose.safetensors")
-    if original.config.model_type.startswith("gemma"):
-        assert windows.start_token == 0
+    assert windows.start_token == (0 if original.config.model_type.startswith("gemma") else None)
     found = evaluated(folder, "original")["hidden.prose"]
     states = original.model(windows.behind()).last_hidden_state[:, -windows.token_ids.shape[1] :]
     assert differ(found, states) <= 1e-5

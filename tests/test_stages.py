@@ -16,6 +16,7 @@ import yaml
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.text.windows import load_windows
 from tests.conftest import ROOT, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
@@ -171,6 +172,19 @@ def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(pr
         assert metrics["kl"]["prose"] == pytest.approx(0, abs=1e-5)
     config = read_json(project / "artifacts/export/config.json")["quantization_config"]
     assert config["prefix"] == {"tokens": 1, "token_ids": [0], "start_token_id": 0}
+
+
+def test_auto_is_measured_and_said(project, monkeypatch, caplog):
+    change(project, "calibration.start_token", "auto")
+    with caplog.at_level("INFO"):
+        run("model", "corpora prose", "calibration", monkeypatch=monkeypatch)
+    decision = read_json(project / "metrics/calibration.json")["start_token"]
+    assert decision.keys() == {"id", "why", "loss_without", "loss_with", "standard_error"}
+    assert decision["why"].startswith("auto: loss with BOS '<s>' ")
+    assert f"start token in front of every window: {decision['id']} ({decision['why']})" in caplog.text
+    cut = load_windows(project / "artifacts/calibration/train.safetensors")
+    assert cut.start_token == decision["id"]
+    assert cut.token_ids.shape == (3, 32)
 
 
 def test_windows_of_another_start_token_are_not_compared(project, monkeypatch):

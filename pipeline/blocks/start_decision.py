@@ -21,7 +21,9 @@ from pipeline.text.start_token import choose_start_token, find_added_token
 from pipeline.text.windows import put_in_front
 
 _WINDOWS, _LENGTH = 4, 256  # of those at hand
-_CLEAR = 2.0  # standard errors; with one, four windows would mistake chance for a difference one time in five
+# A clear difference has more standard errors (with one, four windows would take chance for it one time in five), and more
+# nats, than this: a token more to attend to may be worth a little whatever a model was trained on.
+_CLEAR_ERRORS, _CLEAR_NATS = 2.0, 0.05
 _FAMILIES = ("gemma",)  # what model types begin with
 
 
@@ -75,7 +77,7 @@ def decide_start_token(
     without, with_token = measure_losses(checkpoint, content, runner, token)
     change = with_token - without
     error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.inf
-    clear = abs(change.mean().item()) > _CLEAR * error
+    clear = abs(change.mean().item()) > max(_CLEAR_ERRORS * error, _CLEAR_NATS)
     wanted = change.mean().item() < 0 if clear else usual
     measured = {"loss_without": without.mean().item(), "loss_with": with_token.mean().item()}
     if math.isfinite(error):

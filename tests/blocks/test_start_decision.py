@@ -90,15 +90,20 @@ def test_auto_follows_what_the_model_was_trained_on(trained, habit, windows):
     [("llama_tied", None, None), ("llama_tied", 0, 0), ("gemma2", None, 0), ("gemma3_text", None, 0)],
 )
 def test_without_a_clear_difference_habit_decides(family, habit, expected, imported, token_ids, monkeypatch):
-    same = torch.tensor([3.0, 3.1, 2.9]).double()
-    monkeypatch.setattr(start_decision, "measure_losses", lambda *_: (same, same + torch.tensor([0.1, -0.1, 0.04])))
+    losses = torch.tensor([3.0, 3.1, 2.9]).double()
     checkpoint, runner = open_model(imported[family])
     set_start_token_(checkpoint.tokenizer, habit)
-    decision = decide_start_token("auto", checkpoint, token_ids, runner)
-    assert decision.token == expected
-    assert "no clear difference" in decision.why
-    single = decide_start_token("auto", checkpoint, token_ids, runner)
-    assert single.token == expected
+    unclear = [0.9, -0.4, 0.4], [-0.9, 0.4, -0.4]  # within two standard errors
+    small = [0.03, 0.03, 0.04], [-0.03, -0.03, -0.04]  # beyond them, and next to nothing
+    for change in (*unclear, *small):
+        with_token = losses + torch.tensor(change)
+        monkeypatch.setattr(start_decision, "measure_losses", lambda *_, own=with_token: (losses, own))
+        decision = decide_start_token("auto", checkpoint, token_ids, runner)
+        assert decision.token == expected
+        assert "no clear difference" in decision.why
+    for change, wanted in ((0.1, None), (-0.1, 0)):  # whatever habit says
+        monkeypatch.setattr(start_decision, "measure_losses", lambda *_, own=change: (losses, losses + own))
+        assert decide_start_token("auto", checkpoint, token_ids, runner).token == wanted
 
 
 def test_one_window_is_not_enough_to_judge(imported, token_ids):
