@@ -21,8 +21,8 @@ from pipeline.text.start_token import choose_start_token, find_added_token
 from pipeline.text.windows import put_in_front
 
 _WINDOWS, _LENGTH = 4, 256  # of those at hand
-# A clear difference is of more standard errors (with one, four windows would take chance for it one time in five) and of
-# more nats: a token more to attend to may be worth a little, whatever a model was trained on.
+# A clear difference is of more standard errors (with one, four windows would take chance for it one time in five) and
+# of more nats: a token more to attend to may be worth a little, whatever a model was trained on.
 _CLEAR_ERRORS, _CLEAR_NATS = 2.0, 0.05
 _FAMILIES = ("gemma",)  # what model types begin with
 
