@@ -38,8 +38,8 @@ class StartDecision:
     Attributes:
         token: its id, or None.
         why: in words.
-        measured: mean losses in nats `without` and `with` it, and the `standard_error` of their difference; {} where
-            nothing was measured.
+        measured: mean losses in nats without and with it, and the standard error of their difference where there is
+            one; {} where nothing was measured.
     """
 
     token: int | None
@@ -79,12 +79,11 @@ def decide_start_token(
     error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.inf
     clear = abs(change.mean().item()) > max(_CLEAR_ERRORS * error, _CLEAR_NATS)
     wanted = change.mean().item() < 0 if clear else usual
-    measured = {"loss_without": without.mean().item(), "loss_with": with_token.mean().item()}
-    if math.isfinite(error):
-        measured["standard_error"] = error
+    losses = {"loss_without": without.mean().item(), "loss_with": with_token.mean().item(), "standard_error": error}
+    measured = {name: round(value, 4) for name, value in losses.items() if math.isfinite(value)}
     judged = "lower" if clear and wanted else "higher" if clear else "no clear difference"
     why = f"auto: loss with {name} {judged}, {custom}"
-    return StartDecision(token if wanted else None, why, {key: round(value, 4) for key, value in measured.items()})
+    return StartDecision(token if wanted else None, why, measured)
 
 
 @torch.no_grad()
