@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.evaluation import harness
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
 from tests.conftest import ROOT, read_json, write_params
 from tests.evaluation.test_harness import local_task
@@ -185,6 +187,22 @@ def test_auto_is_measured_and_said(project, monkeypatch, caplog):
     cut = load_windows(project / "artifacts/calibration/train.safetensors")
     assert cut.start_token == decision["id"]
     assert cut.token_ids.shape == (3, 32)
+
+
+@pytest.mark.parametrize("use", ["none", "found"])
+def test_tasks_of_each_variant_are_asked_behind_what_its_windows_had_in_front(use, project, monkeypatch):
+    local_task(project, "colours")
+    change(project, "evaluation.task_folder", str(project))
+    change(project, "evaluation.tasks", {"colours": {}})
+    change(project, "calibration.start_token", "always")
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    change(project, "prefix.use", use)
+    asked = []
+    monkeypatch.setattr(
+        harness, "run_tasks", lambda model, tokenizer, *_: asked.append(find_added_token(tokenizer)) or {}
+    )
+    run(*ALL[: ALL.index("activation_plots original")], monkeypatch=monkeypatch)
+    assert asked == [0, *([0 if use == "none" else None] * 4)]
 
 
 def test_windows_of_another_start_token_are_not_compared(project, monkeypatch):
