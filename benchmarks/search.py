@@ -41,7 +41,7 @@ def main() -> None:
     found = workspace.run("prefix_training", base) / "artifacts/prefix_training/prefix.safetensors"
     train = workspace.run("calibration", base) / "artifacts/calibration/train.safetensors"
     runner = BlockRunner(rotation, torch.device("cpu"), base["runtime"]["batch_size"])
-    _, embeddings, _ = load_prefix(found, "found")
+    embeddings = load_prefix(found, "found").embeddings
     prefix_kv = compute_rotated_prefix_kv(rotation, embeddings, runner)
     hidden = rotation.embed(load_windows(train).token_ids)
     rows: dict[str, Any] = {name: {"cost": [], "error": []} for name in arguments.rows}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
+from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.saturation import write_saturation
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import Original, evaluate_model, evaluate_windows
@@ -34,11 +34,12 @@ from pipeline.params import Params
 from pipeline.prefix.candidates import load_prefix
 from pipeline.runtime.artifacts import Header, check_input, make_header, read_header, save_tensors
 from pipeline.runtime.memory import Need
-from pipeline.text.windows import load_windows
+from pipeline.text.start_token import set_start_token_
+from pipeline.text.windows import load_start_token, load_windows, start_behind
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")
-PREFIX = Path("artifacts/prefix_training/prefix.safetensors")
+PREFIXES = Path("artifacts/prefix_training/prefix.safetensors")
 QUANTIZED = {"quantizer_init": Path("artifacts/quantizer_init"), "finetuning": Path("artifacts/finetuning")}
 WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
@@ -49,13 +50,15 @@ VARIANTS = ("original", "original_prefix", *QUANTIZED, "export")
 def main(run: Run) -> None:
     params, variant, ranks = run.params, run.variant, run.ranks
     tasks = prepare_tasks(params) if ranks.first and params.evaluation.tasks else None
-    opened = open_variant(run)
     corpora = params.calibration.evaluation.corpora
     windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
+    opened = open_variant(run, windows[corpora[0]].start_token)
     inputs = opened.inputs | {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
     compared = variant != "original" and params.evaluation.compare_with_original
     original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
     token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
+    for corpus, cut in windows.items() if original else ():
+        check_input(original.header, f"windows.{corpus}", cut.header, EVALUATION / "original.safetensors")
     measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
     run.metrics.update(measured)
     if ranks.first:
@@ -93,8 +96,11 @@ class Variant:
     inputs: dict[str, Header]
 
 
-def open_variant(run: Run) -> Variant:
-    """The variant, ready to be evaluated. Raises ArtifactError and ExportError."""
+def open_variant(run: Run, start_token: int | None) -> Variant:
+    """The variant, ready to be evaluated. Raises ArtifactError and ExportError.
+
+    `start_token` belongs in front of every window that no prefix ends in.
+    """
     variant, device = run.variant, run.device
     if variant == "export":
         model, tokenizer = load(EXPORT, device)
@@ -104,12 +110,14 @@ def open_variant(run: Run) -> Variant:
         )
     checkpoint = Checkpoint(QUANTIZED[variant], variant) if variant in QUANTIZED else Checkpoint(MODEL, "model")
     runner = run.runner(checkpoint)
-    prefix_kv, inputs = open_prefix(variant, run.params, checkpoint, runner)
-    return Variant(
-        partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv),
-        lambda: (assemble_model(checkpoint, prefix_kv, device), checkpoint.tokenizer),
-        inputs | {"checkpoint": checkpoint.header},
-    )
+    prefix_kv, own_start, inputs = open_prefix(run, checkpoint, runner, start_token)
+
+    def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        set_start_token_(checkpoint.tokenizer, own_start)
+        return assemble_model(checkpoint, prefix_kv, device, own_start), checkpoint.tokenizer
+
+    evaluate = partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv, start_token=own_start)
+    return Variant(evaluate, load_model, inputs | {"checkpoint": checkpoint.header})
 
 
 def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]:
@@ -124,16 +132,19 @@ def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokeni
 
 
 def open_prefix(
-    variant: str, params: Params, checkpoint: Checkpoint, runner: BlockRunner
-) -> tuple[torch.Tensor | None, dict[str, Header]]:
-    """The variant's prefix KV [L, 2, kv_heads, P, d] or None, and the headers of what it was made from."""
-    if variant in QUANTIZED:
-        return load_prefix_kv(checkpoint.folder, checkpoint.stage), {}
-    if variant == "original":
-        return None, {}
-    _, embeddings, header = load_prefix(PREFIX, params.prefix.use, params.prefix.length)
-    check_input(header, "model", checkpoint.header, PREFIX)
-    return compute_prefix_kv(checkpoint, embeddings, runner), {"prefix_training": header}
+    run: Run, checkpoint: Checkpoint, runner: BlockRunner, start_token: int | None
+) -> tuple[torch.Tensor | None, int | None, dict[str, Header]]:
+    """The variant's prefix KV [L, 2, kv_heads, P, d] or None, the start token behind it or None, inputs' headers."""
+    if run.variant in QUANTIZED:
+        own_start = load_start_token(checkpoint.folder / PREFIX, checkpoint.stage)
+        return load_prefix_kv(checkpoint.folder, checkpoint.stage), own_start, {}
+    if run.variant == "original":
+        return None, start_token, {}
+    own = run.params.prefix
+    prefix = load_prefix(PREFIXES, own.use, own.length)
+    check_input(prefix.header, "model", checkpoint.header, PREFIXES)
+    prefix_kv = compute_prefix_kv(checkpoint, prefix.embeddings, runner)
+    return prefix_kv, start_behind(start_token, prefix.begun_from), {"prefix_training": prefix.header}
 
 
 if __name__ == "__main__":

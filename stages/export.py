@@ -16,6 +16,7 @@ from pipeline.export.plan import plan_export
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors, make_header, read_header
 from pipeline.runtime.memory import Need
+from pipeline.text.windows import unpack_start_token
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")
@@ -32,7 +33,8 @@ def main(run: Run) -> None:
     inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
     header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
     # First, since it refuses what a format cannot express.
-    write_formats(checkpoint, prefix.get("kv"), FORMATS, own.formats, own.drop, own.max_shard_size, header)
+    how = (own.formats, own.drop, own.max_shard_size, header)
+    write_formats(checkpoint, prefix.get("kv"), FORMATS, *how, unpack_start_token(prefix))
     run.metrics.update(export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results))
 
 

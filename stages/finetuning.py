@@ -42,7 +42,8 @@ def main(run: Run) -> None:
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(run.runner(rotated), offload, WORK, header, run.ranks, need.recompute)
         models = Models(original, rotated, initial)
-        run.metrics.update(finetune(models, train.token_ids, validation.token_ids, own, place, FINETUNING))
+        windows = train.token_ids, validation.token_ids
+        run.metrics.update(finetune(models, *windows, own, place, FINETUNING, train.start_token))
 
 
 def plan(run: Run) -> Need:

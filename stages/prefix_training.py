@@ -36,7 +36,8 @@ def main(run: Run) -> None:
         inputs |= {"train": train.header, "validation": validation.header}
     header = make_header("prefix_training", own.model_dump() if own.enabled else {"enabled": False}, inputs)
     place = Place(run.runner(checkpoint), Offload(None), WORK, header, run.ranks, plan(run).recompute)
-    candidates = make_candidates(checkpoint, found, train.token_ids, validation.token_ids, own, place)
+    windows = train.token_ids, validation.token_ids
+    candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
         shutil.rmtree(WORK, ignore_errors=True)

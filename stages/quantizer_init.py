@@ -17,7 +17,7 @@ from pipeline.quantization.plan import plan_quantizer_init
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import check_same_origin, make_header
 from pipeline.runtime.memory import Need
-from pipeline.text.windows import load_windows
+from pipeline.text.windows import load_windows, start_behind
 from stages.opening import Run, open_stage
 
 ROTATION = Path("artifacts/rotation")
@@ -32,17 +32,26 @@ def main(run: Run) -> None:
     checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
     widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
     check_against_model(run.params, widths, checkpoint.block_count, checkpoint.config.max_position_embeddings)
-    *candidate, prefix_header = load_prefix(PREFIX, prefix.use, prefix.length)
-    check_same_origin(checkpoint.header, prefix_header, "model")
+    candidate = load_prefix(PREFIX, prefix.use, prefix.length)
+    check_same_origin(checkpoint.header, candidate.header, "model")
     header = make_header(
         "quantizer_init",
         own.model_dump() | {"prefix": prefix.model_dump()},
-        {"rotation": checkpoint.header, "prefix_training": prefix_header, "windows": windows.header},
+        {"rotation": checkpoint.header, "prefix_training": candidate.header, "windows": windows.header},
     )
-    runner = run.runner(checkpoint)
+    start_token = start_behind(windows.start_token, candidate.begun_from)
     run.metrics.update(
         init_quantizers(
-            checkpoint, tuple(candidate), windows.token_ids, own, runner, WORK, QUANTIZER_INIT, header, run.ranks
+            checkpoint,
+            (candidate.token_ids, candidate.embeddings),
+            windows.token_ids,
+            own,
+            run.runner(checkpoint),
+            WORK,
+            QUANTIZER_INIT,
+            header,
+            run.ranks,
+            start_token,
         )
     )
 

@@ -165,6 +165,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
         params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
     params["calibration"]["validation"]["windows"] = 1
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
+    params["calibration"]["start_token"] = "never"  # `auto` measures, and random models have no habits
     params["quantizer_init"]["mse_samples"] = 2
     params["evaluation"]["tasks"] = {}
     params["activation_plots"] |= {"windows": 2, "surface_blocks": [0]}

@@ -20,9 +20,9 @@ from pipeline.export.prefixed_model import assemble_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.importing import import_model
 from pipeline.models.params import PACKAGED_MODEL
-from pipeline.prefix.search import choose_start_token
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import make_header
+from pipeline.text.start_token import choose_start_token
 from tests.blocks.test_walk import assert_close, walked_logits
 from tests.conftest import ROOT, init_params
 from tests.evaluation.test_harness import write_task

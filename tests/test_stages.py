@@ -14,8 +14,11 @@ import torch
 import yaml
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.evaluation import harness
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.text.start_token import find_added_token
+from pipeline.text.windows import load_windows
 from tests.conftest import ROOT, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
@@ -35,6 +38,9 @@ ALL = (
     "activation_plots prefixed",
     "report",
 )
+
+
+EVALUATED = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 
 
 def run(*stages, monkeypatch):
@@ -110,6 +116,112 @@ def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
     assert quantized["perplexity"]["prose"] == pytest.approx(original["perplexity"]["prose"], rel=1e-4)
     assert quantized["kl"]["prose"] == pytest.approx(original["kl"]["prose"], abs=1e-5)
     assert quantized["quantizers_fired"] == 0
+
+
+@pytest.mark.parametrize("use", ["none", "found", "trained", "discretised"])
+def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, project, monkeypatch):
+    """Without a prefix windows have it everywhere; behind one that ends in it only the original's have."""
+    local_task(project, "colours")
+    change(project, "evaluation.task_folder", str(project))
+    change(project, "evaluation.tasks", {"colours": {"limit": 3}})
+    change(project, "calibration.start_token", "always")
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    for key, value in {"enabled": use in ("trained", "discretised"), "epochs": 1, "length": 2}.items():
+        change(project, f"prefix_training.{key}", value)
+    for site in ("weights", "activations", "keys", "values"):
+        change(project, f"quantizer_init.{site}.bits", 16)
+    change(project, "quantizer_init.embedding_dtype", "float32")
+    change(project, "finetuning.end_to_end.epochs", 1)
+    change(project, "prefix.use", use)
+    run(*ALL, monkeypatch=monkeypatch)
+    found = {name: read_json(project / f"metrics/evaluation/{name}.json") for name in EVALUATED}
+    start, nothing = "start token (id 0) in front of each window", "none added"
+    front = {name: metrics["settings"]["special_tokens"] for name, metrics in found.items()}
+    own = start if use == "none" else nothing
+    assert front == dict.fromkeys(EVALUATED, own) | {"original": start}
+    assert all(metrics["settings"]["targets_per_window"] == 47 for metrics in found.values())
+    expected = found["original" if use == "none" else "original_prefix"]
+    assert found["quantizer_init"]["perplexity"]["prose"] == pytest.approx(expected["perplexity"]["prose"], rel=1e-4)
+    assert found["quantizer_init"]["tasks"] == expected["tasks"]
+    assert found["export"]["perplexity"] == found["finetuning"]["perplexity"]
+    assert found["export"]["tasks"] == found["finetuning"]["tasks"]
+    end_to_end = read_json(project / "metrics/finetuning.json")["end_to_end"]
+    assert read_json(project / "metrics/finetuning.json")["blocks_unchanged"] == 3
+    if use == "none":
+        assert found["original_prefix"]["kl"]["prose"] == pytest.approx(0, abs=1e-6)
+        assert found["quantizer_init"]["kl"]["prose"] == pytest.approx(0, abs=1e-5)
+        assert end_to_end["kl_before"] == pytest.approx(0, abs=1e-5)
+        assert found["original_prefix"]["tasks"] == found["original"]["tasks"]
+    else:
+        assert end_to_end["kl_before"] > 1e-4
+    assert read_json(project / "metrics/calibration.json")["start_token"] == {"id": 0, "why": "always: BOS '<s>'"}
+
+
+def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(project, monkeypatch):
+    """The original reads it in front of each window, the quantized model once: the same function, to the last stage."""
+    change(project, "calibration.start_token", "always")
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    change(project, "prefix.length", 1)
+    for site in ("weights", "activations", "keys", "values"):
+        change(project, f"quantizer_init.{site}.bits", 16)
+    change(project, "quantizer_init.embedding_dtype", "float32")
+    change(project, "finetuning.end_to_end.epochs", 1)
+    run(*ALL, monkeypatch=monkeypatch)
+    assert read_json(project / "metrics/finetuning.json")["end_to_end"]["kl_before"] == pytest.approx(0, abs=1e-5)
+    for variant in EVALUATED[1:3]:
+        metrics = read_json(project / f"metrics/evaluation/{variant}.json")
+        assert metrics["settings"]["prefix_tokens"] == 1
+        assert metrics["kl"]["prose"] == pytest.approx(0, abs=1e-5)
+    config = read_json(project / "artifacts/export/config.json")["quantization_config"]
+    assert config["prefix"] == {"tokens": 1, "token_ids": [0], "start_token_id": 0}
+
+
+def test_auto_is_measured_and_said(project, monkeypatch, caplog):
+    change(project, "calibration.start_token", "auto")
+    with caplog.at_level("INFO"):
+        run("model", "corpora prose", "calibration", monkeypatch=monkeypatch)
+    decision = read_json(project / "metrics/calibration.json")["start_token"]
+    assert decision.keys() == {"id", "why", "loss_without", "loss_with", "standard_error"}
+    assert decision["why"].startswith("auto: loss with BOS '<s>' ")
+    assert f"start token in front of every window: {decision['id']} ({decision['why']})" in caplog.text
+    cut = load_windows(project / "artifacts/calibration/train.safetensors")
+    assert cut.start_token == decision["id"]
+    assert cut.token_ids.shape == (3, 32)
+
+
+@pytest.mark.parametrize("use", ["none", "found"])
+def test_tasks_of_each_variant_are_asked_behind_what_its_windows_had_in_front(use, project, monkeypatch):
+    local_task(project, "colours")
+    change(project, "evaluation.task_folder", str(project))
+    change(project, "evaluation.tasks", {"colours": {}})
+    change(project, "calibration.start_token", "always")
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    change(project, "prefix.use", use)
+    asked = []
+    monkeypatch.setattr(
+        harness, "run_tasks", lambda model, tokenizer, *_: asked.append(find_added_token(tokenizer)) or {}
+    )
+    run(*ALL[: ALL.index("activation_plots original")], monkeypatch=monkeypatch)
+    assert asked == [0, *([0 if use == "none" else None] * 4)]
+
+
+def test_windows_of_another_start_token_are_not_compared(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, "evaluation original", monkeypatch=monkeypatch)
+    change(project, "calibration.start_token", "always")
+    run("calibration", monkeypatch=monkeypatch)
+    assert "was made from another windows.prose than the one at hand" in fails(
+        "evaluation original_prefix", monkeypatch
+    )
+
+
+def test_a_start_token_takes_a_position(project, monkeypatch):
+    run("model", "corpora prose", monkeypatch=monkeypatch)
+    change(project, "calibration.evaluation.length", 256)
+    change(project, "calibration.evaluation.windows", 1)
+    run("calibration", monkeypatch=monkeypatch)
+    change(project, "calibration.start_token", "always")
+    message = fails("calibration", monkeypatch)
+    assert "evaluation.length=256 and a start token exceeds the model's max_position_embeddings=256" in message
 
 
 def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):

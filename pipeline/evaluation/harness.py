@@ -4,8 +4,8 @@
 
 takes lm-eval's own arguments: it adds the model type `prefixquant` and the tasks in `evaluation/tasks/`, and lm-eval
 does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods and texts those of
-`export/prefixed_model.py`; what is changed is what a prefix changes: no start
-token follows it, and it takes up some of the model's positions.
+`export/prefixed_model.py`; what is changed is what a prefix changes: it takes up some of the model's positions, and no
+start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
 """
 
 from pathlib import Path
@@ -40,10 +40,12 @@ class PrefixedLM(HFLM):
         if path is not None:
             pretrained, tokenizer = load(Path(path), device)
         prefix_kv = getattr(pretrained, "prefix_kv", None)
-        self.start_token = None if prefix_kv is None else tokenizer.bos_token
+        replaced = prefix_kv is not None and pretrained.text_start_token_id is None
+        self.start_token = tokenizer.bos_token if replaced else None
         if prefix_kv is not None:
-            positions = pretrained.config.max_position_embeddings - prefix_kv.shape[-2]
-            kwargs = {"max_length": positions, "add_bos_token": False} | kwargs
+            kwargs = {"max_length": pretrained.config.max_position_embeddings - prefix_kv.shape[-2]} | kwargs
+        if replaced:
+            kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
 
     @property

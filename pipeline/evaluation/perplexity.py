@@ -1,6 +1,7 @@
 """Perplexity and agreement with the original model, streamed: one block, then one slice of logits, in memory at a time.
 
-Every window of T tokens gives T - 1 targets, the same for all variants, whether or not a prefix stands in front:
+Every window of T tokens gives T - 1 targets, the same for all variants, whatever stands in front: a prefix, a start
+token, both or nothing:
 
     perplexity = exp(sum over windows and targets of -log p(x_t | x_<t) / number of targets)
 
@@ -30,6 +31,7 @@ from pipeline.runtime.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.text.windows import put_in_front
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
 
@@ -106,23 +108,25 @@ def evaluate_windows(
     prefix_kv: torch.Tensor | None,
     original: Original | None,
     ranks: Ranks = ALONE,
+    start_token: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """Evaluate one variant on all corpora, in one walk.
 
     Args:
-        windows: corpus -> token ids [N, T], the same T everywhere.
+        windows: corpus -> token ids [N, T] of content, the same T everywhere.
         original: what to compare with, or None.
         ranks: each walks its own windows; all of them return the whole, but saturation is of the first one's.
+        start_token: what stands in front of each window, behind the prefix, or None.
 
     Returns:
         Metrics (per corpus `perplexity`, its `standard_error`, `kl`, `top1_agreement`, `largest_saturation`,
-        `lowest_sqnr`; `quantizers_fired`, `settings`); tensors to keep: per corpus `hidden.`, `loss.` and
+        `lowest_sqnr`; `quantizers_fired`, `settings`); tensors to keep, of content: per corpus `hidden.`, `loss.` and
         `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
     own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
-    run = compute_final_hidden(checkpoint, own, runner, prefix_kv)
-    tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
-    return _score_run(run, checkpoint.load_lm_head(), windows, tokens, original, runner.device, ranks)
+    run = compute_final_hidden(checkpoint, own, runner, prefix_kv, start_token)
+    front = _describe_front(prefix_kv, start_token)
+    return _score_run(run, checkpoint.load_lm_head(), windows, front, original, runner.device, ranks)
 
 
 def evaluate_model(
@@ -135,16 +139,22 @@ def evaluate_model(
     """As `evaluate_windows`, of a whole model in memory (see `export/prefixed_model.py`)."""
     own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
     run = run_model(model, own, batch_size)
-    tokens = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
+    front = _describe_front(model.prefix_kv, model.text_start_token_id)
     lm_head = LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config))
-    return _score_run(run, lm_head, windows, tokens, original, model.device, ranks)
+    return _score_run(run, lm_head, windows, front, original, model.device, ranks)
+
+
+def _describe_front(prefix_kv: torch.Tensor | None, start_token: int | None) -> dict[str, Any]:
+    """For the metrics: what stands in front of every window."""
+    special = "none added" if start_token is None else f"start token (id {start_token}) in front of each window"
+    return {"prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2], "special_tokens": special}
 
 
 def _score_run(
     run: tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]],
     lm_head: LmHead,
     windows: dict[str, torch.Tensor],
-    prefix_tokens: int,
+    front: dict[str, Any],
     original: Original | None,
     device: torch.device,
     ranks: Ranks,
@@ -169,10 +179,10 @@ def _score_run(
     metrics |= summarise_saturation(saturation)
     metrics["quantizers_fired"] = sum(fired.values())
     metrics["settings"] = {
-        "prefix_tokens": prefix_tokens,
+        "prefix_tokens": front["prefix_tokens"],
         "windows": {corpus: len(ids) for corpus, ids in windows.items()},
         "targets_per_window": next(iter(windows.values())).shape[1] - 1,
-        "special_tokens": "none added",
+        "special_tokens": front["special_tokens"],
         "shorter_last_window": "left out",
     }
     return metrics, tensors, saturation
@@ -180,19 +190,23 @@ def _score_run(
 
 @torch.no_grad()
 def compute_final_hidden(
-    checkpoint: Checkpoint, windows: dict[str, torch.Tensor], runner: BlockRunner, prefix_kv: torch.Tensor | None
+    checkpoint: Checkpoint,
+    windows: dict[str, torch.Tensor],
+    runner: BlockRunner,
+    prefix_kv: torch.Tensor | None,
+    start_token: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
-    """Walk all corpora through the model.
+    """Walk all corpora, [N, T] each, through the model, with a start token in front of each window where there is one.
 
     Returns:
-        Corpus -> hidden states behind the final norm, [N, T, D] on the CPU; how many quantizers of each kind fired;
-        corpus -> block -> saturation report.
+        Corpus -> hidden states of the content behind the final norm, [N, T, D] on the CPU; how many quantizers of
+        each kind fired; corpus -> block -> saturation report.
 
     Raises:
         QuantizerCountError: the count differs from what the checkpoint's settings ask for.
         NonFiniteError: a hidden state is NaN or infinite.
     """
-    hidden = {corpus: checkpoint.embed(ids) for corpus, ids in windows.items()}
+    hidden = {corpus: checkpoint.embed(put_in_front(ids, start_token)) for corpus, ids in windows.items()}
     saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
     fired, expected = Counter[str](), Counter[str]()
     blocks = load_blocks(checkpoint, runner.device)
@@ -205,6 +219,7 @@ def compute_final_hidden(
         expected += count_expected_quantizers(block_settings(checkpoint, index))
         del block
     _check_run(hidden, fired, expected)
+    hidden = {corpus: states[:, -windows[corpus].shape[1] :] for corpus, states in hidden.items()}
     for states in hidden.values():
         checkpoint.apply_final_norm_(states)
     return hidden, fired, saturation
@@ -219,13 +234,14 @@ def run_model(
     seen: list[torch.Tensor] = []
     handle = model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output.cpu()))
     hidden, saturation = {}, {}
-    for corpus, ids in windows.items():
+    for corpus, content in windows.items():
+        ids = put_in_front(content, model.text_start_token_id)
         parts = list(batches(len(ids), batch_size))
         with probe_saturation(model) as probes:
             model(ids[parts[0]].to(model.device), logits_to_keep=1)
         for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}"):
             model(ids[rows].to(model.device), logits_to_keep=1)
-        hidden[corpus] = torch.cat(seen)
+        hidden[corpus] = torch.cat(seen)[:, -content.shape[1] :]
         saturation[corpus] = {index: probe.report() for index, probe in enumerate(probes)}
         seen.clear()
     handle.remove()

@@ -3,8 +3,9 @@
     python -m pipeline.evaluate artifacts/export --text my.txt --length 2048
     python -m pipeline.evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
 
-Perplexity is the field's: documents joined by blank lines, consecutive windows, no token added; a last, shorter window
-is left out. Windows and tasks are computed as the pipeline computes them.
+Perplexity is the field's: documents joined by blank lines, consecutive windows; a last, shorter window is left out. In
+front of each window stands what the folder says, a start token or nothing; it is no target. Windows and tasks are
+computed as the pipeline computes them.
 """
 
 import argparse

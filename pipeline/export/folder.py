@@ -3,7 +3,8 @@
     config.json               the model's, with a complete `quantization_config`
     model-00001-of-….safetensors, model.safetensors.index.json
                               weight_packed, weight_scale, … of every block; embedding, lm_head, norms; prefix_kv
-    tokenizer files           of a tokenizer that puts no start token behind a prefix that has it
+    tokenizer files           of a tokenizer that puts in front of texts what calibration had there: a start token where
+                              the model was trained with one, none behind a prefix that has it
     generation_config.json, README.md
     manifest.json             every file with its size and SHA-256; what `quantized_model.load` checks
 
@@ -17,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import processors
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.blocks.quantized import block_settings, load_block
 from pipeline.export.loading import MANIFEST, fingerprint_files, hash_file
@@ -28,6 +27,8 @@ from pipeline.export.transformers_quantizer import FORMAT_VERSION, METHOD
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress
+from pipeline.text.start_token import set_start_token_
+from pipeline.text.windows import unpack_start_token
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MIB = 2**20
@@ -47,7 +48,8 @@ def export_model(
     Args:
         checkpoint: the quantized one.
         original: folder of the imported model, to compare sizes with.
-        prefix: token_ids [P] (none of a continuous prefix), and kv [L, 2, kv_heads, P, d] when P > 0.
+        prefix: token_ids [P] (none of a continuous prefix), kv [L, 2, kv_heads, P, d] when P > 0, and start_token [1]
+            where one stands in front of every text.
         max_shard_size: such as 5GB; a single block or tensor may exceed it.
         results: variant -> what its evaluation wrote, for the model card.
 
@@ -57,23 +59,25 @@ def export_model(
     """
     kv = prefix.get("kv")
     token_ids = prefix["token_ids"].tolist()
-    start = checkpoint.tokenizer.bos_token_id if kv is not None else None
+    text_start = unpack_start_token(prefix)
+    start = checkpoint.tokenizer.bos_token_id if kv is not None and text_start is None else None
     quantization = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "blocks": checkpoint.settings,
         "prefix": {"tokens": 0 if kv is None else kv.shape[-2], "token_ids": token_ids, "start_token_id": start},
     }
+    if text_start is not None:  # so that who cannot heed it refuses the folder
+        quantization["text_start_token_id"] = text_start
     with replacing_folder(folder) as partial:
         sizes = write_shards(_packed_parts(checkpoint, kv), partial, parse_size(max_shard_size), header)
         copy_companions(checkpoint.folder, partial)
-        if kv is not None:
-            save_bare_tokenizer(checkpoint, partial)
+        save_tokenizer(checkpoint, partial, text_start)
         config = checkpoint.read_config()
         config.pop(CONFIG_KEY)
         write_json(partial / CONFIG, config | {"quantization_config": quantization})
         metrics = _measure(checkpoint, original, partial, sizes)
-        write_model_card(partial, checkpoint, quantization["prefix"], metrics, results)
+        write_model_card(partial, checkpoint, quantization["prefix"], metrics, results, text_start)
         write_folder_header(partial, header)
         _write_manifest(partial)
     return metrics
@@ -87,23 +91,11 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
-def save_bare_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Replace the tokenizer in `folder`, where it puts the start token in front of texts, by one that does not."""
+def save_tokenizer(checkpoint: Checkpoint, folder: Path, start_token: int | None) -> None:
+    """Replace the tokenizer in `folder`, unless it puts just this in front of texts by itself, by one that does."""
     tokenizer = copy.deepcopy(checkpoint.tokenizer)  # the checkpoint's stays as it is: several folders are written
-    if drop_start_token_(tokenizer):
+    if set_start_token_(tokenizer, start_token):
         tokenizer.save_pretrained(folder)
-
-
-def drop_start_token_(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Keep a tokenizer from putting the start token in front of texts; whether it did."""
-    probe = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is None or probe[:1] != [tokenizer.bos_token_id]:
-        return False
-    if hasattr(tokenizer, "add_bos_token"):
-        tokenizer.add_bos_token = False
-    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
-    return True
 
 
 def write_shards(parts: Iterable[dict[str, torch.Tensor]], folder: Path, limit: int, header: Header) -> dict[str, int]:

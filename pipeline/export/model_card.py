@@ -12,7 +12,12 @@ _TITLES = ("weights", "activations", "keys", "values")
 
 
 def write_model_card(
-    folder: Path, checkpoint: Checkpoint, prefix: dict[str, Any], sizes: dict[str, Any], results: dict[str, Any]
+    folder: Path,
+    checkpoint: Checkpoint,
+    prefix: dict[str, Any],
+    sizes: dict[str, Any],
+    results: dict[str, Any],
+    start_token: int | None = None,
 ) -> None:
     """Write README.md into `folder`.
 
@@ -20,7 +25,9 @@ def write_model_card(
         prefix: as in `quantization_config`.
         sizes: the stage's metrics.
         results: variant -> its evaluation's metrics; `original` among them.
+        start_token: that belongs in front of every text, or None.
     """
+    start = None if start_token is None else checkpoint.tokenizer.convert_ids_to_tokens(start_token)
     settings = block_settings(checkpoint, 0)
     tokens = [repr(checkpoint.tokenizer.decode([token])) for token in prefix["token_ids"]]
     described = ", ".join(tokens) if tokens else f"{prefix['tokens']} continuous embeddings"
@@ -49,7 +56,7 @@ def write_model_card(
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
         "```",
         "",
-        _describe_use(prefix),
+        _describe_use(prefix, start),
         "",
         "## Settings",
         "",
@@ -83,10 +90,12 @@ def describe_bits(settings: BlockSettings) -> str:
     return f"W{weights.bits}A{activations.bits}KV{keys.bits}{mode}"
 
 
-def _describe_use(prefix: dict[str, Any]) -> str:
-    if not prefix["tokens"]:
-        return "There is no prefix: texts are read as the original model reads them."
+def _describe_use(prefix: dict[str, Any], start: str | None) -> str:
     use = "The prefix is part of the model: nothing of it is passed, no position or mask counts it."
+    if not prefix["tokens"]:
+        use = "There is no prefix: texts are read as the original model reads them."
+    if start is not None:
+        return f"{use} A text begins with the start token `{start}`, which the tokenizer here puts there."
     if prefix["start_token_id"] is None:
         return use
     return f"{use} Put no start token in front of a text; the prefix takes its place, and the tokenizer here adds none."

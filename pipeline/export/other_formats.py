@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, block_settings, find_site_quantizers, load_block
-from pipeline.export.folder import parse_size, save_bare_tokenizer, write_shards
+from pipeline.export.folder import parse_size, save_tokenizer, write_shards
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
 from pipeline.numerics.packing import pack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
@@ -63,6 +63,7 @@ def write_formats(
     drop: list[str],
     max_shard_size: str,
     header: Header,
+    start_token: int | None = None,
 ) -> dict[str, Plan]:
     """Replace `folder` by one subfolder per format and manifest.json.
 
@@ -70,6 +71,7 @@ def write_formats(
         checkpoint: the quantized one.
         prefix_kv: [L, 2, kv_heads, P, d] in its basis, or None.
         drop: what may be lost: activations, keys, values, prefix.
+        start_token: what stands between the prefix and every text, or None.
 
     Raises:
         FormatError: lists everything that a format cannot express.
@@ -79,7 +81,9 @@ def write_formats(
         if COMPRESSED_TENSORS in plans:
             own = partial / COMPRESSED_TENSORS
             own.mkdir()
-            _write_compressed_tensors(checkpoint, PEFT in plans, own, drop, max_shard_size, header)
+            _write_compressed_tensors(checkpoint, own, drop, max_shard_size, header)
+            if PEFT in plans or prefix_kv is None:  # else the prefix is lost, and what its tokenizer does is best
+                save_tokenizer(checkpoint, own, start_token)
         if PEFT in plans:
             own = partial / PEFT
             own.mkdir()
@@ -193,13 +197,11 @@ def _config_with_biases(checkpoint: Checkpoint) -> Any:
 
 
 def _write_compressed_tensors(
-    checkpoint: Checkpoint, has_adapter: bool, folder: Path, drop: list[str], max_shard_size: str, header: Header
+    checkpoint: Checkpoint, folder: Path, drop: list[str], max_shard_size: str, header: Header
 ) -> None:
     layers = _Layers(checkpoint, "activations" not in drop)
     write_shards(layers.parts(), folder, parse_size(max_shard_size), header)
     copy_companions(checkpoint.folder, folder)
-    if has_adapter:  # whose prefix has the start token
-        save_bare_tokenizer(checkpoint, folder)
     config = checkpoint.read_config()
     config.pop(CONFIG_KEY)
     biased = _config_with_biases(checkpoint)

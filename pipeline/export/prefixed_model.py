@@ -35,10 +35,12 @@ class PrefixedModel(PreTrainedModel):
     Attributes:
         prefix_kv: [L, 2, kv_heads, P, d], keys (behind RoPE) and values of the prefix, or None.
         start_token_id: what must not stand at the beginning of a text, as the prefix has it already, or None.
+        text_start_token_id: what belongs at the beginning of every text, or None.
     """
 
     prefix_kv: torch.Tensor | None
     start_token_id: int | None
+    text_start_token_id: int | None
 
     def make_cache(self) -> PrefixCache:
         """An empty cache, to be passed as `past_key_values`: the prefix, and quantizers for what follows."""
@@ -145,12 +147,16 @@ def _prefixed_class(model_class: type) -> type:
 
 
 def prefix_model_(
-    model: PreTrainedModel, prefix_kv: torch.Tensor | None, start_token_id: int | None = None
+    model: PreTrainedModel,
+    prefix_kv: torch.Tensor | None,
+    start_token_id: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> PreTrainedModel:
     """Put a prefix [L, 2, kv_heads, P, d] (None: an empty one) in front of whatever `model` reads, and return it."""
     model.__class__ = _prefixed_class(type(model))
     model.register_buffer("prefix_kv", prefix_kv)
-    model.start_token_id = None if prefix_kv is None else start_token_id
+    model.start_token_id = None if prefix_kv is None or text_start_token_id is not None else start_token_id
+    model.text_start_token_id = text_start_token_id
     return model
 
 
@@ -161,12 +167,16 @@ def strip_start_token(token_ids: list[int], model: PreTrainedModel) -> list[int]
 
 
 def assemble_model(
-    checkpoint: Checkpoint, prefix_kv: torch.Tensor | None = None, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    prefix_kv: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    text_start_token_id: int | None = None,
 ) -> PreTrainedModel:
     """The whole model of a checkpoint, plain, rotated or quantized, on `device`, ready to run.
 
     Args:
         prefix_kv: [L, 2, kv_heads, P, d] in the checkpoint's basis.
+        text_start_token_id: the start token between the prefix and every text, or None.
     """
     architecture = checkpoint.architecture
     model = build_skeleton(checkpoint.config)
@@ -185,7 +195,7 @@ def assemble_model(
     if prefix_kv is None and not checkpoint.settings:
         return model.eval()
     prefix_kv = None if prefix_kv is None else prefix_kv.to(device, checkpoint.dtype)
-    return prefix_model_(model.eval(), prefix_kv, checkpoint.tokenizer.bos_token_id)
+    return prefix_model_(model.eval(), prefix_kv, checkpoint.tokenizer.bos_token_id, text_start_token_id)
 
 
 @contextmanager

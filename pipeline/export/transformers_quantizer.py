@@ -46,9 +46,17 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         prefix: {"tokens": P, "token_ids": [P] or [] for a continuous one, "start_token_id": the start token that the
             prefix makes superfluous, or None}.
         format_version: of the layout of tensors.
+        text_start_token_id: the start token that belongs in front of every text, or None.
     """
 
-    def __init__(self, blocks: dict[str, Any], prefix: dict[str, Any], format_version: int, **unknown: Any) -> None:
+    def __init__(
+        self,
+        blocks: dict[str, Any],
+        prefix: dict[str, Any],
+        format_version: int,
+        text_start_token_id: int | None = None,
+        **unknown: Any,
+    ) -> None:
         unknown.pop("quant_method", None)
         check_format("quantization_config", format_version)
         if unknown:
@@ -57,6 +65,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.blocks = blocks
         self.prefix = prefix
+        self.text_start_token_id = text_start_token_id
 
 
 @register_quantizer(METHOD)
@@ -102,4 +111,4 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
         tokens = config.prefix["tokens"]
         shape = (len(model.model.layers), 2, heads, tokens, model.model.layers[0].self_attn.head_dim)
         prefix_kv = torch.empty(shape, dtype=torch.float32) if tokens else None
-    prefix_model_(model, prefix_kv, config.prefix["start_token_id"])
+    prefix_model_(model, prefix_kv, config.prefix["start_token_id"], config.text_start_token_id)

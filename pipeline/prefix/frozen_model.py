@@ -11,6 +11,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.text.windows import put_in_front
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.place import run_differentiably
 
@@ -71,25 +72,28 @@ class FrozenModel:
             hang[site](site)
 
     @torch.no_grad()
-    def run_original(self, token_ids: torch.Tensor) -> torch.Tensor | None:
-        """Final hidden states [N, T, D] (CPU) of windows without a prefix; None where no term asks for them."""
+    def run_original(self, token_ids: torch.Tensor, start_token: int | None = None) -> torch.Tensor | None:
+        """Final hidden states [N, T, D] (CPU) of windows [N, T] without a prefix; None where no term asks for them.
+
+        `start_token` stands in front of each window, where there is one; its own states are left out.
+        """
         if not self.params.weights.kl:
             return None
         self._terms = None
-        hidden = self.checkpoint.embed(token_ids)
+        hidden = self.checkpoint.embed(put_in_front(token_ids, start_token))
         for block in self.blocks:
             self.runner.advance_(block, hidden)
-        return hidden
+        return hidden[:, -token_ids.shape[1] :]
 
     def losses(
         self, prefix: torch.Tensor, token_ids: torch.Tensor, original: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Every term of one batch [B, T], unweighted: the layers' means, and those of the prefix itself.
 
-        `original` is `run_original` of the same windows.
+        The batch may begin with a start token that `original`, `run_original` of the same windows, has no states of.
         """
         embedded = nn.functional.embedding(token_ids.cpu(), self.table).to(self.runner.device, self.checkpoint.dtype)
-        self._prefix_tokens = count = len(prefix)
+        self._prefix_tokens = len(prefix)
         self.measure.begin_batch()
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
@@ -103,7 +107,7 @@ class FrozenModel:
         result["magnitude"] = magnitude(prefix, self.table_norm)
         if original is not None:
             exact = self.norm(original.to(self.runner.device))
-            result["kl"] = mean_divergence(self.norm(hidden[:, count:]), exact, self.lm_head)
+            result["kl"] = mean_divergence(self.norm(hidden[:, -exact.shape[1] :]), exact, self.lm_head)
         return result
 
     def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:

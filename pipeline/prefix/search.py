@@ -19,6 +19,8 @@ from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.outliers import LayerOutliers, describe_outliers, list_tokens, most_frequent, token_maxima
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.text.start_token import choose_start_token
+from pipeline.text.windows import put_in_front, start_behind
 
 _AFTER_WINDOWS = 8
 
@@ -63,28 +65,29 @@ def search_prefix(
     threshold: float,
     start_token_counts: bool,
     ranks: Ranks = ALONE,
+    window_start: int | None = None,
 ) -> Prefix:
     """Find the prefix of a model.
 
     Args:
         checkpoint: the original, unrotated model.
-        token_ids: search windows [N, T].
+        token_ids: search windows [N, T], content alone.
         site: `down_proj_input` (the paper's) or `block_output`: whose token maxima are judged.
         threshold: r_t beyond which a token is an outlier.
         start_token_counts: whether the start token is one of the o tokens (the paper's text) or comes on top of them
             (the official code).
         ranks: each looks at its own windows; all find the same.
+        window_start: the start token in front of every window that no prefix ends in, or None.
     """
-    before = measure_outliers(checkpoint, token_ids, runner, site, threshold, ranks=ranks)
+    before = measure_outliers(checkpoint, put_in_front(token_ids, window_start), runner, site, threshold, ranks=ranks)
     start_token, start_choice = choose_start_token(checkpoint)
     chosen = choose_prefix(before, start_token, start_token_counts)
     embeddings = checkpoint.embed(torch.tensor(chosen, dtype=torch.int64))
     after = before
     if chosen:
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
-        after = measure_outliers(
-            checkpoint, token_ids[: max(_AFTER_WINDOWS, ranks.world)], runner, site, threshold, prefix_kv, ranks
-        )
+        behind = put_in_front(token_ids[: max(_AFTER_WINDOWS, ranks.world)], start_behind(window_start, chosen))
+        after = measure_outliers(checkpoint, behind, runner, site, threshold, prefix_kv, ranks)
     decode = checkpoint.tokenizer.decode
     report = {
         "prefix_token_ids": chosen,
@@ -123,7 +126,10 @@ def measure_outliers(
     prefix_kv: torch.Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> list[LayerOutliers]:
-    """Outlier statistics of every layer, in one walk; prefix positions are in the cache and never counted."""
+    """Outlier statistics of every layer, in one walk; prefix positions are in the cache and never counted.
+
+    `token_ids` [N, T] are all that is read: a start token in front is position 0.
+    """
     hidden = checkpoint.embed(token_ids[ranks.own(len(token_ids))])
     maxima: list[torch.Tensor] = []
     layers: list[LayerOutliers] = []
@@ -159,16 +165,6 @@ def choose_prefix(layers: list[LayerOutliers], start_token: int | None, start_to
         count -= start_token_counts
     chosen = [token for token, _ in most_frequent(content, count)]
     return chosen if start_token is None else [*chosen, start_token]
-
-
-def choose_start_token(checkpoint: Checkpoint) -> tuple[int | None, str]:
-    """The token that ends the prefix and why: BOS; for tokenizers without one EOS, as the paper does for Qwen."""
-    tokenizer = checkpoint.tokenizer
-    if tokenizer.bos_token_id is not None:
-        return tokenizer.bos_token_id, f"BOS {tokenizer.bos_token!r}"
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id, f"EOS {tokenizer.eos_token!r}, for lack of a BOS"
-    return None, "none: the tokenizer has neither BOS nor EOS"
 
 
 def _explain(layers: list[LayerOutliers], chosen: list[int], threshold: float) -> str:

@@ -31,6 +31,7 @@ from pipeline.prefix.search import measure_outliers
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import note_progress, show_progress
+from pipeline.text.windows import put_in_front, start_behind
 from pipeline.training.place import Place
 from pipeline.training.state import TrainingState
 
@@ -100,12 +101,14 @@ def make_candidates(
     validation: torch.Tensor,
     params: PrefixTrainingParams,
     place: Place,
+    start_token: int | None = None,
 ) -> Candidates:
     """The found prefix, unchanged, and when training is enabled the trained and the discretised one.
 
     Args:
         found: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
-        train, validation: windows [N, T] and [M, T].
+        train, validation: windows [N, T] and [M, T], content alone.
+        start_token: in front of every window that no prefix ends in, or None.
 
     Raises:
         PrefixTrainingError: nothing was found and no length is set, so that there is nothing to train.
@@ -119,22 +122,26 @@ def make_candidates(
         raise PrefixTrainingError(
             "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
         )
-    trained = train_prefix(checkpoint, initial, train, validation, params, place)
+    begun_from = resize_rows(found["token_ids"], len(initial))
+    starts = start_token, start_behind(start_token, begun_from)
+    trained = train_prefix(checkpoint, initial, train, validation, params, place, *starts)
     token_ids, similarities = discretise(trained.embeddings, table)
     tensors |= {
         "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
-        "trained.initial_token_ids": resize_rows(found["token_ids"], len(initial)),
+        "trained.initial_token_ids": begun_from,
         "discretised.token_ids": token_ids,
         "discretised.embeddings": checkpoint.scale_embeddings(table[token_ids]),
         "discretised.similarities": similarities,
     }
     decode = checkpoint.tokenizer.decode
     outliers = {}
-    for name in ("none", "found", "trained", "discretised"):
+    ends = {"none": token_ids[:0], "found": found["token_ids"], "trained": begun_from, "discretised": token_ids}
+    for name, end in ends.items():
         embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, place.runner)
+        windows = put_in_front(validation, start_behind(start_token, end))
         layers = measure_outliers(
-            checkpoint, validation, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
+            checkpoint, windows, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
         )
         outliers[name] = [
             {
@@ -195,6 +202,8 @@ def train_prefix(
     validation: torch.Tensor,
     params: PrefixTrainingParams,
     place: Place,
+    original_start: int | None = None,
+    start_token: int | None = None,
 ) -> TrainedPrefix:
     """Train a prefix; a killed run with the same header continues behind its last finished epoch.
 
@@ -203,7 +212,8 @@ def train_prefix(
     Args:
         checkpoint: the original model.
         embeddings: [P, D] to start from.
-        train, validation: windows [N, T] and [M, T].
+        train, validation: windows [N, T] and [M, T], content alone.
+        original_start, start_token: in front of windows without a prefix, and behind the one that is trained, or None.
         place: its `work` keeps the state between epochs, and is removed by the caller at the end.
     """
     runner, ranks, state_file = place.runner, place.ranks, place.work / _STATE
@@ -214,7 +224,8 @@ def train_prefix(
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
     state = TrainingState([prefix], optimizer)
     own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
-    exact, exact_validation = model.run_original(own_train), model.run_original(own_validation)
+    exact, exact_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
+    own_train, own_validation = (put_in_front(own, start_token) for own in (own_train, own_validation))
     if state.load_(state_file, place.header):
         logger.info("continuing behind epoch %d", len(state.history) - 1)
     else:

@@ -38,6 +38,7 @@ from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, s
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.unfinished import load_generation, save_generation
+from pipeline.text.windows import pack_start_token, put_in_front
 
 logger = logging.getLogger(__name__)
 
@@ -81,27 +82,30 @@ def init_quantizers(
     folder: Path,
     header: Header,
     ranks: Ranks = ALONE,
+    start_token: int | None = None,
 ) -> dict[str, Any]:
     """From a rotated model to a quantized one.
 
     Args:
         checkpoint: the rotated model in full precision.
         prefix: token ids [P] and embeddings [P, D] in the original model's basis; P may be 0.
-        token_ids: calibration windows [N, T].
+        token_ids: calibration windows [N, T], content alone.
         work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
         folder: replaced by the quantized checkpoint at the end.
         header: of the artifact.
         ranks: each runs its own windows; choices are made from all of them, and the first rank writes.
+        start_token: between this prefix and every text, or None; kept with the prefix. Quantized like any other token.
 
     Returns:
         The stage's metrics: the mean error of the blocks' outputs and of each kind of site, saturation, prefix length.
     """
     prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix[1], runner)
     embedding_dtype = getattr(torch, init.embedding_dtype)
-    own = token_ids[ranks.own(len(token_ids))]
+    own = put_in_front(token_ids[ranks.own(len(token_ids))], start_token)
     hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)
     report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
     kept_prefix = {"token_ids": prefix[0]} | ({} if prefix_kv is None else {"kv": prefix_kv})
+    kept_prefix |= pack_start_token(start_token)
     if ranks.first:
         assemble_checkpoint(checkpoint, work, folder, init, kept_prefix, report, header)
         shutil.rmtree(work)
@@ -203,7 +207,7 @@ def assemble_checkpoint(
     """Put the finished blocks of `work` and everything else a quantized checkpoint consists of into `folder`.
 
     Args:
-        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0; start_token [1] where texts have one.
         report: of `init_blocks`.
     """
     architecture = checkpoint.architecture

@@ -3,7 +3,8 @@
 Search and training windows come from a corpus's train documents, dealt apart document by document, validation windows
 from its validation documents: no two splits share text. Documents are shuffled by seed, tokenized, joined by blank
 lines and cut in order. Held-out evaluation windows are cut the field's way: the whole test split, joined by blank
-lines, in consecutive windows. No special tokens are added anywhere: every variant of a model sees exactly these ids.
+lines, in consecutive windows. No special tokens are among them: what stands in front of each window, if anything, is
+told apart (`windows.py`), and every variant of a model is judged on exactly these ids.
 """
 
 from collections.abc import Iterator

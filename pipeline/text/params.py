@@ -1,6 +1,6 @@
 """The groups of params.yaml about text: `corpora` and `calibration`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class EvaluationSplitParams(Group):
 
 class CalibrationParams(Group):
     seed: Annotated[int, Field(ge=0)]
+    start_token: Literal["auto", "never", "always"]
     search: SplitParams
     train: SplitParams
     validation: SplitParams
@@ -58,11 +59,12 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
     return problems
 
 
-def find_misfits(calibration: CalibrationParams, max_positions: int) -> list[str]:
-    """Windows longer than the model was made for: a line for each."""
+def find_misfits(calibration: CalibrationParams, max_positions: int, start_token: bool = False) -> list[str]:
+    """Windows longer than the model was made for, with a start token in front of each if so: a line for each."""
     return [
-        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
-        f"max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few positions too)"
+        f"calibration.{name}.length={getattr(calibration, name).length}{' and a start token' if start_token else ''} "
+        f"exceeds the model's max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few "
+        "positions too)"
         for name in SPLIT_GROUPS
-        if getattr(calibration, name).length > max_positions
+        if getattr(calibration, name).length + start_token > max_positions
     ]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
 from pipeline.blocks.saturation import advance_probed_
 from pipeline.blocks.walk import BlockRunner, load_blocks
@@ -37,6 +37,7 @@ from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.streams import Stream, as_tensor
 from pipeline.runtime.unfinished import load_generation, save_generation
+from pipeline.text.windows import load_start_token, put_in_front
 from pipeline.training.losses import LOSSES
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
@@ -105,6 +106,9 @@ def finetune_blocks(
 ) -> list[dict[str, Any]]:
     """Train all blocks into `place.work`, continuing there if an earlier run with the same header was cut short.
 
+    Windows [N, T] and [M, T] are content alone; the start token that the quantized model reads in front of them, where
+    it reads one, stands there in every stream and counts like any other token.
+
     Returns:
         Per block: {"block", "validation_before", "validation_after", "best_epoch", "failure", "history",
         "changed_integers": share of the weights' integers that differ from the start's, "saturation"}.
@@ -113,7 +117,11 @@ def finetune_blocks(
     place.work.mkdir(parents=True, exist_ok=True)
     prefix_kv = load_prefix_kv(initial.folder, initial.stage)
     wanted = TARGETS[params.target]
-    windows = {"train": train[ranks.own(len(train))], "validation": validation[ranks.own(len(validation))]}
+    start_token = load_start_token(initial.folder / PREFIX, initial.stage)
+    windows = {
+        split: put_in_front(ids[ranks.own(len(ids))], start_token)
+        for split, ids in {"train": train, "validation": validation}.items()
+    }
     counts = {"train": len(train), "validation": len(validation)}
     start, saved = load_generation(place.work, place.header, ranks)
     if start:

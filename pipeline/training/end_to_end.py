@@ -17,6 +17,7 @@ from pipeline.blocks.quantized import block_settings, fill_block
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.runtime.streams import Stream
+from pipeline.text.windows import put_in_front
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place, run_differentiably
@@ -28,7 +29,13 @@ _STATE = "end-to-end.safetensors"
 
 @dataclass
 class ModelData:
-    """This rank's windows: embedded, and the original's hidden states behind its final norm; [N, T, D] both."""
+    """This rank's windows.
+
+    Attributes:
+        inputs: embedded, as the quantized model reads them: [N, T, D], or [N, T + 1, D] with a start token in front.
+        exact: [N, T, D], the original's hidden states behind its final norm, of content alone.
+        count: how many windows all ranks have together.
+    """
 
     inputs: Stream
     exact: Stream
@@ -82,7 +89,8 @@ class EndToEndTrainer(Trainer):
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
             hidden = run_differentiably(self.place.recompute, self.runner.run, self.blocks[index], hidden, own_prefix)
-        normed, exact = self.norm(hidden), data.exact[rows].to(self.device)
+        exact = data.exact[rows].to(self.device)
+        normed = self.norm(hidden[:, -exact.shape[1] :])
         return torch.stack(
             [
                 mean_divergence(ours, target, self.lm_head, self.exact_lm_head)
@@ -102,8 +110,14 @@ class EndToEndTrainer(Trainer):
 
 
 @torch.no_grad()
-def run_original(original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner) -> torch.Tensor:
-    """Hidden states [N, T, D] behind the original's final norm, without a prefix."""
-    hidden = walk(original, original.embed(token_ids), runner, "original")
+def run_original(
+    original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, start_token: int | None = None
+) -> torch.Tensor:
+    """Hidden states [N, T, D] of windows [N, T] behind the original's final norm, without a prefix.
+
+    `start_token` stands in front of each window, where there is one; its own states are left out.
+    """
+    hidden = walk(original, original.embed(put_in_front(token_ids, start_token)), runner, "original")
+    hidden = hidden[:, -token_ids.shape[1] :]
     original.apply_final_norm_(hidden)
     return hidden

@@ -17,6 +17,7 @@ from pipeline.blocks.quantized import block_settings, describe_blocks
 from pipeline.blocks.saturation import SATURATION, write_saturation
 from pipeline.models.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json, write_rows
+from pipeline.text.windows import put_in_front, unpack_start_token
 from pipeline.training.block_wise import Models, finetune_blocks
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.training.params import FinetuningParams
@@ -31,13 +32,20 @@ END_TO_END_LOSSES = "plots/end_to_end.json"
 
 
 def finetune(
-    models: Models, train: torch.Tensor, validation: torch.Tensor, params: FinetuningParams, place: Place, folder: Path
+    models: Models,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    params: FinetuningParams,
+    place: Place,
+    folder: Path,
+    start_token: int | None = None,
 ) -> dict[str, Any]:
     """From a quantized checkpoint to a better one.
 
     Args:
-        train, validation: all windows [N, T] and [M, T].
+        train, validation: all windows [N, T] and [M, T], content alone.
         folder: replaced by the checkpoint at the end.
+        start_token: what the original reads in front of each window, or None; the quantized checkpoint knows its own.
 
     Returns:
         The stage's metrics.
@@ -49,7 +57,8 @@ def finetune(
     finished = place.work
     if params.end_to_end.enabled:
         finished = place.work / "end_to_end"
-        outcome, kv = _finetune_end_to_end(models, prefix.get("kv"), train, validation, params, place, finished)
+        windows = {"train": train, "validation": validation}
+        outcome, kv = _finetune_end_to_end(models, prefix, windows, start_token, params, place, finished)
         prefix |= {} if kv is None else {"kv": kv}
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
@@ -62,21 +71,22 @@ def finetune(
 
 def _finetune_end_to_end(
     models: Models,
-    prefix_kv: torch.Tensor | None,
-    train: torch.Tensor,
-    validation: torch.Tensor,
+    prefix: dict[str, torch.Tensor],
+    windows: dict[str, torch.Tensor],
+    start_token: int | None,
     params: FinetuningParams,
     place: Place,
     finished: Path,
 ) -> tuple[Outcome, torch.Tensor | None]:
     """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
     data = []
-    for name, windows in (("train", train), ("validation", validation)):
-        own = windows[place.ranks.own(len(windows))]
-        exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner))
-        embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(own))
-        data.append(ModelData(embedded, exact, len(windows)))
-    trainer = EndToEndTrainer(models.initial, models.original, prefix_kv, params.end_to_end, place)
+    for name, ids in windows.items():
+        own = ids[place.ranks.own(len(ids))]
+        exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner, start_token))
+        read = put_in_front(own, unpack_start_token(prefix))
+        embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
+        data.append(ModelData(embedded, exact, len(ids)))
+    trainer = EndToEndTrainer(models.initial, models.original, prefix.get("kv"), params.end_to_end, place)
     outcome = trainer.train_(*data, params.seed)
     if outcome.failure:
         logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)
@@ -97,7 +107,7 @@ def assemble_checkpoint(
     """Put the finished blocks of `work` and what else `initial` consists of into `folder`, with losses for dvc plots.
 
     Args:
-        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0.
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0; start_token [1] where texts have one.
         report: {"blocks": of `finetune_blocks`, …}.
     """
     architecture = initial.architecture

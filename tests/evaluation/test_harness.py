@@ -145,6 +145,35 @@ def test_no_second_start_token_reaches_the_model(imported):
     assert PrefixedLM(pretrained=make_model("llama_tied"), tokenizer=tokenizer).prefix_token_id == 0
 
 
+@pytest.mark.parametrize("prefix", [[], [7, 9]])
+def test_texts_begin_with_the_start_token_where_windows_did(imported, tmp_path, prefix):
+    """An exported folder with no start token in its prefix: every request is read behind one, and behind one only."""
+    folder, evaluated, _ = make_export(imported, tmp_path, prefix=prefix, start_token=0)
+    lm = PrefixedLM(path=str(folder), batch_size=2)
+    assert lm.max_length == 256 - len(prefix)
+    encode = lambda text: lm.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+
+    @torch.no_grad()
+    def score(context, continuation):
+        log_p = evaluated(torch.tensor([[0, *context, *continuation]])).logits[0].log_softmax(-1)
+        part = log_p[len(context) : -1]
+        return part.gather(1, torch.tensor(continuation).unsqueeze(1)).sum().item()
+
+    rows = [("The house", " had stood"), (TEXT, " empty"), ("", TEXT), ("<s>The house", " had stood")]
+    found = [answer[0] for answer in ask(lm, "loglikelihood", *rows)]
+    expected = [score(encode(a.removeprefix("<s>")), encode(b)) for a, b in rows]
+    assert found == pytest.approx(expected, rel=1e-4)
+    until = {"until": ["</s>"], "max_gen_toks": 5, "do_sample": False}
+    texts = ask(lm, "generate_until", (TEXT, until), ("The house", until))
+    for text, prompt in zip(texts, (TEXT, "The house"), strict=True):
+        ids = torch.tensor([[0, *encode(prompt)]])
+        output = evaluated.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
+        assert text == lm.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    # lm-eval's own class does the same from the folder.
+    theirs = HFLM(pretrained=str(folder), batch_size=2, device="cpu")
+    assert [answer[0] for answer in ask(theirs, "loglikelihood", *rows)] == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_cannot_be_had_is_named_before_the_work_or_skipped(tmp_path):
     local_task(tmp_path, "colours")
     local_task(tmp_path, "gone")

@@ -5,9 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
+from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.evaluation import perplexity
 from pipeline.evaluation.perplexity import NonFiniteError, Original, QuantizerCountError, evaluate_windows, score_hidden
 from pipeline.runtime.artifacts import ArtifactError, make_header, save_tensors
+from pipeline.text.windows import put_in_front
 from tests.conftest import make_model, open_model
 
 
@@ -22,6 +24,45 @@ def original_of(checkpoint, runner, windows, path):
     _, tensors, _ = evaluate_windows(checkpoint, windows, runner, None, None)
     save_tensors(path, tensors, make_header("evaluation", {"variant": "original"}, {"checkpoint": checkpoint.header}))
     return Original(checkpoint, path)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gemma3_text"])
+def test_a_start_token_is_read_and_no_target(family, imported, token_ids):
+    """The original's loss is transformers' own on [start] + content, with content behind its first token as targets."""
+    checkpoint, runner = open_model(imported[family])
+    plain, *_ = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
+    metrics, tensors, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None, start_token=0)
+    model = make_model(family)
+    ids = put_in_front(token_ids, 0)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    with torch.no_grad():
+        loss = model(ids, labels=labels).loss.item()
+        states = model.model(ids).last_hidden_state[:, 1:]
+    assert metrics["perplexity"]["a"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert metrics["perplexity"]["a"] != pytest.approx(plain["perplexity"]["a"], rel=1e-3)
+    assert (tensors["hidden.a"] - states).abs().max() <= 1e-5 * states.abs().max()
+    assert torch.equal(tensors["token_ids.a"], token_ids)
+    assert metrics["settings"]["targets_per_window"] == plain["settings"]["targets_per_window"] == 23
+    assert plain["settings"]["special_tokens"] == "none added"
+    assert metrics["settings"]["special_tokens"] == "start token (id 0) in front of each window"
+
+
+def test_a_prefix_that_is_the_start_token_is_the_original_reading_it(imported, token_ids, tmp_path):
+    """Its windows have none of their own, and what is compared are the same positions of content."""
+    checkpoint, runner = open_model(imported["gemma3_text"])
+    windows = {"a": token_ids}
+    expected, tensors, _ = evaluate_windows(checkpoint, windows, runner, None, None, start_token=0)
+    header = make_header("evaluation", {"variant": "original"}, {"checkpoint": checkpoint.header})
+    save_tensors(tmp_path / "original.safetensors", tensors, header)
+    original = Original(checkpoint, tmp_path / "original.safetensors")
+    prefix_kv = compute_prefix_kv(checkpoint, checkpoint.embed(torch.tensor([0])), runner)
+    found, *_ = evaluate_windows(checkpoint, windows, runner, prefix_kv, original)
+    assert found["perplexity"]["a"] == pytest.approx(expected["perplexity"]["a"], rel=1e-5)
+    assert found["kl"]["a"] == pytest.approx(0, abs=1e-6)
+    assert found["top1_agreement"]["a"] == 1
+    doubled, *_ = evaluate_windows(checkpoint, windows, runner, prefix_kv, original, start_token=0)
+    assert doubled["kl"]["a"] > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3"])

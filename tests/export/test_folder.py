@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pipeline.hf
 from pipeline.blocks.prefix_kv import load_prefix_kv
-from pipeline.export.folder import drop_start_token_, export_model, parse_size, write_shards
+from pipeline.evaluation.perplexity import evaluate_model
+from pipeline.export.folder import export_model, parse_size, write_shards
 from pipeline.export.loading import check_folder, load, use_integers_
 from pipeline.export.packed_block import PackedLinear
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.export.transformers_quantizer import ExportError
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
-from tests.conftest import ROOT, open_model
-from tests.export.test_prefixed_model import QUANTIZERS, make_quantized
+from pipeline.text.start_token import find_added_token, set_start_token_
+from pipeline.text.windows import put_in_front
+from tests.conftest import ROOT, make_tokenizer, open_model
+from tests.export.test_prefixed_model import PREFIX, QUANTIZERS, make_quantized
 
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks into /proc")
 FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"]
@@ -39,7 +42,8 @@ def make_export(imported, folder, family="llama_tied", kind=None, max_shard_size
     header = make_header("export", {})
     place = imported[family], folder / "export"
     metrics = export_model(checkpoint, prefix, *place, max_shard_size, header, RESULTS)
-    return folder / "export", assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage)), metrics
+    kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
+    return folder / "export", assemble_model(checkpoint, kv, "cpu", options.get("start_token")), metrics
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -171,6 +175,52 @@ def test_unquantized_weights_and_no_prefix(imported, tmp_path):
     assert metrics["size_ratio"] > 0.5
 
 
+@pytest.mark.parametrize("prefix", [[], [7, 9]])
+@pytest.mark.parametrize("habit", [None, 0])
+@torch.no_grad()
+def test_the_folder_knows_that_texts_begin_with_a_start_token(imported, tmp_path, habit, prefix):
+    """Where the prefix does not end in it: the tokenizer puts it there, and windows of text have it in front."""
+    source = {"gemma2": tmp_path / "source"}
+    shutil.copytree(imported["gemma2"], source["gemma2"])
+    tokenizer = AutoTokenizer.from_pretrained(source["gemma2"])
+    if set_start_token_(tokenizer, habit):
+        tokenizer.save_pretrained(source["gemma2"])
+    folder, evaluated, _ = make_export(source, tmp_path, "gemma2", prefix=prefix, start_token=0, r1="identity")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["text_start_token_id"] == 0
+    assert config["prefix"] == {"tokens": len(prefix), "token_ids": prefix, "start_token_id": None}
+    model, tokenizer = load(folder)
+    plain = make_tokenizer()("The house")["input_ids"]
+    assert tokenizer("The house")["input_ids"] == [0, *plain]
+    assert (model.text_start_token_id, model.start_token_id) == (0, None)
+    assert "begins with the start token `<s>`" in (folder / "README.md").read_text()
+    windows = torch.randint(2, 320, (3, 20), generator=torch.Generator().manual_seed(8))
+    found, tensors, _ = evaluate_model(model, {"a": windows}, 2, None)
+    ids = put_in_front(windows, 0)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    assert found["perplexity"]["a"] == pytest.approx(evaluated(ids, labels=labels).loss.exp().item(), rel=1e-5)
+    assert tensors["hidden.a"].shape == (3, 20, 48)
+    assert found["settings"]["special_tokens"] == "start token (id 0) in front of each window"
+    # Saved by transformers and loaded again, it still does.
+    model.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").text_start_token_id == 0
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, []])
+def test_a_folder_whose_windows_had_no_start_token_has_a_tokenizer_that_adds_none(imported, tmp_path, prefix):
+    source = {"llama_tied": tmp_path / "source"}
+    shutil.copytree(imported["llama_tied"], source["llama_tied"])
+    tokenizer = AutoTokenizer.from_pretrained(source["llama_tied"])
+    set_start_token_(tokenizer, 0)
+    tokenizer.save_pretrained(source["llama_tied"])
+    folder, _, _ = make_export(source, tmp_path, prefix=prefix)
+    assert "text_start_token_id" not in json.loads((folder / "config.json").read_text())["quantization_config"]
+    model, tokenizer = load(folder)
+    assert model.text_start_token_id is None
+    assert find_added_token(tokenizer) is None
+
+
 def test_sizes_shards_and_what_is_in_the_folder(imported, tmp_path):
     folder, evaluated, metrics = make_export(imported, tmp_path, max_shard_size="10KB")
     shards = sorted(folder.glob("*.safetensors"))
@@ -212,7 +262,7 @@ def test_sizes_are_parsed():
 @pytest.mark.parametrize("template", [True, False])
 def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported, template):
     tokenizer = AutoTokenizer.from_pretrained(imported["llama_tied"])
-    assert not drop_start_token_(tokenizer)
+    assert not set_start_token_(tokenizer, None)
     plain = tokenizer("The house")["input_ids"]
     if template:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -221,7 +271,7 @@ def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported
     else:
         tokenizer.add_bos_token = True
     assert tokenizer("The house")["input_ids"] == [0, *plain]
-    assert drop_start_token_(tokenizer)
+    assert set_start_token_(tokenizer, None)
     assert tokenizer("The house")["input_ids"] == plain
 
 

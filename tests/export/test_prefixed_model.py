@@ -32,7 +32,7 @@ def prefixed(imported, family="llama_tied", continuous=False):
     return model, make_model(family), embeddings
 
 
-def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, **rotation):
+def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, start_token=None, **rotation):
     """A checkpoint as quantizer_init writes it, and a runner for it."""
     rotated, runner, _ = rotate(imported[family], folder / "rotation", **rotation)
     plain, _ = open_model(imported[family])
@@ -41,7 +41,8 @@ def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=P
     header = make_header("quantizer_init", {})
     params = init_params({"weights.rounding": "rtn"} | (changes or {}))
     place = folder / "work", folder / "quantized"
-    init_quantizers(rotated, (ids, plain.embed(ids)), windows, params, runner, *place, header)
+    both = ids, plain.embed(ids)
+    init_quantizers(rotated, both, windows, params, runner, *place, header, start_token=start_token)
     return Checkpoint(folder / "quantized", "quantizer_init"), runner
 
 

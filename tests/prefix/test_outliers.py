@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.prefix import search
 from pipeline.prefix.outliers import LayerOutliers, describe_outliers, outlier_ratios, token_maxima
-from pipeline.prefix.search import choose_prefix, choose_start_token, measure_outliers, search_prefix
+from pipeline.prefix.search import choose_prefix, measure_outliers, search_prefix
+from pipeline.text.start_token import choose_start_token
+from pipeline.text.windows import put_in_front
 from tests.conftest import open_model
 
 
@@ -95,6 +98,21 @@ def test_a_planted_outlier_token_is_found_and_prefixed(site, imported, token_ids
     assert layers[1].content == Counter({42: 3})
     assert layers[1].positions == Counter({10: 3})
     assert choose_prefix(layers, 0, False) == [42, 0]
+
+
+def test_windows_are_searched_with_the_start_token_and_judged_behind_a_prefix_without(imported, token_ids, monkeypatch):
+    checkpoint, runner = open_model(imported["llama_tied"], batch_size=3)
+    read = []
+    measure = search.measure_outliers
+    monkeypatch.setattr(search, "measure_outliers", lambda *a, **o: (read.append(a[1]), measure(*a, **o))[1])
+    token_ids = token_ids.clamp_min(1)
+    found = search_prefix(checkpoint, token_ids, runner, "block_output", 1.05, False, window_start=0)
+    assert found.token_ids[-1] == 0
+    assert 0 not in found.token_ids[:-1]
+    before, after = read
+    assert torch.equal(before, put_in_front(token_ids, 0))
+    assert torch.equal(after, token_ids)
+    assert checkpoint.tokenizer.decode([0]) not in [row["text"] for row in found.report["layers"][0]["tokens"]]
 
 
 def test_no_outliers_give_an_empty_prefix_that_says_so(imported, token_ids):

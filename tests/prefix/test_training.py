@@ -17,6 +17,7 @@ from pipeline.prefix.training import cosine, discretise, initial_embeddings, mak
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.streams import Offload
+from pipeline.text.windows import put_in_front
 from pipeline.training.place import Place
 from tests.blocks.test_walk import walked_logits
 from tests.conftest import ROOT, make_model, open_model
@@ -200,6 +201,23 @@ def test_kl_is_the_divergence_from_the_original_without_a_prefix(imported, windo
         embedded = torch.cat((prefix.expand(4, -1, -1), original.model.embed_tokens(windows[0])), dim=1)
         ours = original(inputs_embeds=embedded).logits[:, 2:].log_softmax(-1)
     assert found.item() == pytest.approx((exact.exp() * (exact - ours)).sum(-1).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("behind", [None, 0])
+def test_kl_compares_content_with_the_original_reading_a_start_token(behind, imported, windows):
+    """A prefix that is the start token computes the same; with a second one behind it, it does not."""
+    checkpoint, runner, prefix, params = setup(imported, count=1, weights={"kl": 1.0}, simulate=False)
+    model = FrozenModel(checkpoint, runner, params)
+    exact = model.run_original(windows[0], start_token=0)
+    assert exact.shape == (4, 12, 48)
+    found = model.losses(prefix, put_in_front(windows[0], behind), exact)["kl"].item()
+    original = make_model("llama_tied")
+    with torch.no_grad():
+        p = original(put_in_front(windows[0], 0)).logits[:, 1:].log_softmax(-1)
+        doubled = put_in_front(put_in_front(windows[0], 0), behind)
+        q = original(doubled).logits[:, -12:].log_softmax(-1)
+    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+    assert (found > 1e-3) == (behind == 0)
 
 
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])
@@ -409,6 +427,25 @@ def test_disabled_training_passes_the_found_prefix_on(imported, windows, tmp_pat
         assert candidates.tensors.keys() == {"found.token_ids", "found.embeddings"}
         assert torch.equal(candidates.tensors["found.embeddings"], found["embeddings"])
         assert candidates.summary() == {"enabled": False, "prefix_tokens": len(ids)}
+
+
+@pytest.mark.parametrize(("found", "expected"), [([7, 0], [0, None]), ([], [0, 0])])
+def test_windows_behind_the_trained_prefix_have_a_start_token_where_it_was_not_begun_from_one(
+    found, expected, imported, windows, tmp_path, monkeypatch
+):
+    checkpoint, runner, _, params = setup(imported, length=3, epochs=1)
+    starts, read = [], []
+    train, measure = prefix_training.train_prefix, prefix_training.measure_outliers
+    monkeypatch.setattr(prefix_training, "train_prefix", lambda *a: (starts.extend(a[-2:]), train(*a))[1])
+    monkeypatch.setattr(prefix_training, "measure_outliers", lambda *a: (read.append(a[1]), measure(*a))[1])
+    ids = torch.tensor(found, dtype=torch.int64)
+    place = Place(runner, Offload(None), tmp_path, HEADER)
+    tensors = {"token_ids": ids, "embeddings": checkpoint.embed(ids)}
+    candidates = make_candidates(checkpoint, tensors, *windows, params, place, 0)
+    assert starts == expected
+    none, own, trained, discretised = (len(ids[0]) - 12 for ids in read)
+    assert (none, own, trained) == (1, int(not found), int(not found))
+    assert discretised == (candidates.tensors["discretised.token_ids"][-1].item() != 0)
 
 
 def test_candidates_and_their_report(imported, windows, tmp_path):

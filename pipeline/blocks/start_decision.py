@@ -1,0 +1,115 @@
+"""Whether a start token belongs in front of every window: as `calibration.start_token` says, or as is found out.
+
+`auto` follows what the model was trained on. The model itself is the judge: its loss on a few windows with and without
+the start token in front, on the same targets. Where one of them is lower beyond doubt, it is taken; otherwise what is
+usual: the tokenizer's own habit, and in families that lm-eval never asks without one, a start token. A model that was
+trained with one loses a nat and more without it (Gemma 3 270M: perplexity 36 instead of 13); one that was trained
+without cares little (SmolLM2-135M: 0.02 nats) or is worse off with it (Qwen2.5-0.5B: 0.3 nats).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.blocks.walk import BlockRunner, load_blocks
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.progress import show_progress
+from pipeline.text.start_token import choose_start_token, find_added_token
+from pipeline.text.windows import put_in_front
+
+_WINDOWS, _LENGTH = 4, 256  # of those at hand
+# A clear difference is of more standard errors (with one, four windows would take chance for it one time in five) and
+# of more nats: a token more to attend to may be worth a little, whatever a model was trained on.
+_CLEAR_ERRORS, _CLEAR_NATS = 2.0, 0.05
+_FAMILIES = ("gemma",)  # what model types begin with
+
+
+class StartTokenError(PipelineError):
+    """There is no such token."""
+
+
+@dataclass(frozen=True)
+class StartDecision:
+    """What stands in front of every window.
+
+    Attributes:
+        token: its id, or None.
+        why: in words.
+        measured: mean losses in nats without and with it, and the standard error of their difference where there is
+            one; {} where nothing was measured.
+    """
+
+    token: int | None
+    why: str
+    measured: dict[str, float]
+
+    def summary(self) -> dict[str, object]:
+        return {"id": self.token, "why": self.why} | self.measured
+
+
+def decide_start_token(
+    mode: str, checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner
+) -> StartDecision:
+    """The start token of every window.
+
+    Args:
+        mode: auto | never | always.
+        checkpoint: the original model.
+        token_ids: windows [N, T] of content, the first few of which are measured on.
+
+    Raises:
+        StartTokenError: `always`, and the tokenizer has no start token.
+    """
+    token, name = choose_start_token(checkpoint)
+    if mode == "always" and token is None:
+        raise StartTokenError("calibration.start_token='always': the tokenizer has neither BOS nor EOS; use auto")
+    if mode == "never" or token is None:
+        return StartDecision(None, "never" if mode == "never" else f"auto: {name}", {})
+    if mode == "always":
+        return StartDecision(token, f"always: {name}", {})
+    habit = find_added_token(checkpoint.tokenizer) == token
+    usual = habit or checkpoint.config.model_type.startswith(_FAMILIES)
+    custom = "the tokenizer puts it there" if habit else "usual in this family" if usual else "the tokenizer adds none"
+    content = token_ids[:_WINDOWS, :_LENGTH]
+    without, with_token = measure_losses(checkpoint, content, runner, token)
+    change = with_token - without
+    error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.inf
+    clear = abs(change.mean().item()) > max(_CLEAR_ERRORS * error, _CLEAR_NATS)
+    wanted = change.mean().item() < 0 if clear else usual
+    losses = {"loss_without": without.mean().item(), "loss_with": with_token.mean().item(), "standard_error": error}
+    measured = {name: round(value, 4) for name, value in losses.items() if math.isfinite(value)}
+    judged = "lower" if clear and wanted else "higher" if clear else "no clear difference"
+    why = f"auto: loss with {name} {judged}, {custom}"
+    return StartDecision(token if wanted else None, why, measured)
+
+
+@torch.no_grad()
+def measure_losses(
+    checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, start_token: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss per target of each window [N, T] without and with the start token in front, in nats, [N] float64 both.
+
+    The targets are the same: the content behind its first token.
+    """
+    streams = [checkpoint.embed(put_in_front(token_ids, token)) for token in (None, start_token)]
+    blocks = load_blocks(checkpoint, runner.device)
+    for _ in show_progress(range(checkpoint.block_count), checkpoint.block_count, "with and without a start token"):
+        block = next(blocks)
+        for hidden in streams:
+            runner.advance_(block, hidden)
+        del block
+    lm_head = checkpoint.load_lm_head().to(runner.device)
+    losses = []
+    for hidden in streams:
+        checkpoint.apply_final_norm_(hidden)
+        own = hidden[:, -token_ids.shape[1] : -1]
+        pairs = zip(own, token_ids[:, 1:], strict=True)
+        means = [
+            nn.functional.cross_entropy(lm_head.logits(states.to(runner.device)), targets.to(runner.device))
+            for states, targets in pairs
+        ]
+        losses.append(torch.stack(means).double().cpu())
+    return losses[0], losses[1]
