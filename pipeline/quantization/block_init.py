@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
-from pipeline.models.architectures import Architecture
+from pipeline.models.architectures import Architecture, find_sliding_window
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.scale_search import (
@@ -184,10 +184,11 @@ class _Chooser:
             return activation_error(samples, candidate, weights)
         attention, kept = self.block.self_attn, self.statistics
         cap = getattr(attention, "attn_logit_softcapping", None)
+        window = find_sliding_window(self.runner.config, self.block)
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
         if site == "value":
             return attention_output_error(
-                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap
+                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap, window
             )
         if attention.key_quantizer.before_rope:
             prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[-2]
@@ -200,10 +201,12 @@ class _Chooser:
                 attention.scaling,
                 lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1],
                 cap,
+                window,
             )
         to_basis = attention.key_quantizer.to_basis
         prefix_keys = None if prefix_keys is None else to_basis(prefix_keys)
-        return attention_error(to_basis(kept.queries), samples, prefix_keys, candidate, attention.scaling, cap=cap)
+        queries = to_basis(kept.queries)
+        return attention_error(queries, samples, prefix_keys, candidate, attention.scaling, cap=cap, window=window)
 
     def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
         """One factor for all scales of a site, judged by the whole block's output."""

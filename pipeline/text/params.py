@@ -59,11 +59,12 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
     return problems
 
 
-def find_misfits(calibration: CalibrationParams, max_positions: int) -> list[str]:
-    """Windows longer than the model was made for: a line for each."""
+def find_misfits(calibration: CalibrationParams, max_positions: int, prefix_tokens: int) -> list[str]:
+    """Windows that with a prefix in front are longer than the model was made for: a line for each."""
+    allowed = max_positions - prefix_tokens
     return [
         f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
-        f"max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few positions too)"
+        f"max_position_embeddings={max_positions} less {prefix_tokens} for the prefix; use at most {allowed}"
         for name in SPLIT_GROUPS
-        if getattr(calibration, name).length > max_positions
+        if getattr(calibration, name).length > allowed
     ]
