@@ -1,5 +1,6 @@
 """Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -100,7 +101,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A random model whose norms and biases are random too: folding them wrongly must show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -114,9 +115,9 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
 
 @torch.no_grad()
 def read_pinned(model: torch.nn.Module, embedded: torch.Tensor, prefix: int = 0, real: torch.Tensor | None = None):
-    """transformers' own model (whole, or without lm_head) reads [prefix and text] at once, its masks written out by hand.
+    """transformers' own model, whole or without lm_head, reads prefix and text at once, its masks written out by hand.
 
-    Layers that slide see the prefix and W positions of text. `embedded` [B, prefix + T, D]; `real` [B, T] is 0 for padding.
+    Layers that slide see the prefix and W positions of text. `embedded` is [B, prefix + T, D], `real` [B, T] or all ones.
     """
     batch, total, _ = embedded.shape
     config, window = model.config, getattr(model.config, "sliding_window", None)

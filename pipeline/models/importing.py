@@ -61,8 +61,8 @@ def import_model(
         source, revision: see the module's docstring and params.yaml; `revision` counts for hub ids only.
         dtype: what floating-point tensors are cast to (once).
         folder: replaced as a whole when everything went well, untouched otherwise.
-        check_plan: called with {site: width}, the number of blocks, max_position_embeddings and the sliding window (None
-            where no layer slides) before any tensor is read; may raise.
+        check_plan: called with {site: width}, the number of blocks, max_position_embeddings and the sliding window (or
+            None) before any tensor is read; may raise.
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
