@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.evaluation.params import EvaluationParams
+from pipeline.export import params as export
 from pipeline.export.params import ExportParams
 from pipeline.models.params import PACKAGED_MODEL, ModelParams
 from pipeline.pictures.params import ActivationPlotsParams
@@ -76,7 +77,12 @@ def parse_params(raw: dict[str, Any], where: str = "params") -> Params:
     return params
 
 
-def check_against_model(params: Params, widths: dict[str, int], blocks: int, max_positions: int) -> None:
+_UNKNOWN_PREFIX = 8  # tokens to leave room for while the prefix is still to be found
+
+
+def check_against_model(
+    params: Params, widths: dict[str, int], blocks: int, max_positions: int, sliding_window: int | None = None
+) -> None:
     """Check what depends on the model.
 
     Args:
@@ -84,10 +90,12 @@ def check_against_model(params: Params, widths: dict[str, int], blocks: int, max
         widths: every quantizer site of a block -> the size of its last dimension.
         blocks: how many blocks the model has.
         max_positions: the longest sequence the model was made for.
+        sliding_window: of its layers that slide; None: none does.
 
     Raises:
         ParamsError: a group size does not divide a site's width, an override names a site or block that does not
-            exist or asks of a site what it cannot have, or windows are too long; all problems are listed.
+            exist or asks of a site what it cannot have, windows are too long with a prefix in front, or a format cannot
+            carry what the model needs; all problems are listed.
     """
     problems = quantization.find_misfits(params.quantizer_init, widths, blocks)
     named = {
@@ -98,9 +106,20 @@ def check_against_model(params: Params, widths: dict[str, int], blocks: int, max
         for index in indices or ():
             if index >= blocks:
                 problems.append(f"{key}={index}: the model has blocks 0 to {blocks - 1}; remove it")
-    problems += text.find_misfits(params.calibration, max_positions)
+    problems += text.find_misfits(params.calibration, max_positions, _longest_prefix(params))
+    problems += export.find_misfits(params.export.formats, sliding_window)
     if problems:
         raise ParamsError(list_problems("params", problems))
+
+
+def _longest_prefix(params: Params) -> int:
+    """How many positions the prefix takes at most, as far as params tell."""
+    lengths = [0]
+    if params.prefix.use != "none":
+        lengths.append(params.prefix.length or _UNKNOWN_PREFIX)
+    if params.prefix_training.enabled:
+        lengths.append(params.prefix_training.length or _UNKNOWN_PREFIX)
+    return max(lengths)
 
 
 def _contradictions(params: Params) -> list[str]:

@@ -44,7 +44,7 @@ def main(run: Run) -> None:
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
     logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)
     if decision.token is not None:
-        problems = find_misfits(calibration, checkpoint.config.max_position_embeddings, start_token=True)
+        problems = find_misfits(calibration, checkpoint.config.max_position_embeddings, in_front=1)
         if problems:
             raise ParamsError(list_problems("params", problems))
     with replacing_folder(CALIBRATION) as partial:

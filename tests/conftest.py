@@ -1,5 +1,6 @@
 """Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -49,25 +50,34 @@ ROPE_SCALING = {  # as Llama 3's
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+WINDOW = 28  # of families that slide
+SLIDING = ("mistral", "qwen2", "phi3", "gemma2", "gemma3_text")
 POST_NORMS = ("gemma2", "gemma3_text", "olmo2")  # no R1
 FAMILIES = {
     "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama_untied_biases": LlamaConfig(**SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama_odd_sizes": LlamaConfig(**SIZES | {"hidden_size": 52, "intermediate_size": 78}, head_dim=13 * 2),
-    "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=None),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-6),
+    "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(
+        **SIZES,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
+    ),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "llama_long_rope": LlamaConfig(**SIZES, rope_parameters=ROPE_SCALING),
-    "phi3": Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=None),
+    "phi3": Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=WINDOW),
     "gemma2": Gemma2Config(
         **SIZES,
         head_dim=16,
         query_pre_attn_scalar=20,
-        sliding_window=200,
+        sliding_window=WINDOW,
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
     ),
-    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=200, sliding_window_pattern=2),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=WINDOW, sliding_window_pattern=2),
     "olmo2": Olmo2Config(**SIZES),
 }
 PROSE = (ROOT / "tests" / "prose.txt").read_text(encoding="utf-8")
@@ -91,7 +101,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A random model whose norms and biases are random too: folding them wrongly must show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -101,6 +111,38 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
             else:
                 parameter.normal_(0, 0.15)
     return model
+
+
+@torch.no_grad()
+def read_pinned(model: torch.nn.Module, embedded: torch.Tensor, prefix: int = 0, real: torch.Tensor | None = None):
+    """transformers' own model, whole or without lm_head, reads prefix and text at once, its masks written out by hand.
+
+    Layers that slide see the prefix and W positions of text. `embedded` is [B, prefix + T, D], `real` [B, T] or all ones.
+    """
+    batch, total, _ = embedded.shape
+    config, window = model.config, getattr(model.config, "sliding_window", None)
+    model.set_attn_implementation("eager")
+    if real is None:
+        real = torch.ones(batch, total - prefix, dtype=torch.int64)
+    count = real.cumsum(-1)
+    hidden = torch.finfo(embedded.dtype).min
+    full = torch.full((batch, 1, total, total), hidden)
+    sliding = full.clone()
+    for row in range(batch):
+        for query in range(total):
+            for key in range(query + 1):
+                if key < prefix:
+                    full[row, 0, query, key] = sliding[row, 0, query, key] = 0
+                elif real[row, key - prefix]:
+                    full[row, 0, query, key] = 0
+                    if count[row, query - prefix] - count[row, key - prefix] < (window or total):
+                        sliding[row, 0, query, key] = 0
+    positions = torch.cat((torch.arange(prefix).expand(batch, -1), prefix + (count - 1).clamp_min(0)), dim=1)
+    if getattr(config, "layer_types", None):
+        mask = {"full_attention": full, "sliding_attention": sliding}
+    else:
+        mask = full if window is None else sliding
+    return model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,4 +1,7 @@
-"""The whole pipeline on a tiny model of every family: `pytest -m families -v` lists family by check."""
+"""The whole pipeline on a tiny model of every family: `pytest -m families -v` lists family by check.
+
+All windows are longer than what layers that slide see.
+"""
 
 import shutil
 
@@ -10,7 +13,17 @@ from pipeline.export.prefixed_model import assemble_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.windows import load_windows
-from tests.conftest import FAMILIES, POST_NORMS, ROOT, SIZES, read_json, tiny_params, write_params
+from tests.conftest import (
+    FAMILIES,
+    POST_NORMS,
+    ROOT,
+    SIZES,
+    WINDOW,
+    read_json,
+    read_pinned,
+    tiny_params,
+    write_params,
+)
 from tests.test_stages import ALL, run
 
 pytestmark = pytest.mark.families
@@ -37,6 +50,8 @@ def family(request, model_folders, tmp_path_factory):
     params["calibration"]["start_token"] = "always" if request.param.startswith("gemma") else "never"
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["finetuning"]["end_to_end"]["epochs"] = 1
+    lengths = [params["calibration"][split]["length"] for split in ("search", "train", "validation", "evaluation")]
+    assert min(lengths) > WINDOW
     write_params(folder, params)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -87,8 +102,9 @@ def test_prefixed_is_the_original_reading_the_prefix(family):
     prefix = torch.tensor(read_json(folder / "metrics/prefix_search.json")["prefix_token_ids"])
     assert len(prefix) > 1
     ids = found["token_ids.prose"]
-    whole = torch.cat((prefix.expand(len(ids), -1), ids), dim=1)
-    assert differ(found["hidden.prose"], original.model(whole).last_hidden_state[:, len(prefix) :]) <= 1e-5
+    embedded = original.model.embed_tokens(torch.cat((prefix.expand(len(ids), -1), ids), dim=1))
+    whole = read_pinned(original.model, embedded, len(prefix)).last_hidden_state
+    assert differ(found["hidden.prose"], whole[:, len(prefix) :]) <= 1e-5
 
 
 def test_loaded_is_what_was_evaluated(family):

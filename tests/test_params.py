@@ -110,6 +110,40 @@ def test_windows_longer_than_the_model_are_listed():
     with pytest.raises(ParamsError, match=r"evaluation\.length=4096 exceeds .*max_position_embeddings=2048"):
         check_against_model(params, {}, 4, 2048)
     check_against_model(params, {}, 4, 8192)
+    check_against_model(params, {}, 4, 8192, sliding_window=512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "room"),
+    [
+        ({}, 8),  # found, of any length
+        ({"prefix.length": 3}, 3),
+        ({"prefix.use": "none"}, 0),
+        ({"prefix.use": "none", "prefix_training.enabled": True, "prefix_training.length": 12}, 12),
+        ({"prefix.use": "trained", "prefix_training.enabled": True, "prefix_training.length": None}, 8),
+    ],
+)
+def test_windows_leave_room_for_the_prefix(changes, room):
+    for excess in (0, 1):
+        raw = changed("calibration.evaluation.length", 2048 - room + excess)
+        for dotted, value in changes.items():
+            group, key = dotted.split(".")
+            raw[group][key] = value
+        if not excess:
+            check_against_model(parse_params(raw), {}, 4, 2048)
+            continue
+        message = rf"1 problem\s+.*evaluation\.length={2049 - room} .*=2048 less {room} for .*at most {2048 - room}"
+        with pytest.raises(ParamsError, match=message):
+            check_against_model(parse_params(raw), {}, 4, 2048)
+
+
+def test_an_adapter_of_a_model_that_slides_is_refused_at_once():
+    raw = changed("export.formats", ["compressed-tensors", "peft"])
+    raw["rotation"]["r4"] = "identity"
+    params = parse_params(raw)
+    check_against_model(params, {}, 4, 2048)
+    with pytest.raises(ParamsError, match=r"export\.formats: .*\(sliding_window=512\).*remove peft"):
+        check_against_model(params, {}, 4, 2048, 512)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 Its lengths count the prefix while the model runs, so that masks and positions do; to everybody else (`generate`, which
 cuts what it has read off its input by them) a whole model's cache counts the text alone.
 
+In blocks that slide the prefix stays, and of the text only what the next token can see (`SlidingLayer`).
+
 The prefix is never quantized: its keys and values are computed once by the full-precision model and put in front of
 every sequence. R3, the online rotation of queries and keys, cancels in q·k; all it does is change what the key
 quantizer sees. So it lives here, wholly inside the key's quantizer: rotate, quantize, rotate back. Queries and prefix
@@ -24,6 +26,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
 
+from pipeline.blocks.sliding import find_first_visible
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
@@ -147,6 +150,64 @@ class PrefixLayer(DynamicLayer):
         return super().get_seq_length()
 
 
+class SlidingLayer(PrefixLayer):
+    """The cache of a block that slides: the prefix, and of the text what the next token can see; lengths count all.
+
+    Attributes:
+        window: positions of text a position sees, its own included.
+        dropped: how many positions of text, from its beginning on, are gone.
+        first_visible: of the text, the first position to be kept at the next `update`.
+        record_past: nothing is dropped until the next `PrefixCache.crop`, so that `generate` can take tokens back.
+    """
+
+    is_sliding = True
+
+    def __init__(
+        self,
+        window: int,
+        prefix_kv: torch.Tensor | None = None,
+        key_quantizer: nn.Module | None = None,
+        value_quantizer: nn.Module | None = None,
+    ) -> None:
+        super().__init__(prefix_kv, key_quantizer, value_quantizer)
+        self.window = window
+        self.dropped = self.first_visible = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that the new tokens can see; what is kept is what the next one can."""
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past:
+            self.drop_(self.first_visible)
+        return seen
+
+    def drop_(self, first: int) -> None:
+        """Forget the text in front of position `first`."""
+        prefix = 0 if self.prefix_kv is None else self.prefix_kv.shape[-2]
+        start = prefix + first - self.dropped
+        if start > prefix:
+            self.keys, self.values = (
+                torch.cat((states[..., :prefix, :], states[..., start:, :]), dim=-2)
+                for states in (self.keys, self.values)
+            )
+            self.dropped = first
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + self.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length)[0] - self.dropped, self.dropped
+
+    def reset(self) -> None:
+        super().reset()
+        self.dropped = self.first_visible = 0
+
+
 class PrefixCache(Cache):
     """The cache of a whole model: a `PrefixLayer` per block."""
 
@@ -155,6 +216,39 @@ class PrefixCache(Cache):
         prefix_kv = layers[0].prefix_kv
         self.prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
         self._hidden_tokens = self.prefix_tokens
+        self._sliding = [layer for layer in layers if isinstance(layer, SlidingLayer)]
+        self._text_mask: torch.Tensor | None = None
+
+    @property
+    def dropped(self) -> int:
+        """How many positions of text the blocks that slide have forgotten."""
+        return self._sliding[0].dropped if self._sliding else 0
+
+    def expect_(self, length: int, text_mask: torch.Tensor | None) -> None:
+        """Before a call behind which the text has `length` tokens, those of padding 0 in text_mask [B, length]."""
+        if self._sliding:
+            self._text_mask = text_mask
+            first = find_first_visible(self._sliding[0].window, length, text_mask)
+            for layer in self._sliding:
+                layer.first_visible = first
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens. Raises ValueError where what the next one sees is gone."""
+        if not self._sliding or not self._sliding[0].is_initialized:
+            super().crop(tokens_to_remove)
+            return
+        window, length = self._sliding[0].window, self.get_seq_length() + tokens_to_remove
+        mask = None if self._text_mask is None else self._text_mask[:, :length]
+        first = find_first_visible(window, length, mask)
+        if first < self.dropped:
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back: blocks with sliding_window={window} keep only what "
+                "the next token sees; call activate_past_recording() on the cache first"
+            )
+        super().crop(tokens_to_remove)
+        self._text_mask = mask
+        for layer in self._sliding:
+            layer.drop_(first)
 
     @contextmanager
     def counting_prefix(self) -> Iterator[None]:
@@ -169,14 +263,18 @@ class PrefixCache(Cache):
         return super().get_seq_length(layer_idx) - self._hidden_tokens
 
 
-def make_layer(block: nn.Module, prefix_kv: torch.Tensor | None) -> PrefixLayer:
-    """The cache of one block, with its share of the prefix [2, heads, P, d] and the quantizers the block carries."""
+def make_layer(block: nn.Module, prefix_kv: torch.Tensor | None, window: int | None = None) -> PrefixLayer:
+    """The cache of one block, with its share of the prefix [2, heads, P, d] and the quantizers the block carries.
+
+    `window` is that of a block that slides; None keeps everything.
+    """
     attention = block.self_attn
     keys = getattr(attention, "key_quantizer", None)
     keys = None if keys is None or keys.before_rope else keys
-    return PrefixLayer(prefix_kv, keys, getattr(attention, "value_quantizer", None))
+    quantizers = keys, getattr(attention, "value_quantizer", None)
+    return PrefixLayer(prefix_kv, *quantizers) if window is None else SlidingLayer(window, prefix_kv, *quantizers)
 
 
 def make_block_cache(block: nn.Module, prefix_kv: torch.Tensor | None) -> Cache:
-    """A one-layer cache for a single decoder layer (its `layer_idx` is 0)."""
+    """A one-layer cache for one call of a single decoder layer (its `layer_idx` is 0)."""
     return Cache(layers=[make_layer(block, prefix_kv)])

@@ -6,7 +6,8 @@
         runner.advance_(block, hidden, prefix_kv[index])     # now before block index + 1
 
 Walking equals the model's own forward: the block is the model's own layer, the mask and the rotary embedding are built
-by the model's own code from the cache's length, so that a prefix in the cache is counted by both.
+by the model's own code from the cache's length, so that a prefix in the cache is counted by both. In blocks that slide
+the prefix stays in sight (`sliding.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from transformers.masking_utils import create_causal_mask
 from pipeline.blocks.kv_cache import make_block_cache
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import load_block
-from pipeline.models.architectures import check_window
+from pipeline.blocks.sliding import make_sliding_mask
+from pipeline.models.architectures import check_window, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.streams import Stream
@@ -35,23 +37,26 @@ class BlockRunner:
         self._rotary = checkpoint.build_rotary_embedding().to(device)
         self._prepared: dict[tuple, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None, pinned: int = 0
+    ) -> torch.Tensor:
         """One batch through one block.
 
         Args:
             block: a decoder layer from `load_block`, on the runner's device.
             hidden: [B, T, D] before the block, on the runner's device.
             prefix_kv: [2, heads, P, d], the prefix's keys and values in this block, or None.
+            pinned: how many positions of `hidden` are a prefix that stays in sight where the block slides.
 
         Returns:
             [B, T, D] after the block.
         """
-        return self._run(block, hidden, make_block_cache(block, prefix_kv))
+        return self._run(block, hidden, make_block_cache(block, prefix_kv), pinned)
 
     def run_prefix(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefix itself, [1, P, D], through one block: its outputs, and its keys and values [2, heads, P, d]."""
         cache = make_block_cache(block, None)
-        hidden = self._run(block, hidden, cache)
+        hidden = self._run(block, hidden, cache, pinned=hidden.shape[1])
         return hidden, torch.stack((cache.layers[0].keys[0], cache.layers[0].values[0]))
 
     def run_with_kv(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,8 +65,8 @@ class BlockRunner:
         hidden = self._run(block, hidden, cache)
         return hidden, cache.layers[0].keys, cache.layers[0].values
 
-    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
-        mask, positions = self._prepare(block, hidden, cache)
+    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int = 0) -> torch.Tensor:
+        mask, positions = self._prepare(block, hidden, cache, pinned)
         return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
 
     @torch.no_grad()
@@ -97,22 +102,28 @@ class BlockRunner:
         return kind if kind in self.config.rope_parameters else None
 
     def _prepare(
-        self, block: nn.Module, hidden: torch.Tensor, cache: Cache
+        self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
         """Mask and rotary tables for a batch's shape; the same in every block of a kind, hence kept."""
         batch, length, _ = hidden.shape
         prefix = cache.get_seq_length()
-        key = (batch, length, prefix, self._rope_kind(block))
+        window = find_sliding_window(self.config, block)
+        if window is not None and length - pinned <= window:
+            window = None  # nothing is out of sight
+        key = (batch, length, prefix, self._rope_kind(block), window, pinned if window else 0)
         if key not in self._prepared:
             check_window(self.config, prefix + length)
-            position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
+            if window is None:
+                position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
+                mask = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                )
+            else:
+                mask = make_sliding_mask(self.config, window, hidden, prefix + pinned, past=prefix)
             self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)
         return self._prepared[key]
 

@@ -18,6 +18,8 @@ import torch
 
 from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, block_settings, find_site_quantizers, load_block
 from pipeline.export.folder import parse_size, save_tokenizer, write_shards
+from pipeline.export.params import find_misfits
+from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
 from pipeline.numerics.packing import pack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
@@ -99,6 +101,8 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
         return {}
     described = [block_settings(checkpoint, index) for index in range(checkpoint.block_count)]
     problems = _find_obstacles(checkpoint, described)
+    window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)
+    problems += find_misfits(formats, window)
     lost = {"activations": _lost_activations(checkpoint, described)}
     lost |= {what: _lost_cache(described, what) for what in ("keys", "values")}
     lost["prefix"] = "compressed-tensors has no place for it (formats may add peft)" if has_prefix else ""

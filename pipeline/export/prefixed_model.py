@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
 from pipeline.blocks.kv_cache import PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.saturation import SaturationProbe
+from pipeline.blocks.sliding import make_sliding_mask
 from pipeline.models.architectures import find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 
@@ -44,9 +46,10 @@ class PrefixedModel(PreTrainedModel):
 
     def make_cache(self) -> PrefixCache:
         """An empty cache, to be passed as `past_key_values`: the prefix, and quantizers for what follows."""
-        layers = self.model.layers
-        own: Any = [None] * len(layers) if self.prefix_kv is None else self.prefix_kv
-        return PrefixCache([make_layer(block, prefix_kv) for block, prefix_kv in zip(layers, own, strict=True)])
+        blocks = self.model.layers
+        own: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv
+        windows = [find_sliding_window(self.config, block) for block in blocks]
+        return PrefixCache([make_layer(*each) for each in zip(blocks, own, windows, strict=True)])
 
     def forward(
         self,
@@ -66,7 +69,8 @@ class PrefixedModel(PreTrainedModel):
             past_key_values: None, or what an earlier call returned, or `make_cache()`.
 
         Raises:
-            ValueError: a cache of another kind, or a mask that is not [B, past + T].
+            ValueError: a cache of another kind, a mask that is not [B, past + T], or attention kernels that cannot keep
+                the prefix in sight where blocks slide.
         """
         cache = self.make_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, PrefixCache):
@@ -86,14 +90,12 @@ class PrefixedModel(PreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
         if past == 0 and input_ids is not None:
             self._warn_of_second_start(input_ids, attention_mask)
-        if prefix:
-            self._warn_of_sliding(prefix + past, length)
+        cache.expect_(past + length, attention_mask)
         if position_ids is not None:
             position_ids = position_ids + prefix
-        if attention_mask is not None:
-            seen = attention_mask.new_ones(len(attention_mask), prefix)
-            attention_mask = torch.cat((seen, attention_mask), dim=1)
         with cache.counting_prefix():
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            attention_mask = self._make_mask(shape, attention_mask, cache)
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -118,16 +120,24 @@ class PrefixedModel(PreTrainedModel):
             kwargs["past_key_values"] = self.make_cache()
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def _warn_of_sliding(self, past: int, length: int) -> None:
-        """Warn when the first of `length` positions behind `past` is added that some layers see without the prefix."""
-        sliding = find_sliding_window(self.config)
-        if sliding and past <= sliding < past + length:
-            logger.warning(
-                "position %d is beyond sliding_window=%d (prefix included): in layers that slide what follows does not "
-                "see the prefix, and outliers can come back; keep texts shorter",
-                past + length,
-                sliding,
-            )
+    def _make_mask(
+        self, shape: tuple[int, int], text_mask: torch.Tensor | None, cache: PrefixCache
+    ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+        """The mask over prefix and text that the class's own forward takes for [B, T] new tokens.
+
+        Where blocks slide it is ready-made: its own would let the prefix slide out of sight.
+        """
+        prefix, whole = cache.prefix_tokens, text_mask
+        if text_mask is not None:
+            whole = torch.cat((text_mask.new_ones(len(text_mask), prefix), text_mask), dim=1)
+        if not prefix or not any(cache.is_sliding):
+            return whole
+        like, past = self.get_input_embeddings().weight.new_empty(*shape, 0), cache.get_seq_length()
+        window = self.config.sliding_window
+        sliding = make_sliding_mask(self.config, window, like, prefix, past, cache.dropped, text_mask)
+        if find_architecture(self.config).slides_throughout:
+            return sliding
+        return {"full_attention": create_causal_mask(self.config, like, whole, cache), "sliding_attention": sliding}
 
     def _warn_of_second_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if self.start_token_id is None or input_ids.shape[1] == 0:

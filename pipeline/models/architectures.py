@@ -4,7 +4,7 @@ A family is listed when its decoder layers have the Llama shape: separate q/k/v 
 both, behind both, or both. Names below are those of the checkpoint's tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Architecture:
         value: the linear whose per-head output R2 rotates.
         kernel: transformers' attention implementation; eager where scores are capped, which the others do not do.
         heads_first: k_norm sees keys [B, heads, T, d], not [B, T, …].
+        slides_throughout: `sliding_window` counts in every block, not in those of config.layer_types alone.
         block_prefix, embedding, final_norm, lm_head: where things are in the checkpoint.
     """
 
@@ -43,6 +44,7 @@ class Architecture:
     value: str = "self_attn.v_proj"
     kernel: str = "sdpa"
     heads_first: bool = False
+    slides_throughout: bool = False
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -118,7 +120,7 @@ _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "mistral": Architecture(slides_throughout=True),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma2": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, kernel="eager"),
@@ -147,26 +149,26 @@ def find_logit_cap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
-def find_sliding_window(config: Any) -> int | None:
-    """How many positions, its own included, a token sees in the layers that see least; None: all of them."""
-    layer_types = getattr(config, "layer_types", None) or []
-    sliding = getattr(config, "sliding_window", None)
-    return sliding if "sliding_attention" in layer_types or not layer_types else None
+def find_sliding_window(config: Any, block: nn.Module) -> int | None:
+    """How many positions of text, its own included, a position sees in a decoder layer; None: all of them."""
+    if find_architecture(config).slides_throughout:
+        return config.sliding_window
+    return getattr(block.self_attn, "sliding_window", None)
+
+
+def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | None:
+    """The least `find_sliding_window` of a model's decoder layers; None: none of them slides."""
+    windows = (find_sliding_window(config, block) for block in blocks)
+    return min((window for window in windows if window is not None), default=None)
 
 
 def check_window(config: Any, positions: int) -> None:
-    """Refuse windows that a sliding attention window or the position range would cut, prefix included.
+    """Refuse windows that go beyond the position range, prefix included.
 
     Args:
         config: a transformers config.
         positions: prefix tokens + window length.
     """
-    sliding = find_sliding_window(config)
-    if sliding and positions > sliding:
-        raise UnsupportedModelError(
-            f"{positions} positions (prefix + window) exceed sliding_window={sliding} of this model, and the prefix "
-            f"would slide out of sight; use windows of at most {sliding} tokens less the prefix"
-        )
     if positions > config.max_position_embeddings:
         raise UnsupportedModelError(
             f"{positions} positions (prefix + window) exceed max_position_embeddings={config.max_position_embeddings}"

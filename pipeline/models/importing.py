@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.architectures import find_architecture
+from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import CONFIG_KEY, INDEX, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.fused_projections import take_apart
 from pipeline.runtime.artifacts import replacing_folder
@@ -53,7 +53,7 @@ def import_model(
     revision: str | None,
     dtype: torch.dtype,
     folder: Path,
-    check_plan: Callable[[dict[str, int], int, int], None] = lambda widths, blocks, max_positions: None,
+    check_plan: Callable[[dict[str, int], int, int, int | None], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Write `source` to `folder` as a checkpoint of one shard per block.
 
@@ -61,8 +61,8 @@ def import_model(
         source, revision: see the module's docstring and params.yaml; `revision` counts for hub ids only.
         dtype: what floating-point tensors are cast to (once).
         folder: replaced as a whole when everything went well, untouched otherwise.
-        check_plan: called with {site: width}, the number of blocks and max_position_embeddings before any tensor is
-            read; may raise.
+        check_plan: called with {site: width}, the number of blocks, max_position_embeddings and the sliding window (or
+            None) before any tensor is read; may raise.
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
@@ -79,8 +79,9 @@ def import_model(
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
         _check_names(source, set(expected), present, optional=architecture.lm_head)
-        widths = architecture.site_widths(skeleton.model.layers[0])
-        check_plan(widths, config.num_hidden_layers, config.max_position_embeddings)
+        layers = skeleton.model.layers
+        widths, window = architecture.site_widths(layers[0]), find_narrowest_window(config, layers)
+        check_plan(widths, config.num_hidden_layers, config.max_position_embeddings, window)
 
         def read(name: str) -> torch.Tensor:
             return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
-from pipeline.models.architectures import Architecture
+from pipeline.models.architectures import Architecture, find_sliding_window
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.scale_search import (
@@ -185,10 +185,11 @@ class _Chooser:
             return activation_error(samples, candidate, weights)
         attention, kept = self.block.self_attn, self.statistics
         cap = getattr(attention, "attn_logit_softcapping", None)
+        window = find_sliding_window(self.runner.config, self.block)
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
         if site == "value":
             return attention_output_error(
-                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap
+                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap, window
             )
         keys, prefix_tokens = attention.key_quantizer, 0 if prefix_keys is None else prefix_keys.shape[-2]
         tables = functools.partial(self.runner.rotary_tables, self.block, kept.inputs, prefix_tokens)
@@ -202,6 +203,7 @@ class _Chooser:
                 attention.scaling,
                 lambda own: apply_rotary_pos_emb(own, own, cos, sin)[1],
                 cap,
+                window,
             )
         constant = torch.zeros((), device=samples.device)
         if keys.mean_taken_out:
@@ -215,6 +217,7 @@ class _Chooser:
             attention.scaling,
             lambda varying: varying + constant,
             cap,
+            window,
         )
 
     def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:

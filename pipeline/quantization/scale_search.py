@@ -6,7 +6,7 @@ alone. `range:` in params.yaml names what each kind of quantizer is judged by:
     tensor   the squared error of the quantized values themselves
     layer    weights: the layer's output, tr(E H E^T) with E the weight error and H = X^T X / n, per group;
              activations: the outputs of all layers that read the site, e M e^T with M = sum of W^T W;
-             keys: the attention probabilities (causal mask and prefix keys included), per key head;
+             keys: the attention probabilities (causal or sliding mask and prefix keys included), per key head;
              values: the attention output, per head
     block    the block's output: the whole block is run for every factor (see `block_init.py`)
 
@@ -246,6 +246,7 @@ def attention_error(
     scaling: float,
     turn: Callable[[torch.Tensor], torch.Tensor] = lambda keys: keys,
     cap: float | None = None,
+    window: int | None = None,
 ) -> tuple[ErrorOf, torch.Tensor]:
     """The squared error of the attention probabilities per key head and group, and their energy.
 
@@ -256,8 +257,9 @@ def attention_error(
         scaling: what attention multiplies the scores by.
         turn: what happens to the keys between the quantizer and the scores: RoPE when they are quantized before it.
         cap: what the scores are softly kept within (Gemma 2), or None.
+        window: positions of text that a query sees, its own included, where the block slides, or None.
     """
-    attend = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap)
+    attend = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap, window)
     exact = attend(turn(keys))
     groups = candidate.shape[-1]
 
@@ -284,12 +286,14 @@ def attention_output_error(
     candidate: Candidate,
     scaling: float,
     cap: float | None = None,
+    window: int | None = None,
 ) -> tuple[ErrorOf, torch.Tensor]:
     """The squared error that quantized values make in the attention output, per value head and group, and its energy.
 
     Args: as in `attention_error`; keys exact, values [B, kv_heads, T, d]. The energy leaves out the prefix's values.
     """
-    probabilities = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap)(keys)[..., -keys.shape[2] :]
+    attend = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap, window)
+    probabilities = attend(keys)[..., -keys.shape[2] :]
 
     def energy(grouped: torch.Tensor) -> torch.Tensor:
         mixed = torch.einsum("bkats,bksd->bkatd", probabilities, grouped.flatten(-2))
@@ -299,7 +303,7 @@ def attention_output_error(
 
 
 class _Attention:
-    """Causal attention probabilities of some of the queries, [B, kv_heads, heads / kv_heads, t, P + T]."""
+    """Attention probabilities of some of the queries, [B, kv_heads, heads / kv_heads, t, P + T]; causal."""
 
     def __init__(
         self,
@@ -308,12 +312,14 @@ class _Attention:
         prefix_keys: torch.Tensor | None,
         scaling: float,
         cap: float | None = None,
+        window: int | None = None,
     ) -> None:
         length = queries.shape[2]
         rows = torch.arange(0, length, max(1, length // _QUERIES), device=queries.device)
         # Query heads that share a key head stand next to each other.
         self.queries = queries[:, :, rows].unflatten(1, (kv_heads, -1)) * scaling
-        self.hidden = torch.arange(length, device=queries.device) > rows.unsqueeze(1)  # [t, T]
+        distance = rows.unsqueeze(1) - torch.arange(length, device=queries.device)  # [t, T]
+        self.hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         self.cap = cap
         self.prefix_scores = None
         if prefix_keys is not None:

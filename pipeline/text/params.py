@@ -59,12 +59,12 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
     return problems
 
 
-def find_misfits(calibration: CalibrationParams, max_positions: int, start_token: bool = False) -> list[str]:
-    """Windows longer than the model was made for, with a start token in front of each if so: a line for each."""
+def find_misfits(calibration: CalibrationParams, max_positions: int, in_front: int) -> list[str]:
+    """Windows longer than the model was made for, behind a prefix and a start token of `in_front` tokens together."""
+    allowed = max_positions - in_front
     return [
-        f"calibration.{name}.length={getattr(calibration, name).length}{' and a start token' if start_token else ''} "
-        f"exceeds the model's max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few "
-        "positions too)"
+        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
+        f"max_position_embeddings={max_positions} less {in_front} for what stands in front; use at most {allowed}"
         for name in SPLIT_GROUPS
-        if getattr(calibration, name).length + start_token > max_positions
+        if getattr(calibration, name).length > allowed
     ]

@@ -68,10 +68,3 @@ def test_windows_beyond_the_position_range_are_refused(imported):
     checkpoint, runner = open_model(imported["llama_tied"])
     with pytest.raises(UnsupportedModelError, match=r"300 positions .* exceed max_position_embeddings=256"):
         walked_logits(checkpoint, runner, torch.zeros(1, 300, dtype=torch.int64))
-
-
-def test_windows_beyond_a_sliding_window_are_refused(imported):
-    checkpoint, runner = open_model(imported["mistral"])
-    checkpoint.config.sliding_window = 16
-    with pytest.raises(UnsupportedModelError, match=r"24 positions .* exceed sliding_window=16"):
-        walked_logits(checkpoint, runner, torch.zeros(1, 24, dtype=torch.int64))

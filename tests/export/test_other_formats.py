@@ -15,7 +15,7 @@ from pipeline.export.other_formats import FormatError, pack_words, plan_formats,
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.numerics.quantizer import integer_range
 from pipeline.runtime.artifacts import load_tensors, make_header
-from tests.conftest import read_json
+from tests.conftest import WINDOW, read_json
 from tests.export.test_folder import NEEDS_PROC, check_parts, collect_parts
 from tests.export.test_prefixed_model import make_quantized
 
@@ -98,7 +98,7 @@ def test_biases_that_correct_the_mean_error_of_weights_find_a_place_in_llama(imp
     assert (theirs(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "olmo2"])
 @torch.no_grad()
 def test_the_prefix_travels_as_an_adapter(imported, tmp_path, family):
     formats = ("compressed-tensors", "peft")
@@ -118,6 +118,12 @@ def test_the_prefix_travels_as_an_adapter(imported, tmp_path, family):
         "peft": (["prefix"], []),
     }
     assert AutoTokenizer.from_pretrained(folder / "compressed-tensors")("a")["input_ids"]
+
+
+def test_an_adapter_is_refused_where_its_prefix_would_slide(imported, tmp_path):
+    formats = ("compressed-tensors", "peft")
+    with pytest.raises(FormatError, match=rf"layers that slide \(sliding_window={WINDOW}\).*remove peft"):
+        write(imported, tmp_path, "gemma2", {"activations.bits": 8}, formats, prefix=(5, 9, 0))
 
 
 def test_every_folder_with_the_prefix_has_a_tokenizer_without_start_token(imported, tmp_path):

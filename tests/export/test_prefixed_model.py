@@ -217,18 +217,6 @@ def test_what_would_lose_the_prefix_is_refused(imported):
         model.generate(token_ids, cache_implementation="static")
 
 
-def test_a_prefix_that_slides_out_of_sight_is_warned_of_once(imported, caplog):
-    model, _, _ = prefixed(imported)
-    token_ids, prefix = torch.tensor(TEXTS[:1]), model.prefix_kv.shape[3]
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    model.config.sliding_window = prefix + token_ids.shape[1] + 2
-    with caplog.at_level(logging.WARNING):
-        model.generate(token_ids, max_new_tokens=3, do_sample=False, eos_token_id=None)  # the last one is not read
-        assert not caplog.records
-        model.generate(token_ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert [record.message.count("is beyond sliding_window=") for record in caplog.records] == [1]
-
-
 def test_a_second_start_token_is_warned_of_and_stripped(imported, caplog):
     model, _, _ = prefixed(imported)
     start = model.start_token_id

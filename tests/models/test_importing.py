@@ -12,7 +12,7 @@ from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.importing import ModelImportError, import_model
 from pipeline.runtime.artifacts import read_header
-from tests.conftest import FAMILIES, make_model
+from tests.conftest import FAMILIES, WINDOW, make_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,11 +190,11 @@ def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monk
 def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
 
-    def refuse(widths, blocks, max_positions):
-        assert (blocks, max_positions) == (3, 256)
+    def refuse(widths, blocks, max_positions, sliding_window):
+        assert (blocks, max_positions, sliding_window) == (3, 256, WINDOW)
         assert widths["down_proj"] == widths["mlp_hidden"] == 96
         assert len(widths) == 13
         raise KeyError("refused")
 
     with pytest.raises(KeyError, match="refused"):
-        import_model(str(model_folders["llama_tied"]), None, torch.float32, tmp_path / "out", refuse)
+        import_model(str(model_folders["qwen2"]), None, torch.float32, tmp_path / "out", refuse)

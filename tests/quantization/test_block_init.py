@@ -9,7 +9,7 @@ from pipeline.quantization import block_init
 from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.quantization.quantizer_init import plan_block
 from pipeline.quantization.statistics import record_block
-from tests.conftest import init_params, open_model
+from tests.conftest import WINDOW, init_params, open_model
 from tests.rotation.test_merging import rotate
 
 GROUPS = ("weights", "activations", "keys", "values")
@@ -112,6 +112,29 @@ def test_keys_before_rope_are_judged_behind_it(family, imported, tmp_path):
         assert block.self_attn.key_quantizer.before_rope
     assert errors["layer"] < errors["max"]
     assert errors["block"] <= errors["layer"] * 1.15  # one factor for all heads there, one for each here
+
+
+@pytest.mark.parametrize(("index", "slides"), [(0, True), (1, False)])
+@torch.no_grad()
+def test_keys_are_judged_by_what_the_block_sees(imported, index, slides):
+    """The error that is reported is that of Gemma 2's own probabilities, sliding or not, over a text of two windows."""
+    checkpoint, runner = open_model(imported["gemma2"])
+    hidden = torch.randn(2, 2 * WINDOW, 48, generator=torch.Generator().manual_seed(4))
+    prefix_kv = compute_prefix_kv(checkpoint, torch.randn(2, 48, generator=GENERATOR), runner)[index]
+    off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
+    settings, plan = plan_block(init_params(off | {"keys.range": "layer"}), checkpoint, index)
+    block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
+    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner, 2)
+    probabilities = []
+    block.self_attn.register_forward_hook(lambda module, args, output: probabilities.append(output[1]))
+    runner.run(block, hidden, prefix_kv)
+    report = choose_quantizers_(block, checkpoint.architecture, statistics, prefix_kv, plan, runner)
+    runner.run(block, hidden, prefix_kv)
+    exact, found = probabilities
+    assert (exact[:, :, -1, 2 : 2 + WINDOW].max() == 0) == slides
+    assert (exact[:, :, :, :2] > 0).all()
+    expected = ((found - exact).square().sum() / exact.square().sum()).item()
+    assert report["key"]["relative_error"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_centering_lowers_the_error_of_inputs_with_a_mean(imported, tmp_path):

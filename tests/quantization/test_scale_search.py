@@ -136,25 +136,28 @@ def test_weight_factors_minimise_the_error_per_channel_and_group(symmetric, grou
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("dynamic", "cap"), [(True, None), (False, None), (False, 2.0)])
-def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic, cap):
+@pytest.mark.parametrize(
+    ("dynamic", "cap", "window"), [(True, None, None), (False, None, None), (False, 2.0, None), (False, None, 3)]
+)
+def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic, cap, window):
     """Against a reference that loops over heads, masks and groups by hand."""
     queries, keys, prefix = randn(2, 4, 7, 8), randn(2, 2, 7, 8), randn(2, 3, 8) * 2
     turn = torch.linalg.qr(randn(8, 8)).Q  # RoPE's place: something between the quantizer and the scores
     shift = randn(2, 1, 8)
     spec = QuantizerSpec(4, group_size=8 // groups, dynamic=dynamic)
     candidate = candidate_for(spec, keys, (2, 1, groups), shift)
-    error_of, reference = attention_error(queries, keys, prefix, candidate, 0.5, lambda k: k @ turn, cap)
+    error_of, reference = attention_error(queries, keys, prefix, candidate, 0.5, lambda k: k @ turn, cap, window)
 
     def probabilities(k):
         result = torch.zeros(2, 4, 7, 10)
         for batch in range(2):
             for head in range(4):
                 for row in range(7):
-                    seen = torch.cat((prefix[head // 2], k[batch, head // 2, : row + 1] @ turn))
+                    first = 0 if window is None else max(0, row + 1 - window)
+                    seen = torch.cat((prefix[head // 2], k[batch, head // 2, first : row + 1] @ turn))
                     scores = seen @ queries[batch, head, row] * 0.5
                     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-                    result[batch, head, row, : 3 + row + 1] = scores.softmax(0)
+                    result[batch, head, row, [0, 1, 2, *range(3 + first, 3 + row + 1)]] = scores.softmax(0)
         return result
 
     def slow(factor):
@@ -179,19 +182,21 @@ def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
     assert (found.error <= error_of(torch.ones(2 * groups, 2))).all()
 
 
-def test_value_factors_minimise_the_error_of_the_attention_output():
+@pytest.mark.parametrize("window", [None, 2])
+def test_value_factors_minimise_the_error_of_the_attention_output(window):
     queries, keys, values, prefix = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(2, 3, 8)
     candidate = candidate_for(QuantizerSpec(3, group_size=4), values, (2, 1, 2))
-    error_of, _ = attention_output_error(queries, keys, values, prefix, candidate, 0.5)
+    error_of, _ = attention_output_error(queries, keys, values, prefix, candidate, 0.5, window=window)
     factor = torch.rand(4, 1, generator=GENERATOR).expand(-1, 2) / 2 + 0.5
     change = candidate.change(values, factor).flatten(-2)
     errors = torch.zeros(2, 2)
     for batch in range(2):
         for head in range(4):
             for row in range(6):
-                seen = torch.cat((prefix[head // 2], keys[batch, head // 2, : row + 1]))
+                first = 0 if window is None else max(0, row + 1 - window)
+                seen = torch.cat((prefix[head // 2], keys[batch, head // 2, first : row + 1]))
                 p = (seen @ queries[batch, head, row] * 0.5).softmax(0)[3:]
-                output = p @ change[batch, head // 2, : row + 1]
+                output = p @ change[batch, head // 2, first : row + 1]
                 errors[head // 2] += output.view(2, 4).square().sum(1)
     assert torch.allclose(error_of(factor), errors.flatten(), rtol=1e-3)
 

@@ -1,0 +1,173 @@
+"""A model whose blocks slide, with a prefix: text of any length, however it is fed, is read as by one dense forward."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from pipeline.blocks.kv_cache import SlidingLayer
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.export.prefixed_model import assemble_model
+from tests.blocks.test_walk import walked_logits
+from tests.conftest import SLIDING, WINDOW, read_pinned
+from tests.export.test_prefixed_model import PAD, PREFIX, QUANTIZERS, make_quantized, pad, prefixed
+
+GENERATOR = torch.Generator().manual_seed(11)
+TEXTS = [torch.randint(2, 320, (length,), generator=GENERATOR).tolist() for length in (72, 41, 5, 30)]
+STEPS = {"token by token": [1] * 72, "in parts": [10, 1, 30, 1, 1, 29], "prompt and tokens": [50] + [1] * 22}
+
+
+def reference(original, embeddings, text):
+    """[T, V]: one text behind the prefix in one dense forward."""
+    embedded = torch.cat((embeddings, original.model.embed_tokens(torch.tensor(text))))
+    return read_pinned(original, embedded[None], len(embeddings)).logits[0, len(embeddings) :]
+
+
+def greedy(original, embeddings, text, count):
+    text = list(text)
+    for _ in range(count):
+        text.append(reference(original, embeddings, text)[-1].argmax().item())
+    return text
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: at most 3e-6
+
+
+def held(cache):
+    """How many positions of text each block that slides keeps."""
+    return {layer.keys.shape[2] - len(PREFIX) for layer in cache.layers if isinstance(layer, SlidingLayer)}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", SLIDING)
+@torch.no_grad()
+def test_a_padded_batch_at_once(imported, family, side):
+    model, original, embeddings = prefixed(imported, family, continuous=True)
+    token_ids, mask = pad(TEXTS, side)
+    output = model(token_ids, attention_mask=mask)
+    for row, text in enumerate(TEXTS):
+        assert_close(output.logits[row][mask[row].bool()], reference(original, embeddings, text))
+    if side == "left":
+        assert held(output.past_key_values) == {WINDOW - 1}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("family", SLIDING)
+@torch.no_grad()
+def test_fed_in_steps_with_memory_bounded(imported, family, steps):
+    model, original, embeddings = prefixed(imported, family)
+    cache, logits, start = model.make_cache(), [], 0
+    for step in STEPS[steps]:
+        ids = torch.tensor([TEXTS[0][start : start + step]])
+        logits.append(model(ids, past_key_values=cache).logits[0])
+        start += step
+        assert held(cache) == {min(start, WINDOW - 1)}
+        assert cache.get_seq_length() == start
+    assert_close(torch.cat(logits), reference(original, embeddings, TEXTS[0]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", SLIDING)
+@torch.no_grad()
+def test_a_padded_batch_goes_on_token_by_token(imported, family, side):
+    """On the right, padding then stands between what was read and what follows: a window counts text alone."""
+    model, original, embeddings = prefixed(imported, family)
+    token_ids, mask = pad([text[: len(text) - 4] for text in TEXTS], side)
+    cache = model(token_ids, attention_mask=mask).past_key_values
+    for step in range(4):
+        mask = torch.cat((mask, mask.new_ones(len(TEXTS), 1)), dim=1)
+        ids = torch.tensor([[text[len(text) - 4 + step]] for text in TEXTS])
+        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        for row, text in enumerate(TEXTS):
+            expected = reference(original, embeddings, text)[len(text) - 4 + step]
+            assert_close(logits[row, 0], expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", SLIDING)
+def test_greedy_generation_of_a_padded_batch(imported, family, use_cache):
+    model, original, embeddings = prefixed(imported, family)
+    texts = [TEXTS[1], TEXTS[2], TEXTS[3][:25]]  # beyond the window from the start, never, on the way
+    token_ids, mask = pad(texts, "left")
+    found = model.generate(
+        token_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use_cache
+    )
+    for row, text in zip(found, texts, strict=True):
+        assert row[-len(text) - 6 :].tolist() == greedy(original, embeddings, text, 6)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_beams_keep_their_own_past(imported, family):
+    """The likelihood by which a beam was chosen, step by step in the cache, is that of one forward over its text."""
+    model, original, embeddings = prefixed(imported, family)
+    token_ids, mask = pad([TEXTS[1], TEXTS[3][:25]], "left")
+    config = GenerationConfig(
+        max_new_tokens=8,
+        num_beams=4,
+        num_return_sequences=3,
+        eos_token_id=None,
+        pad_token_id=PAD,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    found = model.generate(token_ids, attention_mask=mask, generation_config=config)
+    for row, (sequence, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True)):
+        text = sequence[41 - (41, 25)[row // 3] :].tolist()
+        likelihoods = reference(original, embeddings, text).log_softmax(-1)[-9:-1]
+        expected = likelihoods.gather(1, torch.tensor(text[-8:])[:, None]).sum() / 8
+        assert score == pytest.approx(expected.item(), abs=1e-4)
+    assert len({tuple(sequence.tolist()) for sequence in found.sequences}) == 6
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_tokens_guessed_ahead_are_taken_back(imported, family):
+    """Prompt lookup guesses from a text that repeats itself, and crops the cache where it was wrong."""
+    model, original, embeddings = prefixed(imported, family)
+    text = (TEXTS[0][:12] * 4)[:45]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    found = model.generate(torch.tensor([text]), prompt_lookup_num_tokens=4, **options)
+    assert found[0].tolist() == greedy(original, embeddings, text, 8)
+
+
+def test_a_conversation_goes_on_in_its_cache(imported):
+    model, original, embeddings = prefixed(imported, "gemma3_text")
+    cache = model.make_cache()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    first = model.generate(torch.tensor([TEXTS[1]]), past_key_values=cache, **options)
+    both = torch.cat((first, torch.tensor([TEXTS[3]])), dim=1)
+    second = model.generate(both, past_key_values=cache, **options)
+    assert second[0].tolist() == greedy(original, embeddings, both[0].tolist(), 4)
+    assert held(cache) == {WINDOW - 1}
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "keys before RoPE"])
+@pytest.mark.parametrize("prefix", [PREFIX, []])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+@torch.no_grad()
+def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family, kind, prefix):
+    r3 = "identity" if kind == "keys before RoPE" else "hadamard"
+    checkpoint, runner = make_quantized(imported, tmp_path, family, QUANTIZERS[kind], prefix, r3=r3)
+    prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
+    model = assemble_model(checkpoint, prefix_kv)
+    text = torch.tensor(TEXTS[:1])
+    expected = walked_logits(checkpoint, runner, text, prefix_kv)[0]
+
+    def agree(found):
+        """Share of positions. A value on the edge between two integers can tip with the order of sums."""
+        return ((found - expected).abs().amax(-1) <= 1e-5 * expected.abs().max()).float().mean()
+
+    assert agree(model(text).logits[0]) == 1
+    token_ids, mask = pad([TEXTS[0], [5] * 80], "left")
+    assert agree(model(token_ids, attention_mask=mask).logits[0, 8:]) >= 0.7
+    cache = model.make_cache()
+    steps = [model(text[:, step : step + 1], past_key_values=cache).logits[0, 0] for step in range(72)]
+    # Measured: 1, and 0.78 where a value tipped; with another window none of the 44 positions beyond it would agree.
+    assert agree(torch.stack(steps)) >= 0.7
+
+
+def test_kernels_that_take_no_mask_are_refused(imported):
+    model, _, _ = prefixed(imported, "mistral")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2' cannot keep the prefix"):
+        model(torch.tensor(TEXTS[:1]))
