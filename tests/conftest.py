@@ -117,7 +117,11 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
 def read_pinned(model: torch.nn.Module, embedded: torch.Tensor, prefix: int = 0, real: torch.Tensor | None = None):
     """transformers' own model, whole or without lm_head, reads prefix and text at once, its masks written out by hand.
 
-    Layers that slide see the prefix and W positions of text. `embedded` is [B, prefix + T, D], `real` [B, T] or all ones.
+    Layers that slide see the prefix and W positions of text.
+
+    Args:
+        embedded: [B, prefix + T, D].
+        real: [B, T], 0 for padding.
     """
     batch, total, _ = embedded.shape
     config, window = model.config, getattr(model.config, "sliding_window", None)

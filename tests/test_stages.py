@@ -221,7 +221,7 @@ def test_a_start_token_takes_a_position(project, monkeypatch):
     run("calibration", monkeypatch=monkeypatch)
     change(project, "calibration.start_token", "always")
     message = fails("calibration", monkeypatch)
-    assert "evaluation.length=256 and a start token exceeds the model's max_position_embeddings=256" in message
+    assert "evaluation.length=256 exceeds the model's max_position_embeddings=256 less 1" in message
 
 
 def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
