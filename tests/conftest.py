@@ -88,10 +88,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random model whose norms and biases are random too: folding them wrongly must show."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+def randomize_(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms and biases are random too: folding them wrongly must show."""
+    model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -101,6 +100,12 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
             else:
                 parameter.normal_(0, 0.15)
     return model
+
+
+def make_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A random model of one of the families."""
+    torch.manual_seed(seed)
+    return randomize_(AutoModelForCausalLM.from_config(FAMILIES[family]))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

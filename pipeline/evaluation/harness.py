@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.export.loading import load
+from pipeline.models.architectures import find_max_positions
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
@@ -42,7 +43,7 @@ class PrefixedLM(HFLM):
         prefix_kv = getattr(pretrained, "prefix_kv", None)
         self.start_token = None if prefix_kv is None else tokenizer.bos_token
         if prefix_kv is not None:
-            positions = pretrained.config.max_position_embeddings - prefix_kv.shape[-2]
+            positions = find_max_positions(pretrained.config) - prefix_kv.shape[-2]
             kwargs = {"max_length": positions, "add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from pipeline.blocks.kv_cache import PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.saturation import SaturationProbe
-from pipeline.models.architectures import find_architecture, find_sliding_window
+from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class PrefixedModel(PreTrainedModel):
 
         Raises:
             ValueError: a cache of another kind, or a mask that is not [B, past + T].
+            UnsupportedModelError: a text so long that RoPE would turn what is in the cache in another way.
         """
         cache = self.make_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, PrefixCache):
@@ -74,6 +75,8 @@ class PrefixedModel(PreTrainedModel):
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         past, prefix = cache.get_seq_length(), cache.prefix_tokens
+        if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
+            check_rope(self.config, prefix + past + length)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
                 raise ValueError(

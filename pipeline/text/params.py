@@ -62,8 +62,8 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
 def find_misfits(calibration: CalibrationParams, max_positions: int) -> list[str]:
     """Windows longer than the model was made for: a line for each."""
     return [
-        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
-        f"max_position_embeddings={max_positions}; use shorter windows (the prefix needs a few positions too)"
+        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the {max_positions} positions of this "
+        "model (max_position_embeddings, or where its RoPE changes); use shorter windows (the prefix needs a few, too)"
         for name in SPLIT_GROUPS
         if getattr(calibration, name).length > max_positions
     ]
