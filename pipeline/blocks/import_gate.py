@@ -58,15 +58,12 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
     shape = _WINDOWS, min(_LENGTH, find_max_positions(checkpoint.config))
     token_ids = torch.randint(0, checkpoint.config.vocab_size, shape, generator=generator)
     whole = source.load_whole is not None and _whole_size(checkpoint) <= limit
-    if whole:
-        deviation = _compare_whole(source, checkpoint, token_ids)
-    else:
-        deviation = _compare_blocks(source, checkpoint, token_ids, torch.float32)
+    compare = _compare_whole if whole else _compare_blocks
+    deviation = compare(source, checkpoint, token_ids, torch.float32)
     if not deviation <= IMPORT_TOLERANCE:
         # Where a family is stored otherwise (fused linears), massive activations may blow rounding up.
         logger.warning("logits differ by %.2e of the largest in float32; once more in float64", deviation)
-        deviation = _compare_blocks(source, checkpoint, token_ids, torch.float64)
-        whole = False
+        deviation = compare(source, checkpoint, token_ids, torch.float64)
     if not deviation <= IMPORT_TOLERANCE:
         raise ImportGateError(
             f"the imported model is not what transformers reads from the source: logits differ by {deviation:.2e} of "
@@ -82,15 +79,33 @@ def _whole_size(checkpoint: Checkpoint) -> float:
     return current_rss_gib() * GIB + _SLACK * widening * (sum(sizes) + max(sizes))
 
 
-def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor) -> float:
+def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
     model = source.load_whole(checkpoint.dtype).float()
+    if dtype != torch.float32:
+        _widen_(model, dtype)
     expected = model(token_ids).logits
     del model
-    hidden = _embed(checkpoint, token_ids, torch.float32)
+    hidden = _embed(checkpoint, token_ids, dtype)
     runner = BlockRunner(checkpoint, torch.device("cpu"), _WINDOWS)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "checking blocks"):
         _advance_(runner, checkpoint, index, hidden)
     return _relative_deviation(_logits(checkpoint, hidden, slice(None)), expected)
+
+
+def _widen_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have a model compute in another dtype, with one block at a time held in it."""
+    for part in (model.get_input_embeddings(), model.model.norm, model.get_output_embeddings()):
+        part.to(dtype)
+
+    def widen(block: nn.Module, args: tuple) -> None:
+        block.to(dtype)
+
+    def narrow(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        block.float()
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
 
 
 def _compare_blocks(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
@@ -116,6 +131,8 @@ def _embed(checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) 
     table = checkpoint.load_tensor(checkpoint.architecture.embedding)[rows]
     embedding = checkpoint.build_embedding(table.to(dtype))
     embedding.padding_idx = None  # may not be among the rows
+    if hasattr(embedding, "embed_scale"):  # transformers has it in the model's dtype
+        embedding.embed_scale = embedding.embed_scale.to(checkpoint.dtype)
     return embedding(positions)
 
 

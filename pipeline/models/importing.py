@@ -22,7 +22,7 @@ from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_co
 from pipeline.models.folder_source import open_folder
 from pipeline.models.fused_projections import Read, take_apart
 from pipeline.models.gguf_source import find_gguf, open_gguf
-from pipeline.models.source import ModelImportError, Source, check_file
+from pipeline.models.source import ModelImportError, Source, check_file, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.progress import show_progress
 
@@ -200,18 +200,20 @@ def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
         tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelImportError(f"model.source={source!r}: its tokenizer has no fast version (tokenizer.json)")
-    _check_token_ids(source, tokenizer, rows)
+    declared = read_json_object(source, folder / "tokenizer_config.json")
+    special = [declared.get(f"{name}_token") for name in ("unk", "pad")]
+    special = {token["content"] if isinstance(token, dict) else token for token in special}
+    _check_token_ids(source, tokenizer, special | {tokenizer.bos_token, tokenizer.eos_token}, rows)
 
 
-def _check_token_ids(source: str, tokenizer: Any, rows: int) -> None:
-    """Refuse a tokenizer whose ordinary, own special or chat template's tokens are beyond the embedding's rows.
+def _check_token_ids(source: str, tokenizer: Any, special: set[str | None], rows: int) -> None:
+    """Refuse a tokenizer whose ordinary, `special` or chat template's tokens are beyond the embedding's rows.
 
     Others, such as Gemma 3's image token, never stand in a text; they are mentioned.
     """
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
         return
-    special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     template = str(tokenizer.chat_template or "")
     used = {
