@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from gguf import GGUFValueType
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
 from pipeline.models.checkpoint import CONFIG
@@ -170,10 +176,9 @@ def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
             )
         config = _read_config(file)
         where = _name_tensors(file)
-    with _explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    tokenizer.save_pretrained(companions)
+    with _explained(source):
+        _convert_tokenizer(file.path, config).save_pretrained(companions)
     GenerationConfig.from_model_config(config).save_pretrained(companions)
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
@@ -211,6 +216,18 @@ def _explained(source: str) -> Iterator[None]:
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ModelImportError(f"model.source={source!r}: transformers cannot read this GGUF file ({reason})") from None
+
+
+def _convert_tokenizer(path: Path, config: Any) -> Any:
+    """The tokenizer in the file, whatever lies beside it.
+
+    The class is the one that AutoTokenizer takes; that would read the whole vocabulary once more, for a config.
+    """
+    tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(path.resolve())
+        return tokenizer_class.from_pretrained(folder, gguf_file=link.name)
 
 
 def _name_tensors(file: GgufFile) -> dict[str, str]:
