@@ -3,7 +3,7 @@
 Reads   what model.source names
 Writes  artifacts/model/, metrics/model.json
 Sees first that the data of all evaluation tasks can be had, and last that transformers makes the same of the source.
-Packaged model: about 35 seconds (most of it spent converting the GGUF file) and 2 GiB.
+Packaged model: about 25 seconds and 0.65 GiB.
 """
 
 import functools

@@ -18,9 +18,9 @@ from pipeline.models.source import (
     Source,
     check_complete,
     check_file,
+    loading,
     make_block_config,
     read_json_object,
-    without_bars,
 )
 
 _SINGLE = "model.safetensors"
@@ -53,7 +53,8 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
     def load_whole(dtype: torch.dtype) -> nn.Module:
         kernel = find_architecture(config).kernel
         options = {"dtype": dtype, "attn_implementation": kernel, "output_loading_info": True}
-        return check_complete(source, *AutoModelForCausalLM.from_pretrained(folder, **options))
+        with loading(source, "this folder"):
+            return check_complete(source, *AutoModelForCausalLM.from_pretrained(folder, **options))
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
         return _load_block(source, config, set(where), read, read_rows, index, token_ids, dtype)
@@ -98,11 +99,8 @@ def _read_config(source: str, folder: Path) -> Any:
         )
     if CONFIG_KEY in raw:
         raise ModelImportError(f"model.source={source!r}: written by this project's pipeline; start from the original")
-    try:
+    with loading(source, f"its {CONFIG}"):
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelImportError(f"model.source={source!r}: {CONFIG} cannot be used ({reason})") from None
 
 
 def _load_block(
@@ -125,5 +123,5 @@ def _load_block(
     small = make_block_config(config, index, len(token_ids))
     small._attn_implementation = architecture.kernel
     options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
-    with without_bars():
+    with loading(source, "this folder"):
         return check_complete(source, *type(build_skeleton(small)).from_pretrained(None, config=small, **options))

@@ -11,6 +11,7 @@ A setting of the file is converted by transformers, read here, known to change n
 tensor. The reference is llama.cpp: what it computes with a setting is what the file means.
 """
 
+import logging
 import math
 import re
 import tempfile
@@ -32,11 +33,11 @@ from transformers import (
 )
 
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
-from pipeline.models.checkpoint import CONFIG
 from pipeline.models.gguf_file import GgufError, GgufFile, Setting, find_parts
-from pipeline.models.source import ModelImportError, Source, check_complete, check_file, make_block_config, without_bars
+from pipeline.models.source import ModelImportError, Source, check_complete, check_file, loading, make_block_config
 
-_UNREADABLE = (ValueError, OSError, KeyError, IndexError, TypeError, NotImplementedError, ImportError)
+logger = logging.getLogger(__name__)
+
 _COMMON = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -118,6 +119,16 @@ _NEUTRAL = {
     "rope.scaling.attn_factor": 1,
     "use_parallel_residual": False,
 }
+# What transformers knows of the ways in which byte-level tokenizers split text; then those that are GPT-2's (smollm
+# splits digits off, of which its tokens hold one alone).
+# fmt: off
+_SPLITS = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "dbrx",
+    "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "qwen35", "gpt-4o", "llama4",
+    "kanana2", "talkie", "minimax-m2",
+    "gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm",
+}
+# fmt: on
 # How it came about, or what no reader of today looks at.
 _SILENT = ("rope.scaling.finetuned", "tensor_data_layout")
 _ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -178,11 +189,11 @@ def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
         where = _name_tensors(file)
     companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     with _explained(source):
-        _convert_tokenizer(file.path, config).save_pretrained(companions)
+        _convert_tokenizer(file, config).save_pretrained(companions)
     GenerationConfig.from_model_config(config).save_pretrained(companions)
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-        with _explained(source), without_bars(), tempfile.TemporaryDirectory() as folder:
+        with _explained(source), tempfile.TemporaryDirectory() as folder:
             return _load_block(source, file, Path(folder), config, index, token_ids, dtype)
 
     def read(name: str) -> torch.Tensor:
@@ -193,12 +204,12 @@ def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
 
 
 def find_gguf(source: str, folder: Path) -> Path | None:
-    """The one GGUF file, or a part of the one split set, in a folder that is no checkpoint; None in one that is.
+    """The one GGUF file, or a part of the one split set, in a folder without safetensors; None where there is none.
 
     Raises ModelImportError where there are several.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
-    if not files or (folder / CONFIG).is_file():
+    if not files or any(folder.glob("*.safetensors")):
         return None
     with _explained(source):
         if not set(files) <= set(find_parts(files[0])):
@@ -209,24 +220,33 @@ def find_gguf(source: str, folder: Path) -> Path | None:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    try:
-        yield
-    except GgufError as error:
-        raise ModelImportError(f"model.source={source!r}: {error}") from None
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())
-        raise ModelImportError(f"model.source={source!r}: transformers cannot read this GGUF file ({reason})") from None
+    with loading(source, "this GGUF file"):
+        try:
+            yield
+        except GgufError as error:
+            raise ModelImportError(f"model.source={source!r}: {error}") from None
 
 
-def _convert_tokenizer(path: Path, config: Any) -> Any:
+def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
     """The tokenizer in the file, whatever lies beside it.
 
     The class is the one that AutoTokenizer takes; that would read the whole vocabulary once more, for a config.
+    Raises GgufError where text is to be split in a way that transformers does not know: it would split as GPT-2 does.
     """
+    kind, split, space = (
+        getattr(file.settings.get(f"tokenizer.ggml.{name}"), "value", None)
+        for name in ("model", "pre", "add_space_prefix")
+    )
+    if kind == "gpt2" and split not in _SPLITS:
+        if split not in (None, "default"):
+            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers; take the original checkpoint")
+        logger.warning("the file does not say how text is split (tokenizer.ggml.pre=%r): as GPT-2 does it", split)
+    if kind == "llama" and space is False and not config.model_type.startswith("gemma"):
+        logger.warning("tokenizer.ggml.add_space_prefix=False is not converted: texts begin with a space")
     tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "model.gguf"
-        link.symlink_to(path.resolve())
+        link.symlink_to(file.path.resolve())
         return tokenizer_class.from_pretrained(folder, gguf_file=link.name)
 
 
@@ -282,7 +302,9 @@ def _read_config(file: GgufFile) -> Any:
         taken = settings.take(name)
         if name == "attention.head_count_kv" and taken is None:
             config.num_key_value_heads = config.num_attention_heads
-        if name == "rope.freq_base" and taken is None and config.model_type != "gemma3_text":
+        if name == "rope.freq_base" and taken is None:
+            if "rope_theta" not in config.rope_parameters:  # one for each kind of layer
+                raise GgufError("it does not say rope.freq_base")
             config.rope_parameters["rope_theta"] = 10000.0  # llama.cpp's default
     _complete_heads(config, settings)
     _complete_biases(config, file)
@@ -454,7 +476,7 @@ def _load_block(
     }
     path = folder / "block.gguf"
     file.write_excerpt(path, settings, names, token_ids.tolist())
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=path.name,
         config=make_block_config(config, index, len(token_ids)),
@@ -462,4 +484,4 @@ def _load_block(
         attn_implementation=find_architecture(config).kernel,
         output_loading_info=True,
     )
-    return check_complete(source, model, loading)
+    return check_complete(source, model, report)

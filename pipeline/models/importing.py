@@ -22,7 +22,7 @@ from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_co
 from pipeline.models.folder_source import open_folder
 from pipeline.models.fused_projections import Read, take_apart
 from pipeline.models.gguf_source import find_gguf, open_gguf
-from pipeline.models.source import ModelImportError, Source, check_file, read_json_object
+from pipeline.models.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.progress import show_progress
 
@@ -191,11 +191,8 @@ def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
         if (folder / name).is_file():
             check_file(source, folder / name)
-    try:
+    with loading(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelImportError(f"model.source={source!r}: its tokenizer cannot be loaded ({reason})") from None
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():

@@ -14,6 +14,15 @@ from torch import nn
 
 from pipeline.runtime.errors import PipelineError
 
+_LOADING_ERRORS = (
+    ValueError,
+    OSError,
+    KeyError,
+    IndexError,
+    TypeError,
+    RuntimeError,  # NotImplementedError is one
+    ImportError,
+)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -73,15 +82,23 @@ def make_block_config(config: Any, index: int, vocabulary: int) -> Any:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """No progress bars of transformers', which one block after the other would begin anew."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def loading(source: str, form: str) -> Iterator[None]:
+    """Around what transformers does: its errors become one line, and it shows no bars, block after block.
+
+    Args:
+        form: what it is given, "this GGUF file", for the message.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelImportError(f"model.source={source!r}: transformers cannot read {form} ({reason})") from None
 
 
-def check_complete(source: str, model: nn.Module, loading: dict[str, Any]) -> nn.Module:
+def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.Module:
     """What `from_pretrained(…, output_loading_info=True)` gave. Raises ModelImportError if it filled anything in."""
-    filled = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    filled = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if filled:
         raise ModelImportError(f"model.source={source!r}: transformers finds no values for {', '.join(filled[:3])}")
     return model.eval().requires_grad_(False)

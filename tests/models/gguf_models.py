@@ -144,6 +144,7 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, tuple]:
     special = {tokenizer.bos_token, tokenizer.eos_token}
     return {
         "tokenizer.ggml.model": ("gpt2", GGUFValueType.STRING),
+        "tokenizer.ggml.pre": ("gpt-2", GGUFValueType.STRING),
         "tokenizer.ggml.tokens": ([token for token, _ in vocabulary], *strings),
         "tokenizer.ggml.token_type": (
             [3 if token in special else 1 for token, _ in vocabulary],

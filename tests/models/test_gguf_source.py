@@ -18,8 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
-from pipeline.models import gguf_file
+from pipeline.models import gguf_file, gguf_source
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.gguf_file import GgufFile
@@ -84,11 +85,29 @@ def test_the_imported_model_is_the_one_that_was_written(family, tmp_path, token_
 def test_the_tokenizer_is_transformers_conversion_whatever_lies_beside_the_file(family, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS[family]), make_tokenizer())
     AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name).save_pretrained(tmp_path / "expected")
-    (tmp_path / "tokenizer.json").write_text("something else")
+    (tmp_path / "tokenizer_config.json").write_text("something else")
     import_model(str(path), None, torch.float32, tmp_path / "out")
     for file in (tmp_path / "expected").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_path, caplog):
+    model = make(CONFIGS["llama_tied"])
+    settings = {"tokenizer.ggml.pre": ("deepseek-coder", TEXT)}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
+    with pytest.raises(ModelImportError, match=r"tokenizer\.ggml\.pre='deepseek-coder' is not known to transformers"):
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {"tokenizer.ggml.pre": None})
+    assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
+    assert "does not say how text is split (tokenizer.ggml.pre=None)" in caplog.text
+
+
+def test_the_splits_listed_are_those_transformers_has():
+    transformers_splits = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
+    assert gguf_source._SPLITS - {"gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm"} == set(
+        transformers_splits
+    )
 
 
 def llama3_divisors(theta, size, factor, original):

@@ -252,9 +252,9 @@ def test_damaged_json_is_one_line(name, kind, model_folders, tmp_path):
     text = (folder / name).read_text()
     (folder / name).write_text({"cut off": text[: len(text) // 2], "pointer": POINTER, "list": "[1]"}[kind])
     message = {
-        "cut off": "is damaged|cannot be loaded",
+        "cut off": "is damaged|cannot read its tokenizer",
         "pointer": "Git LFS pointer",
-        "list": "not a JSON object|cannot",
+        "list": "not a JSON object|cannot read its tokenizer",
     }
     with pytest.raises(ModelImportError, match=message[kind]) as error:
         import_model(str(folder), None, torch.float32, tmp_path / "out")
