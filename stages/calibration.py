@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from pipeline.blocks.start_decision import decide_start_token
+from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.params import ParamsError, list_problems
@@ -44,7 +45,7 @@ def main(run: Run) -> None:
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
     logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)
     if decision.token is not None:
-        problems = find_misfits(calibration, checkpoint.config.max_position_embeddings, in_front=1)
+        problems = find_misfits(calibration, find_max_positions(checkpoint.config), in_front=1)
         if problems:
             raise ParamsError(list_problems("params", problems))
     with replacing_folder(CALIBRATION) as partial:

@@ -10,6 +10,7 @@ arXiv:2410.05265, §5. Packaged model: about 1.5 minutes for 16 windows of 512 t
 
 from pathlib import Path
 
+from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import check_against_model
 from pipeline.prefix.candidates import load_prefix
@@ -31,7 +32,7 @@ def main(run: Run) -> None:
     own, prefix = run.params.quantizer_init, run.params.prefix
     checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
     widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
-    check_against_model(run.params, widths, checkpoint.block_count, checkpoint.config.max_position_embeddings)
+    check_against_model(run.params, widths, checkpoint.block_count, find_max_positions(checkpoint.config))
     candidate = load_prefix(PREFIX, prefix.use, prefix.length)
     check_same_origin(checkpoint.header, candidate.header, "model")
     header = make_header(

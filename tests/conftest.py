@@ -98,10 +98,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random model whose norms and biases are random too: folding them wrongly must show."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).float().eval()
+def randomize_(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms and biases are random too: folding them wrongly must show."""
+    model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -147,6 +146,12 @@ def read_pinned(model: torch.nn.Module, embedded: torch.Tensor, prefix: int = 0,
     else:
         mask = full if window is None else sliding
     return model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
+
+
+def make_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A random model of one of the families."""
+    torch.manual_seed(seed)
+    return randomize_(AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

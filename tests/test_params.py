@@ -107,7 +107,7 @@ def test_target_layers_that_do_not_exist_are_listed():
 
 def test_windows_longer_than_the_model_are_listed():
     params = parse_params(changed("calibration.evaluation.length", 4096))
-    with pytest.raises(ParamsError, match=r"evaluation\.length=4096 exceeds .*max_position_embeddings=2048"):
+    with pytest.raises(ParamsError, match=r"evaluation\.length=4096 exceeds the 2048 positions"):
         check_against_model(params, {}, 4, 2048)
     check_against_model(params, {}, 4, 8192)
     check_against_model(params, {}, 4, 8192, sliding_window=512)
@@ -132,7 +132,9 @@ def test_windows_leave_room_for_the_prefix(changes, room):
         if not excess:
             check_against_model(parse_params(raw), {}, 4, 2048)
             continue
-        message = rf"1 problem\s+.*evaluation\.length={2049 - room} .*=2048 less {room} for .*at most {2048 - room}"
+        message = (
+            rf"1 problem\s+.*evaluation\.length={2049 - room} .*2048 positions.*less {room} for .*at most {2048 - room}"
+        )
         with pytest.raises(ParamsError, match=message):
             check_against_model(parse_params(raw), {}, 4, 2048)
 

@@ -221,7 +221,7 @@ def test_a_start_token_takes_a_position(project, monkeypatch):
     run("calibration", monkeypatch=monkeypatch)
     change(project, "calibration.start_token", "always")
     message = fails("calibration", monkeypatch)
-    assert "evaluation.length=256 exceeds the model's max_position_embeddings=256 less 1" in message
+    assert "evaluation.length=256 exceeds the 256 positions of this model" in message
 
 
 def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
@@ -626,3 +626,18 @@ def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(proje
     assert report["ppl"] == found["export"]["perplexity"]
     assert report["accuracy"] == {"colours": found["export"]["tasks"]["colours"]["acc"]}
     assert "colours, acc" in (project / "artifacts/report/report.html").read_text()
+
+
+@pytest.mark.parametrize(("limit", "way"), [(None, "whole"), ("1MiB", "by block")])
+def test_what_is_imported_is_compared_with_the_source_as_memory_allows(limit, way, project, monkeypatch):
+    change(project, "runtime.max_memory", limit)
+    run("model", monkeypatch=monkeypatch)
+    metrics = read_json(project / "metrics/model.json")
+    assert metrics["import_gate"] == way
+    assert metrics["max_logit_deviation"] < 1e-6
+
+
+def test_an_import_that_transformers_does_not_agree_with_leaves_nothing(project, monkeypatch):
+    monkeypatch.setattr("pipeline.blocks.import_gate.IMPORT_TOLERANCE", -1.0)
+    assert "nothing was written" in fails("model", monkeypatch)
+    assert not (project / "artifacts").exists() or not list((project / "artifacts").iterdir())

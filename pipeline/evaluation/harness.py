@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.export.loading import load
+from pipeline.models.architectures import find_max_positions
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
@@ -43,7 +44,7 @@ class PrefixedLM(HFLM):
         replaced = prefix_kv is not None and pretrained.text_start_token_id is None
         self.start_token = tokenizer.bos_token if replaced else None
         if prefix_kv is not None:
-            kwargs = {"max_length": pretrained.config.max_position_embeddings - prefix_kv.shape[-2]} | kwargs
+            kwargs = {"max_length": find_max_positions(pretrained.config) - prefix_kv.shape[-2]} | kwargs
         if replaced:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)

@@ -25,7 +25,7 @@ from pipeline.blocks.kv_cache import PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.saturation import SaturationProbe
 from pipeline.blocks.sliding import make_sliding_mask
-from pipeline.models.architectures import find_architecture, find_sliding_window
+from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class PrefixedModel(PreTrainedModel):
         Raises:
             ValueError: a cache of another kind, a mask that is not [B, past + T], or attention kernels that cannot keep
                 the prefix in sight where blocks slide.
+            UnsupportedModelError: a text so long that RoPE would turn what is in the cache in another way.
         """
         cache = self.make_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, PrefixCache):
@@ -80,6 +81,8 @@ class PrefixedModel(PreTrainedModel):
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         past, prefix = cache.get_seq_length(), cache.prefix_tokens
+        if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
+            check_rope(self.config, prefix + past + length)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
                 raise ValueError(

@@ -162,6 +162,37 @@ def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | Non
     return min((window for window in windows if window is not None), default=None)
 
 
+def find_rope_limit(config: Any) -> int | None:
+    """How many positions RoPE turns in one way; LongRoPE and dynamic RoPE turn longer texts in another. None: no limit.
+
+    Keys in a cache, the prefix's among them, stay turned as they were, so a text must stay within.
+    """
+    nested = [value for value in config.rope_parameters.values() if isinstance(value, dict)]
+    for rope in nested or [config.rope_parameters]:
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        if rope.get("rope_type") == "dynamic":
+            return config.max_position_embeddings
+    return None
+
+
+def find_max_positions(config: Any) -> int:
+    """The longest text, prefix included."""
+    limit = find_rope_limit(config)
+    return config.max_position_embeddings if limit is None else min(limit, config.max_position_embeddings)
+
+
+def check_rope(config: Any, positions: int) -> None:
+    """Refuse a text that goes beyond `find_rope_limit`, prefix included."""
+    limit = find_rope_limit(config)
+    if limit is not None and positions > limit:
+        raise UnsupportedModelError(
+            f"{positions} positions (prefix + window) exceed {limit}, beyond which this model's RoPE turns all of them "
+            "in another way, and keys in a cache, the prefix's among them, would keep the old one; use windows of at "
+            f"most {limit} tokens less the prefix"
+        )
+
+
 def check_window(config: Any, positions: int) -> None:
     """Refuse windows that go beyond the position range, prefix included.
 
@@ -174,3 +205,4 @@ def check_window(config: Any, positions: int) -> None:
             f"{positions} positions (prefix + window) exceed max_position_embeddings={config.max_position_embeddings}"
             " of this model; use shorter windows"
         )
+    check_rope(config, positions)

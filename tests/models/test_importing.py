@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.importing import ModelImportError, import_model
 from pipeline.runtime.artifacts import read_header
-from tests.conftest import FAMILIES, WINDOW, make_model
+from tests.conftest import FAMILIES, ROOT, WINDOW, make_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,7 +118,7 @@ def test_damaged_missing_pickled_and_foreign_sources(model_folders, tmp_path):
         with pytest.raises(ModelImportError, match="there is no such"):
             import_model(source, None, torch.float32, tmp_path / "out")
     (tmp_path / "text.gguf").write_text("not a model")
-    with pytest.raises(ModelImportError, match="cannot read this GGUF file"):
+    with pytest.raises(ModelImportError, match=r"text\.gguf does not begin as a GGUF file does"):
         import_model(str(tmp_path / "text.gguf"), None, torch.float32, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -198,3 +199,157 @@ def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, 
 
     with pytest.raises(KeyError, match="refused"):
         import_model(str(model_folders["qwen2"]), None, torch.float32, tmp_path / "out", refuse)
+
+
+def test_a_tied_flag_beside_another_lm_head_is_kept_untied_as_transformers_does(model_folders, tmp_path, token_ids):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    broken(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.5 + 0.1}))
+    assert import_model(str(folder), None, torch.float32, tmp_path / "out")["tied_embeddings"] is False
+    expected, found = (AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(found(token_ids).logits, expected(token_ids).logits)
+        assert (found(token_ids).logits - make_model("llama_tied")(token_ids).logits).abs().max() > 1
+    assert Checkpoint(tmp_path / "out", "model").config.tie_word_embeddings is False
+
+
+def test_a_tied_checkpoint_may_carry_its_lm_head_alone(model_folders, imported, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    broken(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_model_safetensors_is_read_whatever_index_stands_beside_it(gone, model_folders, imported, tmp_path):
+    """As transformers does."""
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    make_model("llama_tied", seed=1).save_pretrained(tmp_path / "other", max_shard_size="40KB")
+    for path in (tmp_path / "other").glob("model*"):
+        shutil.copyfile(path, folder / path.name)
+    for path in folder.glob("model-*") if gone else ():
+        path.unlink()
+    assert (folder / "model.safetensors.index.json").is_file()
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
+
+
+def test_weights_under_a_name_that_transformers_would_not_read_are_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(
+        ModelImportError, match=r"needs model\.safetensors or .*only weights\.safetensors, which transf"
+    ):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["cut off", "pointer", "list"])
+def test_damaged_json_is_one_line(name, kind, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    if "index" in name:
+        make_model("llama_tied").save_pretrained(folder, max_shard_size="40KB")
+        (folder / "model.safetensors").unlink()
+    text = (folder / name).read_text()
+    (folder / name).write_text({"cut off": text[: len(text) // 2], "pointer": POINTER, "list": "[1]"}[kind])
+    message = {
+        "cut off": "is damaged|cannot read its tokenizer",
+        "pointer": "Git LFS pointer",
+        "list": "not a JSON object|cannot read its tokenizer",
+    }
+    with pytest.raises(ModelImportError, match=message[kind]) as error:
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_pointer_in_place_of_weights_is_one_line(name, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    (folder / name).write_text(POINTER)
+    source = folder / name if name.endswith("gguf") else folder
+    with pytest.raises(ModelImportError, match=rf"{name} is a Git LFS pointer, not the file itself; run: git lfs pull"):
+        import_model(str(source), None, torch.float32, tmp_path / "out")
+
+
+def test_fp8_weights_without_their_config_are_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken(folder, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(
+        ModelImportError, match=r"up_proj\.weight is stored as float8_e4m3fn, and its config says nothing"
+    ):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_token_ids_without_a_row_are_refused_unless_no_text_has_them(model_folders, tmp_path, caplog):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert "no row for: '<image>' (320); leave them out" in caplog.text
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelImportError, match=r"the model, with 320 rows, has none for: '<image>' \(320\)"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelImportError, match=r"has none for: '<image>' \(320\)"):
+        import_model(str(folder), None, torch.float32, tmp_path / "other")
+    text = (model_folders["llama_tied"] / "tokenizer.json").read_text()
+    core = json.loads(text)
+    token = max(core["model"]["vocab"], key=core["model"]["vocab"].get)
+    core["model"]["vocab"][token] = 400
+    shutil.copytree(model_folders["llama_tied"], folder, dirs_exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(core))
+    with pytest.raises(ModelImportError, match=r"has none for: .* \(400\)"):
+        import_model(str(folder), None, torch.float32, tmp_path / "other")
+
+
+def test_a_padding_id_beyond_the_vocabulary_is_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 320}))
+    with pytest.raises(ModelImportError, match="pad_token_id=320 is beyond vocab_size=320"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_a_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "tests/prose.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=200,
+        model_type="bpe",
+        byte_fallback=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    core = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    text = "The bridge was built in three summers."
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False).input_ids
+    assert found == core.encode(text)
+
+
+def test_longrope_limits_the_windows_that_are_planned(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["phi3"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    config |= {"rope_parameters": rope, "original_max_position_embeddings": 16, "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def refuse(widths, blocks, max_positions, window):
+        raise KeyError(max_positions)
+
+    with pytest.raises(KeyError, match="16"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out", refuse)

@@ -1,0 +1,152 @@
+"""The import gate: what was imported must compute what transformers makes of the source, or nothing is written.
+
+Windows of random tokens go through transformers' own `from_pretrained(source)` and, by the walk, through the imported
+checkpoint; all logits are compared, in float32, of tensors in the dtype they were imported to.
+
+Where the whole model does not fit, block by block: transformers loads a model of one block, reads what the block before
+it gave and is dropped again; the walk goes on in step with it. Embedding and lm_head then hold the rows of the windows'
+tokens alone. GGUF files always go this way, whatever fits: transformers dequantizes the whole of a file, and of a file
+that holds one block of it no more than that.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import fill_block
+from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import find_max_positions
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.lm_head import LmHead
+from pipeline.models.source import Source
+from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.memory import GIB
+from pipeline.runtime.progress import current_rss_gib, show_progress
+
+logger = logging.getLogger(__name__)
+
+IMPORT_TOLERANCE = 1e-4
+_WINDOWS, _LENGTH = 2, 64
+_SLACK = 1.1  # over the weights: activations, and what loading holds for a moment
+
+
+class ImportGateError(PipelineError):
+    """The imported model does not compute what transformers makes of the source."""
+
+
+@torch.no_grad()
+def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
+    """Compare logits.
+
+    Args:
+        source: what was imported.
+        folder: what it was imported to.
+        limit: bytes this process may use.
+
+    Returns:
+        Metrics: `import_gate`, whole or by block, and `max_logit_deviation`, relative to max |logit|.
+
+    Raises:
+        ImportGateError: they differ by more than 1e-4.
+    """
+    checkpoint = Checkpoint(folder, "model")
+    generator = torch.Generator().manual_seed(0)
+    shape = _WINDOWS, min(_LENGTH, find_max_positions(checkpoint.config))
+    token_ids = torch.randint(0, checkpoint.config.vocab_size, shape, generator=generator)
+    whole = source.load_whole is not None and _whole_size(checkpoint) <= limit
+    compare = _compare_whole if whole else _compare_blocks
+    deviation = compare(source, checkpoint, token_ids, torch.float32)
+    if not deviation <= IMPORT_TOLERANCE:
+        # Where a family is stored otherwise (fused linears), massive activations may blow rounding up.
+        logger.warning("logits differ by %.2e of the largest in float32; once more in float64", deviation)
+        deviation = compare(source, checkpoint, token_ids, torch.float64)
+    if not deviation <= IMPORT_TOLERANCE:
+        raise ImportGateError(
+            f"the imported model is not what transformers reads from the source: logits differ by {deviation:.2e} of "
+            f"max |logit|, allowed are {IMPORT_TOLERANCE:.0e}; nothing was written"
+        )
+    return {"import_gate": "whole" if whole else "by block", "max_logit_deviation": deviation}
+
+
+def _whole_size(checkpoint: Checkpoint) -> float:
+    """Bytes this process would have with the whole model in float32, and the largest shard of the imported one."""
+    sizes = [path.stat().st_size for path in checkpoint.folder.glob("*.safetensors")]
+    widening = torch.float32.itemsize / checkpoint.dtype.itemsize
+    return current_rss_gib() * GIB + _SLACK * widening * (sum(sizes) + max(sizes))
+
+
+def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
+    model = source.load_whole(checkpoint.dtype).float()
+    if dtype != torch.float32:
+        _widen_(model, dtype)
+    expected = model(token_ids).logits
+    del model
+    hidden = _embed(checkpoint, token_ids, dtype)
+    runner = BlockRunner(checkpoint, torch.device("cpu"), _WINDOWS)
+    for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "checking blocks"):
+        _advance_(runner, checkpoint, index, hidden)
+    return _relative_deviation(_logits(checkpoint, hidden, slice(None)), expected)
+
+
+def _widen_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have a model compute in another dtype, with one block at a time held in it."""
+    for part in (model.get_input_embeddings(), model.model.norm, model.get_output_embeddings()):
+        part.to(dtype)
+
+    def widen(block: nn.Module, args: tuple) -> None:
+        block.to(dtype)
+
+    def narrow(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        block.float()
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+
+
+def _compare_blocks(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
+    rows, positions = token_ids.unique(return_inverse=True)
+    runner = BlockRunner(checkpoint, torch.device("cpu"), _WINDOWS)
+    hidden, expected = _embed(checkpoint, token_ids, dtype), None
+    for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "checking blocks"):
+        model = source.load_block(index, rows, checkpoint.dtype).to(dtype)
+        if expected is None:
+            expected = model.get_input_embeddings()(positions)
+        if index < checkpoint.block_count - 1:
+            model.model.norm = nn.Identity()
+            expected = model.model(inputs_embeds=expected, use_cache=False).last_hidden_state
+        else:
+            expected = model(inputs_embeds=expected, use_cache=False).logits
+        del model
+        _advance_(runner, checkpoint, index, hidden)
+    return _relative_deviation(_logits(checkpoint, hidden, rows), expected)
+
+
+def _embed(checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rows, positions = token_ids.unique(return_inverse=True)
+    table = checkpoint.load_tensor(checkpoint.architecture.embedding)[rows]
+    embedding = checkpoint.build_embedding(table.to(dtype))
+    embedding.padding_idx = None  # may not be among the rows
+    if hasattr(embedding, "embed_scale"):  # transformers has it in the model's dtype
+        embedding.embed_scale = embedding.embed_scale.to(checkpoint.dtype)
+    return embedding(positions)
+
+
+def _advance_(runner: BlockRunner, checkpoint: Checkpoint, index: int, hidden: torch.Tensor) -> None:
+    block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), None, dtype=hidden.dtype)
+    runner.advance_(block, hidden)
+
+
+def _logits(checkpoint: Checkpoint, hidden: torch.Tensor, rows: Any) -> torch.Tensor:
+    head = checkpoint.load_lm_head()
+    return LmHead(head.weight[rows].to(hidden), head.cap).logits(checkpoint.load_final_norm().to(hidden)(hidden))
+
+
+def _relative_deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the largest expected value; infinite where anything is NaN."""
+    deviation = (found - expected).abs().max().item() / expected.abs().max().item()
+    return deviation if math.isfinite(deviation) else math.inf

@@ -1,0 +1,127 @@
+"""A checkpoint folder: config.json and safetensors, those that transformers would read, and its own loading of them."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.models.architectures import find_architecture
+from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, build_skeleton
+from pipeline.models.source import (
+    ModelImportError,
+    Source,
+    check_complete,
+    check_file,
+    loading,
+    make_block_config,
+    read_json_object,
+)
+
+_SINGLE = "model.safetensors"
+
+
+def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
+    """A folder whose shards stay open as long as `stack`.
+
+    Raises:
+        ModelImportError: a file is missing, damaged or a pointer, or the weights are quantized already.
+        UnsupportedModelError: a model family that is not supported.
+    """
+    config = _read_config(source, folder)
+    where: dict[str, Any] = {}
+    for path in _list_shards(source, folder):
+        check_file(source, path)
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error})") from None
+        where |= dict.fromkeys(file.keys(), file)
+
+    def read(name: str) -> torch.Tensor:
+        return where[name].get_tensor(name)
+
+    def read_rows(name: str, rows: torch.Tensor) -> torch.Tensor:
+        table = where[name].get_slice(name)
+        return torch.cat([table[row : row + 1] for row in rows.tolist()])
+
+    def load_whole(dtype: torch.dtype) -> nn.Module:
+        kernel = find_architecture(config).kernel
+        options = {"dtype": dtype, "attn_implementation": kernel, "output_loading_info": True}
+        with loading(source, "this folder"):
+            return check_complete(source, *AutoModelForCausalLM.from_pretrained(folder, **options))
+
+    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+        return _load_block(source, config, set(where), read, read_rows, index, token_ids, dtype)
+
+    return Source(config, set(where), read, folder, load_whole, load_block)
+
+
+def _list_shards(source: str, folder: Path) -> list[Path]:
+    """The files transformers would read: model.safetensors, whatever stands beside it, else those of the index."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if others:
+            found = f"only {', '.join(others)}, which transformers would not read; rename it, or get the index"
+        elif pickles:
+            found = f"only {', '.join(pickles)}, and pickles are never read; convert them"
+        else:
+            found = "none is there"
+        raise ModelImportError(f"model.source={source!r}: needs {_SINGLE} or {INDEX} ({found})")
+    index = read_json_object(source, folder / INDEX)
+    if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+        raise ModelImportError(f"model.source={source!r}: {INDEX} has no weight_map; get it again")
+    names = sorted(set(index["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelImportError(f"model.source={source!r}: {INDEX} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _read_config(source: str, folder: Path) -> Any:
+    # The family is judged before transformers sees the config: an unknown model_type is our error to explain.
+    if not (folder / CONFIG).is_file():
+        raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder; is it a checkpoint?")
+    raw = read_json_object(source, folder / CONFIG)
+    find_architecture(SimpleNamespace(model_type=raw.get("model_type")))
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method")
+        raise ModelImportError(
+            f"model.source={source!r}: already quantized (quant_method={method!r}); start from the original model"
+        )
+    if CONFIG_KEY in raw:
+        raise ModelImportError(f"model.source={source!r}: written by this project's pipeline; start from the original")
+    with loading(source, f"its {CONFIG}"):
+        return AutoConfig.from_pretrained(folder)
+
+
+def _load_block(
+    source: str,
+    config: Any,
+    names: set[str],
+    read: Callable[[str], torch.Tensor],
+    read_rows: Callable[[str, torch.Tensor], torch.Tensor],
+    index: int,
+    token_ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Have transformers fill a model of one block with the tensors of block `index`, as the folder names them."""
+    architecture = find_architecture(config)
+    own, first = architecture.tensor_prefix(index), architecture.tensor_prefix(0)
+    tensors = {first + name.removeprefix(own): read(name) for name in names if name.startswith(own)}
+    tables = names & {architecture.embedding, architecture.lm_head}
+    tensors |= {name: read_rows(name, token_ids) for name in tables}
+    tensors[architecture.final_norm] = read(architecture.final_norm)
+    small = make_block_config(config, index, len(token_ids))
+    small._attn_implementation = architecture.kernel
+    options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
+    with loading(source, "this folder"):
+        return check_complete(source, *type(build_skeleton(small)).from_pretrained(None, config=small, **options))

@@ -1,0 +1,487 @@
+"""A model in a GGUF file: its config, its tensors under transformers' names, and what transformers itself makes of it.
+
+Settings and tokenizer are converted by transformers; what its conversion drops is read here. Tensors are dequantized
+here, one by one, bit for bit as transformers does, which would dequantize the whole file. What the converter of
+llama.cpp did to them is undone:
+
+    Llama           rows of q and k, of each head: two halves [d/2, 2] <- pairs [2, d/2]
+    Gemma 2, 3      norm weights are stored plus one
+
+A setting of the file is converted by transformers, read here, known to change nothing, or refused by name; so is a
+tensor. The reference is llama.cpp: what it computes with a setting is what the file means.
+"""
+
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFValueType
+from torch import nn
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.gguf_file import GgufError, GgufFile, Setting, find_parts
+from pipeline.models.source import ModelImportError, Source, check_complete, check_file, loading, make_block_config
+
+logger = logging.getLogger(__name__)
+
+_COMMON = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA = _COMMON | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI3 = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One of llama.cpp's architectures.
+
+    Attributes:
+        parts: name within a block -> transformers'.
+        permuted: whether rows of q and k stand in llama.cpp's order.
+        offset_norms: whether norm weights are stored plus one.
+        large_blocks: (Gemma) how many blocks the one size has whose scores are scaled by D / heads, not by d.
+    """
+
+    parts: dict[str, str] = field(default_factory=lambda: _COMMON)
+    permuted: bool = False
+    offset_norms: bool = False
+    large_blocks: int | None = None
+
+
+_FAMILIES = {
+    "llama": _Family(permuted=True),
+    "qwen2": _Family(),
+    "qwen3": _Family(_COMMON | _HEAD_NORMS),
+    "gemma2": _Family(_GEMMA, offset_norms=True, large_blocks=46),
+    "gemma3": _Family(_GEMMA | _HEAD_NORMS, offset_norms=True, large_blocks=62),
+    "phi3": _Family(_PHI3),
+}
+_CONVERTED = {  # by transformers
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "vocab_size",
+}
+_REQUIRED = _CONVERTED - {"attention.head_count_kv", "rope.freq_base", "vocab_size"}
+# Settings that change nothing where they have this value.
+_NEUTRAL = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attn_logit_softcapping": 0,
+    "embedding_scale": 1,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "final_logit_softcapping": 0,
+    "logit_scale": 1,
+    "nextn_predict_layers": 0,
+    "residual_scale": 1,
+    "rope.scaling.attn_factor": 1,
+    "use_parallel_residual": False,
+}
+# What transformers knows of the ways in which byte-level tokenizers split text; then those that are GPT-2's (smollm
+# splits digits off, of which its tokens hold one alone).
+# fmt: off
+_SPLITS = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "dbrx",
+    "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "qwen35", "gpt-4o", "llama4",
+    "kanana2", "talkie", "minimax-m2",
+    "gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm",
+}
+# fmt: on
+# How it came about, or what no reader of today looks at.
+_SILENT = ("rope.scaling.finetuned", "tensor_data_layout")
+_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+_OLD_TABLE = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")  # llama.cpp skips it, too
+
+
+class _Settings:
+    """Settings of the model's own, `llama.…`; what is taken is understood, what is left is not."""
+
+    def __init__(self, file: GgufFile) -> None:
+        prefix = f"{file.architecture}."
+        self._left = {
+            name.removeprefix(prefix): setting.value
+            for name, setting in file.settings.items()
+            if name.startswith(prefix)
+        }
+        missing = sorted(_REQUIRED - self._left.keys())
+        if missing:
+            raise GgufError(f"it does not say {', '.join(missing)}")
+        for name in sorted(_CONVERTED & self._left.keys()):
+            if isinstance(self._left[name], list):
+                if len(set(self._left[name])) > 1:
+                    raise GgufError(f"{prefix}{name} differs from block to block, which is not supported")
+                raise GgufError(f"{prefix}{name} is a list, which transformers does not convert")
+
+    def take(self, name: str, default: Any = None) -> Any:
+        return self._left.pop(name, default)
+
+    def finish(self, architecture: str) -> None:
+        """Raises GgufError if anything is left."""
+        for name, value in _NEUTRAL.items():
+            if self._left.get(name, value) == value:
+                self.take(name)
+        for name in _SILENT:
+            self.take(name)
+        if self._left:
+            listed = ", ".join(f"{architecture}.{name}={value}" for name, value in sorted(self._left.items()))
+            raise GgufError(f"settings that are not known to this project: {listed}; take the original checkpoint")
+
+
+def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
+    """A GGUF file, or a split set by any of its parts, whose converted tokenizer lives as long as `stack`.
+
+    Raises:
+        ModelImportError: damaged, incomplete, or says something that is not understood; one line.
+        UnsupportedModelError: of an architecture that is not supported.
+    """
+    check_file(source, path)
+    with _explained(source):
+        file = GgufFile(path)
+        if file.architecture not in _FAMILIES:
+            supported = ", ".join(sorted(_FAMILIES))
+            raise UnsupportedModelError(
+                f"model.source={source!r}: GGUF architecture {file.architecture!r} is not supported; supported are: "
+                f"{supported}; take the original checkpoint"
+            )
+        config = _read_config(file)
+        where = _name_tensors(file)
+    companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with _explained(source):
+        _convert_tokenizer(file, config).save_pretrained(companions)
+    GenerationConfig.from_model_config(config).save_pretrained(companions)
+
+    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+        with _explained(source), tempfile.TemporaryDirectory() as folder:
+            return _load_block(source, file, Path(folder), config, index, token_ids, dtype)
+
+    def read(name: str) -> torch.Tensor:
+        with _explained(source):
+            return _read_tensor(file, where[name], config)
+
+    return Source(config, set(where), read, companions, None, load_block)
+
+
+def find_gguf(source: str, folder: Path) -> Path | None:
+    """The one GGUF file, or a part of the one split set, in a folder without safetensors; None where there is none.
+
+    Raises ModelImportError where there are several.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    with _explained(source):
+        if not set(files) <= set(find_parts(files[0])):
+            listed = ", ".join(path.name for path in files)
+            raise GgufError(f"that folder holds several GGUF files ({listed}); name one")
+    return files[0]
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    with loading(source, "this GGUF file"):
+        try:
+            yield
+        except GgufError as error:
+            raise ModelImportError(f"model.source={source!r}: {error}") from None
+
+
+def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
+    """The tokenizer in the file, whatever lies beside it.
+
+    The class is the one that AutoTokenizer takes; that would read the whole vocabulary once more, for a config.
+    Raises GgufError where text is to be split in a way that transformers does not know: it would split as GPT-2 does.
+    """
+    kind, split, space = (
+        getattr(file.settings.get(f"tokenizer.ggml.{name}"), "value", None)
+        for name in ("model", "pre", "add_space_prefix")
+    )
+    if kind == "gpt2" and split not in _SPLITS:
+        if split not in (None, "default"):
+            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers; take the original checkpoint")
+        logger.warning("the file does not say how text is split (tokenizer.ggml.pre=%r): as GPT-2 does it", split)
+    if kind == "llama" and space is False and not config.model_type.startswith("gemma"):
+        logger.warning("tokenizer.ggml.add_space_prefix=False is not converted: texts begin with a space")
+    tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(file.path.resolve())
+        return tokenizer_class.from_pretrained(folder, gguf_file=link.name)
+
+
+def _name_tensors(file: GgufFile) -> dict[str, str]:
+    """Transformers' names -> the file's. Raises GgufError, naming tensors that have no place in the model."""
+    parts = _FAMILIES[file.architecture].parts
+    where, unknown = {}, []
+    for name in file.tensors:
+        stem, _, suffix = name.rpartition(".")
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if suffix in ("weight", "bias") and match and match[2] in parts:
+            where[f"model.layers.{match[1]}.{parts[match[2]]}.{suffix}"] = name
+        elif suffix in ("weight", "bias") and stem in _OUTSIDE:
+            where[f"{_OUTSIDE[stem]}.{suffix}"] = name
+        elif name not in _ROPE_TENSORS and not _OLD_TABLE.fullmatch(name):
+            unknown.append(name)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise GgufError(f"tensors that are no part of a {file.architecture} model: {', '.join(unknown[:3])}{more}")
+    return where
+
+
+def _read_tensor(file: GgufFile, name: str, config: Any) -> torch.Tensor:
+    family, tensor = _FAMILIES[file.architecture], file.read(name)
+    if family.permuted and ".attn_q." in name:
+        return _unpermute(tensor, config.num_attention_heads)
+    if family.permuted and ".attn_k." in name:
+        return _unpermute(tensor, config.num_key_value_heads)
+    return tensor.sub_(1) if family.offset_norms and "norm.weight" in name else tensor
+
+
+def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from pairs that are turned together, next to each other, to two halves.
+
+    Of a head with d = 4: rows 0 1 2 3 -> 0 2 1 3.
+    """
+    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _read_config(file: GgufFile) -> Any:
+    """The config as transformers converts it, and what its conversion drops."""
+    settings = _Settings(file)
+    with tempfile.TemporaryDirectory() as folder:
+        # transformers reads every token of the vocabulary for it; it needs their count.
+        path = Path(folder) / "settings.gguf"
+        tensors = {name: name for name in ("output_norm.weight", "output.weight") if name in file.tensors}
+        file.write_excerpt(path, _excerpt_settings(file), tensors, rows=[0])
+        config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        config.pad_token_id = None  # the family's default, of a larger vocabulary
+    for name in _CONVERTED:
+        taken = settings.take(name)
+        if name == "attention.head_count_kv" and taken is None:
+            config.num_key_value_heads = config.num_attention_heads
+        if name == "rope.freq_base" and taken is None:
+            if "rope_theta" not in config.rope_parameters:  # one for each kind of layer
+                raise GgufError("it does not say rope.freq_base")
+            config.rope_parameters["rope_theta"] = 10000.0  # llama.cpp's default
+    _complete_heads(config, settings)
+    _complete_biases(config, file)
+    _complete_windows(config, settings)
+    _complete_caps(config, settings, _FAMILIES[file.architecture])
+    _complete_rope(config, settings, file)
+    settings.finish(file.architecture)
+    return config
+
+
+def _excerpt_settings(file: GgufFile) -> dict[str, Setting]:
+    """What transformers makes a config of: all but lists of strings, with the size of the vocabulary in their place."""
+    own = f"{file.architecture}."
+    kept = {
+        name: setting
+        for name, setting in file.settings.items()
+        if name.startswith((own, "tokenizer.ggml.", "general.name")) and setting.kind != GGUFValueType.ARRAY
+    }
+    if getattr(kept.get("general.name"), "value", None) == "mistral":
+        del kept["general.name"]  # transformers would look for tensors of an architecture that gguf does not know
+    if f"{own}vocab_size" not in kept and "tokenizer.ggml.tokens" in file.settings:
+        kept[f"{own}vocab_size"] = Setting(file.settings["tokenizer.ggml.tokens"].value, GGUFValueType.UINT32)
+    return kept
+
+
+def _complete_heads(config: Any, settings: _Settings) -> None:
+    """head_dim. Raises GgufError where queries, keys and values are not of one size, or only a part of it is turned."""
+    turned = settings.take("rope.dimension_count")
+    default = config.hidden_size // config.num_attention_heads
+    size = settings.take("attention.key_length", turned if config.model_type == "llama" and turned else default)
+    values = settings.take("attention.value_length", size)
+    if values != size:
+        raise GgufError(f"attention.key_length={size} and attention.value_length={values} differ; not supported")
+    if turned not in (None, size):
+        raise GgufError(f"rope.dimension_count={turned}: only a part of each head ({size}) is turned; not supported")
+    if getattr(config, "head_dim", None) not in (None, size):
+        config.head_dim = size
+    elif not hasattr(config, "head_dim") and size != default:
+        raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}; not supported")
+
+
+def _complete_biases(config: Any, file: GgufFile) -> None:
+    for name, parts in (("attention_bias", ("attn_q", "attn_output")), ("mlp_bias", ("ffn_gate", "ffn_down"))):
+        if hasattr(config, name) and any(f"blk.0.{part}.bias" in file.tensors for part in parts):
+            setattr(config, name, True)
+
+
+def _complete_windows(config: Any, settings: _Settings) -> None:
+    """Sliding windows: how far they see, and in which layers."""
+    window = settings.take("attention.sliding_window")
+    pattern = settings.take("attention.sliding_window_pattern")
+    if config.model_type.startswith("gemma"):
+        if window is None:
+            raise GgufError("it does not say attention.sliding_window")
+        if isinstance(pattern, int):
+            pattern = [bool((index + 1) % pattern) for index in range(config.num_hidden_layers)]
+        if pattern is not None:
+            config.layer_types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    elif config.model_type == "phi3" and pattern is None:
+        config.sliding_window = window or None
+    elif pattern is not None or (window and window < config.max_position_embeddings):
+        raise GgufError(f"attention.sliding_window={window} in a {config.model_type} model is not supported")
+
+
+def _complete_caps(config: Any, settings: _Settings, family: _Family) -> None:
+    """How attention scores are scaled, and within what they and logits are kept."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scale = settings.take("attention.scale")
+    if config.model_type.startswith("gemma"):
+        # Not in the file: llama.cpp knows it by the number of blocks.
+        large = config.num_hidden_layers == family.large_blocks
+        scalar = config.hidden_size // config.num_attention_heads if large else size
+        config.query_pre_attn_scalar = scalar if scale is None else round(scale**-2)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            cap = settings.take(name)
+            if cap is not None:
+                setattr(config, name, cap or None)
+    elif scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-6):
+        raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}; not supported")
+
+
+def _complete_rope(config: Any, settings: _Settings, file: GgufFile) -> None:
+    """What is done to RoPE for long texts: nothing, linear, yarn, Llama 3's or LongRoPE."""
+    kind = settings.take("rope.scaling.type")
+    factor = settings.take("rope.scaling.factor") or settings.take("rope.scale_linear")
+    original = settings.take("rope.scaling.original_context_length")
+    tables = _ROPE_TENSORS & file.tensors.keys()
+    if config.model_type.startswith("gemma"):
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        theta = settings.take("rope.freq_base_swa")
+        if theta is not None and "sliding_attention" in config.rope_parameters:
+            config.rope_parameters["sliding_attention"]["rope_theta"] = theta
+    else:
+        rope = config.rope_parameters
+    if tables == {"rope_freqs.weight"} and kind in (None, "none"):
+        rope |= _recognise_llama3(file.read("rope_freqs.weight"), rope["rope_theta"])
+    elif tables == _ROPE_TENSORS - {"rope_freqs.weight"} and kind in (None, "none", "longrope"):
+        short, long = (file.read(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
+        original = original or config.max_position_embeddings
+        _check_attention_factor(
+            settings.take("rope.scaling.attn_factor", 1.0), config.max_position_embeddings, original
+        )
+        config.original_max_position_embeddings = original
+        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        rope["original_max_position_embeddings"] = original
+    elif tables:
+        raise GgufError(f"{', '.join(sorted(tables))} with rope.scaling.type={kind!r} is not supported")
+    elif kind == "yarn" and factor and original:
+        rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        for name in ("beta_fast", "beta_slow"):
+            value = settings.take(f"rope.scaling.yarn_{name}")
+            if value is not None:
+                rope[name] = value
+    elif kind in (None, "linear") and factor not in (None, 0, 1):
+        rope |= {"rope_type": "linear", "factor": factor}
+    elif kind not in (None, "none", "linear"):
+        raise GgufError(f"rope.scaling.type={kind!r} with factor={factor} is not supported")
+
+
+def _check_attention_factor(factor: float, positions: int, original: int) -> None:
+    """LongRoPE scales what RoPE gives by sqrt(1 + ln(s) / ln(original)), s = positions / original."""
+    ratio = positions / original
+    expected = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    if not math.isclose(factor, expected, rel_tol=1e-5):
+        raise GgufError(f"rope.scaling.attn_factor={factor} is not {expected:.6g}, which LongRoPE has; not supported")
+
+
+def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
+    """The settings of Llama 3's RoPE whose frequencies are those of plain RoPE over `divisors` [d/2]; {} if all are 1.
+
+    The file holds the result alone. Low and high factors are 1 and 4 in every Llama, the original context is a power of
+    two: that which gives these numbers to 1e-5. Raises GgufError where none does.
+    """
+    factor = divisors.max().item()
+    if (divisors == 1).all():
+        return {}
+    wavelengths = 2 * math.pi * theta ** (torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
+    for exponent in range(5, 24):
+        original = 2**exponent
+        share = ((original / wavelengths - 1) / (4 - 1)).clamp(0, 1)
+        if torch.allclose(1 / ((1 - share) / factor + share), divisors.double(), rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    raise GgufError("rope_freqs.weight is not what Llama 3 does to RoPE; take the original checkpoint")
+
+
+def _load_block(
+    source: str,
+    file: GgufFile,
+    folder: Path,
+    config: Any,
+    index: int,
+    token_ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Have transformers load block `index` from a file that holds no other."""
+    block = re.compile(rf"blk\.{index}\.")
+    names = {block.sub("blk.0.", name): name for name in file.tensors if block.match(name)}
+    names |= {name: name for name in file.tensors if not name.startswith("blk.") and name not in _ROPE_TENSORS}
+    own = file.architecture
+    replaced = {f"{own}.block_count": 1, f"{own}.vocab_size": len(token_ids)}
+    settings = _excerpt_settings(file) | {
+        name: Setting(value, GGUFValueType.UINT32) for name, value in replaced.items()
+    }
+    path = folder / "block.gguf"
+    file.write_excerpt(path, settings, names, token_ids.tolist())
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=path.name,
+        config=make_block_config(config, index, len(token_ids)),
+        dtype=dtype,
+        attn_implementation=find_architecture(config).kernel,
+        output_loading_info=True,
+    )
+    return check_complete(source, model, report)

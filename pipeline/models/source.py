@@ -1,0 +1,104 @@
+"""What a model is imported from, whatever its form: its config, its tensors one by one, transformers' own reading."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.runtime.errors import PipelineError
+
+_LOADING_ERRORS = (
+    ValueError,
+    OSError,
+    KeyError,
+    IndexError,
+    TypeError,
+    RuntimeError,  # NotImplementedError is one
+    ImportError,
+)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class ModelImportError(PipelineError):
+    """The model cannot be imported; one line saying what was asked for and what to do."""
+
+
+@dataclass
+class Source:
+    """An opened source: its config, names and shapes are known, tensors are read on demand.
+
+    Attributes:
+        config: of the family it is stored as.
+        names, read: of its tensors, as that family names them; each is read anew, on the CPU.
+        companions: a folder with its tokenizer and generation config.
+        load_whole: `dtype` -> the whole model, loaded by transformers itself; None where it always takes too much.
+        load_block: `(index, token_ids [K], dtype)` -> transformers' own model of block `index` alone, whose embedding
+            and lm_head hold the rows of these tokens alone.
+    """
+
+    config: Any
+    names: set[str]
+    read: Callable[[str], torch.Tensor]
+    companions: Path
+    load_whole: Callable[[torch.dtype], nn.Module] | None
+    load_block: Callable[[int, torch.Tensor, torch.dtype], nn.Module]
+
+
+def check_file(source: str, path: Path) -> None:
+    """Raises ModelImportError where `path` is what Git LFS leaves in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelImportError(
+                f"model.source={source!r}: {path.name} is a Git LFS pointer, not the file itself; run: git lfs pull"
+            )
+
+
+def read_json_object(source: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelImportError where it is cut off, or something else."""
+    check_file(source, path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error}); get it again") from None
+    if not isinstance(value, dict):
+        raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object; get it again")
+    return value
+
+
+def make_block_config(config: Any, index: int, vocabulary: int) -> Any:
+    """The config of a model of block `index` alone with a `vocabulary` of so many tokens."""
+    values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocabulary}
+    if values.get("layer_types"):
+        values["layer_types"] = [values["layer_types"][index]]
+    # Ids of special tokens may lie beyond the vocabulary that is left.
+    return type(config).from_dict(values | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
+
+
+@contextmanager
+def loading(source: str, form: str) -> Iterator[None]:
+    """Around what transformers does: its errors become one line, and it shows no bars, block after block.
+
+    Args:
+        form: what it is given, "this GGUF file", for the message.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelImportError(f"model.source={source!r}: transformers cannot read {form} ({reason})") from None
+
+
+def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.Module:
+    """What `from_pretrained(…, output_loading_info=True)` gave. Raises ModelImportError if it filled anything in."""
+    filled = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if filled:
+        raise ModelImportError(f"model.source={source!r}: transformers finds no values for {', '.join(filled[:3])}")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,80 @@
+"""Where RoPE of longer texts is another one, no text may go beyond: keys in a cache would keep the old way."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.blocks.prefix_kv import compute_prefix_kv
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.models.architectures import UnsupportedModelError, check_window, find_max_positions, find_rope_limit
+from pipeline.models.importing import import_model
+from tests.blocks.test_walk import assert_close, walked_logits
+from tests.conftest import FAMILIES, open_model
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+KINDS = {
+    "phi3": (
+        LONGROPE,
+        {"original_max_position_embeddings": 32, "max_position_embeddings": 256, "sliding_window": None},
+    ),
+    "llama_tied": (DYNAMIC, {"max_position_embeddings": 32}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def limited(request, model_folders, tmp_path):
+    """A model whose RoPE changes beyond 32 positions: as transformers loads it, and imported."""
+    rope, more = KINDS[request.param]
+    folder = shutil.copytree(model_folders[request.param], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    config |= more | {"rope_parameters": {"rope_theta": 10000.0} | rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    import_model(str(folder), None, torch.float32, tmp_path / "out")
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), tmp_path / "out"
+
+
+def test_families_have_no_limit_without_it():
+    assert {find_rope_limit(config) for config in FAMILIES.values()} == {None}
+    assert find_max_positions(FAMILIES["llama_long_rope"]) == 256
+
+
+def test_the_walk_counts_the_prefix_and_refuses_what_goes_beyond(limited):
+    original, folder = limited
+    checkpoint, runner = open_model(folder)
+    assert find_max_positions(checkpoint.config) == 32
+    prefix, token_ids = (
+        torch.tensor([5, 9, 0]),
+        torch.randint(0, 320, (2, 29), generator=torch.Generator().manual_seed(7)),
+    )
+    prefix_kv = compute_prefix_kv(checkpoint, checkpoint.embed(prefix), runner)
+    with torch.no_grad():
+        expected = original(torch.cat((prefix.expand(2, -1), token_ids), dim=1)).logits[:, 3:]
+    assert_close(walked_logits(checkpoint, runner, token_ids, prefix_kv), expected)
+    with pytest.raises(UnsupportedModelError, match=r"33 positions \(prefix \+ window\) exceed"):
+        walked_logits(checkpoint, runner, torch.cat((token_ids, token_ids[:, :1]), dim=1), prefix_kv)
+
+
+def test_generation_counts_the_prefix_and_stops_before_what_goes_beyond(limited):
+    original, folder = limited
+    checkpoint, runner = open_model(folder)
+    prefix, token_ids = torch.tensor([[5, 9, 0]]), torch.tensor([[40, 41, 42, 43]])
+    prefix_kv = compute_prefix_kv(checkpoint, checkpoint.embed(prefix[0]), runner)
+    model = assemble_model(checkpoint, prefix_kv)
+    options = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    whole = original.generate(torch.cat((prefix, token_ids), dim=1), max_new_tokens=26, **options)[:, 3:]
+    assert torch.equal(model.generate(token_ids, max_new_tokens=26, **options), whole)  # reads 3 + 4 + 25 positions
+    with pytest.raises(UnsupportedModelError, match=r"33 positions .* exceed 32, beyond which this model's RoPE"):
+        model.generate(token_ids, max_new_tokens=27, **options)
+
+
+def test_the_message_names_the_limit_and_the_remedy(limited):
+    config = open_model(limited[1])[0].config
+    config.max_position_embeddings = 256
+    config.rope_parameters = LONGROPE | {"original_max_position_embeddings": 32}
+    with pytest.raises(UnsupportedModelError, match=r"40 positions .* exceed 32, .* at most 32 tokens less the prefix"):
+        check_window(config, 40)
+    check_window(config, 32)

@@ -1,0 +1,322 @@
+import math
+import shutil
+from contextlib import ExitStack
+
+import numpy
+import pytest
+import torch
+from gguf import GGUFValueType
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+from pipeline.models import gguf_file, gguf_source
+from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.gguf_file import GgufFile
+from pipeline.models.gguf_source import open_gguf
+from pipeline.models.importing import ModelImportError, import_model
+from tests.conftest import SIZES, make_tokenizer, randomize_
+from tests.models.gguf_models import write_gguf
+
+WHOLE, REAL, TEXT, LIST = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
+OWN = SIZES | {"hidden_size": 64}  # whole blocks of 32, as quantized storage wants them
+GEMMA = OWN | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
+CONFIGS = {
+    "llama_tied": LlamaConfig(**OWN, tie_word_embeddings=True),
+    "llama_biases": LlamaConfig(**OWN, attention_bias=True, mlp_bias=True),
+    "llama_wide_heads": LlamaConfig(**OWN, head_dim=32),
+    "mistral": MistralConfig(**OWN, head_dim=32, sliding_window=None),
+    "qwen2": Qwen2Config(**OWN),
+    "qwen3": Qwen3Config(**OWN, head_dim=32, tie_word_embeddings=True),
+    "phi3": Phi3Config(**OWN, sliding_window=20),
+    "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
+    "gemma3_text": Gemma3TextConfig(**GEMMA),
+}
+
+
+def make(config, seed=0):
+    torch.manual_seed(seed)
+    return randomize_(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+def import_logits(path, folder, token_ids):
+    import_model(str(path), None, torch.float32, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return loaded(token_ids).logits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tensors_are_what_transformers_reads_bit_for_bit(family, tmp_path):
+    model = make(CONFIGS[family])
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), quantized=True)
+    with ExitStack() as stack:
+        source = open_gguf(str(path), path, stack)
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, config=source.config)
+        expected = whole.state_dict()
+        assert {source.read(name).dtype for name in source.names} == {torch.float32}
+        assert source.names == expected.keys() - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+        assert [name for name in source.names if not torch.equal(source.read(name), expected[name])] == []
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_imported_model_is_the_one_that_was_written(family, tmp_path, token_ids):
+    """Sizes of heads, biases, soft caps, windows: transformers drops some of them."""
+    model = make(CONFIGS[family])
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer())
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    found = import_logits(path, tmp_path / "out", token_ids)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 0, and 3e-7 with norms plus one
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_tokenizer_is_transformers_conversion_whatever_lies_beside_the_file(family, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS[family]), make_tokenizer())
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name).save_pretrained(tmp_path / "expected")
+    (tmp_path / "tokenizer_config.json").write_text("something else")
+    import_model(str(path), None, torch.float32, tmp_path / "out")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_path, caplog):
+    model = make(CONFIGS["llama_tied"])
+    settings = {"tokenizer.ggml.pre": ("deepseek-coder", TEXT)}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
+    with pytest.raises(ModelImportError, match=r"tokenizer\.ggml\.pre='deepseek-coder' is not known to transformers"):
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {"tokenizer.ggml.pre": None})
+    assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
+    assert "does not say how text is split (tokenizer.ggml.pre=None)" in caplog.text
+
+
+def test_the_splits_listed_are_those_transformers_has():
+    transformers_splits = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
+    assert gguf_source._SPLITS - {"gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm"} == set(
+        transformers_splits
+    )
+
+
+def llama3_divisors(theta, size, factor, original):
+    """As llama.cpp's converter computes rope_freqs.weight."""
+    divisors = []
+    for frequency in 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / 4:
+            divisors.append(1.0)
+        elif wavelength > original:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return numpy.array(divisors, dtype=numpy.float32)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 32}
+YARN = {"rope.scaling.type": ("yarn", TEXT), "rope.scaling.original_context_length": (32, WHOLE)}
+SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], [1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "settings", "tensors"),
+    [
+        ("llama", LLAMA3 | ORIGINAL, {}, {"rope_freqs.weight": llama3_divisors(1e4, 16, 8.0, 32)}),
+        ("llama", {"rope_type": "default"}, {}, {"rope_freqs.weight": numpy.ones(8, dtype=numpy.float32)}),
+        (
+            "llama",
+            {"rope_type": "linear", "factor": 4.0},
+            {"rope.scaling.type": ("linear", TEXT), "rope.scaling.factor": (4.0, REAL)},
+            {},
+        ),
+        ("qwen2", {"rope_type": "yarn", "factor": 8.0} | ORIGINAL, YARN | {"rope.scaling.factor": (8.0, REAL)}, {}),
+        (
+            "phi3",
+            LONGROPE | ORIGINAL,
+            {
+                "rope.scaling.original_context_length": (32, WHOLE),
+                "rope.scaling.attn_factor": (math.sqrt(1 + math.log(8) / math.log(32)), REAL),
+            },
+            {f"rope_factors_{name}.weight": numpy.float32(own) for name, own in (("short", SHORT), ("long", LONG))},
+        ),
+    ],
+)
+def test_rope_for_long_texts_is_read_though_transformers_drops_it(family, rope, settings, tensors, tmp_path):
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "phi3": Phi3Config}[family]
+    more = ORIGINAL if family == "phi3" else {}
+    model = make(kind(**OWN | more, rope_parameters={"rope_theta": 10000.0} | rope))
+    settings = {f"{family}.{name}": value for name, value in settings.items()}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings, tensors)
+    token_ids = torch.randint(0, 320, (1, 200), generator=torch.Generator().manual_seed(3))
+    for ids in (token_ids, token_ids[:, :24]):
+        with torch.no_grad():
+            expected = model(ids).logits
+        found = import_logits(path, tmp_path / "out", ids)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 4e-6; without: 0.3 and more
+
+
+@pytest.mark.parametrize("original", [8192, 131072])
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rope_of_real_llamas_is_recognised(original, factor, tmp_path):
+    model = make(LlamaConfig(**OWN | {"max_position_embeddings": 131072}, rope_parameters={"rope_theta": 5e5}))
+    tensors = {"rope_freqs.weight": llama3_divisors(5e5, 16, factor, original)}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {}, tensors)
+    import_model(str(path), None, torch.float32, tmp_path / "out")
+    found = Checkpoint(tmp_path / "out", "model").config.rope_parameters
+    assert (found["rope_type"], found["factor"]) == ("llama3", factor)
+
+
+@pytest.mark.parametrize("pattern", [(2, WHOLE), ([True, False, True], LIST, GGUFValueType.BOOL)])
+def test_layers_slide_as_the_file_says(pattern, tmp_path):
+    model = make(Gemma3TextConfig(**GEMMA, sliding_window_pattern=2))
+    settings = {"gemma3.attention.sliding_window_pattern": pattern}
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
+    import_model(str(path), None, torch.float32, tmp_path / "out")
+    config = Checkpoint(tmp_path / "out", "model").config
+    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert config.sliding_window == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("logit_scale", (0.5, REAL), r"not known to this project: llama\.logit_scale=0\.5; take the original"),
+        ("embedding_scale", (12.0, REAL), r"llama\.embedding_scale=12\.0"),
+        ("attention.scale", (0.5, REAL), r"attention\.scale=0\.5 is not one over the root of the head's size 16"),
+        ("final_logit_softcapping", (30.0, REAL), r"llama\.final_logit_softcapping=30\.0"),
+        ("expert_count", (8, WHOLE), r"llama\.expert_count=8"),
+        ("attention.causal", (False, GGUFValueType.BOOL), r"llama\.attention\.causal=False"),
+        ("attention.sliding_window", (64, WHOLE), r"attention\.sliding_window=64 in a llama model is not supported"),
+        ("rope.scaling.type", ("yarn", TEXT), r"rope\.scaling\.type='yarn' with factor=None is not supported"),
+        ("rope.scaling.attn_factor", (1.2, REAL), r"llama\.rope\.scaling\.attn_factor=1\.2"),
+        ("rope.dimension_count", (8, WHOLE), r"rope\.dimension_count=8: only a part of each head \(16\) is turned"),
+        ("attention.value_length", (8, WHOLE), r"key_length=16 and attention\.value_length=8 differ"),
+        ("feed_forward_length", ([96, 96, 64], LIST, WHOLE), r"feed_forward_length differs from block to block"),
+        ("attention.head_count", None, r"it does not say attention\.head_count"),
+        ("something.new", (1, WHOLE), r"llama\.something\.new=1"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused_by_name(name, value, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {f"llama.{name}": value})
+    with pytest.raises(ModelImportError, match=message) as error:
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_change_nothing_are_no_obstacle(tmp_path):
+    settings = {
+        "llama.logit_scale": (1.0, REAL),
+        "llama.attention.scale": (0.25, REAL),
+        "llama.expert_count": (0, WHOLE),
+        "llama.attention.sliding_window": (4096, WHOLE),
+        "llama.rope.scaling.type": ("none", TEXT),
+        "llama.rope.scaling.finetuned": (False, GGUFValueType.BOOL),
+        "general.name": ("mistral", TEXT),
+        "quantize.imatrix.file": ("imatrix.dat", TEXT),
+        "someone.version": (3, WHOLE),
+    }
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"blk.1.ffn_up.weight": None}, r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
+        ({"output_norm.weight": None}, r"1 missing \(model\.norm\.weight\)"),
+        ({"blk.0.ffn_gate_exps.weight": numpy.zeros((2, 2), numpy.float32)}, r"no part of a llama model: blk\.0\.ff"),
+        ({"blk.0.attn_q.bias": numpy.zeros(64, numpy.float32)}, r"missing \(model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"blk.3.ffn_up.weight": numpy.zeros((96, 64), numpy.float32)}, r"1 unexpected \(model\.layers\.3\.mlp"),
+        ({"rope_freqs.weight": numpy.linspace(1, 9, 8, dtype=numpy.float32)}, r"rope_freqs\.weight is not what Ll"),
+        ({"rope_factors_long.weight": numpy.ones(8, numpy.float32)}, r"rope_factors_long\.weight with rope\.scaling"),
+        ({"token_embd.weight": numpy.zeros((300, 64), numpy.float32)}, r"has shape \[300, 64\], its config asks"),
+        ({"blk.0.ffn_up.weight": numpy.zeros((96, 64), numpy.int32)}, r"blk\.0\.ffn_up\.weight is stored as I32"),
+    ],
+)  # fmt: skip
+def test_tensors_that_lack_or_have_no_place_are_refused_by_name(tensors, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {}, tensors)
+    with pytest.raises(ModelImportError, match=message) as error:
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_set_is_read_whole_by_any_of_its_parts_or_refused(tmp_path, token_ids):
+    model = make(CONFIGS["llama_tied"])
+    first = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), parts=3)
+    assert first.name == "model-00001-of-00003.gguf"
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    second = first.with_name("model-00002-of-00003.gguf")
+    for source in (first, second, tmp_path):
+        assert torch.equal(import_logits(source, tmp_path / "out", token_ids), expected)
+        shutil.rmtree(tmp_path / "out")
+    alone = shutil.copyfile(first, tmp_path / "alone.gguf")
+    with pytest.raises(ModelImportError, match=r"alone\.gguf is one of 3 parts \(split\.count\); get all of them"):
+        import_model(str(alone), None, torch.float32, tmp_path / "out")
+    alone.unlink()
+    shutil.copyfile(first, second)
+    with pytest.raises(ModelImportError, match=r"00002-of-00003\.gguf says that it is part 1; get the set again"):
+        import_model(str(first), None, torch.float32, tmp_path / "out")
+    second.unlink()
+    with pytest.raises(
+        ModelImportError, match=r"model-00002-of-00003\.gguf of the 3 parts is missing beside model-00001"
+    ):
+        import_model(str(first), None, torch.float32, tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9, 0.999])
+def test_a_file_that_is_cut_off_is_one_line(share, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ModelImportError, match=r"is cut off|does not begin as a GGUF file does") as error:
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_architectures_that_are_not_supported_are_listed(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
+    path.write_bytes(path.read_bytes().replace(b"llama", b"gpt2x"))
+    with pytest.raises(
+        UnsupportedModelError, match="architecture 'gpt2x' is not supported; supported are: gemma2, gemma3,"
+    ):
+        import_model(str(path), None, torch.float32, tmp_path / "out")
+    assert Olmo2Config.model_type not in ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
+
+
+def test_paths_are_taken_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "models"
+    folder.mkdir()
+    path = write_gguf(folder / "Model.GGUF", make(CONFIGS["llama_tied"]), make_tokenizer())
+    for source in ("~/models/Model.GGUF", "~/models", str(folder)):
+        assert import_model(source, None, torch.float32, tmp_path / "out")["blocks"] == 3
+    with pytest.raises(ModelImportError, match="'~/other': there is no such folder"):
+        import_model("~/other", None, torch.float32, tmp_path / "out")
+    shutil.copyfile(path, folder / "another.gguf")
+    with pytest.raises(ModelImportError, match=r"several GGUF files \(Model\.GGUF, another\.gguf\); name one"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+def test_rows_are_dequantized_some_at_a_time_to_the_same_numbers(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["qwen2"]), make_tokenizer(), quantized=True)
+    file = GgufFile(path)
+    whole = {name: file.read(name) for name in file.tensors}
+    monkeypatch.setattr(gguf_file, "_CHUNK", 7 * 64)
+    assert all(torch.equal(file.read(name), tensor) for name, tensor in whole.items())
