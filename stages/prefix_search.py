@@ -24,7 +24,8 @@ def main(run: Run) -> None:
     own = run.params.prefix_search
     checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
     how = (own.site, own.outlier_threshold, own.start_token_counts)
-    prefix = search_prefix(checkpoint, windows.token_ids, run.runner(checkpoint), *how, run.ranks, windows.start_token)
+    how = (*how, run.ranks, windows.start_token, own.choose)
+    prefix = search_prefix(checkpoint, windows.token_ids, run.runner(checkpoint), *how)
     header = make_header("prefix_search", own.model_dump(), {"model": checkpoint.header, "windows": windows.header})
     if run.ranks.first:
         with replacing_folder(PREFIX_SEARCH) as partial:

@@ -212,6 +212,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["source"] = str(source)
     params["corpora"] = {"prose": {"source": str(corpus)}}
+    params["prefix_search"]["choose"] = "threshold"  # tiny random models have no tokens that stand out
     for name in ("search", "train", "validation"):
         params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
     params["calibration"]["validation"]["windows"] = 1

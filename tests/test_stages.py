@@ -205,6 +205,15 @@ def test_tasks_of_each_variant_are_asked_behind_what_its_windows_had_in_front(us
     assert asked == [0, *([0 if use == "none" else None] * 4)]
 
 
+def test_the_prefix_is_chosen_by_what_quantizers_cost_behind_it(project, monkeypatch):
+    change(project, "prefix_search.choose", "benefit")
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    report = read_json(project / "artifacts/prefix_search/report.json")
+    taken = [row for row in report["candidates"] if row["token_ids"] == report["prefix_token_ids"]]
+    assert len(taken) == 1
+    assert taken[0]["kl_above_best"] <= taken[0]["standard_error"]
+
+
 def test_windows_of_another_start_token_are_not_compared(project, monkeypatch):
     run(*BEFORE_QUANTIZER, "evaluation original", monkeypatch=monkeypatch)
     change(project, "calibration.start_token", "always")

@@ -1,7 +1,5 @@
 """The original model with a prefix in front, frozen, and what a training step measures on it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -10,6 +8,7 @@ from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix.params import PrefixTrainingParams
+from pipeline.prefix.sites import watch_sites_
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.windows import put_in_front
 from pipeline.training.divergence import mean_divergence
@@ -50,26 +49,7 @@ class FrozenModel:
             self._terms.append(terms if self._counts else terms.detach())
             return torch.cat((before, seen.to(x.dtype)), dim=-2)
 
-        def watch_input(site: str, name: str) -> None:
-            block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
-
-        def watch_site(site: str) -> None:
-            architecture.watch_input_(block, site, lambda module, x: see(site, x))
-
-        def watch_output(site: str, name: str) -> None:
-            block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
-
-        hang = {
-            "attention_input": watch_site,
-            "key": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
-            "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
-            "attention_output": lambda site: watch_input(site, architecture.attention_output),
-            "o_proj": lambda site: watch_output(site, architecture.attention_output),
-            "mlp_input": watch_site,
-            "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
-        }
-        for site in self.measure.sites:
-            hang[site](site)
+        watch_sites_(block, architecture, self.measure.sites, see)
 
     @torch.no_grad()
     def run_original(self, token_ids: torch.Tensor, start_token: int | None = None) -> torch.Tensor | None:
@@ -133,16 +113,3 @@ class FrozenModel:
         self._terms = []
         output = self.runner.run(self.blocks[index], hidden, pinned=self._prefix_tokens)
         return output, torch.stack(self._terms).mean(0) if self._terms else hidden.new_zeros(())
-
-
-class _CacheSite(nn.Module):
-    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
-
-    before_rope = False
-
-    def __init__(self, see: Callable[[str, torch.Tensor], torch.Tensor], site: str) -> None:
-        super().__init__()
-        self.see, self.site = see, site
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.see(self.site, x)

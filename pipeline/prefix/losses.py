@@ -4,16 +4,15 @@ A measure is shown what passes its sites in a block, behind the prefix, and retu
 
     outlier       r_t = M_t / median(M) as in `outliers.py`: excess over the threshold + LogSumExp over t (a smooth
                   maximum) + mean of the top 1 %; and smoothness, the mean step of r between consecutive positions
-    quantization  the squared error of simulated static quantizers at the sites of a rotated block, relative to the
-                  energy of what is quantized; straight-through, scales searched per batch and held constant
+    quantization  the squared error of simulated static quantizers (`simulation.py`), relative to the energy of what is
+                  quantized; straight-through, scales searched per batch and held constant
     l2            the energy of the attention outputs
     var           their variance over tokens
 
 and what is to go on in place of what it saw: the same, or (quantization, `simulate`) what the quantizers leave of it,
 so that everything behind, the divergence from the original above all, is that of a quantized model.
 
-All sites are float32: attention_input, attention_output, mlp_input, mlp_hidden [B, T, C] as the original model has them
-(norm weights included, no rotation), o_proj [B, T, D], its output, key and value [B, heads, T, d].
+Sites are those of `sites.py`, in float32.
 """
 
 import math
@@ -23,14 +22,9 @@ import torch
 from torch import nn
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.numerics.hadamard import hadamard_transform, random_signs
-from pipeline.numerics.quantizer import choose_parameters, fake_quantize
 from pipeline.prefix.outliers import outlier_ratios, token_maxima
 from pipeline.prefix.params import PrefixTrainingParams
-
-_FACTORS = tuple(0.85**step for step in range(16))  # clip factors tried for simulated quantizers
-_RESIDUAL_READERS = ("attention_input", "mlp_input")
-_SAMPLED = 1 << 14  # values per scale the factors are judged on
+from pipeline.prefix.simulation import QUANTIZED_SITES, SimulatedQuantizers
 
 
 def diversity(prefix: torch.Tensor) -> torch.Tensor:
@@ -105,83 +99,23 @@ class AttentionMeasure:
 
 
 class QuantizationMeasure:
-    """Term `quantization`: relative error of simulated static quantizers, as a rotated block would have them.
-
-    Rotations are Hadamard matrices of a seed of their own, norms' weights are folded, means kept out of the integers.
-    With the seed of `rotation` the signs of R1 are the very ones the model will get, and what is learned suits them.
-    Families that R1 cannot rotate are left as they are at attention_input and mlp_input.
-    """
+    """Term `quantization`: relative error of simulated static quantizers, as a rotated block would have them."""
 
     names = ("quantization",)
-    sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
+    sites = QUANTIZED_SITES
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
-        self.bits, self.simulate = params.bits, params.simulate
-        architecture = checkpoint.architecture
-        signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(params.seed))
-        self.signs = signs.float()
-        folded = _RESIDUAL_READERS if architecture.rotates_residual else ()
-        names = {site: f"{architecture.input_norm(site)}.weight" for site in folded}
-        self.norms: list[dict[str, torch.Tensor]] = []
-        for index in range(checkpoint.block_count):
-            tensors = checkpoint.load_block_tensors(index) if names else {}
-            self.norms.append({site: tensors[name].float() for site, name in names.items()})
-        self.heads = checkpoint.config.num_attention_heads
-        self._scales: dict[tuple[int, str], torch.Tensor] = {}
+        self.simulate = params.simulate
+        self.quantizers = SimulatedQuantizers(checkpoint, params.bits, params.seed)
 
     def begin_batch(self) -> None:
-        self._scales.clear()
+        self.quantizers.forget()
 
     def see(self, index: int, site: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        turned = self._rotate(index, site, x)
-        quantized, error = self.quantize(turned, (index, site))
-        return self._rotate_back(index, site, quantized) if self.simulate else x, error.unsqueeze(0)
-
-    def _rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.norms[index]:  # a norm's weight goes into the linears behind it; a zero stays a zero
-            weight = self.norms[index][site].to(x.device)
-            return hadamard_transform(x / weight.where(weight != 0, 1.0) * self.signs.to(x.device))
-        if site in _RESIDUAL_READERS:
-            return x
-        if site == "attention_output":
-            return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
-        return hadamard_transform(x)
-
-    def _rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self.norms[index]:
-            return hadamard_transform(x, inverse=True) * self.signs.to(x.device) * self.norms[index][site].to(x.device)
-        if site in _RESIDUAL_READERS:
-            return x
-        if site == "attention_output":
-            return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)
-        return hadamard_transform(x, inverse=True)
-
-    def quantize(self, x: torch.Tensor, key: tuple[int, str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a static quantizer leaves of x, and its squared error relative to the energy of x - mean.
-
-        [B, T, C] has one scale, [B, heads, T, d] one a head. The scale found under a `key` serves the whole batch.
-        """
-        per_head = x.dim() == 4
-        over = (0, 2) if per_head else (0, 1)
-        mean = x.detach().mean(over, keepdim=True)
-        centered = x - mean
-        if key is None or key not in self._scales:
-            values = centered.detach()
-            self._scales[key] = self._search(values.movedim(1, 0).flatten(1) if per_head else values.flatten()[None])
-        scale = self._scales[key]
-        quantized = fake_quantize(centered, scale.view(-1, 1, 1) if per_head else scale, self.bits)
+        quantizers = self.quantizers
+        mean, centered, quantized = quantizers.quantize(quantizers.rotate(index, site, x), (index, site))
         error = (quantized - centered).square().sum() / centered.detach().square().sum().clamp_min(1e-30)
-        return quantized + mean, error
-
-    def _search(self, values: torch.Tensor) -> torch.Tensor:
-        """[S, n] values -> [S] scales with the least squared error on a subset of them."""
-        largest = values.abs().amax(1)
-        subset = values[:, :: max(1, values.shape[1] // _SAMPLED)]
-        factors = torch.tensor(_FACTORS, device=values.device)
-        ends = factors.unsqueeze(1) * largest
-        scales, _ = choose_parameters(-ends, ends, self.bits, symmetric=True)  # [factors, S]
-        errors = (fake_quantize(subset.expand(len(factors), -1, -1), scales.unsqueeze(-1), self.bits) - subset).square()
-        return scales.gather(0, errors.sum(-1).argmin(0, keepdim=True)).squeeze(0)
+        return quantizers.rotate_back(index, site, quantized + mean) if self.simulate else x, error.unsqueeze(0)
 
 
 MEASURES: dict[str, Any] = {

@@ -6,7 +6,7 @@ ratio r_t = M_t / median over t of M. A token is an outlier where r_t > threshol
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class LayerOutliers:
         content: token id -> how often it is an outlier at a position other than 0.
         positions: position -> how often an outlier stands there.
         mean_top1_ratio, max_top1_ratio: over windows, of the window's largest r_t.
+        peaks: token id -> r_t squared, summed over windows, of the token that is each window's largest behind position
+            0, whatever the threshold.
     """
 
     layer: int
@@ -42,6 +44,7 @@ class LayerOutliers:
     positions: Counter[int]
     mean_top1_ratio: float
     max_top1_ratio: float
+    peaks: Counter[int] = field(default_factory=Counter)
 
 
 def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor, threshold: float) -> LayerOutliers:
@@ -52,6 +55,10 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
     positions = outlier.nonzero()[:, 1]
     # Position 0 is an outlier whatever its token (nothing precedes it to attend to), so its token says nothing.
     content = token_ids[:, 1:][outlier[:, 1:]]
+    largest = ratios[:, 1:].max(dim=-1)
+    peaks: Counter[int] = Counter()
+    for token, ratio in zip(token_ids[:, 1:].gather(1, largest.indices[:, None]), largest.values, strict=True):
+        peaks[int(token)] += float(ratio) ** 2
     return LayerOutliers(
         layer,
         outlier.sum().item() / len(outlier),
@@ -59,7 +66,14 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
         Counter(positions.tolist()),
         top1.mean().item(),
         top1.max().item(),
+        peaks,
     )
+
+
+def rank_peaks(layers: list[LayerOutliers]) -> list[int]:
+    """Content tokens by their `peaks`, summed over layers, the largest first; ties go to the smaller id."""
+    total: Counter[int] = sum((layer.peaks for layer in layers), Counter())
+    return [token for token, _ in most_frequent(total)]
 
 
 def most_frequent(counts: Counter[int], limit: int | None = None) -> list[tuple[int, int]]:

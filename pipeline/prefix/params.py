@@ -8,6 +8,7 @@ from pipeline.runtime.params import Group, Number
 
 
 class PrefixSearchParams(Group):
+    choose: Literal["benefit", "threshold"]
     site: Literal["down_proj_input", "block_output"]
     outlier_threshold: Annotated[Number, Field(gt=1)]
     start_token_counts: bool

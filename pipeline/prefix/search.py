@@ -17,7 +17,15 @@ from torch import nn
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.prefix.outliers import LayerOutliers, describe_outliers, list_tokens, most_frequent, token_maxima
+from pipeline.prefix.benefit import choose_by_benefit
+from pipeline.prefix.outliers import (
+    LayerOutliers,
+    describe_outliers,
+    list_tokens,
+    most_frequent,
+    rank_peaks,
+    token_maxima,
+)
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.start_token import choose_start_token
 from pipeline.text.windows import put_in_front, start_behind
@@ -66,6 +74,7 @@ def search_prefix(
     start_token_counts: bool,
     ranks: Ranks = ALONE,
     window_start: int | None = None,
+    choose: str = "threshold",
 ) -> Prefix:
     """Find the prefix of a model.
 
@@ -78,10 +87,17 @@ def search_prefix(
             (the official code).
         ranks: each looks at its own windows; all find the same.
         window_start: the start token in front of every window that no prefix ends in, or None.
+        choose: threshold (the paper's rule) or benefit (`benefit.py`).
     """
     before = measure_outliers(checkpoint, put_in_front(token_ids, window_start), runner, site, threshold, ranks=ranks)
     start_token, start_choice = choose_start_token(checkpoint)
-    chosen = choose_prefix(before, start_token, start_token_counts)
+    table = None
+    if choose == "benefit":
+        ranked = rank_peaks(before)
+        choice = choose_by_benefit(checkpoint, ranked, start_token, token_ids, runner, ranks, window_start)
+        chosen, table = choice.token_ids, choice.table
+    else:
+        chosen = choose_prefix(before, start_token, start_token_counts)
     embeddings = checkpoint.embed(torch.tensor(chosen, dtype=torch.int64))
     after = before
     if chosen:
@@ -94,7 +110,8 @@ def search_prefix(
         "prefix_texts": [decode([token]) for token in chosen],
         "start_token": start_choice,
         "outlier_token_count": max(layer.mean_count for layer in before),
-        "why": _explain(before, chosen, threshold),
+        "why": _explain(before, chosen, threshold) if table is None else "the least cost of simulated quantizers",
+        "candidates": table,
         "layers": [
             {
                 "layer": layer.layer,

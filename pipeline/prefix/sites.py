@@ -1,0 +1,67 @@
+"""What passes the sites of a block, shown to whoever watches, who says what goes on in its place.
+
+All sites as the original model has them, norm weights included, no rotation: attention_input, attention_output,
+mlp_input, mlp_hidden [B, T, C]; o_proj [B, T, D], its output; key (before RoPE) and value [B, heads, T, d].
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.models.architectures import Architecture
+
+See = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[str], see: See) -> None:
+    """Put see(site, x) in the place of x at the `sites` of a plain decoder layer, whenever it runs from now on."""
+
+    def watch_input(site: str, name: str) -> None:
+        block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
+
+    def watch_input_module(site: str) -> None:
+        architecture.watch_input_(block, site, lambda module, x: see(site, x))
+
+    def watch_output(site: str, name: str) -> None:
+        block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
+
+    hang: dict[str, Callable[[str], Any]] = {
+        "attention_input": watch_input_module,
+        "key": lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
+        "key_behind_rope": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
+        "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+        "attention_output": lambda site: watch_input(site, architecture.attention_output),
+        "o_proj": lambda site: watch_output(site, architecture.attention_output),
+        "mlp_input": watch_input_module,
+        "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
+    }
+    for site in sites:
+        hang[site](site)
+
+
+def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
+    """Show what RoPE turns: the output of k_norm where the family has one, of k_proj otherwise."""
+
+    def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if heads_first:
+            return see("key", output)
+        keys = output.view(*output.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        return see("key", keys).transpose(1, 2).reshape(output.shape)
+
+    source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    source.register_forward_hook(replace)
+
+
+class _CacheSite(nn.Module):
+    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
+
+    before_rope = False
+
+    def __init__(self, see: See, site: str) -> None:
+        super().__init__()
+        self.see, self.site = see, site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.see(self.site, x)
