@@ -49,7 +49,7 @@ def test_a_walk_without_a_prefix_is_the_makers_own_forward(family, length, impor
     ids = random_ids(3, length)
     with torch.no_grad():
         expected = make_model(family)(ids).logits
-    assert_close(walked_logits(*open_model(imported[family]), ids), expected)  # measured: at most 2e-6
+    assert_close(walked_logits(*open_model(imported[family]), ids), expected)  # measured: at most 4e-6
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -60,7 +60,7 @@ def test_a_walk_behind_a_prefix_is_a_dense_forward_that_sees_it_everywhere(famil
     whole = torch.cat((prefix.expand(len(ids), -1), ids), dim=1)
     expected = read_pinned(make_model(family), checkpoint.embed(whole), prefix=3).logits[:, 3:]
     found = walked_logits(checkpoint, runner, ids, compute_prefix_kv(checkpoint, checkpoint.embed(prefix), runner))
-    assert_close(found, expected)  # measured: at most 2e-6
+    assert_close(found, expected)  # measured: at most 4e-6
     with torch.no_grad():
         lost = make_model(family)(whole).logits[:, 3:]  # where the prefix slides out of sight
     assert (found - lost).abs().max() > 0.01 * lost.abs().max()

@@ -30,7 +30,7 @@ def greedy(original, embeddings, text, count):
 
 
 def assert_close(found, expected):
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: at most 3e-6
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: at most 4e-6
 
 
 def held(cache):
@@ -162,7 +162,7 @@ def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family
     assert agree(model(token_ids, attention_mask=mask).logits[0, 8:]) >= 0.7
     cache = model.make_cache()
     steps = [model(text[:, step : step + 1], past_key_values=cache).logits[0, 0] for step in range(72)]
-    # Measured: 1, and 0.78 where a value tipped; with another window none of the 44 positions beyond it would agree.
+    # Measured: 1, and 0.85 where a value tipped; with a window of one more, 0.39: none of the 44 positions beyond it.
     assert agree(torch.stack(steps)) >= 0.7
 
 
