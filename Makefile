@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SWEEPS := sweep-bits sweep-prefix sweep-threshold sweep-calibration-size
 sweep-bits: SWEEP = -S quantizer_init.weights.bits=3,4,8 -S quantizer_init.activations.bits=4,8
 sweep-prefix: SWEEP = -S prefix.use=none,found
-sweep-threshold: SWEEP = -S prefix_search.outlier_threshold=16,64,256
+sweep-threshold: SWEEP = -S prefix_search.choose=threshold -S prefix_search.outlier_threshold=16,64,256
 sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
 JOBS ?= 1
 # DVC names a column by its file only where two files have it.

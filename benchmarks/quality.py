@@ -94,7 +94,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "keys and values: asymmetric": _each("symmetric", False, "keys", "values"),
     "values: range layer": _each("range", "layer", "values"),
     "mse_samples 8": {"quantizer_init.mse_samples": 8},
-    "prefix: outlier_threshold 16": {"prefix_search.outlier_threshold": 16.0},
+    "prefix: outlier_threshold 16": {"prefix_search.choose": "threshold", "prefix_search.outlier_threshold": 16.0},
     "official: rtn, range block, neither centered nor equalized": TEXTBOOK | NEAREST | _each("range", "block", *GROUPS),
 }
 

@@ -31,7 +31,6 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
-from pipeline.blocks.plan import plan_walk
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.plan import plan_evaluation
@@ -39,6 +38,7 @@ from pipeline.export.plan import plan_export
 from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
 from pipeline.models.sizes import Sizes
 from pipeline.params import parse_params
+from pipeline.prefix.plan import plan_prefix_search
 from pipeline.quantization.plan import plan_quantizer_init
 from pipeline.rotation.plan import plan_rotation
 from pipeline.runtime.memory import GIB, Share
@@ -281,7 +281,7 @@ def plan_whole_models(tflops: float) -> str:
         sizes = Sizes.of(plain)
         needs = {
             "rotation": plan_rotation(plain, torch.bfloat16),
-            "prefix_search": plan_walk(plain, Share.of([64], 512, runtime, True)),
+            "prefix_search": plan_prefix_search(plain, Share.of([64], 512, runtime, True), params.prefix_search),
             "quantizer_init": plan_quantizer_init(plain, calibration, params.quantizer_init),
             "finetuning": plan_finetuning(plain, trained, tuning, runtime),
             "evaluation": plan_evaluation(quantized, held_out, True, False, 0),

@@ -7,8 +7,8 @@ arXiv:2410.05265, §5.1 and Eq. 3. Packaged model: about 20 seconds for 16 windo
 
 from pathlib import Path
 
-from pipeline.blocks.plan import plan_walk
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.plan import plan_prefix_search
 from pipeline.prefix.search import search_prefix
 from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors, write_json
 from pipeline.runtime.memory import Need
@@ -36,7 +36,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    return plan_walk(Checkpoint(MODEL, "model"), run.share(load_windows(SEARCH).token_ids))
+    share = run.share(load_windows(SEARCH).token_ids)
+    return plan_prefix_search(Checkpoint(MODEL, "model"), share, run.params.prefix_search)
 
 
 if __name__ == "__main__":

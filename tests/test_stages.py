@@ -212,6 +212,15 @@ def test_the_prefix_is_chosen_by_what_quantizers_cost_behind_it(project, monkeyp
     taken = [row for row in report["candidates"] if row["token_ids"] == report["prefix_token_ids"]]
     assert len(taken) == 1
     assert taken[0]["kl_above_best"] <= taken[0]["standard_error"]
+    metrics = read_json(project / "metrics/prefix_search.json")
+    assert metrics["simulated_kl"] == {"none": report["candidates"][0]["kl"], "chosen": taken[0]["kl"]}
+    alone = contents(project / "artifacts/prefix_search")
+    change(project, "runtime.processes", 2)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.prefix_search"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(project / "artifacts/prefix_search") == alone
 
 
 def test_windows_of_another_start_token_are_not_compared(project, monkeypatch):

@@ -29,6 +29,7 @@ from pipeline.training.divergence import mean_divergence
 _BITS, _SEED = 4, 0  # of the simulated quantizers; as `prefix_training` has them by default
 _CALIBRATED, _JUDGED = 4, 8  # windows
 _CONTENT = 4  # tokens in front of the start token, at most
+MOST_CANDIDATES, MOST_WINDOWS = _CONTENT + 2, _CALIBRATED + _JUDGED
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def simulate_costs(
         exact = norm(states[-judged.shape[1] :].to(runner.device))
         for number, stream in zip(own, streams, strict=True):
             found = norm(stream.judged[window][-judged.shape[1] :].to(runner.device))
-            # A sum over ranks of an infinity and zeros stays one; of NaN it would not be seen.
-            costs[number, window] = mean_divergence(found, exact, lm_head).double().nan_to_num(nan=torch.inf)
+            cost = mean_divergence(found, exact, lm_head)
+            costs[number, window] = cost if torch.isfinite(cost) else torch.inf
     ranks.sum_(costs)
     return costs
 
@@ -113,7 +114,7 @@ class Choice:
     Attributes:
         token_ids: the candidate.
         table: a row per candidate: "token_ids", "kl" in nats a token (None where it diverges), "kl_above_best" and its
-            "standard_error", over windows paired.
+            "standard_error", over windows paired, and "chosen".
     """
 
     token_ids: list[int]
@@ -145,7 +146,8 @@ def choose_candidate(candidates: list[list[int]], costs: torch.Tensor) -> Choice
         row = {"kl": mean, "kl_above_best": above.mean().item(), "standard_error": error} if finite else {"kl": None}
         table.append({"token_ids": token_ids} | row)
     near = [row for row in table if row["kl"] is not None and row["kl_above_best"] <= row["standard_error"]]
-    return Choice(min(near, key=lambda row: len(row["token_ids"]))["token_ids"], table)
+    taken = min(near, key=lambda row: len(row["token_ids"]))
+    return Choice(taken["token_ids"], [row | {"chosen": row is taken} for row in table])
 
 
 def list_candidates(ranked: list[int], start_token: int | None) -> list[list[int]]:

@@ -1,9 +1,13 @@
 """Find the tokens to prefix (arXiv:2410.05265, §5.1): the ones that draw massive activations wherever they first occur.
 
-One walk over the original model counts outlier tokens in every layer. Their number o is the largest over layers of
-the mean over windows, rounded up; the prefix is the o most frequent outlier tokens followed by the start token. Put
-once in front of every sequence, they take the massive activations with them: a second, shorter walk with the prefix in
-the cache shows the ratios that are left.
+One walk over the original model looks at outlier tokens in every layer. Which of them make the prefix is chosen by
+
+    threshold   the paper's rule: their number o is the largest over layers of the mean over windows, rounded up; the
+                prefix is the o most frequent outlier tokens followed by the start token
+    benefit     ours: what static quantizers cost behind it (`benefit.py`), however far the outliers stand out
+
+Put once in front of every sequence, they take the massive activations with them: a second, shorter walk with the prefix
+in the cache shows the ratios that are left.
 """
 
 import math
@@ -31,6 +35,7 @@ from pipeline.text.start_token import choose_start_token
 from pipeline.text.windows import put_in_front, start_behind
 
 _AFTER_WINDOWS = 8
+_EXPLAIN_BENEFIT = "the shortest candidate within a standard error of the least divergence behind simulated quantizers"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Prefix:
 
     def summary(self) -> dict[str, Any]:
         """The stage's metrics: the largest values over layers, without and with the prefix."""
-        layers = self.report["layers"]
+        layers, candidates = self.report["layers"], self.report["candidates"]
         return {
             "prefix_token_ids": self.report["prefix_token_ids"],
             "prefix_texts": self.report["prefix_texts"],
@@ -62,6 +67,7 @@ class Prefix:
                     "top1_median_ratio_with_prefix",
                 )
             },
+            **({"simulated_kl": _pick_costs(candidates)} if candidates else {}),
         }
 
 
@@ -82,35 +88,37 @@ def search_prefix(
         checkpoint: the original, unrotated model.
         token_ids: search windows [N, T], content alone.
         site: `down_proj_input` (the paper's) or `block_output`: whose token maxima are judged.
-        threshold: r_t beyond which a token is an outlier.
-        start_token_counts: whether the start token is one of the o tokens (the paper's text) or comes on top of them
-            (the official code).
+        threshold: r_t beyond which a token is an outlier; `benefit` only counts them.
+        start_token_counts: of the paper's rule: whether the start token is one of the o tokens (the paper's text) or
+            comes on top of them (the official code).
         ranks: each looks at its own windows; all find the same.
         window_start: the start token in front of every window that no prefix ends in, or None.
         choose: threshold (the paper's rule) or benefit (`benefit.py`).
     """
     before = measure_outliers(checkpoint, put_in_front(token_ids, window_start), runner, site, threshold, ranks=ranks)
     start_token, start_choice = choose_start_token(checkpoint)
+    decode = checkpoint.tokenizer.decode
     table = None
     if choose == "benefit":
         ranked = rank_peaks(before)
         choice = choose_by_benefit(checkpoint, ranked, start_token, token_ids, runner, ranks, window_start)
-        chosen, table = choice.token_ids, choice.table
+        chosen, why = choice.token_ids, _EXPLAIN_BENEFIT
+        table = [row | {"texts": [decode([token]) for token in row["token_ids"]]} for row in choice.table]
     else:
         chosen = choose_prefix(before, start_token, start_token_counts)
+        why = _explain(before, chosen, threshold)
     embeddings = checkpoint.embed(torch.tensor(chosen, dtype=torch.int64))
     after = before
     if chosen:
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
         behind = put_in_front(token_ids[: max(_AFTER_WINDOWS, ranks.world)], start_behind(window_start, chosen))
         after = measure_outliers(checkpoint, behind, runner, site, threshold, prefix_kv, ranks)
-    decode = checkpoint.tokenizer.decode
     report = {
         "prefix_token_ids": chosen,
         "prefix_texts": [decode([token]) for token in chosen],
         "start_token": start_choice,
         "outlier_token_count": max(layer.mean_count for layer in before),
-        "why": _explain(before, chosen, threshold) if table is None else "the least cost of simulated quantizers",
+        "why": why,
         "candidates": table,
         "layers": [
             {
@@ -182,6 +190,11 @@ def choose_prefix(layers: list[LayerOutliers], start_token: int | None, start_to
         count -= start_token_counts
     chosen = [token for token, _ in most_frequent(content, count)]
     return chosen if start_token is None else [*chosen, start_token]
+
+
+def _pick_costs(candidates: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Without a prefix, the first of the candidates, and behind the chosen one."""
+    return {"none": candidates[0]["kl"], "chosen": next(row["kl"] for row in candidates if row["chosen"])}
 
 
 def _explain(layers: list[LayerOutliers], chosen: list[int], threshold: float) -> str:

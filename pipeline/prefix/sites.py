@@ -30,7 +30,6 @@ def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[s
     hang: dict[str, Callable[[str], Any]] = {
         "attention_input": watch_input_module,
         "key": lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
-        "key_behind_rope": lambda site: setattr(block.self_attn, "key_quantizer", _CacheSite(see, site)),
         "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
         "attention_output": lambda site: watch_input(site, architecture.attention_output),
         "o_proj": lambda site: watch_output(site, architecture.attention_output),

@@ -1,9 +1,14 @@
 """The prefix that simulated static quantizers ask for: candidates, what they cost, which is taken."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
+from pipeline.blocks.walk import BlockRunner
+from pipeline.prefix import benefit
 from pipeline.prefix.benefit import (
     PrefixSearchError,
     choose_by_benefit,
@@ -120,3 +125,99 @@ def test_search_by_benefit_reports_its_table_and_the_prefix_it_takes(imported):
     assert len(taken["token_ids"]) <= len(best["token_ids"])
     kv = compute_prefix_kv(checkpoint, found.embeddings, runner)
     assert (kv is None) == (found.token_ids.numel() == 0)
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_one_window_that_diverges_is_enough_to_be_left_out(broken, imported, monkeypatch):
+    checkpoint, runner = open_model(imported["llama_tied"])
+    divergence, calls = benefit.mean_divergence, []
+
+    def diverge(*args):
+        calls.append(1)
+        return divergence(*args) * (broken if len(calls) == 1 else 1)  # no prefix, first window
+
+    monkeypatch.setattr(benefit, "mean_divergence", diverge)
+    choice = choose_by_benefit(checkpoint, [], 0, WINDOWS, runner)
+    assert choice.token_ids == [0]
+    assert choice.table[0] == {"token_ids": [], "kl": None, "chosen": False}
+    monkeypatch.setattr(benefit, "mean_divergence", lambda *args: torch.tensor(broken))
+    with pytest.raises(PrefixSearchError, match="behind every candidate"):
+        choose_by_benefit(checkpoint, [], 0, WINDOWS, runner)
+
+
+def test_ranges_are_those_of_the_windows_that_calibrate(imported):
+    checkpoint, runner = open_model(imported["llama_tied"], batch_size=1)
+    costs = simulate_costs(checkpoint, [[0]], WINDOWS[:2], WINDOWS[2:6], runner)
+    alone = simulate_costs(checkpoint, [[0]], WINDOWS[:2], WINDOWS[3:4], runner)
+    assert alone[0, 0].item() == pytest.approx(costs[0, 1].item(), rel=1e-2)
+    flattered = simulate_costs(checkpoint, [[0]], WINDOWS[3:4], WINDOWS[3:4], runner)
+    assert flattered[0, 0] < 0.98 * alone[0, 0]
+
+
+PLACE, TOKEN = 10, 42  # where every window has the token that draws an outlier
+
+
+class Outlier(nn.Module):
+    """An activation function that gives 300 times its values at one place, unless a prefix has drawn them."""
+
+    def __init__(self, act_fn):
+        super().__init__()
+        self.act_fn, self.drawn = act_fn, False
+
+    def forward(self, x):
+        y = self.act_fn(x)
+        if self.drawn or x.shape[1] <= PLACE:  # a prefix itself is shorter
+            return y
+        return torch.cat((y[:, :PLACE], 300 * y[:, PLACE : PLACE + 1], y[:, PLACE + 1 :]), dim=1)
+
+
+class RiggedRunner(BlockRunner):
+    """Sees whether TOKEN begins the prefix, by the values it has in block 1."""
+
+    values: torch.Tensor
+
+    def run(self, block, hidden, prefix_kv=None, pinned=0):
+        if isinstance(block.mlp.act_fn, Outlier):
+            block.mlp.act_fn.drawn = prefix_kv is not None and torch.allclose(prefix_kv[1, :, 0], self.values)
+        return super().run(block, hidden, prefix_kv, pinned)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 1e6])
+def test_a_token_that_ruins_quantization_is_prefixed_whatever_the_threshold(threshold, imported, monkeypatch):
+    checkpoint, plain = open_model(imported["llama_tied"])
+    runner = RiggedRunner(checkpoint, torch.device("cpu"), 3)
+    runner.values = compute_prefix_kv(checkpoint, checkpoint.embed(torch.tensor([TOKEN])), plain)[1, 1, :, 0]
+    build = checkpoint.build_block
+
+    def build_rigged(index):
+        block = build(index)
+        if index == 1:
+            block.mlp.act_fn = Outlier(block.mlp.act_fn)
+        return block
+
+    monkeypatch.setattr(checkpoint, "build_block", build_rigged)
+    windows = WINDOWS.clamp_min(50)
+    windows[:, PLACE] = TOKEN
+    search = checkpoint, windows, runner, "down_proj_input", threshold, False
+    found = search_prefix(*search, choose="benefit")
+    assert found.token_ids.tolist() == [TOKEN, 0]
+    table = found.report["candidates"]
+    assert [row["token_ids"][:1] for row in table] == [[], [0]] + 4 * [[TOKEN]]
+    assert [row["chosen"] for row in table] == [False, False, True, False, False, False]
+    assert table[2]["texts"] == [checkpoint.tokenizer.decode([TOKEN]), "<s>"]
+    assert min(row["kl"] for row in table[:2]) > 1.2 * max(row["kl"] for row in table[2:])
+    assert found.summary()["simulated_kl"] == {"none": table[0]["kl"], "chosen": table[2]["kl"]}
+    if threshold == 1e6:
+        by_ratio = search_prefix(*search)
+        assert by_ratio.token_ids.tolist() == []
+        assert by_ratio.report["candidates"] is None
+        assert "simulated_kl" not in by_ratio.summary()
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_model_without_outliers_gets_no_prefix(count, imported):
+    checkpoint, runner = open_model(imported["llama_tied"])
+    found = search_prefix(checkpoint, WINDOWS[:count], runner, "down_proj_input", 64.0, False, choose="benefit")
+    assert found.token_ids.tolist() == []
+    assert found.embeddings.shape == (0, 48)
+    assert found.report["candidates"][0]["chosen"]
