@@ -49,7 +49,7 @@ def _bits(weights: int, activations: int, kv: int) -> dict[str, Any]:
 GROUPS = ("weights", "activations", "keys", "values")
 PREFIX_FREE = {"prefix.use": "none"}
 # The same method without what is ours: no means kept out, no equalized channels.
-TEXTBOOK = {f"quantizer_init.{group}.centered": False for group in GROUPS} | {"quantizer_init.equalize": False}
+TEXTBOOK = {f"quantizer_init.{group}.centered": False for group in GROUPS} | {"quantizer_init.equalize": []}
 NEAREST = {"quantizer_init.weights.rounding": "rtn"}
 DYNAMIC = {f"quantizer_init.{group}.mode": "dynamic" for group in GROUPS[1:]}
 ROWS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "weights not centered": _each("centered", False, "weights"),
     "activations not centered": _each("centered", False, "activations"),
     "keys and values not centered": _each("centered", False, "keys", "values"),
-    "not equalized": {"quantizer_init.equalize": False},
+    "not equalized": {"quantizer_init.equalize": []},
     "neither centered nor equalized": TEXTBOOK,
     "weights: rtn": NEAREST,
     "weights: damping 0.1": _each("damping", 0.1, "weights"),

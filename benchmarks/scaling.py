@@ -108,7 +108,7 @@ ROW_PARAMS = {
         "quantizer_init.activations.range": "max",
         "quantizer_init.keys.range": "max",
         "quantizer_init.values.range": "max",
-        "quantizer_init.equalize": False,
+        "quantizer_init.equalize": [],
         "finetuning.start": "quantizer_init",
         "finetuning.weight_lr": 0.0,
         "finetuning.epochs": 0,

@@ -21,11 +21,11 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import parse_params
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
-from pipeline.quantization.equalization import equalize_mlp_
+from pipeline.quantization.equalization import Equalizer
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import plan_block
 from pipeline.quantization.statistics import choose_windows, record_block
-from pipeline.rotation.matrices import compute_rotated_prefix_kv
+from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import write_json
 from pipeline.text.windows import load_windows
 
@@ -82,7 +82,8 @@ def measure(
     settings, plan = plan_block(init, rotation, index)
     block = fill_block(rotation, index, rotation.load_block_tensors(index), settings)
     sample = hidden[choose_windows(len(hidden), init.mse_samples)]
-    equalize_mlp_(block, rotation.architecture, sample, prefix_kv, runner, settings.spec("mlp_hidden").centered)
+    r2 = load_rotation(rotation.folder, "r2")
+    Equalizer(block, rotation.architecture, settings, tuple(init.equalize), r2).equalize_(sample, prefix_kv, runner)
     statistics = record_block(block, rotation.architecture, hidden, prefix_kv, runner, init.mse_samples)
     start = time.perf_counter()
     choose_quantizers_(block, rotation.architecture, statistics, prefix_kv, plan, runner)

@@ -15,7 +15,6 @@ from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.windows import load_windows
 from tests.conftest import (
     FAMILIES,
-    POST_NORMS,
     ROOT,
     SIZES,
     WINDOW,
@@ -45,8 +44,8 @@ def family(request, model_folders, tmp_path_factory):
     source = model_folders.get(request.param) or save_wide(folder / "source", model_folders["qwen2"])
     shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
     params = tiny_params(source, folder / "prose.txt")
-    if request.param in POST_NORMS:
-        params["rotation"]["r1"] = "identity"
+    if request.param in ("mistral", "qwen2"):
+        params["rotation"]["r1"] = "hadamard"  # merged; the others: online
     params["calibration"]["start_token"] = "always" if request.param.startswith("gemma") else "never"
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["finetuning"]["end_to_end"]["epochs"] = 1

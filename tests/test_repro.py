@@ -130,7 +130,7 @@ def test_a_source_that_is_gone_is_one_line_with_its_key(repository):
 
 
 def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
-    change(repository, "quantizer_init", equalize=False)
+    change(repository, "quantizer_init", equalize=[])
     stages = {"quantizer_init", "finetuning"}
     made = SOURCES | {"export", "evaluation@export", "report"}
     assert repro(repository) == stages | made | {f"evaluation@{stage}" for stage in stages}

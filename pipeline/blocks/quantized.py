@@ -1,10 +1,10 @@
 """The model's own decoder layer with its quantizers: no forward is copied, modules are replaced or added.
 
-    the attention's norm      + quantizer          site attention_input (its output, shared by q, k, v)
+    the attention's norm      + quantizer          R1 where it is online, then site attention_input (shared by q, k, v)
     self_attn                 + key_quantizer      site key   (applied by the cache, after RoPE)
                               + value_quantizer    site value (applied by the cache)
     self_attn.o_proj          -> QuantizedLinear   site attention_output
-    the MLP's norm            + quantizer          site mlp_input (its output, shared by gate, up)
+    the MLP's norm            + quantizer          R1 where it is online, then site mlp_input (shared by gate, up)
     mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
     the other linears         -> QuantizedLinear   weights only
 
@@ -41,12 +41,14 @@ class BlockSettings:
         key_before_rope: keys are quantized before RoPE, without R3.
         sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
             site that is not listed is not quantized.
+        online_r1: what attention and the MLP read is multiplied by a Hadamard matrix, in front of its quantizer.
     """
 
     online_r3: bool = False
     online_r4: bool = False
     key_before_rope: bool = False
     sites: dict[str, QuantizerSpec] = field(default_factory=dict)
+    online_r1: bool = False
 
     def spec(self, site: str) -> QuantizerSpec:
         return self.sites.get(site, QuantizerSpec())
@@ -183,8 +185,14 @@ class _MultiplyScaled(torch.autograd.Function):
         return for_x, None, for_scale, for_zero_point, upstream.sum(over) if ctx.needs_input_grad[4] else None
 
 
-def _quantize(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module.quantizer(x)
+def _quantize_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module.quantizer(hadamard_transform(x) if module.rotate_input else x)
+
+
+def read_input(block: nn.Module, architecture: Architecture, site: str, residual: torch.Tensor) -> torch.Tensor:
+    """What the linears at `attention_input` or `mlp_input` read of the residual stream [..., D]."""
+    module = architecture.input_module(block, site)
+    return _quantize_input(module, residual) if architecture.input_norm(site) is None else module(residual)
 
 
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
@@ -192,8 +200,10 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     widths = architecture.site_widths(block)
     for site in ("attention_input", "mlp_input"):
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
-        architecture.input_module(block, site).quantizer = ActivationQuantizer(settings.spec(site), widths[site])
-        architecture.watch_input_(block, site, _quantize)
+        module = architecture.input_module(block, site)
+        module.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
+        module.rotate_input = settings.online_r1
+        architecture.watch_input_(block, site, _quantize_input)
     own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
     for short, name in architecture.linear_sites.items():
         site = own_sites.get(name)

@@ -31,7 +31,8 @@ def write_model_card(
     settings = block_settings(checkpoint, 0)
     tokens = [repr(checkpoint.tokenizer.decode([token])) for token in prefix["token_ids"]]
     described = ", ".join(tokens) if tokens else f"{prefix['tokens']} continuous embeddings"
-    rotations = [name for name, on in (("R3", settings.online_r3), ("R4", settings.online_r4)) if on]
+    online = {"R1": settings.online_r1, "R3": settings.online_r3, "R4": settings.online_r4}
+    rotations = [name for name, on in online.items() if on]
     lines = [
         "---",
         "library_name: transformers",

@@ -135,6 +135,11 @@ def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> l
     problems = []
     if not any(own.spec(short).enabled for own in described for short in checkpoint.architecture.linear_sites):
         problems.append("weights: none are quantized; set quantizer_init.weights.bits, or remove export.formats")
+    if any(own.online_r1 for own in described):
+        problems.append(
+            "rotation.r1=online: q/k/v and gate/up count on a rotation of their input that transformers would not "
+            "apply; set rotation.r1: hadamard (or identity)"
+        )
     if any(own.online_r4 for own in described):
         problems.append(
             "rotation.r4=hadamard: down_proj counts on a rotation of its input that transformers would not apply; "

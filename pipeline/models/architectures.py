@@ -28,6 +28,7 @@ class Architecture:
         value: the linear whose per-head output R2 rotates.
         kernel: transformers' attention implementation; eager where scores are capped, which the others do not do.
         heads_first: k_norm sees keys [B, heads, T, d], not [B, T, …].
+        norm_offset: what norms add to their weight before they multiply by it (1 in Gemma).
         slides_throughout: `sliding_window` counts in every block, not in those of config.layer_types alone.
         block_prefix, embedding, final_norm, lm_head: where things are in the checkpoint.
     """
@@ -44,6 +45,7 @@ class Architecture:
     value: str = "self_attn.v_proj"
     kernel: str = "sdpa"
     heads_first: bool = False
+    norm_offset: float = 0.0
     slides_throughout: bool = False
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
@@ -123,8 +125,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(slides_throughout=True),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, kernel="eager"),
-    "gemma3_text": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True),
+    "gemma2": Architecture(mlp_norm="pre_feedforward_layernorm", post_norms=_POST, kernel="eager", norm_offset=1.0),
+    "gemma3_text": Architecture(
+        mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True, norm_offset=1.0
+    ),
     "olmo2": Architecture(attention_norm=None, mlp_norm=None, post_norms=_POST),
 }
 # Imported as another family that computes the same, see fused_projections.py.

@@ -55,7 +55,7 @@ class QuantizerInitParams(Group):
     keys: KeyParams
     values: ActivationParams
     overrides: list[OverrideParams]
-    equalize: bool
+    equalize: list[Literal["attention_input", "key", "value", "mlp_input", "mlp_hidden"]]
     mse_samples: Annotated[int, Field(ge=1)]
     embedding_dtype: FloatDtype
 

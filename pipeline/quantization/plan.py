@@ -9,17 +9,22 @@ from pipeline.runtime.memory import Need, Share, make_need
 
 
 def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerInitParams) -> Need:
-    """What choosing quantizers takes: a block, Gram matrices, samples, and a batch or GPTQ's forms of a weight."""
+    """What choosing quantizers takes: a block, Gram matrices, samples, and a batch or GPTQ's forms of a weight.
+
+    Before that, to equalize, hidden states of the sampled windows in front of every block.
+    """
     sizes = Sizes.of(checkpoint)
     widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
     square = 4 * max(widths) ** 2
     grams = 4 * sum(width * width for width in widths)
     sampled = min(params.mse_samples * share.length, share.tokens)
+    batch = min(sampled, share.batch)
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
     block = sizes.numbers * sizes.item
     recording = square + max(sizes.forward(share.batch), sizes.forward(sampled))
     rounding = square + 5 * 4 * sizes.hidden * sizes.inner
     assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
-    work = max(block + grams + samples + max(recording, rounding), assembling)
+    equalizing = block + sizes.blocks * sizes.stream(sampled) + max(sizes.graph(batch), 7 * sizes.logits)
+    work = max(block + grams + samples + max(recording, rounding), assembling, equalizing if params.equalize else 0)
     disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(share.tokens)
     return make_need(work, sizes.stream(share.tokens), share.on_gpu, disk, ahead=block)

@@ -1,6 +1,7 @@
 """Initialise every quantizer of a rotated model, block by block, on what its quantized predecessors produce.
 
-For each block, on all calibration windows:
+First, on some windows, walk the model in full precision to learn how much each channel counts (`sensitivity.py`). Then
+for each block, on all calibration windows, its channels scaled by that (`equalization.py`):
 
 1. run it in full precision and record what its quantizers will see (`statistics.py`);
 2. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
@@ -15,6 +16,7 @@ the same bytes.
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
-from pipeline.quantization.equalization import EQUALIZATION, equalize_mlp_
+from pipeline.quantization.equalization import EQUALIZATION, Equalizer, Scales, scale_prefix, select_block
 from pipeline.quantization.params import QuantizerInitParams, site_params
+from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
-from pipeline.rotation.matrices import compute_rotated_prefix_kv
-from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json
+from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
+from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.unfinished import load_generation, save_generation
@@ -42,6 +45,7 @@ from pipeline.text.windows import pack_start_token, put_in_front
 
 logger = logging.getLogger(__name__)
 
+_CHANNELS = "channels-{rank:05d}.safetensors"
 _SCALES = "equalization-{index:05d}.safetensors"
 _TINY = 1e-30
 
@@ -69,7 +73,7 @@ def plan_block(
         )
         for site, values in plan.items()
     }
-    return BlockSettings(rotated.online_r3, rotated.online_r4, init.keys.before_rope, specs), plan
+    return replace(rotated, key_before_rope=init.keys.before_rope, sites=specs), plan
 
 
 def init_quantizers(
@@ -138,6 +142,7 @@ def init_blocks(
         NumericalError: NaN or infinity in a block's activations.
     """
     work.mkdir(parents=True, exist_ok=True)
+    channels = measure_channels(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
     start, saved = load_generation(work, header, ranks)
     if start:
         hidden.copy_(saved["hidden"])
@@ -150,11 +155,11 @@ def init_blocks(
     blocks = prefetch_blocks(load, range(start, checkpoint.block_count), runner.device)
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
         block = next(blocks)
-        report, scales = _init_block_(checkpoint, index, block, hidden, prefix_kv, init, runner, ranks)
+        report, scales = _init_block_(checkpoint, index, block, channels[index], hidden, prefix_kv, init, runner, ranks)
         tensors = block.state_dict()
         if ranks.first:
-            if scales is not None:
-                save_tensors(work / _SCALES.format(index=index), {"scales": scales}, header)
+            if scales:
+                save_tensors(work / _SCALES.format(index=index), scales, header)
             write_json(work / f"block-{index:05d}.json", {"block": index} | report)
             save_block_file(work, checkpoint.architecture, index, tensors, header)
         save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
@@ -162,25 +167,52 @@ def init_blocks(
     return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
 
 
+def measure_channels(
+    checkpoint: Checkpoint,
+    hidden: torch.Tensor,
+    prefix_kv: torch.Tensor | None,
+    init: QuantizerInitParams,
+    runner: BlockRunner,
+    work: Path,
+    header: Header,
+    ranks: Ranks,
+) -> list[dict[str, torch.Tensor]]:
+    """`measure_sensitivity` of `mse_samples` of the windows [N, T, D] before block 0; once a run, kept in `work`."""
+    if not init.equalize:
+        return [{}] * checkpoint.block_count
+    path = work / _CHANNELS.format(rank=ranks.rank)
+    stored = load_unfinished(path, header)
+    known = torch.tensor(int(stored is not None))
+    ranks.least_(known)
+    if not known:
+        numbers = choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
+        among_all = [number * ranks.world + ranks.rank for number in numbers]
+        places = tuple(init.equalize)
+        found = measure_sensitivity(checkpoint, hidden[numbers], prefix_kv, places, runner, among_all, ranks)
+        stored = {f"{index}.{site}": own for index, block in enumerate(found) for site, own in block.items()}
+        save_tensors(path, stored, header)
+    return [select_block(stored, index) for index in range(checkpoint.block_count)]
+
+
 def _init_block_(
     checkpoint: Checkpoint,
     index: int,
     block: nn.Module,
+    channels: dict[str, torch.Tensor],
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
     init: QuantizerInitParams,
     runner: BlockRunner,
     ranks: Ranks,
-) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Quantize one block and move `hidden` behind it; its report, and the scales of `equalize_mlp_`."""
+) -> tuple[dict[str, Any], Scales]:
+    """Quantize one block and move `hidden` behind it; its report, and the scales it was equalized by."""
     architecture = checkpoint.architecture
     settings, plan = plan_block(init, checkpoint, index)
     own_prefix = None if prefix_kv is None else prefix_kv[index]
-    scales = None
-    if init.equalize:
-        sample = hidden[choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)]
-        centered = settings.spec("mlp_hidden").centered
-        scales = equalize_mlp_(block, architecture, sample, own_prefix, runner, centered, ranks)
+    equalizer = Equalizer(block, architecture, settings, load_rotation(checkpoint.folder, "r2"), tuple(init.equalize))
+    scales = equalizer.choose(channels)
+    equalizer.scale_(scales)
+    own_prefix = None if own_prefix is None else scale_prefix(own_prefix, scales, equalizer.r2)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
         statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
@@ -207,7 +239,8 @@ def assemble_checkpoint(
     """Put the finished blocks of `work` and everything else a quantized checkpoint consists of into `folder`.
 
     Args:
-        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0; start_token [1] where texts have one.
+        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] of the rotated model when P > 0, written as the blocks'
+            own keys and values are scaled; start_token [1] where texts have one.
         report: of `init_blocks`.
     """
     architecture = checkpoint.architecture
@@ -221,11 +254,20 @@ def assemble_checkpoint(
         embeddings = {name: checkpoint.load_tensor(name).to(embedding_dtype) for name in names}
         embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
         writer.write_embeddings(embeddings)
+        scales = {
+            f"{index}.{place}": own
+            for index in range(checkpoint.block_count)
+            if (path := work / _SCALES.format(index=index)).is_file()
+            for place, own in load_tensors(path, header.stage)[0].items()
+        }
+        if scales:
+            save_tensors(partial / EQUALIZATION, scales, header)
+        if "kv" in prefix:
+            r2 = load_rotation(checkpoint.folder, "r2")
+            blocks = enumerate(prefix["kv"])
+            scaled = torch.stack([scale_prefix(kv, select_block(scales, index), r2) for index, kv in blocks])
+            prefix = prefix | {"kv": scaled}
         save_tensors(partial / PREFIX, prefix, header)
-        if init.equalize:
-            paths = [work / _SCALES.format(index=index) for index in range(checkpoint.block_count)]
-            scales = torch.stack([load_tensors(path, header.stage)[0]["scales"] for path in paths])
-            save_tensors(partial / EQUALIZATION, {"scales": scales}, header)
         write_json(partial / REPORT, {"blocks": report})
         blocks = {block["block"]: block["saturation"] for block in report}
         write_saturation(partial / SATURATION, {"calibration": blocks})

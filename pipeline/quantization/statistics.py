@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
-from pipeline.blocks.quantized import find_site_quantizers
+from pipeline.blocks.quantized import find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
 from pipeline.numerics.quantizer import group
@@ -227,9 +227,7 @@ def measure_key_mean_(
         return
     total = torch.zeros_like(keys.mean, dtype=torch.float64)
     for rows in batches(len(hidden), runner.batch_size):
-        x = hidden[rows].to(runner.device)
-        if architecture.attention_norm is not None:
-            x = block.get_submodule(architecture.attention_norm)(x)
+        x = read_input(block, architecture, "attention_input", hidden[rows].to(runner.device))
         found = attention.k_proj(x)
         if hasattr(attention, "k_norm"):  # of each head, or of all together
             found = attention.k_norm(found.unflatten(-1, (-1, attention.k_norm.weight.numel())))

@@ -1,5 +1,6 @@
 """The matrices a model is rotated by: made, applied, stored, and applied to a prefix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,12 @@ class Rotation:
             return hadamard_transform(x * self.signs.to(x))
         return x if self.matrix is None else x @ self.matrix.to(x)
 
+    def undo(self, x: torch.Tensor) -> torch.Tensor:
+        """x R [..., n] -> x."""
+        if self.signs is not None:
+            return hadamard_transform(x, inverse=True) * self.signs.to(x)
+        return x if self.matrix is None else x @ self.matrix.to(x).T
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix}
         return {key: tensor for key, tensor in kept.items() if tensor is not None}
@@ -60,3 +67,8 @@ def compute_rotated_prefix_kv(
 def count_rows(matrix: torch.Tensor) -> int:
     """How many rows of a matrix are taken to float64 at a time."""
     return min(_ROWS, max(1, ENTRIES // matrix.shape[1]))
+
+
+def change_heads(x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], head_dim: int) -> torch.Tensor:
+    """`change` (R2's `apply` or `undo`) of each head along the last dimension: [..., heads * d]."""
+    return change(x.unflatten(-1, (-1, head_dim))).flatten(-2)

@@ -9,8 +9,14 @@ of the norm before it:
     v_proj     per head: W' = R2^T W, b' = b R2                      o_proj   per head of its input: W' = W R2
     down_proj  W' = W R4, and its input is multiplied by R4 online   R3 acts on keys online (see blocks/kv_cache.py)
 
-Where norms stand between what a block writes and the residual stream (post-norms), R1 cannot pass their weights: it is
-the identity there, no norm is folded, and R2, R3 and R4 are what there is.
+Where norms stand between what a block writes and the residual stream (post-norms), R1 cannot pass their weights:
+merged, it is the identity there, and no norm is folded. Online, it stands behind the norms in front of attention and
+MLP, where every family has room for it, and leaves the residual stream as it is:
+
+    norm     g' = 1, and its output is multiplied by a Hadamard matrix H online        readers  W' = (W · g) H
+
+Then nothing is left of R1 in the embedding, lm_head and the writers, and the norm's weight is free to scale channels in
+front of H (quantization/equalization.py).
 
 R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
 identity. All products are computed in float64 and cast once.
@@ -26,7 +32,7 @@ from pipeline.models.architectures import Architecture, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.rotation.gate import InvarianceGate
-from pipeline.rotation.matrices import ROTATIONS, Rotation, count_rows, make_rotation
+from pipeline.rotation.matrices import ROTATIONS, Rotation, change_heads, count_rows, make_rotation
 from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors
 from pipeline.runtime.progress import show_progress
 
@@ -36,19 +42,22 @@ def rotate_block(
     architecture: Architecture,
     r1: Rotation,
     r2: Rotation,
-    online_r4: bool,
+    settings: BlockSettings,
     head_dim: int,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Fold norms and merge R1, R2 and the inverse of R4 into one block, one tensor in float64 at a time.
 
     Args:
         tensors: of the original block, named as inside it; not changed.
+        settings: which rotations are online.
         head_dim: d, as the config states it (not hidden / heads: some models differ).
 
     Yields:
-        The same names with float64 tensors; folded norms are ones.
+        The same names with float64 tensors; folded norms multiply by one.
     """
-    folded = architecture.norms if architecture.rotates_residual else {}
+    folded = architecture.norms if architecture.rotates_residual or settings.online_r1 else {}
+    to_input = hadamard_transform if settings.online_r1 else r1.apply
+    readers = (*architecture.attention_readers, *architecture.mlp_readers)
     norms = {reader: f"{norm}.weight" for norm, readers in folded.items() for reader in readers}
     writers = (architecture.attention_output, architecture.mlp_output)
     for name, tensor in tensors.items():
@@ -59,20 +68,22 @@ def rotate_block(
             if linear in writers:
                 rotated = r1.apply(rotated)
             elif linear == architecture.value:
-                rotated = _rotate_heads(rotated, r2, head_dim)
+                rotated = change_heads(rotated, r2.apply, head_dim)
         elif linear in folded:
-            rotated = torch.ones_like(rotated)
+            rotated = torch.ones_like(rotated) - architecture.norm_offset
         if kind == "weight":
             if linear in norms:
-                norm = tensors[norms[linear]].to(torch.float64)
-                _change_rows_(rotated, lambda rows, norm=norm: r1.apply(rows * norm))
+                gain = tensors[norms[linear]].to(torch.float64) + architecture.norm_offset
+                _change_rows_(rotated, lambda rows, gain=gain: to_input(rows * gain))
+            elif linear in readers:
+                _change_rows_(rotated, to_input)
             if linear in writers:
                 _change_rows_(rotated.T, r1.apply)
             if linear == architecture.value:
-                _change_rows_(rotated.T, lambda rows: _rotate_heads(rows, r2, head_dim))
+                _change_rows_(rotated.T, lambda rows: change_heads(rows, r2.apply, head_dim))
             if linear == architecture.attention_output:
-                _change_rows_(rotated, lambda rows: _rotate_heads(rows, r2, head_dim))
-            if linear == architecture.mlp_output and online_r4:
+                _change_rows_(rotated, lambda rows: change_heads(rows, r2.apply, head_dim))
+            if linear == architecture.mlp_output and settings.online_r4:
                 _change_rows_(rotated, hadamard_transform)
         yield name, rotated
 
@@ -109,7 +120,8 @@ def rotate_model(
     Args:
         checkpoint: the original model.
         folder: replaced as a whole when the gate is passed.
-        r1_mode, r2_mode: hadamard, random or identity; r3_mode, r4_mode: hadamard or identity.
+        r1_mode: online, hadamard, random or identity; r2_mode: hadamard, random or identity; r3_mode, r4_mode: hadamard
+            or identity.
         seed: of the random signs and matrices.
         dtype: of the tensors written.
 
@@ -123,17 +135,18 @@ def rotate_model(
         UnsupportedModelError: R1 is asked for and cannot be merged into this family.
     """
     config, architecture = checkpoint.config, checkpoint.architecture
-    if r1_mode != "identity" and not architecture.rotates_residual:
+    if r1_mode in ("hadamard", "random") and not architecture.rotates_residual:
         raise UnsupportedModelError(
             f"rotation.r1={r1_mode}: model_type={config.model_type!r} has norms behind attention and MLP "
-            f"({', '.join(architecture.post_norms)}), whose weights R1 cannot pass; set rotation.r1: identity "
-            "(r2, r3 and r4 stay)"
+            f"({', '.join(architecture.post_norms)}), whose weights R1 cannot pass; set rotation.r1: online "
+            "(or identity; r2, r3 and r4 stay)"
         )
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    r1 = make_rotation(r1_mode, config.hidden_size, generator)
+    online_r1 = r1_mode == "online"
+    r1 = make_rotation("identity" if online_r1 else r1_mode, config.hidden_size, generator)
     r2 = make_rotation(r2_mode, head_dim, generator)
-    settings = BlockSettings(online_r3=r3_mode != "identity", online_r4=r4_mode != "identity")
+    settings = BlockSettings(online_r3=r3_mode != "identity", online_r4=r4_mode != "identity", online_r1=online_r1)
     modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode}
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})
@@ -143,7 +156,7 @@ def rotate_model(
         for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "rotating blocks"):
             original = checkpoint.load_block_tensors(index)
             gate.advance_original_(index, original)
-            rotated = dict(rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim))
+            rotated = dict(rotate_block(original, architecture, r1, r2, settings, head_dim))
             del original
             gate.advance_rotated_(index, rotated)
             single, written = {}, {}
@@ -155,7 +168,7 @@ def rotate_model(
             del single
             writer.write_block(index, written)
         norm = checkpoint.load_tensor(architecture.final_norm)
-        folded = norm.to(torch.float64) if architecture.rotates_residual else None
+        folded = norm.to(torch.float64) if architecture.rotates_residual and not online_r1 else None
         embedding = _rotate_rows(checkpoint.load_tensor(architecture.embedding), r1, None, dtype)
         lm_head = _rotate_rows(checkpoint.load_tensor(architecture.lm_head), r1, folded, dtype)
         metrics = gate.judge(r1, folded)
@@ -171,11 +184,6 @@ def rotate_model(
         untied = {"tie_word_embeddings": False, "dtype": str(dtype).removeprefix("torch.")}
         writer.finish(checkpoint.read_config() | untied, describe_blocks([settings]))
     return metrics
-
-
-def _rotate_heads(x: torch.Tensor, r2: Rotation, head_dim: int) -> torch.Tensor:
-    """R2 on each head along the last dimension: [..., heads * d]."""
-    return r2.apply(x.unflatten(-1, (-1, head_dim))).flatten(-2)
 
 
 def _rotate_rows(matrix: torch.Tensor, r1: Rotation, norm: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

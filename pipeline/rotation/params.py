@@ -11,7 +11,7 @@ OnlineRotation = Literal["hadamard", "identity"]
 
 
 class RotationParams(Group):
-    r1: OfflineRotation
+    r1: Literal["online", "hadamard", "random", "identity"]
     r2: OfflineRotation
     r3: OnlineRotation
     r4: OnlineRotation

@@ -31,7 +31,8 @@ from pipeline.models.checkpoint import (
     save_block_file,
 )
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
-from pipeline.quantization.equalization import EQUALIZATION, scale_mlp_
+from pipeline.quantization.equalization import EQUALIZATION, Equalizer, Scales, scale_prefix, select_block
+from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import load_tensors, write_json
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import Ranks
@@ -138,18 +139,20 @@ def finetune_blocks(
         for split, stream in streams["quantized"].items()
         if "quant_input" in wanted
     }
-    exact_blocks = load_blocks(rotated, runner.device, start)
+    exact_blocks, r2 = load_blocks(rotated, runner.device, start), load_rotation(rotated.folder, "r2")
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
         exact_block = next(exact_blocks)
-        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        own_prefix = exact_prefix = None if prefix_kv is None else prefix_kv[index]
+        if own_prefix is not None:
+            exact_prefix = scale_prefix(own_prefix, load_scales(initial, index), r2, inverse=True)
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
             if "fp_input" in wanted:
-                runner.advance_(exact_block, streams["exact"][split], own_prefix)
+                runner.advance_(exact_block, streams["exact"][split], exact_prefix)
                 targets.append(streams["exact"][split])
             if "quant_input" in wanted:
-                runner.advance_(exact_block, inputs, own_prefix, into=own_target[split])
+                runner.advance_(exact_block, inputs, exact_prefix, into=own_target[split])
                 targets.append(own_target[split])
             data[split] = BlockData(inputs, targets, counts[split])
         del exact_block
@@ -206,6 +209,14 @@ def _finetune_block(
     return report, block.state_dict()
 
 
+def load_scales(initial: Checkpoint, index: int) -> Scales:
+    """What block `index` was equalized by."""
+    if not (initial.folder / EQUALIZATION).is_file():
+        return {}
+    stored, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
+    return select_block(stored, index)
+
+
 def use_full_precision_(
     block: nn.Module, rotated: Checkpoint, initial: Checkpoint, index: int
 ) -> dict[str, torch.Tensor]:
@@ -216,9 +227,8 @@ def use_full_precision_(
     """
     architecture = initial.architecture
     exact = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
-    if (initial.folder / EQUALIZATION).is_file():
-        scales, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
-        scale_mlp_(exact, architecture, scales["scales"][index])
+    r2 = load_rotation(rotated.folder, "r2")
+    Equalizer(exact, architecture, block_settings(initial, index), r2).scale_(load_scales(initial, index))
     quantizers, weights = find_site_quantizers(block, architecture), {}
     for site, readers in architecture.site_readers.items():
         for name in readers:

@@ -19,7 +19,7 @@ from tests.rotation.test_merging import rotate
 
 PLAIN = {f"{group}.centered": False for group in ("weights", "activations", "keys", "values")}
 MAX = PLAIN | {f"{group}.range": "max" for group in ("weights", "activations", "keys", "values")}
-MAX |= {"weights.rounding": "rtn", "equalize": False}
+MAX |= {"weights.rounding": "rtn", "equalize": []}
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_plans_combine_bits_modes_and_overrides_with_the_models_online_rotations
 def test_group_sizes_give_a_scale_per_group(imported, token_ids, tmp_path):
     checkpoint, runner = open_model(imported["llama_tied"])
     off = {f"{group}.bits": 16 for group in ("activations", "keys", "values")}
-    changes = off | {"weights.bits": 3, "weights.group_size": 12, "weights.centered": False}
+    changes = off | {"weights.bits": 3, "weights.group_size": 12, "weights.centered": False, "equalize": []}
     tensors = run_blocks(checkpoint, runner, token_ids, tmp_path, changes)[2]
     assert tensors["model.layers.2.mlp.down_proj.weight_scale"].shape == (48, 8)
     assert tensors["model.layers.2.mlp.down_proj.weight"].dtype == torch.int8

@@ -33,9 +33,17 @@ def rotate(source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard",
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("modes", [("hadamard",) * 4, ("random", "random", "identity", "hadamard"), ("identity",) * 4])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ("hadamard",) * 4,
+        ("random", "random", "identity", "hadamard"),
+        ("identity",) * 4,
+        ("online", "hadamard", "hadamard", "hadamard"),
+    ],
+)
 def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids):
-    modes = ("identity", *modes[1:]) if family in POST_NORMS else modes
+    modes = ("identity", *modes[1:]) if family in POST_NORMS and modes[0] != "online" else modes
     rotated, runner, metrics = rotate(imported[family], tmp_path / "out", *modes)
     with torch.no_grad():
         expected = make_model(family)(token_ids).logits
@@ -59,7 +67,7 @@ def test_merged_rotations_alone_load_in_transformers(family, imported, tmp_path,
 @pytest.mark.parametrize("family", POST_NORMS)
 @pytest.mark.parametrize("mode", ["hadamard", "random"])
 def test_r1_is_refused_where_norms_stand_behind_the_blocks(family, mode, imported, tmp_path):
-    with pytest.raises(UnsupportedModelError, match=rf"{family}'.*post_attention_layernorm.*rotation\.r1: identity"):
+    with pytest.raises(UnsupportedModelError, match=rf"{family}'.*post_attention_layernorm.*rotation\.r1: online"):
         rotate(imported[family], tmp_path / "out", r1=mode)
     assert not (tmp_path / "out").exists()
 
@@ -86,6 +94,25 @@ def test_rotation_really_rotates(imported, tmp_path):
     }
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3_text", "olmo2"])
+def test_r1_online_stands_behind_the_norms_alone(family, imported, tmp_path):
+    """Readers undo it, norms multiply by one, and the residual stream is what it was."""
+    rotated, _, _ = rotate(imported[family], tmp_path / "out", r1="online", r4="identity")
+    source = Checkpoint(imported[family], "model")
+    original, found = source.load_block_tensors(1), rotated.load_block_tensors(1)
+    architecture, width = source.architecture, source.config.hidden_size
+    hadamard = rotation.hadamard_transform(torch.eye(width, dtype=torch.float64))
+    for norm, readers in ((architecture.attention_norm, "self_attn.q_proj"), (architecture.mlp_norm, "mlp.up_proj")):
+        gain = 1.0 if norm is None else original[f"{norm}.weight"].double() + architecture.norm_offset
+        expected = (original[f"{readers}.weight"].double() * gain) @ hadamard
+        assert (found[f"{readers}.weight"] - expected).abs().max() < 1e-6
+        assert norm is None or (found[f"{norm}.weight"] + architecture.norm_offset == 1).all()
+    for name in (architecture.embedding, architecture.final_norm, architecture.lm_head):
+        assert torch.equal(rotated.load_tensor(name), source.load_tensor(name))
+    assert torch.equal(found["mlp.down_proj.weight"], original["mlp.down_proj.weight"])
+    assert block_settings(rotated, 1).online_r1
 
 
 def test_settings_record_exactly_the_online_rotations(imported, tmp_path):
