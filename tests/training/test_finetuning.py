@@ -240,7 +240,7 @@ def test_the_best_epoch_is_restored_after_a_late_divergence(quantized, monkeypat
 
     monkeypatch.setattr(trainer, "step", lambda *args: diverges(trainer, *args))
     outcome = trainer.train_(data, data, 0)
-    assert outcome.history[-1]["validation"] > 2 * outcome.history[1]["validation"]
+    assert max(row["validation"] for row in outcome.history[2:]) > 2 * outcome.history[1]["validation"]
     assert outcome.best_epoch == 1
     for ours, theirs in zip(trainer.parameters, good.parameters, strict=True):
         assert torch.equal(ours, theirs)
