@@ -1,0 +1,108 @@
+"""How a finished run holds on other text and at later positions: perplexity relative to the original's, by position.
+
+    python -m benchmarks.positions --text wiki.txt --text c4.jsonl                  # artifacts/ of this folder
+    python -m benchmarks.positions --text wiki.txt --run FOLDER --run OTHER         # others', paired with the first
+
+Windows are cut the field's way (`pipeline.evaluate`): of each text the first `--windows` of `--length` tokens. `less the
+first` is the mean difference of the loss on the same windows in nats a token, ± its standard error.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import pair_losses
+from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
+from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.perplexity import compute_final_hidden
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.lm_head import LmHead
+from pipeline.text.calibration import cut_documents
+from pipeline.text.corpora import read_local_documents
+from pipeline.text.windows import load_start_token, load_windows
+
+_CPU = torch.device("cpu")
+_POSITIONS = 256  # logits of so many at a time
+Losses = dict[str, torch.Tensor]  # text -> [N, T - 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, action="append", required=True, help=".txt, .jsonl, .json, .csv, .parquet")
+    parser.add_argument("--run", type=Path, action="append", help="folder with artifacts/ (default: this one)")
+    parser.add_argument("--variant", action="append", help="quantizer_init, finetuning (default: both)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=5, help="of each text")
+    arguments = parser.parse_args()
+    runs = [folder / "artifacts" for folder in arguments.run or [Path()]]
+    original = Checkpoint(runs[0] / "model", "model")
+    windows = {
+        path.stem: cut_documents(
+            read_local_documents(path, "text"), arguments.windows, arguments.length, original.tokenizer, str(path)
+        )
+        for path in arguments.text
+    }
+    start_token = load_windows(runs[0] / "calibration/train.safetensors").start_token
+    exact = measure_losses(original, windows, None, start_token)
+    rows = {}
+    for run in runs:
+        for variant in arguments.variant or ("quantizer_init", "finetuning"):
+            if (run / variant).is_dir():
+                checkpoint = Checkpoint(run / variant, variant)
+                start_token = load_start_token(run / variant / PREFIX, variant)
+                prefix_kv = load_prefix_kv(checkpoint.folder, variant)
+                name = variant if len(runs) == 1 else f"{run.parent}: {variant}"
+                rows[name] = measure_losses(checkpoint, windows, prefix_kv, start_token)
+    print(format_table(exact, rows))
+
+
+@torch.no_grad()
+def measure_losses(
+    checkpoint: Checkpoint, windows: dict[str, torch.Tensor], prefix_kv: torch.Tensor | None, start_token: int | None
+) -> Losses:
+    """-log p of every target, in nats: text -> [N, T - 1] from token ids [N, T]."""
+    hidden, _, _ = compute_final_hidden(checkpoint, windows, BlockRunner(checkpoint, _CPU, 1), prefix_kv, start_token)
+    lm_head = checkpoint.load_lm_head()
+    return {
+        text: torch.stack([score_targets(*pair, lm_head) for pair in zip(hidden[text], ids, strict=True)])
+        for text, ids in windows.items()
+    }
+
+
+def score_targets(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
+    """-log p of the targets of one window: [T - 1] from hidden states [T, D] and token ids [T]."""
+    parts = zip(hidden[:-1].split(_POSITIONS), token_ids[1:].split(_POSITIONS), strict=True)
+    return torch.cat(
+        [-lm_head.logits(x).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1) for x, targets in parts]
+    )
+
+
+def split_positions(length: int) -> list[slice]:
+    """Targets 0 to 255, to 511, to 1023, to 1535, to the end: those that a window of so many targets has."""
+    ends = [end for end in (256, 512, 1024, 1536) if end < length]
+    return [slice(*pair) for pair in zip([0, *ends], [*ends, length], strict=True)]
+
+
+def format_table(exact: Losses, rows: dict[str, Losses]) -> str:
+    """A Markdown table: a line for each text and row, ratios of perplexities over all targets and by position."""
+    length = next(iter(exact.values())).shape[1]
+    places = split_positions(length)
+    heads = [f"{place.start}-{place.stop - 1}" for place in places]
+    lines = ["| text | | perplexity | ratio | " + " | ".join(heads) + " | less the first |"]
+    lines.append("| --- | --- |" + " ---: |" * (3 + len(places)))
+    for text, reference in exact.items():
+        lines.append(f"| {text} | original | {reference.mean().exp():.2f} | 1.00 |" + " |" * (len(places) + 1))
+        first = next(iter(rows.values()), None)
+        for name, losses in rows.items():
+            change = losses[text] - reference
+            ratios = [f"{math.exp(change[:, place].mean()):.2f}" for place in places]
+            paired = "" if losses is first else pair_losses(losses[text].mean(1).tolist(), first[text].mean(1).tolist())
+            cells = [f"{losses[text].mean().exp():.2f}", f"{math.exp(change.mean()):.3f}", *ratios, paired]
+            lines.append(f"| {text} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
