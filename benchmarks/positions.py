@@ -3,8 +3,8 @@
     python -m benchmarks.positions --text wiki.txt --text c4.jsonl                  # artifacts/ of this folder
     python -m benchmarks.positions --text wiki.txt --run FOLDER --run OTHER         # others', paired with the first
 
-Windows are cut the field's way (`pipeline.evaluate`): of each text the first `--windows` of `--length` tokens. `less the
-first` is the mean difference of the loss on the same windows in nats a token, ± its standard error.
+Windows are cut the field's way (`pipeline.evaluate`): of each text the first `--windows` of `--length` tokens. Column
+`less the first` is the mean difference of the loss on the same windows in nats a token, ± its standard error.
 """
 
 import argparse
