@@ -37,9 +37,10 @@ def main(run: Run) -> None:
     header = make_header("prefix_training", own.model_dump() if own.enabled else {"enabled": False}, inputs)
     need = plan(run)
     keeping = Keeping(need.recompute, need.stream)
-    place = Place(run.runner(checkpoint), Offload(None), WORK, header, run.ranks, keeping)
     windows = train.token_ids, validation.token_ids
-    candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
+    with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
+        place = Place(run.runner(checkpoint), offload, WORK, header, run.ranks, keeping)
+        candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
         shutil.rmtree(WORK, ignore_errors=True)

@@ -3,8 +3,8 @@ for, norm weights and the prefix's keys and values.
 
 The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
 error counts, not its size. Integers of the weights stand still. All blocks are in memory where there is room. Where
-what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are run
-again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
+what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are
+run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
 
 from dataclasses import dataclass
