@@ -1,4 +1,4 @@
-"""What fine-tuning will take; of a whole model: what all blocks leave for the backward pass, the blocks alone, or one."""
+"""What fine-tuning takes: of a whole model what all blocks leave for the backward pass, or the blocks alone, or one."""
 
 from dataclasses import replace
 
