@@ -17,7 +17,7 @@ from pipeline.runtime.streams import Offload
 from pipeline.text.windows import load_windows
 from pipeline.training.block_wise import Models
 from pipeline.training.finetuning import finetune
-from pipeline.training.place import Place
+from pipeline.training.place import Keeping, Place
 from pipeline.training.plan import plan_finetuning
 from stages.opening import Run, open_stage
 
@@ -40,7 +40,7 @@ def main(run: Run) -> None:
     inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
     header = make_header("finetuning", own.model_dump(), inputs)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
-        place = Place(run.runner(rotated), offload, WORK, header, run.ranks, need.recompute)
+        place = Place(run.runner(rotated), offload, WORK, header, run.ranks, Keeping(need.recompute, need.stream))
         models = Models(original, rotated, initial)
         windows = train.token_ids, validation.token_ids
         run.metrics.update(finetune(models, *windows, own, place, FINETUNING, train.start_token))

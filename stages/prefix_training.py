@@ -16,7 +16,7 @@ from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.runtime.memory import Need
 from pipeline.runtime.streams import Offload
 from pipeline.text.windows import load_windows
-from pipeline.training.place import Place
+from pipeline.training.place import Keeping, Place
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")
@@ -35,9 +35,12 @@ def main(run: Run) -> None:
     if own.enabled:
         inputs |= {"train": train.header, "validation": validation.header}
     header = make_header("prefix_training", own.model_dump() if own.enabled else {"enabled": False}, inputs)
-    place = Place(run.runner(checkpoint), Offload(None), WORK, header, run.ranks, plan(run).recompute)
+    need = plan(run)
+    keeping = Keeping(need.recompute, need.stream)
     windows = train.token_ids, validation.token_ids
-    candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
+    with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
+        place = Place(run.runner(checkpoint), offload, WORK, header, run.ranks, keeping)
+        candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
         shutil.rmtree(WORK, ignore_errors=True)

@@ -19,6 +19,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
+from pipeline.training.streamed import TrainedBlocks
 from tests.conftest import ROOT, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
@@ -336,6 +337,45 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
     assert list((project / ".work").glob("*/*")) == []
 
 
+def test_a_streamed_run_is_the_resident_one(project, monkeypatch):
+    """Of prefix and fine-tuning; runtime.max_memory alone chooses. Two processes: up to the order of sums."""
+    change(project, "prefix_search.outlier_threshold", 1.5)
+    change(project, "calibration.validation.windows", 2)
+    change(project, "prefix_training.enabled", True)
+    change(project, "prefix_training.simulate", False)  # else a scale is of all windows of a batch
+    change(project, "prefix_training.epochs", 2)
+    change(project, "prefix.use", "trained")
+    run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
+    stages = ("prefix_training", "finetuning")
+    resident = {stage: contents(project / f"artifacts/{stage}") for stage in stages}
+    metrics = {stage: read_json(project / f"metrics/{stage}.json") for stage in stages}
+    change(project, "runtime.max_memory", "1MiB")
+    read = []
+    bring = TrainedBlocks.bring
+    monkeypatch.setattr(
+        TrainedBlocks, "bring", lambda self, *args: (read.append(self.keeping.stream), bring(self, *args))[1]
+    )
+    for stage in stages:
+        read.clear()
+        run(stage, monkeypatch=monkeypatch)
+        assert read
+        assert all(read)
+        assert contents(project / f"artifacts/{stage}") == resident[stage]
+    change(project, "runtime.processes", 2)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for stage in stages:
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = {stage: read_json(project / f"metrics/{stage}.json") for stage in stages}
+    for when in ("before", "after"):
+        one, two = (own["prefix_training"]["validation_loss"][when] for own in (metrics, found))
+        assert two == pytest.approx(one, rel=1e-2)
+        one, two = (own["finetuning"]["end_to_end"][f"kl_{when}"] for own in (metrics, found))
+        assert two == pytest.approx(one, rel=5e-2)
+    assert list((project / ".work").glob("*/*")) == []
+
+
 def test_a_plan_is_printed_and_nothing_is_run(project, monkeypatch, capsys):
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     change(project, "runtime.offload", "always")
@@ -354,8 +394,10 @@ def test_a_plan_is_printed_and_nothing_is_run(project, monkeypatch, capsys):
     assert not (project / "artifacts/finetuning").exists()
     change(project, "runtime.offload", "auto")
     change(project, "runtime.max_memory", "1MiB")
-    run("finetuning --plan", monkeypatch=monkeypatch)
-    assert "in files; activations are computed again)" in capsys.readouterr().out
+    change(project, "prefix_training.enabled", True)
+    for stage in ("finetuning", "prefix_training"):
+        run(f"{stage} --plan", monkeypatch=monkeypatch)
+        assert "in files; activations are computed again, blocks are streamed)" in capsys.readouterr().out
     change(project, "runtime.max_memory", "64GiB")
     run("finetuning --plan", monkeypatch=monkeypatch)
     assert "in memory)" in capsys.readouterr().out

@@ -1,10 +1,12 @@
 """Blocks one after another; on a GPU the next one is read, pinned and sent while the one before it computes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import nn
+
+Tensors = dict[str, torch.Tensor]
 
 
 def prefetch_blocks(
@@ -25,13 +27,11 @@ def prefetch_blocks(
 
     def fetch(index: int) -> tuple[nn.Module, torch.cuda.Event]:
         block = load(index)
-        for tensor in (*block.parameters(), *block.buffers()):
+        for tensor in _tensors(block):
             tensor.data = tensor.data.pin_memory()
         with torch.cuda.stream(stream):
             block.to(device, non_blocking=True)
-            sent = torch.cuda.Event()
-            sent.record(stream)
-        return block, sent
+            return block, _record(stream)
 
     with ThreadPoolExecutor(1) as pool:
         fetched = None
@@ -40,10 +40,55 @@ def prefetch_blocks(
             if fetched is not None:
                 block, sent = fetched.result()
                 fetched = None
-                current = torch.cuda.current_stream(device)
-                current.wait_event(sent)
-                for tensor in (*block.parameters(), *block.buffers()):
-                    tensor.record_stream(current)  # its memory is not reused for a copy while we compute on it
+                _await(sent, _tensors(block), device)
                 yield block
                 del block
             fetched = ahead
+
+
+class TensorFetcher:
+    """Tensors by an index, on `device`, in any order; on a GPU those that are wanted next come meanwhile.
+
+    Args of `__init__`: as of `prefetch_blocks`, `load` gives names and tensors.
+    """
+
+    def __init__(self, load: Callable[[int], Tensors], device: torch.device) -> None:
+        self._load, self._device = load, device
+        self._ahead: tuple[int, Future] | None = None
+        if device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(device), ThreadPoolExecutor(1)
+
+    def get(self, index: int, following: int | None) -> Tensors:
+        """Those of `index`; then `following`, where there is one, is fetched."""
+        if self._device.type != "cuda":
+            return {name: tensor.to(self._device) for name, tensor in self._load(index).items()}
+        if self._ahead is None or self._ahead[0] != index:
+            self._ahead = index, self._pool.submit(self._fetch, index)
+        tensors, sent = self._ahead[1].result()
+        self._ahead = None if following is None else (following, self._pool.submit(self._fetch, following))
+        _await(sent, tensors.values(), self._device)
+        return tensors
+
+    def _fetch(self, index: int) -> tuple[Tensors, torch.cuda.Event]:
+        pinned = {name: tensor.pin_memory() for name, tensor in self._load(index).items()}
+        with torch.cuda.stream(self._stream):
+            sent = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
+            return sent, _record(self._stream)
+
+
+def _tensors(block: nn.Module) -> list[torch.Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def _await(sent: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """What is computed from now on waits for the copies; their memory is not reused for a copy while it is read."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(sent)
+    for tensor in tensors:
+        tensor.record_stream(current)

@@ -1,11 +1,15 @@
 """GPTQ (arXiv:2210.17323): round a weight one input at a time, letting the inputs still to come make up for the error.
 
-Rounding the weights w of one output changes it by (w' - w) x; over the calibration tokens the squared error is
-(w' - w) H (w' - w)^T with H = mean of x^T x. After input i is rounded with error e_i, the best change of all later
-inputs is -e_i · H^-1[i, later] / H^-1[i, i] (H restricted to what is left); row i of the upper Cholesky factor of H^-1
-gives it for every step. Inputs are taken in the order of decreasing H[i, i] (activation order): the ones that matter
-most are rounded while most others can still compensate. Scales are fixed beforehand, per output channel or group, so
-that the order does not touch them.
+Rounding the weights w of one output changes it by d x, d = w' - w; over the calibration tokens the squared error is
+d H d^T with H = mean of x^T x. With H = R R^T, R upper triangular, it is the sum over inputs k of
+
+    (d_k R_kk + sum over j < k of d_j R_jk)^2
+
+where inputs j < k were rounded before: input k makes its term least by rounding w_k - sum over j of d_j R_jk / R_kk.
+That is the update of the paper, which gets R_jk / R_kk from the Cholesky factor of H^-1 (its inverse, and a second
+factorisation, are not needed). Inputs are taken in the order of decreasing H[i, i] (activation order): the ones that
+matter most are rounded while most others can still compensate. Scales are fixed beforehand, per output channel or
+group, so that the order does not touch them.
 """
 
 import logging
@@ -17,7 +21,8 @@ from pipeline.numerics.quantizer import dequantize, quantize
 
 logger = logging.getLogger(__name__)
 
-_INPUTS = 32  # updated together; the result does not depend on it beyond summation order
+_INPUTS = 32  # taken one by one; what more of them do to later ones is one product, the same beyond summation order
+_ROWS = 1024  # of a factor that are turned at a time
 _RAISE, _ATTEMPTS = 10.0, 6
 
 
@@ -27,7 +32,7 @@ class InverseFactor:
 
     Attributes:
         order: [in] inputs by decreasing diagonal.
-        upper: [in, in], the upper Cholesky factor U of H^-1 = U^T U in that order.
+        upper: [in, in], R of H = R R^T in that order, each column divided by its diagonal element.
         damping: the share of the mean diagonal that was really added to H.
     """
 
@@ -51,19 +56,26 @@ def round_gptq(
     """
     width, order, upper = weight.shape[1], factor.order, factor.upper
     # Inputs are rows below, so that what is taken one by one lies together in memory.
-    rest = weight.T[order]
+    moved = torch.zeros(width, len(weight), device=weight.device)  # by rows in front; of those, what rounding changed
     steps, offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
     groups = (order * scale.shape[1] // width).tolist()
-    integers = torch.empty(rest.shape, dtype=torch.int8 if zero_point is None else torch.uint8, device=rest.device)
-    for start in range(0, width, _INPUTS):
-        stop = min(start + _INPUTS, width)
-        errors = torch.empty_like(rest[start:stop])
+    integers = torch.empty(moved.shape, dtype=torch.int8 if zero_point is None else torch.uint8, device=moved.device)
+
+    def round_rows(start: int, stop: int) -> None:
+        if stop - start > _INPUTS:
+            middle = start + (stop - start) // 2
+            round_rows(start, middle)
+            moved[middle:stop].addmm_(upper[start:middle, middle:stop].T, moved[start:middle], alpha=-1)
+            round_rows(middle, stop)
+            return
+        own = weight[:, order[start:stop]].T.contiguous()
         for row in range(start, stop):
             step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
-            integers[row] = rounded = quantize(rest[row], step, bits, offset)
-            error = torch.div(rest[row] - dequantize(rounded, step, offset), upper[row, row], out=errors[row - start])
-            rest[row + 1 : stop] -= upper[row, row + 1 : stop].unsqueeze(1) * error
-        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)  # in place: no second matrix of this size
+            moved[row].addmv_(moved[start:row].T, upper[start:row, row], alpha=-1)
+            integers[row] = rounded = quantize(own[row - start] + moved[row], step, bits, offset)
+            torch.sub(dequantize(rounded, step, offset), own[row - start], out=moved[row])
+
+    round_rows(0, width)
     result = torch.empty_like(integers)
     result[order] = integers
     return result.T.contiguous()
@@ -79,19 +91,29 @@ def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     mean = hessian.diagonal()[order].mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    backwards = order.flip(0)  # what is lower triangular backwards is upper triangular
     for _ in range(_ATTEMPTS):
         # A matrix of an MLP's width is larger than its block: one beside the Hessian, its columns together in memory
         # (they are its rows), so that LAPACK works in place.
-        factor = hessian[order.unsqueeze(1), order].mT
+        factor = hessian[backwards.unsqueeze(1), backwards].mT
         factor.diagonal().add_(damping * mean)
         failed = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if not failed:
-            torch.cholesky_inverse(factor, out=factor)
-            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
         if not failed and torch.isfinite(torch.stack(factor.aminmax())).all():
-            return InverseFactor(order, factor, damping)
+            _turn_(factor.mT)
+            return InverseFactor(order, factor.div_(factor.diagonal().clone()), damping)
         damping = max(damping, 1e-4) * _RAISE
         logger.warning("the Hessian is not positive definite; damping raised to %g of its mean diagonal", damping)
     # Nothing but the diagonal is left to trust: every input is rounded by itself.
     return InverseFactor(order, torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damping)
+
+
+def _turn_(matrix: torch.Tensor) -> None:
+    """Reverse the order of rows and of columns, without a second matrix of this size."""
+    count = len(matrix)
+    for start in range(0, (count + 1) // 2, _ROWS):
+        stop = min(start + _ROWS, (count + 1) // 2)
+        first, last = matrix[start:stop], matrix[count - stop : count - start]
+        turned = first.flip(0, 1)
+        first.copy_(last.flip(0, 1))
+        last.copy_(turned)

@@ -10,20 +10,27 @@ from pipeline.prefix.losses import MEASURES, Measure, diversity, magnitude
 from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.sites import watch_sites_
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.runtime.streams import IN_MEMORY, Offload
 from pipeline.text.windows import put_in_front
 from pipeline.training.divergence import mean_divergence
-from pipeline.training.place import run_differentiably
+from pipeline.training.place import HIDDEN_STATES, Keeping
+from pipeline.training.streamed import TrainedBlocks
 
 
 class FrozenModel:
     """The original model with a prefix in front, and what a training step measures on it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, runner: BlockRunner, params: PrefixTrainingParams, recompute: bool = True
+        self,
+        checkpoint: Checkpoint,
+        runner: BlockRunner,
+        params: PrefixTrainingParams,
+        keeping: Keeping = HIDDEN_STATES,
+        offload: Offload = IN_MEMORY,
     ) -> None:
-        self.checkpoint, self.runner, self.params, self.recompute = checkpoint, runner, params, recompute
-        self.blocks = [load_block(checkpoint, index, runner.device) for index in range(checkpoint.block_count)]
-        self.layers = set(range(len(self.blocks)) if params.target_layers is None else params.target_layers)
+        self.checkpoint, self.runner, self.params = checkpoint, runner, params
+        every = range(checkpoint.block_count)
+        self.layers = set(every if params.target_layers is None else params.target_layers)
         self.table = checkpoint.scale_embeddings(checkpoint.load_tensor(checkpoint.architecture.embedding))
         self.table_norm = self.table.float().norm(dim=-1).max().item()
         self.measure: Measure = MEASURES[params.loss_type](checkpoint, params)
@@ -33,12 +40,16 @@ class FrozenModel:
         self.lm_head = checkpoint.load_lm_head().to(runner.device) if params.weights.kl else None
         self._terms: list[torch.Tensor] | None = None  # of the block that runs; None: nobody is looking
         self._prefix_tokens = 0
-        for index in sorted(self.layers):
-            self._watch(index)
+        architecture = checkpoint.architecture
+        self.blocks = TrainedBlocks(architecture, checkpoint.load_block_tensors, runner.device, keeping, offload)
+        for index in every:
+            block = load_block(checkpoint, index, runner.device)
+            if index in self.layers:
+                self._watch(index, block)
+            self.blocks.append(block)
 
-    def _watch(self, index: int) -> None:
+    def _watch(self, index: int, block: nn.Module) -> None:
         """Show the measure what passes its sites in block `index`, behind the prefix."""
-        block, architecture = self.blocks[index], self.checkpoint.architecture
 
         def see(site: str, x: torch.Tensor) -> torch.Tensor:
             if self._terms is None:
@@ -49,7 +60,7 @@ class FrozenModel:
             self._terms.append(terms if self._counts else terms.detach())
             return torch.cat((before, seen.to(x.dtype)), dim=-2)
 
-        watch_sites_(block, architecture, self.measure.sites, see)
+        watch_sites_(block, self.checkpoint.architecture, self.measure.sites, see)
 
     @torch.no_grad()
     def run_original(self, token_ids: torch.Tensor, start_token: int | None = None) -> torch.Tensor | None:
@@ -61,8 +72,8 @@ class FrozenModel:
             return None
         self._terms = None
         hidden = self.checkpoint.embed(put_in_front(token_ids, start_token))
-        for block in self.blocks:
-            self.runner.advance_(block, hidden)
+        for index in range(len(self.blocks)):
+            self.runner.advance_(self.blocks.bring(index), hidden)
         return hidden[:, -token_ids.shape[1] :]
 
     def losses(
@@ -78,7 +89,7 @@ class FrozenModel:
         hidden = torch.cat((prefix.to(embedded.dtype).expand(len(token_ids), -1, -1), embedded), dim=1)
         collected: list[torch.Tensor] = []
         for index in range(len(self.blocks)):
-            hidden, terms = run_differentiably(self.recompute, self._run_block, index, hidden)
+            hidden, terms = self.blocks.run(self._run_block, index, hidden)
             if index in self.layers:
                 collected.append(terms)
         means = torch.stack(collected).mean(0)

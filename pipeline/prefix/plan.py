@@ -28,7 +28,7 @@ def plan_prefix_search(checkpoint: Checkpoint, share: Share, params: PrefixSearc
 def plan_prefix_training(
     checkpoint: Checkpoint, share: Share, params: PrefixTrainingParams, runtime: RuntimeParams
 ) -> Need:
-    """What training a prefix takes: the whole model, and what its blocks, or one of them, keep of a batch."""
+    """What training a prefix takes: the whole model, or a block of it, and what blocks, or one of them, keep."""
     sizes = Sizes.of(checkpoint)
     if not params.enabled:
         return Need(current_rss_gib() * GIB, 0, 0, 0)
@@ -36,9 +36,19 @@ def plan_prefix_training(
     heads = sizes.table + 5 * sizes.logits if params.weights.kl else 0
     model = 2 * (sizes.blocks * sizes.numbers * sizes.item + sizes.table)  # measured: as read and as run
     streams = sizes.stream(share.tokens) if params.weights.kl else 0
+    limit = memory_limit(runtime)
     # Frozen weights need no inputs for the backward pass: less is kept than where scales are trained.
     kept = make_need(model + heads + 0.75 * sizes.kept_graphs(batch), streams, share.on_gpu)
-    if fits(kept, memory_limit(runtime), share.on_gpu):
+    if fits(kept, limit, share.on_gpu):
         return kept
-    again = sizes.blocks * batch * sizes.hidden * 4 + 0.85 * sizes.graph(batch)
-    return replace(make_need(model + heads + again, streams, share.on_gpu), recompute=True)
+    states, graph = sizes.blocks * batch * sizes.hidden * 4, 0.85 * sizes.graph(batch)
+    again = make_need(model + heads + states + graph, streams, share.on_gpu)
+    if fits(again, limit, share.on_gpu):
+        return replace(again, recompute=True)
+    block = sizes.numbers * sizes.item
+    work = 2 * (block + sizes.table) + heads + graph
+    need = make_need(work + states, streams, share.on_gpu, ahead=block)
+    if runtime.offload == "never" or (runtime.offload == "auto" and fits(need, limit, share.on_gpu)):
+        return replace(need, recompute=True, stream=True)
+    need = make_need(work, streams, share.on_gpu, disk=states, ahead=block)
+    return replace(need, offload=True, recompute=True, stream=True)

@@ -9,7 +9,8 @@ frozen, and every loss looks at the positions behind the prefix only. The loss i
     kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
 
 What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
-`torch.utils.checkpoint`, and only the hidden states between them stay.
+`torch.utils.checkpoint`, and only the hidden states between them stay; where the blocks do not fit either, they are
+streamed, forwards and backwards (`training/streamed.py`).
 """
 
 import logging
@@ -217,7 +218,7 @@ def train_prefix(
         place: its `work` keeps the state between epochs, and is removed by the caller at the end.
     """
     runner, ranks, state_file = place.runner, place.ranks, place.work / _STATE
-    model = FrozenModel(checkpoint, runner, params, place.recompute)
+    model = FrozenModel(checkpoint, runner, params, place.keeping, place.offload)
     prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
     group = {"params": [prefix], "lr": params.learning_rate, "highest": params.learning_rate}
     optimizer = torch.optim.AdamW([group], weight_decay=0.0)

@@ -223,11 +223,14 @@ class _Chooser:
     def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
         """One factor for all scales of a site, judged by the whole block's output."""
 
+        device = self.statistics.inputs.device
+
         def error_of(factor: torch.Tensor) -> torch.Tensor:
             apply(factor)
-            return torch.tensor([measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)])
+            error = measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)
+            return torch.tensor([error], device=device)
 
-        return error_of, torch.tensor([self.statistics.energy])
+        return error_of, torch.tensor([self.statistics.energy], device=device)
 
 
 @torch.no_grad()

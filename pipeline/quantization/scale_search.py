@@ -195,20 +195,24 @@ def activation_error(
     Args:
         samples: [n, C] what the site sees (after R4 for mlp_hidden), a subset of all tokens.
         weights: [out, C] each, of the layers that read the site. With several groups each is judged by its own
-            diagonal block of M.
+            diagonal block of M. Products are in bfloat16 where all of them are: sums over so many tokens and outputs
+            that the same factor wins.
     """
-    stacked = torch.cat([weight.float() for weight in weights])
+    stacked = torch.cat(weights)
+    dtype = torch.bfloat16 if stacked.dtype == torch.bfloat16 else torch.float32
+    stacked = stacked.to(dtype)
     size = group(samples, candidate.spec.group_size).shape[-1]
     if size == samples.shape[-1] and len(stacked) <= size:  # ||e W^T||^2 directly is cheaper than e (W^T W) e^T
 
         def energy(grouped: torch.Tensor) -> torch.Tensor:
-            return (grouped.squeeze(1) @ stacked.T).square().sum().reshape(1)
+            return (grouped.squeeze(1).to(dtype) @ stacked.T).float().square().sum().reshape(1)
 
     else:
-        moments = torch.stack([part.T @ part for part in stacked.split(size, dim=1)])
+        moments = [(part.T @ part).to(dtype) for part in stacked.split(size, dim=1)]
 
         def energy(grouped: torch.Tensor) -> torch.Tensor:
-            return torch.stack([((grouped[:, i] @ moment) * grouped[:, i]).sum() for i, moment in enumerate(moments)])
+            parts = ((grouped[:, i], moment) for i, moment in enumerate(moments))
+            return torch.stack([((part.to(dtype) @ moment) * part).sum() for part, moment in parts])
 
     return lambda factor: energy(candidate.change(samples, factor)), energy(group(samples, candidate.spec.group_size))
 

@@ -58,8 +58,8 @@ class SiteStatistics:
         channels: extrema and mean of every channel, [C] or [heads, d].
         histogram: of the values, less the channels' means where the quantizer is centered; only where asked for.
         samples: per batch; some tokens [n, C] of activations, whole windows [B, heads, T, d] of keys and values.
-        gram: sum over all tokens of x^T x, [C, C] (activations read by a weight that is to be quantized); until
-            `take_hessian`.
+        gram: sum over all tokens of x^T x, [C, C], of which only what is above the diagonal and near it counts
+            (activations read by a weight that is to be quantized); until `take_hessian`.
     """
 
     channels: ChannelObserver = field(default_factory=ChannelObserver)
@@ -78,9 +78,21 @@ class SiteStatistics:
         if self.gram is not None:
             ranks.sum_(self.gram)
 
+    def add_gram_(self, tokens: torch.Tensor) -> None:
+        """Count float32 tokens [n, C] in."""
+        width = tokens.shape[1]
+        if self.gram is None:
+            self.gram = tokens.new_zeros(width, width)
+        for start in range(0, width, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
+
     def take_hessian(self) -> torch.Tensor:
         """Mean over tokens of x^T x, [C, C]: what was `gram`, which is gone."""
         hessian, self.gram = self.gram.div_(self.channels.count), None
+        for start in range(_ROWS, len(hessian), _ROWS):
+            rows = slice(start, start + _ROWS)
+            hessian[rows, :start] = hessian[:start, rows].T
         return hessian
 
     def center_(self, hessian: torch.Tensor) -> torch.Tensor:
@@ -182,8 +194,7 @@ def record_block(
             first = -((place * ranks.world + ranks.rank) * length) % stride
             kept.samples.append(window[first::stride].clone().float())
         if site in weighed:
-            gram = tokens.T @ tokens
-            kept.gram = gram if kept.gram is None else kept.gram.add_(gram)
+            kept.add_gram_(tokens)
 
     def count_values(site: str, x: torch.Tensor) -> None:
         spec, kept = quantizers[site].spec, sites[site]

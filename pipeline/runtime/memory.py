@@ -32,6 +32,7 @@ class Need:
         streams: of `memory` or of `disk`, what hidden states take.
         offload: whether they are on disk.
         recompute: whether training a whole model runs blocks again for the backward pass.
+        stream: whether it has the weights of one block in memory at a time.
     """
 
     memory: float
@@ -40,9 +41,11 @@ class Need:
     streams: float
     offload: bool = False
     recompute: bool = False
+    stream: bool = False
 
     def describe(self) -> str:
         again = "; activations are computed again" if self.recompute else ""
+        again += ", blocks are streamed" if self.stream else ""
         return (
             f"memory {self.memory / GIB:.2f} GiB, GPU {self.gpu / GIB:.2f} GiB, disk {self.disk / GIB:.2f} GiB "
             f"(hidden states, {self.streams / GIB:.2f} GiB, {'in files' if self.offload else 'in memory'}{again})"

@@ -75,6 +75,9 @@ class Offload:
         return stream
 
 
+IN_MEMORY = Offload(None)
+
+
 def as_tensor(stream: Stream) -> torch.Tensor:
     """The stream as one tensor, without a copy: to be saved."""
     return stream if isinstance(stream, torch.Tensor) else stream.map()

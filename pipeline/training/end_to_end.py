@@ -2,8 +2,9 @@
 for, norm weights and the prefix's keys and values.
 
 The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
-error counts, not its size. Integers of the weights stand still. All blocks are in memory. Where what they keep for the
-backward pass does not fit beside them, only hidden states between them are kept, and they are run again.
+error counts, not its size. Integers of the weights stand still. All blocks are in memory where there is room. Where
+what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are
+run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from pipeline.runtime.streams import Stream
 from pipeline.text.windows import put_in_front
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.params import EndToEndParams
-from pipeline.training.place import Place, run_differentiably
+from pipeline.training.place import Place
+from pipeline.training.streamed import TrainedBlocks
 from pipeline.training.trainables import freeze_, unfreeze_
 from pipeline.training.trainer import Trainer
 
@@ -64,14 +66,14 @@ class EndToEndTrainer(Trainer):
         """
         self.initial, self.runner, self.place = initial, place.runner, place
         architecture, device = initial.architecture, self.runner.device
-        self.blocks, quantizers, norms = [], [], []
+        self.blocks = TrainedBlocks(architecture, self._load_tensors, device, place.keeping, place.offload)
+        quantizers, norms = [], []
         for index in range(initial.block_count):
-            tensors = load_block_file(place.work, architecture, index, place.header.stage)
-            block = fill_block(initial, index, tensors, block_settings(initial, index), device)
+            block = fill_block(initial, index, self._load_tensors(index), block_settings(initial, index), device)
             found = unfreeze_(block, architecture, norms=params.norm_lr > 0)
             quantizers += found.quantizers
             norms += found.norms
-            self.blocks.append(block)
+            self.blocks.append(block, (*found.quantizers, *found.norms))
         self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
         self.norm = initial.load_final_norm().to(device).requires_grad_(False)
         self.lm_head, self.exact_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
@@ -88,7 +90,7 @@ class EndToEndTrainer(Trainer):
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
-            hidden = run_differentiably(self.place.recompute, self.runner.run, self.blocks[index], hidden, own_prefix)
+            hidden = self.blocks.run(self._run_block, index, hidden, own_prefix)
         exact = data.exact[rows].to(self.device)
         normed = self.norm(hidden[:, -exact.shape[1] :])
         return torch.stack(
@@ -98,12 +100,19 @@ class EndToEndTrainer(Trainer):
             ]
         )
 
+    def _run_block(self, index: int, hidden: torch.Tensor, prefix_kv: torch.Tensor | None) -> torch.Tensor:
+        return self.runner.run(self.blocks[index], hidden, prefix_kv)
+
+    def _load_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        return load_block_file(self.place.work, self.initial.architecture, index, self.place.header.stage)
+
     def end_epoch(self) -> None:
         self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
 
     def write_(self, blocks: Path) -> torch.Tensor | None:
         """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""
-        for index, block in enumerate(self.blocks):
+        for index in range(len(self.blocks)):
+            block = self.blocks.bring(index)
             freeze_(block)
             save_block_file(blocks, self.initial.architecture, index, block.state_dict(), self.place.header)
         return None if self.prefix_kv is None else self.prefix_kv.detach().to(self.initial.dtype).cpu()

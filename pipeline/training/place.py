@@ -14,6 +14,22 @@ from pipeline.runtime.streams import Offload
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What of a whole model under training is kept; changes nothing but time and memory.
+
+    Attributes:
+        recompute: blocks are run again for the backward pass, so that only hidden states between them are kept.
+        stream: the weights of one block are in memory at a time (`streamed.py`); blocks are run again.
+    """
+
+    recompute: bool = True
+    stream: bool = False
+
+
+HIDDEN_STATES = Keeping()
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a training run takes place.
 
@@ -23,8 +39,7 @@ class Place:
         work: where what is finished is kept until the end; an unfinished run with the same header is continued.
         header: of the artifact.
         ranks: each runs its own windows; the first one writes.
-        recompute: whether blocks of a whole model are run again for the backward pass, so that only hidden states
-            between them are kept; changes nothing but time and memory.
+        keeping: what of a whole model is.
     """
 
     runner: BlockRunner
@@ -32,7 +47,7 @@ class Place:
     work: Path
     header: Header
     ranks: Ranks = ALONE
-    recompute: bool = True
+    keeping: Keeping = HIDDEN_STATES
 
 
 def run_differentiably(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What fine-tuning will take."""
+"""What fine-tuning takes: of a whole model what all blocks leave for the backward pass, or the blocks alone, or one."""
 
 from dataclasses import replace
 
@@ -29,24 +29,32 @@ def plan_finetuning(checkpoint: Checkpoint, share: Share, params: FinetuningPara
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(share.tokens)
     limit = memory_limit(runtime)
 
-    def put_together(recompute: bool) -> Need:
-        own = []
+    def put_together(recompute: bool, stream: bool = False) -> Need:
+        own, states = [], 0.0
         if params.end_to_end.enabled:
             batch = params.end_to_end.batch_size * share.length
-            weights = model * 1.05 + sizes.numbers * 4 * 3
-            states = sizes.blocks * batch * sizes.hidden * 4
+            states = sizes.blocks * batch * sizes.hidden * (sizes.item if stream else 4)
             heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
             graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
+            # Beside integers: scales and the optimizer's state of them, and what a block's integers stand for.
+            weights = model * 0.01 + sizes.numbers * (1 + 4 * 2) if stream else model * 1.05 + sizes.numbers * 4 * 3
             own.append(weights + states + graph + heads)
         need = make_need(max(phases + own), streams, share.on_gpu, disk, ahead=sizes.numbers * sizes.item)
         if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= limit):
-            return replace(need, recompute=recompute)
+            return replace(need, recompute=recompute, stream=stream)
+        if stream:  # what is between blocks goes into files too
+            work = max([*phases, *(size - states for size in own)])
+            need = make_need(work, streams, share.on_gpu, disk + states, ahead=sizes.numbers * sizes.item)
         # Saving maps the files once, one stream at a time.
         in_memory = need.memory - streams * (1 - 1 / (2 * kept))
-        return Need(in_memory, need.gpu, disk + streams, streams, offload=True, recompute=recompute)
+        on_disk = need.disk + streams
+        return Need(in_memory, need.gpu, on_disk, streams, offload=True, recompute=recompute, stream=stream)
 
     need = put_together(recompute=False)
     if not params.end_to_end.enabled:
         return need
     # Who always asks for files wants memory for something else.
-    return need if fits(need, limit, share.on_gpu) and runtime.offload != "always" else put_together(recompute=True)
+    if fits(need, limit, share.on_gpu) and runtime.offload != "always":
+        return need
+    need = put_together(recompute=True)
+    return need if fits(need, limit, share.on_gpu) else put_together(recompute=True, stream=True)

@@ -19,7 +19,7 @@ from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.streams import Offload
 from pipeline.text.windows import put_in_front
-from pipeline.training.place import Place
+from pipeline.training.place import HIDDEN_STATES, Keeping, Place
 from tests.blocks.test_walk import walked_logits
 from tests.conftest import ROOT, SLIDING, WINDOW, make_model, open_model, read_pinned
 from tests.rotation.test_merging import rotate
@@ -273,10 +273,10 @@ def test_gradients_reach_nothing_but_the_embeddings_and_all_of_them(loss_type, i
     assert not any(p.requires_grad or p.grad is not None for block in model.blocks for p in block.parameters())
 
 
-def run(imported, windows, work, recompute=True, **changes):
+def run(imported, windows, work, keeping=HIDDEN_STATES, **changes):
     checkpoint, runner, prefix, params = setup(imported, **changes)
     return train_prefix(
-        checkpoint, prefix, *windows, params, Place(runner, Offload(None), work, HEADER, recompute=recompute)
+        checkpoint, prefix, *windows, params, Place(runner, Offload(None), work, HEADER, keeping=keeping)
     ), prefix
 
 
@@ -371,12 +371,18 @@ def test_a_killed_training_continues_with_the_same_bytes(killed_in, imported, wi
     assert [row["validation"] for row in resumed.history] == [row["validation"] for row in undisturbed.history]
 
 
-def test_kept_and_recomputed_activations_train_the_same_prefix(imported, windows, tmp_path):
-    easy = {"weights": {"kl": 0.0}, "learning_rate": 0.003}
-    kept, recomputed = (run(imported, windows, tmp_path / str(again), again, **easy)[0] for again in (False, True))
+@pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2"])
+def test_kept_recomputed_and_streamed_blocks_train_the_same_prefix(loss_type, imported, windows, tmp_path):
+    easy = {"weights": {"kl": float(loss_type == "quantization")}, "learning_rate": 0.003, "loss_type": loss_type}
+    same = windows[0], windows[0]
+    kept, again, streamed = (
+        run(imported, same, tmp_path / str(number), keeping, **easy)[0]
+        for number, keeping in enumerate((Keeping(recompute=False), HIDDEN_STATES, Keeping(stream=True)))
+    )
     assert kept.best_epoch > 0
-    assert torch.equal(kept.embeddings, recomputed.embeddings)
-    assert kept.history == recomputed.history
+    for other in (again, streamed):
+        assert torch.equal(kept.embeddings, other.embeddings)
+        assert kept.history == other.history
 
 
 def test_an_unfinished_run_of_other_settings_is_not_continued(imported, windows, tmp_path, caplog):

@@ -25,7 +25,8 @@ from pipeline.training.block_wise import BlockData, BlockTrainer, Models, finetu
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.training.finetuning import finetune, summarise_blocks
 from pipeline.training.params import EndToEndParams, FinetuningParams
-from pipeline.training.place import Place
+from pipeline.training.place import HIDDEN_STATES, Keeping, Place
+from pipeline.training.streamed import _RunStreamed
 from pipeline.training.trainables import unfreeze_
 from pipeline.training.trainer import Trainer
 from tests.conftest import ROOT, open_model
@@ -70,11 +71,12 @@ def run(quantized, work, ranks=None, offload=None, **changes):
         return finetune_blocks(models, train, validation, settings(**changes), place)
 
 
-def run_whole(quantized, folder, recompute=True, **changes):
+def run_whole(quantized, folder, keeping=HIDDEN_STATES, offload=None, **changes):
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
-    place = Place(runner, Offload(None), folder / "work", HEADER, recompute=recompute)
-    metrics = finetune(models, train, validation, settings(**changes), place, folder / "out")
+    with Offload(offload) as streams:
+        place = Place(runner, streams, folder / "work", HEADER, keeping=keeping)
+        metrics = finetune(models, train, validation, settings(**changes), place, folder / "out")
     return metrics, Checkpoint(folder / "out", "finetuning")
 
 
@@ -433,10 +435,68 @@ def test_offloaded_streams_are_removed_after_a_failure(quantized, tmp_path, monk
 # --- End to end ------------------------------------------------------------------------------------------------------
 
 
-def test_kept_and_recomputed_activations_give_the_same_bytes(quantized, tmp_path):
-    for name, recompute in (("a", True), ("b", False)):
-        run_whole(quantized, tmp_path / name, recompute, epochs=0, end_to_end={"enabled": True, "epochs": 2})
-    assert bytes_of(tmp_path / "a/out") == bytes_of(tmp_path / "b/out")
+KEEPINGS = {"graphs": Keeping(recompute=False), "hidden states": HIDDEN_STATES, "streamed": Keeping(stream=True)}
+ALL_MOVE = {"enabled": True, "epochs": 2, "quant_lr": 0.01, "norm_lr": 0.01, "prefix_lr": 0.01}
+
+
+def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(quantized, tmp_path):
+    models, train, _ = quantized
+    same = models, train, train  # so that the best epoch is a trained one
+    for name, keeping in KEEPINGS.items():
+        metrics, _ = run_whole(same, tmp_path / name, keeping, epochs=0, end_to_end=ALL_MOVE)
+        assert metrics["end_to_end"]["best_epoch"] == 2
+    run_whole(same, tmp_path / "files", KEEPINGS["streamed"], tmp_path / "offload", epochs=0, end_to_end=ALL_MOVE)
+    assert list((tmp_path / "offload").iterdir()) == []
+    expected = bytes_of(tmp_path / "graphs/out")
+    for name in ("hidden states", "streamed", "files"):
+        assert bytes_of(tmp_path / name / "out") == expected
+
+
+def test_weights_of_one_streamed_block_are_in_memory_at_a_time(quantized, tmp_path, monkeypatch):
+    """Every block is read once forwards and once backwards; the last and the first are still there at the turns."""
+    run(quantized, tmp_path, epochs=0)
+    models, train, _ = quantized
+    runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
+    kv = load_prefix_kv(models.initial.folder, "quantizer_init")
+    place = Place(runner, Offload(None), tmp_path, HEADER, keeping=KEEPINGS["streamed"])
+    trainer = EndToEndTrainer(models.initial, models.original, kv, settings(end_to_end=ALL_MOVE).end_to_end, place)
+    data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
+    blocks, read, present = trainer.blocks, [], []
+    load, run_block = blocks._load, runner.run
+    monkeypatch.setattr(blocks, "_load", lambda index: (read.append(index), load(index))[1])
+
+    def watched(block, *args):
+        there = [n for n, own in enumerate(blocks) if own.mlp.up_proj.weight.device.type != "meta"]
+        present.append((list(blocks).index(block), there))
+        return run_block(block, *args)
+
+    monkeypatch.setattr(runner, "run", watched)
+    for _ in range(2):
+        trainer.differentiate(data, torch.arange(2))
+    assert present == [(index, [index]) for index in (0, 1, 2, 2, 1, 0) * 2]
+    assert read == [0, 1, 2, 1, 0, 1, 2, 1, 0]
+    with torch.no_grad():
+        trainer.losses(data, slice(0, 2))
+    assert read[9:] == [1, 2]
+
+
+def test_a_run_killed_in_a_streamed_backward_pass_ends_with_the_same_bytes(quantized, tmp_path, monkeypatch):
+    run_whole(quantized, tmp_path / "a", end_to_end=ALL_MOVE, epochs=0)
+    backward, calls = _RunStreamed.backward, []
+
+    def dying(ctx, *upstream):
+        calls.append(ctx.index)
+        if len(calls) == 8:  # the second block of the first batch of the second epoch
+            raise KeyboardInterrupt
+        return backward(ctx, *upstream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_RunStreamed, "backward", staticmethod(dying))
+        with pytest.raises(KeyboardInterrupt):
+            run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], epochs=0, end_to_end=ALL_MOVE)
+    assert calls == [2, 1, 0, 2, 1, 0, 2, 1]
+    run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], epochs=0, end_to_end=ALL_MOVE)
+    assert bytes_of(tmp_path / "b/out") == bytes_of(tmp_path / "a/out")
 
 
 def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized, tmp_path):
