@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.numerics.grids import Grid, as_grid
 from pipeline.numerics.quantizer import dequantize, quantize
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,11 @@ class InverseFactor:
 
 
 def round_gptq(
-    weight: torch.Tensor, factor: InverseFactor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+    weight: torch.Tensor,
+    factor: InverseFactor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    grid: Grid | int,
 ) -> torch.Tensor:
     """Round `weight` under fixed scales and zero points.
 
@@ -47,25 +52,27 @@ def round_gptq(
         scale, zero_point: [out, G] float32, G groups along the input; the zero point None when symmetric.
 
     Returns:
-        Integers [out, in], int8 when symmetric, uint8 otherwise.
+        Codes [out, in], as `quantize_weight`.
     """
+    grid = as_grid(grid, zero_point is None)
     width, order, upper = weight.shape[1], factor.order, factor.upper
     # Inputs are rows below, so that what is taken one by one lies together in memory.
     rest = weight.T[order]
     steps, offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
     groups = (order * scale.shape[1] // width).tolist()
-    integers = torch.empty(rest.shape, dtype=torch.int8 if zero_point is None else torch.uint8, device=rest.device)
+    codes = torch.empty(rest.shape, dtype=grid.code_dtype, device=rest.device)
     for start in range(0, width, _INPUTS):
         stop = min(start + _INPUTS, width)
         errors = torch.empty_like(rest[start:stop])
         for row in range(start, stop):
             step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
-            integers[row] = rounded = quantize(rest[row], step, bits, offset)
+            rounded = quantize(rest[row], step, grid, offset)
+            codes[row] = grid.encode(rounded)
             error = torch.div(rest[row] - dequantize(rounded, step, offset), upper[row, row], out=errors[row - start])
             rest[row + 1 : stop] -= upper[row, row + 1 : stop].unsqueeze(1) * error
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)  # in place: no second matrix of this size
-    result = torch.empty_like(integers)
-    result[order] = integers
+    result = torch.empty_like(codes)
+    result[order] = codes
     return result.T.contiguous()
 
 
