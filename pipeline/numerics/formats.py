@@ -1,4 +1,4 @@
-"""Number formats by name, with what each of them fixes; params.yaml is checked with them, so torch is not imported here.
+"""Number formats by name and what each of them fixes; params.yaml is checked with them: torch is not imported here.
 
     int        integers of 2 to 8 bits, with or without a zero point, one float32 scale for any group
     fp8_e4m3   ±448 with 3 bits of mantissa; one float32 scale for any group

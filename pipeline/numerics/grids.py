@@ -11,15 +11,14 @@ values are rounded to and where the range ends, how a scale follows from a range
                   token, and every 16 values get theirs as they come
 
 A range [-a, a] has scale a / 6 in E2M1, but for mxfp4, where it is the power of two that brings a into [3.5, 7): what
-lies beyond 6 is cut off (so do compressed-tensors and kernels; OCP's own rule leaves [4, 8)). The scale for a whole tensor
-of nvfp4 is a power of two by our choice: E4M3 is as fine anywhere in its range, and values times scales are then exact in
+lies beyond 6 is cut off (as compressed-tensors does; OCP's own rule leaves [4, 8)). The scale for a whole tensor of nvfp4
+is a power of two by our choice: E4M3 is as fine anywhere in its range, and values times scales are then exact in
 bfloat16 and in any order.
 
 In training all rounding, that of scales too, passes gradients straight through.
 """
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -102,8 +101,13 @@ class StoredGrid(Grid):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes -> float32 values, in memory of their own."""
 
-    def pack_scale(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As stored: the scales, float32 or bytes, and what all of them are multiplied by, float32 [1], or None."""
+    def pack_scale(
+        self, scale: torch.Tensor, common: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As stored: the scales, float32 or bytes, and what all of them are multiplied by, float32 [1], or None.
+
+        `common` is that factor, where it is not to be the scales' own.
+        """
         return scale, None
 
     def unpack_scale(self, packed: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
@@ -208,7 +212,9 @@ class MXFP4Grid(E2M1Grid):
     def round_scale(self, scale: torch.Tensor) -> torch.Tensor:
         return _pass_through(scale, _power_of_two(scale.detach().log2().round()))
 
-    def pack_scale(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def pack_scale(
+        self, scale: torch.Tensor, common: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return (torch.frexp(scale).exponent - 1 + _E8M0_BIAS).to(torch.uint8), None
 
     def unpack_scale(self, packed: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
@@ -223,8 +229,10 @@ class NVFP4Grid(E2M1Grid):
         rounded = (scale.detach() / common).clamp_(_E4M3_LEAST, E4M3Grid.high).to(torch.float8_e4m3fn).float()
         return _pass_through(scale, rounded.mul_(common))
 
-    def pack_scale(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        common = self._find_common(scale)
+    def pack_scale(
+        self, scale: torch.Tensor, common: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        common = self._find_common(scale) if common is None else common
         return (scale / common).to(torch.float8_e4m3fn).view(torch.uint8), common
 
     def unpack_scale(self, packed: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
@@ -293,7 +301,7 @@ def as_grid(grid: Grid | int, symmetric: bool = True) -> Grid:
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     """float32 2^exponent, within what is neither subnormal nor infinite; exact."""
     exponent = exponent.int().clamp(-126, 127)
-    return torch.ldexp(torch.ones((), device=exponent.device), exponent)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 
 
 def _power_of_two_above(x: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,11 @@ A b-bit quantizer maps x to the integer round(x / scale) + zero_point, clipped t
                 x = [-3, 0, 12], 4 bits -> scale 1, zero_point 3, integers [0, 3, 15]
 
 with low = min(x, 0) and high = max(x, 0), so that zero is always representable. Rounding is half to even, as
-torch.round. Floats of 4 and 8 bits take the place of the integers in other formats; what differs is asked of the grid
-(`grids.py`), and below a grid may be given as the bits of integers. A clip factor f < 1 shrinks low and high before the scale is chosen: the outermost values move to the edge
+torch.round. A clip factor f < 1 shrinks low and high before the scale is chosen: the outermost values move to the edge
 and all others get a finer step. 16 bits means "not quantized" throughout the project.
+
+Floats of 4 and 8 bits take the place of the integers in other formats. What differs is asked of the grid (`grids.py`);
+where one is expected below, a number is the bits of integers.
 
 A *centered* quantizer of activations acts on x - mean, with the mean of each channel measured once on calibration text,
 and adds the mean back: Q(x - mean) + mean (channel-wise shifting, arXiv:2304.09145, Eq. 5). In the layers that follow,

@@ -9,7 +9,6 @@ from pipeline.blocks.sites import site_group
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
-
 FormatName = Literal["int", "fp8_e4m3", "mxfp4", "nvfp4"]
 
 
@@ -179,7 +178,7 @@ def find_misfits(init: QuantizerInitParams, widths: dict[str, int], blocks: int)
             block = FORMATS[name].block
             if block is not None and width % block:
                 problems.append(
-                    f"quantizer_init.{group}.format={name!r}: its blocks of {block} do not divide {width}, the width of "
-                    f"{site}; use int or fp8_e4m3 there (overrides)"
+                    f"quantizer_init.{group}.format={name!r}: its blocks of {block} do not divide {width}, the width "
+                    f"of {site}; use int or fp8_e4m3 there (overrides)"
                 )
     return problems
