@@ -39,6 +39,7 @@ class BlockSettings:
 
     Attributes:
         online_r3, online_r4: the online rotations the weights count on.
+        r4_block_size: R4 acts on so many consecutive channels at a time; -1: on all.
         key_before_rope: keys are quantized before RoPE, without R3.
         sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
             site that is not listed is not quantized.
@@ -48,12 +49,16 @@ class BlockSettings:
     online_r4: bool = False
     key_before_rope: bool = False
     sites: dict[str, QuantizerSpec] = field(default_factory=dict)
+    r4_block_size: int = -1
 
     def spec(self, site: str) -> QuantizerSpec:
         return self.sites.get(site, QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+        values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+        if self.r4_block_size == -1:  # as written before there were blocks
+            del values["r4_block_size"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BlockSettings":
@@ -74,12 +79,17 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, spec: QuantizerSpec, rotate_input: bool, input_quantizer: ActivationQuantizer | None
+        self,
+        linear: nn.Linear,
+        spec: QuantizerSpec,
+        rotate_input: bool,
+        input_quantizer: ActivationQuantizer | None,
+        rotation_block_size: int = -1,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.spec = spec
-        self.rotate_input = rotate_input
+        self.rotate_input, self.rotation_block_size = rotate_input, rotation_block_size
         self.input_quantizer = input_quantizer
         self.compute_dtype = linear.weight.dtype
         self.register_buffer("weight", linear.weight.detach())
@@ -135,9 +145,12 @@ class QuantizedLinear(nn.Module):
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input behind R4 and the layer's own quantizer, where it has them."""
-        if self.rotate_input:
-            x = hadamard_transform(x)
+        x = self.rotate(x)
         return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def rotate(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """x [..., in] behind R4, where the layer has it, or R4 undone."""
+        return hadamard_transform(x, inverse, self.rotation_block_size) if self.rotate_input else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prepare_input(x)
@@ -206,7 +219,9 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         site = own_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
         rotate = settings.online_r4 and name == architecture.mlp_output
-        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer)
+        linear = QuantizedLinear(
+            block.get_submodule(name), settings.spec(short), rotate, quantizer, settings.r4_block_size
+        )
         block.set_submodule(name, linear)
     attention = block.self_attn
     before_rope = settings.key_before_rope

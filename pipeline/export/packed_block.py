@@ -28,7 +28,8 @@ class PackedLinear(QuantizedLinear):
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""
         nn.Module.__init__(self)
-        for name in ("in_features", "out_features", "spec", "rotate_input", "input_quantizer", "compute_dtype"):
+        kept = ("in_features", "out_features", "spec", "rotate_input", "rotation_block_size", "input_quantizer")
+        for name in (*kept, "compute_dtype"):
             setattr(self, name, getattr(source, name))
         if source.weight.is_meta:
             shape = (self.out_features, packed_width(self.in_features, self.spec.bits))

@@ -17,7 +17,6 @@ from torch import nn
 from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
-from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.runtime.ranks import ALONE, Ranks
 
 EQUALIZATION = "equalization.safetensors"  # scales [L, F] of all blocks
@@ -59,8 +58,7 @@ def equalize_mlp_(
     mean, energy = total / ranks.count(hidden.shape[0] * hidden.shape[1])
     rms = (energy - mean.square() if centered else energy).clamp_min(0).sqrt()
     columns = down.weight.double()
-    if down.rotate_input:
-        columns = hadamard_transform(columns, inverse=True)
+    columns = down.rotate(columns, inverse=True)
     norms = columns.norm(dim=0)
     used = (rms > 0) & (norms > 0)
     scales = torch.where(used, (norms / rms.where(used, 1.0)).sqrt(), 1.0)
@@ -78,9 +76,9 @@ def scale_mlp_(block: nn.Module, architecture: Architecture, scales: torch.Tenso
     down: QuantizedLinear = block.get_submodule(architecture.mlp_output)
     scales = scales.double().to(down.weight.device)
     columns = down.weight.double()
-    columns = hadamard_transform(columns, inverse=True) if down.rotate_input else columns
+    columns = down.rotate(columns, inverse=True)
     columns = columns / scales
-    columns = hadamard_transform(columns) if down.rotate_input else columns
+    columns = down.rotate(columns)
     down.weight = columns.to(down.weight.dtype)
     up.weight = (up.weight.double() * scales.unsqueeze(1)).to(up.weight.dtype)
     if up.bias is not None:

@@ -15,6 +15,7 @@ the same bytes.
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def plan_block(
         )
         for site, values in plan.items()
     }
-    return BlockSettings(rotated.online_r3, rotated.online_r4, init.keys.before_rope, specs), plan
+    return replace(rotated, key_before_rope=init.keys.before_rope, sites=specs), plan
 
 
 def init_quantizers(

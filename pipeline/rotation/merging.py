@@ -13,7 +13,8 @@ Where norms stand between what a block writes and the residual stream (post-norm
 the identity there, no norm is folded, and R2, R3 and R4 are what there is.
 
 R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
-identity. All products are computed in float64 and cast once.
+identity. A block Hadamard (R1, R2, R4) acts on every few consecutive channels by themselves: of the size of a number
+format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64 and cast once.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def rotate_block(
     r2: Rotation,
     online_r4: bool,
     head_dim: int,
+    r4_block_size: int = -1,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Fold norms and merge R1, R2 and the inverse of R4 into one block, one tensor in float64 at a time.
 
@@ -73,7 +75,7 @@ def rotate_block(
             if linear == architecture.attention_output:
                 _change_rows_(rotated, lambda rows: _rotate_heads(rows, r2, head_dim))
             if linear == architecture.mlp_output and online_r4:
-                _change_rows_(rotated, hadamard_transform)
+                _change_rows_(rotated, lambda rows: hadamard_transform(rows, block_size=r4_block_size))
         yield name, rotated
 
 
@@ -99,6 +101,7 @@ def rotate_model(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    block_size: int = -1,
 ) -> dict[str, float]:
     """Write the rotated checkpoint to `folder`, one block in memory at a time, and check that nothing changed.
 
@@ -109,9 +112,11 @@ def rotate_model(
     Args:
         checkpoint: the original model.
         folder: replaced as a whole when the gate is passed.
-        r1_mode, r2_mode: hadamard, random or identity; r3_mode, r4_mode: hadamard or identity.
+        r1_mode, r2_mode: hadamard, block_hadamard, random or identity; r3_mode, r4_mode: hadamard or identity, R4
+            also block_hadamard.
         seed: of the random signs and matrices.
         dtype: of the tensors written.
+        block_size: of those that are block_hadamard.
 
     Returns:
         Metrics, relative to max |logit|, against the original in float64: `max_logit_deviation` of the rotated model
@@ -131,10 +136,12 @@ def rotate_model(
         )
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    r1 = make_rotation(r1_mode, config.hidden_size, generator)
-    r2 = make_rotation(r2_mode, head_dim, generator)
-    settings = BlockSettings(online_r3=r3_mode != "identity", online_r4=r4_mode != "identity")
+    r1 = make_rotation(r1_mode, config.hidden_size, generator, block_size)
+    r2 = make_rotation(r2_mode, head_dim, generator, block_size)
+    r4_block_size = block_size if r4_mode == "block_hadamard" else -1
+    settings = BlockSettings(r3_mode != "identity", r4_mode != "identity", r4_block_size=r4_block_size)
     modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode}
+    modes |= {"block_size": block_size} if "block_hadamard" in modes.values() else {}
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})
     gate = InvarianceGate(checkpoint, settings, r1, dtype, device, generator)
@@ -143,7 +150,7 @@ def rotate_model(
         for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "rotating blocks"):
             original = checkpoint.load_block_tensors(index)
             gate.advance_original_(index, original)
-            rotated = dict(rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim))
+            rotated = dict(rotate_block(original, architecture, r1, r2, settings.online_r4, head_dim, r4_block_size))
             del original
             gate.advance_rotated_(index, rotated)
             single, written = {}, {}
