@@ -165,7 +165,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _MultiplyScaled(torch.autograd.Function):
-    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers (or other codes') n that stand still.
+    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers (or floats) n that stand still.
 
     The gradients of s and z do not need that of W, a third of all the work: with g the gradient of y,
 

@@ -6,8 +6,8 @@ What a linear's weight and input are quantized to decides its layout:
     int-quantized          integers of 8 bits, weights and activations, as int8
     float-quantized        fp8_e4m3: float8_e4m3fn
     mxfp4-pack-quantized   two values a byte, exponents of scales as bytes
-    nvfp4-pack-quantized   two values a byte, scales in E4M3, and 1 / the scale of the tensor (`weight_global_scale`) and
-                           of the activations (`input_global_scale`)
+    nvfp4-pack-quantized   two values a byte, scales in E4M3; 1 / the scale of the tensor (`weight_global_scale`) and of
+                           the activations (`input_global_scale`)
 
 Readers decompress FP4 to bfloat16, which holds all of these values exactly, and cannot multiply them by float32: such a
 folder's config says bfloat16.

@@ -11,8 +11,8 @@ values are rounded to and where the range ends, how a scale follows from a range
                   token, and every 16 values get theirs as they come
 
 A range [-a, a] has scale a / 6 in E2M1, but for mxfp4, where it is the power of two that brings a into [3.5, 7): what
-lies beyond 6 is cut off (as compressed-tensors does; OCP's own rule leaves [4, 8)). The scale for a whole tensor of nvfp4
-is a power of two by our choice: E4M3 is as fine anywhere in its range, and values times scales are then exact in
+lies beyond 6 is cut off (as compressed-tensors does; OCP's own rule leaves [4, 8)). The scale for a whole tensor of
+nvfp4 is a power of two by our choice: E4M3 is as fine anywhere in its range, and values times scales are then exact in
 bfloat16 and in any order.
 
 In training all rounding, that of scales too, passes gradients straight through.

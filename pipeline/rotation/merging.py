@@ -14,7 +14,8 @@ the identity there, no norm is folded, and R2, R3 and R4 are what there is.
 
 R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
 identity. A block Hadamard (R1, R2, R4) acts on every few consecutive channels by themselves: of the size of a number
-format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64 and cast once.
+format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64
+and cast once.
 """
 
 from collections.abc import Callable, Iterator
