@@ -28,8 +28,8 @@ def find_misfits(rotation: RotationParams, widths: dict[str, int]) -> list[str]:
     """
     sites = {"r1": "attention_input", "r2": "value", "r4": "mlp_hidden"}
     return [
-        f"rotation.block_size={rotation.block_size} does not divide {widths[site]}, what {name} rotates; use a divisor, "
-        f"or rotation.{name}: hadamard"
+        f"rotation.block_size={rotation.block_size} does not divide {widths[site]}, which {name} rotates; use a "
+        f"divisor, or rotation.{name}: hadamard"
         for name, site in sites.items()
         if getattr(rotation, name) == "block_hadamard" and widths[site] % rotation.block_size
     ]
