@@ -23,6 +23,7 @@ from pipeline.pictures.params import ActivationPlotsParams
 from pipeline.prefix.params import PrefixParams, PrefixSearchParams, PrefixTrainingParams
 from pipeline.quantization import params as quantization
 from pipeline.quantization.params import QuantizerInitParams
+from pipeline.rotation import params as rotation
 from pipeline.rotation.params import RotationParams
 from pipeline.runtime.params import Group, ParamsError, RuntimeParams, check_packaged, list_problems
 from pipeline.text import params as text
@@ -98,6 +99,7 @@ def check_against_model(
             carry what the model needs; all problems are listed.
     """
     problems = quantization.find_misfits(params.quantizer_init, widths, blocks)
+    problems += rotation.find_misfits(params.rotation, widths)
     named = {
         "prefix_training.target_layers": params.prefix_training.target_layers,
         "activation_plots.surface_blocks": params.activation_plots.surface_blocks,

@@ -34,7 +34,7 @@ def main(run: Run) -> None:
     header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
     # First, since it refuses what a format cannot express.
     how = (own.formats, own.drop, own.max_shard_size, header)
-    write_formats(checkpoint, prefix.get("kv"), FORMATS, *how, unpack_start_token(prefix))
+    write_formats(checkpoint, prefix.get("kv"), FORMATS, *how, unpack_start_token(prefix), prefix["token_ids"].tolist())
     run.metrics.update(export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results))
 
 

@@ -24,7 +24,7 @@ def main(run: Run) -> None:
     own = run.params.rotation
     modes = (own.r1, own.r2, own.r3, own.r4)
     checkpoint, dtype = Checkpoint(MODEL, "model"), getattr(torch, own.dtype)
-    run.metrics.update(rotate_model(checkpoint, ROTATION, *modes, own.seed, dtype, run.device))
+    run.metrics.update(rotate_model(checkpoint, ROTATION, *modes, own.seed, dtype, run.device, own.block_size))
 
 
 def plan(run: Run) -> Need:

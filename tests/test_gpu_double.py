@@ -9,10 +9,9 @@ from torch import nn
 
 from pipeline.blocks.prefetch import TensorFetcher, prefetch_blocks
 from pipeline.training import trainer
-from tests.conftest import ROOT, read_json, tiny_params, write_params
+from tests.conftest import ROOT, tiny_params, write_params
 from tests.gpu_double import CUDA, GpuDouble, MixedDevicesError, UnorderedError
-from tests.test_stages import ALL, BEFORE_QUANTIZER, change, contents, run
-
+from tests.test_stages import ALL, change, contents, run
 
 # --- The double ------------------------------------------------------------------------------------------------------
 

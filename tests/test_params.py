@@ -235,3 +235,37 @@ def _sibling_or_parent_is_explained(lines: list[str], number: int) -> bool:
         if text.strip() and len(text) - len(text.lstrip()) < indent and not text.lstrip().startswith("#"):
             return lines[above - 1].lstrip().startswith("#") or _sibling_or_parent_is_explained(lines, above)
     return False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"format": "fp8_e4m3"}}, r"weights\.bits=4: fp8_e4m3 has 8 \(weights\); set bits: 8"),
+        (
+            {"activations": {"format": "nvfp4", "symmetric": False}},
+            r"activations\.symmetric=false: nvfp4 has no zero point",
+        ),
+        ({"keys": {"format": "mxfp4"}}, r"keys\.mode='static': mxfp4 has no static part \(keys\); set mode: dynamic"),
+        ({"values": {"format": "nvfp4", "group_size": 8}}, r"values\.group_size=8: nvfp4 has blocks of 16"),
+        ({"weights": {"format": "fp4"}}, r"weights\.format='fp4': allowed are .*'nvfp4'"),
+    ],
+)
+def test_what_a_number_format_fixes_cannot_be_asked_otherwise(changes, message):
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for group, own in changes.items():
+        raw["quantizer_init"][group] |= own
+    with pytest.raises(ParamsError, match=message):
+        parse_params(raw)
+
+
+def test_blocks_that_do_not_divide_a_model_are_reported():
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["rotation"] |= {"r1": "block_hadamard", "block_size": 7}
+    raw["quantizer_init"]["weights"]["format"] = "nvfp4"
+    params = parse_params(raw)
+    widths = {"attention_input": 64, "value": 64, "mlp_hidden": 96, "key": 64, "q_proj": 64, "down_proj": 56}
+    with pytest.raises(ParamsError) as error:
+        check_against_model(params, widths, 2, 4096)
+    assert "rotation.block_size=7 does not divide 64, which r1 rotates" in str(error.value)
+    assert "weights.format='nvfp4': its blocks of 16 do not divide 56, the width of down_proj" in str(error.value)
+    assert str(error.value).count("do not divide") == 1

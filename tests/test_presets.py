@@ -69,3 +69,16 @@ def test_presets_differ_as_the_documents_say():
         assert (own.quantizer_init.activations.group_size, own.quantizer_init.keys.group_size) == (64, 64)
         assert own.runtime.max_memory == "65GiB"
     assert params["smollm2-135m-w4a16kv16-compressed-tensors"].export.formats == ["compressed-tensors"]
+    for name, kind in (
+        ("w8a8kv16-int8", "int"),
+        ("w8a8kv16-fp8", "fp8_e4m3"),
+        ("w4a4kv16-nvfp4", "nvfp4"),
+        ("w4a4kv16-mxfp4", "mxfp4"),
+    ):
+        own = params[f"smollm2-135m-{name}"]
+        init = own.quantizer_init
+        assert (init.weights.format, init.activations.format, init.keys.bits) == (kind, kind, 16)
+        assert (own.export.formats, own.export.drop, own.prefix.use) == (["compressed-tensors"], [], "none")
+        assert not (init.weights.centered)
+        assert not (init.activations.centered)
+    assert params["smollm2-135m-w8a8kv16-int8"].quantizer_init.activations.symmetric is False

@@ -25,6 +25,7 @@ from pipeline.blocks.kv_cache import KeyQuantizer
 from pipeline.blocks.sites import site_group
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
 
@@ -38,6 +39,7 @@ class BlockSettings:
 
     Attributes:
         online_r3, online_r4: the online rotations the weights count on.
+        r4_block_size: R4 acts on so many consecutive channels at a time; -1: on all.
         key_before_rope: keys are quantized before RoPE, without R3.
         sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
             site that is not listed is not quantized.
@@ -49,12 +51,16 @@ class BlockSettings:
     key_before_rope: bool = False
     sites: dict[str, QuantizerSpec] = field(default_factory=dict)
     online_r1: bool = False
+    r4_block_size: int = -1
 
     def spec(self, site: str) -> QuantizerSpec:
         return self.sites.get(site, QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+        values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+        if self.r4_block_size == -1:  # as written before there were blocks
+            del values["r4_block_size"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BlockSettings":
@@ -65,7 +71,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
 
     Attributes:
-        weight: float [out, in]; int8 (symmetric) or uint8 [out, in] once quantized; float again while it is trained.
+        weight: float [out, in]; codes [out, in] once quantized (symmetric integers int8, all else uint8); float again
+            while it is trained.
         weight_scale: float32 [out, G] once quantized.
         weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
         unfrozen: its scales are being trained: what it multiplies by changes from step to step.
@@ -74,12 +81,17 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, spec: QuantizerSpec, rotate_input: bool, input_quantizer: ActivationQuantizer | None
+        self,
+        linear: nn.Linear,
+        spec: QuantizerSpec,
+        rotate_input: bool,
+        input_quantizer: ActivationQuantizer | None,
+        rotation_block_size: int = -1,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.spec = spec
-        self.rotate_input = rotate_input
+        self.rotate_input, self.rotation_block_size = rotate_input, rotation_block_size
         self.input_quantizer = input_quantizer
         self.compute_dtype = linear.weight.dtype
         self.register_buffer("weight", linear.weight.detach())
@@ -95,8 +107,8 @@ class QuantizedLinear(nn.Module):
         if not self.spec.enabled:
             return
         scales, device = (self.out_features, self.spec.count_groups(self.in_features)), self.weight.device
-        integers = torch.int8 if self.spec.symmetric else torch.uint8
-        self.weight = torch.empty(self.out_features, self.in_features, dtype=integers, device=device)
+        codes = self.spec.grid.code_dtype
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=codes, device=device)
         self.weight_scale = torch.empty(scales, dtype=torch.float32, device=device)
         self.weight_zero_point = None if self.spec.symmetric else torch.empty_like(self.weight_scale)
         if self.spec.centered and self.bias is None:
@@ -110,7 +122,7 @@ class QuantizedLinear(nn.Module):
     def set_integers_(
         self, integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
     ) -> None:
-        """Replace the weight by integers [out, in] and their scales and zero points [out, G]."""
+        """Replace the weight by integers or other codes [out, in] and their scales and zero points [out, G]."""
         self.weight, self.weight_scale, self.weight_zero_point = integers, scale, zero_point
         self._dequantized = None
 
@@ -122,25 +134,32 @@ class QuantizedLinear(nn.Module):
         if self.weight.is_floating_point():  # being trained, to be rounded
             zero_point = None if self.weight_zero_point is None else self.weight_zero_point.unsqueeze(-1)
             grouped = group(self.weight, self.spec.group_size)
-            rounded = fake_quantize(grouped, self.weight_scale.unsqueeze(-1), self.spec.bits, zero_point)
+            rounded = fake_quantize(grouped, self.weight_scale.unsqueeze(-1), self.spec.grid, zero_point)
             return rounded.flatten(-2).to(dtype)
         if self.unfrozen:
-            return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
+            return self._dequantize().to(dtype)
         if self._dequantized is None or self._dequantized.dtype != dtype:
-            self._dequantized = dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
+            self._dequantized = self._dequantize().to(dtype)
         return self._dequantized
+
+    def _dequantize(self) -> torch.Tensor:
+        return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input behind R4 and the layer's own quantizer, where it has them."""
-        if self.rotate_input:
-            x = hadamard_transform(x)
+        x = self.rotate(x)
         return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def rotate(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """x [..., in] behind R4, where the layer has it, or R4 undone."""
+        return hadamard_transform(x, inverse, self.rotation_block_size) if self.rotate_input else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prepare_input(x)
         if self.unfrozen and torch.is_grad_enabled() and self._has_one_scale_per_output():
             self.fired = True
-            return _MultiplyScaled.apply(x, self.weight, self.weight_scale, self.weight_zero_point, self.bias)
+            kept = self.weight, self.weight_scale, self.weight_zero_point
+            return _MultiplyScaled.apply(x, *kept, self.bias, self.spec.grid)
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def _has_one_scale_per_output(self) -> bool:
@@ -148,7 +167,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _MultiplyScaled(torch.autograd.Function):
-    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers n that stand still.
+    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers (or floats) n that stand still.
 
     The gradients of s and z do not need that of W, a third of all the work: with g the gradient of y,
 
@@ -159,12 +178,13 @@ class _MultiplyScaled(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        integers: torch.Tensor,
+        codes: torch.Tensor,
         scale: torch.Tensor,
         zero_point: torch.Tensor | None,
         bias: torch.Tensor | None,
+        grid: StoredGrid,
     ) -> torch.Tensor:
-        weight = dequantize_weight(integers, scale, zero_point).to(x.dtype)
+        weight = dequantize_weight(codes, scale, zero_point, grid).to(x.dtype)
         output = nn.functional.linear(x, weight, bias)
         total = None if zero_point is None else x.float().sum(-1, keepdim=True)
         ctx.save_for_backward(weight.to(output.dtype), scale, bias, output, total)
@@ -182,7 +202,7 @@ class _MultiplyScaled(torch.autograd.Function):
             for_scale = (product * upstream).sum(over).unsqueeze(1) / scale
         if ctx.needs_input_grad[3]:
             for_zero_point = (upstream * total).sum(over).unsqueeze(1) * -scale
-        return for_x, None, for_scale, for_zero_point, upstream.sum(over) if ctx.needs_input_grad[4] else None
+        return for_x, None, for_scale, for_zero_point, upstream.sum(over) if ctx.needs_input_grad[4] else None, None
 
 
 def _quantize_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +229,9 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         site = own_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
         rotate = settings.online_r4 and name == architecture.mlp_output
-        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer)
+        linear = QuantizedLinear(
+            block.get_submodule(name), settings.spec(short), rotate, quantizer, settings.r4_block_size
+        )
         block.set_submodule(name, linear)
     attention = block.self_attn
     before_rope = settings.key_before_rope

@@ -3,7 +3,7 @@
 A static scale was chosen on calibration text. On other text more values may lie beyond its range, where they are cut
 off, or use a small part of it, where the step is coarse. Per site and block this counts, prefix left out,
 
-    share   of values whose integer would lie beyond the range (0.001: one in a thousand)
+    share   of values that would round to what lies beyond the range (0.001: one in a thousand)
     sqnr    10 log10 (energy of the values / energy of their quantization errors), in dB
 
 Prefix positions never pass a quantizer and are not counted.
@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
-from pipeline.numerics.quantizer import ActivationQuantizer, group, integer_range
+from pipeline.numerics.quantizer import ActivationQuantizer, group
 from pipeline.runtime.artifacts import write_rows
 from pipeline.runtime.streams import Stream
 
@@ -90,12 +90,10 @@ def advance_probed_(
 
 @torch.no_grad()
 def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> int:
-    """How many values of x round to an integer beyond the quantizer's range."""
-    qmin, qmax = integer_range(quantizer.spec.bits, quantizer.spec.symmetric)
+    """How many values of x round to what lies beyond the quantizer's range."""
     grouped = group(quantizer.center(x).float(), quantizer.spec.group_size)
     scale, zero_point = quantizer.find_parameters(grouped)
-    offset = 0 if zero_point is None else zero_point
-    low, high = (qmin - 0.5 - offset) * scale, (qmax + 0.5 - offset) * scale
+    low, high = (end * scale for end in quantizer.spec.grid.find_ends(zero_point))
     return int(((grouped < low) | (grouped > high)).sum())
 
 

@@ -9,25 +9,29 @@ and raises unless whatever would be lost is named in `drop`. What cannot be left
 biases the family has no place for) is always refused. manifest.json lists what each folder keeps and drops.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, block_settings, find_site_quantizers, load_block
-from pipeline.export.folder import parse_size, save_tokenizer, write_shards
+from pipeline.blocks.quantized import BlockSettings, block_settings
+from pipeline.export.compressed_tensors import (
+    METHOD,
+    find_homeless_biases,
+    find_lost_activations,
+    needs_bfloat16,
+    write_compressed_tensors,
+)
+from pipeline.export.folder import save_tokenizer
 from pipeline.export.params import find_misfits
 from pipeline.models.architectures import find_narrowest_window
-from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
-from pipeline.numerics.packing import pack_integers
-from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
+from pipeline.models.checkpoint import Checkpoint, build_skeleton
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.errors import PipelineError
-from pipeline.runtime.progress import show_progress
 
-COMPRESSED_TENSORS, PEFT = "compressed-tensors", "peft"
+COMPRESSED_TENSORS, PEFT = METHOD, "peft"
 MANIFEST = "manifest.json"
 SITES = {
     "activations": {"attention_input", "attention_output", "mlp_input", "mlp_hidden"},
@@ -35,13 +39,12 @@ SITES = {
     "values": {"value"},
 }
 _LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
+_LOAD_FP4 = "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)"
 # It expects the zero points of weights unpacked unless it dequantizes at once (compressed-tensors 0.20).
 _LOAD_ASYMMETRIC = (
     "AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
 )
 _LOAD_ADAPTER = "PeftModel.from_pretrained(model, folder), model loaded from ../compressed-tensors"
-_BIAS_FLAGS = ("attention_bias", "mlp_bias")  # of transformers' configs
-_WORD = 4  # bytes; compressed-tensors packs rows into int32
 
 
 class FormatError(PipelineError):
@@ -50,11 +53,17 @@ class FormatError(PipelineError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a format's folder will hold, what not, and how transformers or PEFT read it."""
+    """What a format's folder will hold, what not, and how it is read.
+
+    Attributes:
+        load: how transformers or PEFT read it.
+        prefix: of a dropped prefix of tokens, for the caller to put in front of every text: "token_ids" and "text".
+    """
 
     keeps: list[str]
     drops: list[str]
     load: str
+    prefix: dict[str, Any] | None = None
 
 
 def write_formats(
@@ -66,6 +75,7 @@ def write_formats(
     max_shard_size: str,
     header: Header,
     start_token: int | None = None,
+    prefix_token_ids: Sequence[int] = (),
 ) -> dict[str, Plan]:
     """Replace `folder` by one subfolder per format and manifest.json.
 
@@ -74,16 +84,20 @@ def write_formats(
         prefix_kv: [L, 2, kv_heads, P, d] in its basis, or None.
         drop: what may be lost: activations, keys, values, prefix.
         start_token: what stands between the prefix and every text, or None.
+        prefix_token_ids: [P] of a prefix of tokens; none of a continuous one.
 
     Raises:
         FormatError: lists everything that a format cannot express.
     """
     plans = plan_formats(checkpoint, prefix_kv is not None, formats, drop)
+    if prefix_kv is not None and PEFT not in plans and prefix_token_ids:
+        prefix = {"token_ids": list(prefix_token_ids), "text": checkpoint.tokenizer.decode(prefix_token_ids)}
+        plans = {name: replace(plan, prefix=prefix) for name, plan in plans.items()}
     with replacing_folder(folder) as partial:
         if COMPRESSED_TENSORS in plans:
             own = partial / COMPRESSED_TENSORS
             own.mkdir()
-            _write_compressed_tensors(checkpoint, own, drop, max_shard_size, header)
+            write_compressed_tensors(checkpoint, own, "activations" not in drop, max_shard_size, header)
             if PEFT in plans or prefix_kv is None:  # else the prefix is lost, and what its tokenizer does is best
                 save_tokenizer(checkpoint, own, start_token)
         if PEFT in plans:
@@ -103,7 +117,7 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
     problems = _find_obstacles(checkpoint, described)
     window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)
     problems += find_misfits(formats, window)
-    lost = {"activations": _lost_activations(checkpoint, described)}
+    lost = {"activations": find_lost_activations(checkpoint, described)}
     lost |= {what: _lost_cache(described, what) for what in ("keys", "values")}
     lost["prefix"] = "compressed-tensors has no place for it (formats may add peft)" if has_prefix else ""
     if PEFT in formats:
@@ -123,6 +137,7 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
     kept = {"weights"} | ({"activations"} - set(drop))
     weights = [own.spec(short) for own in described for short in checkpoint.architecture.linear_sites]
     load = _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
+    load = _LOAD_FP4 if needs_bfloat16(weights) else load
     keeps, drops = ([what for what in present if (what in kept) is wanted] for wanted in (True, False))
     plans = {COMPRESSED_TENSORS: Plan(keeps, drops, load)}
     if PEFT in formats:
@@ -145,7 +160,7 @@ def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> l
             "rotation.r4=hadamard: down_proj counts on a rotation of its input that transformers would not apply; "
             "set rotation.r4: identity"
         )
-    homeless = _homeless_biases(checkpoint)
+    homeless = find_homeless_biases(checkpoint)
     if homeless:
         problems.append(
             f"biases of {', '.join(homeless)}: {checkpoint.config.model_type} models have none; set "
@@ -154,165 +169,9 @@ def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> l
     return problems
 
 
-def _lost_activations(checkpoint: Checkpoint, described: list[BlockSettings]) -> str:
-    """Why the format's activations would not compute what the model's do; empty when they do."""
-    reasons: dict[str, None] = {}
-    for index, own in enumerate(described):
-        for site, readers in checkpoint.architecture.site_readers.items():
-            spec = own.spec(site)
-            if not spec.enabled:
-                continue
-            if spec.centered:
-                reasons["the format knows no centered activations"] = None
-            if spec.group_size != -1 and not spec.dynamic:
-                reasons["the format knows no static ranges by groups of channels"] = None
-            weights = [own.spec(name.rpartition(".")[2]) for name in readers]
-            if not all(weight.enabled for weight in weights):
-                reasons["the format takes none in front of weights of 16 bits"] = None
-            if not all(weight.symmetric for weight in weights):
-                reasons["transformers reads asymmetric weights only without them"] = None
-            if spec.dynamic:
-                quantizer = find_site_quantizers(load_block(checkpoint, index), checkpoint.architecture)[site]
-                if spec.symmetric or spec.group_size != -1 or (quantizer.clip_factor != 1).any():
-                    reasons["the format's dynamic ranges are asymmetric, whole and never clipped"] = None
-    return ", and ".join(reasons)
-
-
 def _lost_cache(described: list[BlockSettings], what: str) -> str:
     enabled = any(own.spec(site).enabled for own in described for site in SITES[what])
     return "the format has no quantized cache that computes the same" if enabled else ""
-
-
-def _homeless_biases(checkpoint: Checkpoint) -> list[str]:
-    """Linears with a bias that the family's own class has no place for, whatever its config says."""
-    skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
-    homeless = {}
-    for index in range(checkpoint.block_count):
-        names = checkpoint.load_block_tensors(index)
-        for short, name in checkpoint.architecture.linear_sites.items():
-            if f"{name}.bias" in names and skeleton[index].get_submodule(name).bias is None:
-                homeless[short] = None
-    return list(homeless)
-
-
-def _config_with_biases(checkpoint: Checkpoint) -> Any:
-    """The model's config, with places for biases where its class can have them and some linear needs one."""
-    config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
-    if any(name.endswith("_proj.bias") for name in checkpoint.load_block_tensors(0)):
-        for flag in _BIAS_FLAGS:
-            if hasattr(config, flag):
-                setattr(config, flag, True)
-    return config
-
-
-def _write_compressed_tensors(
-    checkpoint: Checkpoint, folder: Path, drop: list[str], max_shard_size: str, header: Header
-) -> None:
-    layers = _Layers(checkpoint, "activations" not in drop)
-    write_shards(layers.parts(), folder, parse_size(max_shard_size), header)
-    copy_companions(checkpoint.folder, folder)
-    config = checkpoint.read_config()
-    config.pop(CONFIG_KEY)
-    biased = _config_with_biases(checkpoint)
-    config |= {flag: getattr(biased, flag) for flag in _BIAS_FLAGS if hasattr(biased, flag)}
-    write_json(folder / CONFIG, config | {"quantization_config": layers.describe()})
-
-
-class _Layers:
-    """The checkpoint's tensors under compressed-tensors' names, and the schemes met on the way."""
-
-    def __init__(self, checkpoint: Checkpoint, with_activations: bool) -> None:
-        self.checkpoint = checkpoint
-        self.with_activations = with_activations
-        self.schemes: dict[tuple[QuantizerSpec, QuantizerSpec], list[str]] = {}
-        self.plain = ["lm_head"]
-
-    def parts(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Embedding, norm and head, then block by block, with full names."""
-        checkpoint, architecture = self.checkpoint, self.checkpoint.architecture
-        names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
-        yield {name: checkpoint.load_tensor(name) for name in names}
-        skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
-        count = checkpoint.block_count
-        for index in show_progress(range(count), count, "packing for compressed-tensors"):
-            block = load_block(checkpoint, index)
-            quantizers = find_site_quantizers(block, architecture)
-            prefix = architecture.tensor_prefix(index)
-            part = {}
-            for site, readers in architecture.site_readers.items():
-                for name in readers:
-                    linear = block.get_submodule(name)
-                    has_bias = skeleton[index].get_submodule(name).bias is not None
-                    own = self._name_tensors(linear, quantizers[site], prefix + name, has_bias)
-                    part |= {f"{prefix}{name}.{key}": tensor for key, tensor in own.items()}
-            for name, tensor in block.state_dict().items():
-                if "_proj." not in name and "quantizer." not in name:
-                    part[prefix + name] = tensor
-            # Copies, as in `folder.py`, and safetensors refuses what is shared.
-            yield {name: tensor.clone() for name, tensor in part.items()}
-
-    def _name_tensors(
-        self, linear: QuantizedLinear, site: ActivationQuantizer, name: str, has_bias: bool
-    ) -> dict[str, torch.Tensor]:
-        tensors = {}
-        if has_bias:
-            zeros = torch.zeros(linear.out_features, dtype=linear.compute_dtype)
-            tensors["bias"] = zeros if linear.bias is None else linear.bias
-        if linear.weight_scale is None:
-            self.plain.append(name)
-            return tensors | {"weight": linear.weight}
-        spec = linear.spec
-        tensors |= {
-            "weight_packed": pack_words(linear.weight, spec.bits, spec.symmetric),
-            "weight_scale": linear.weight_scale,
-            "weight_shape": torch.tensor(linear.weight.shape),
-        }
-        if not spec.symmetric:  # in words along the output channels
-            zero_points = linear.weight_zero_point.to(torch.uint8).T.contiguous()
-            tensors["weight_zero_point"] = pack_words(zero_points, spec.bits, False).T
-        inputs = site.spec if self.with_activations else QuantizerSpec()
-        if inputs.enabled and not inputs.dynamic:
-            tensors["input_scale"] = site.scale
-            if not inputs.symmetric:
-                offset = integer_range(inputs.bits)[0]  # integers are signed there
-                tensors["input_zero_point"] = (site.zero_point + offset).to(torch.int8)
-        self.schemes.setdefault((spec, inputs), []).append(name)
-        return tensors
-
-    def describe(self) -> dict[str, Any]:
-        """`quantization_config`, once `parts` has been through."""
-        alone = len(self.schemes) == 1
-        groups = {
-            f"group_{number}": {
-                "targets": ["Linear"] if alone else names,
-                "weights": _describe_arguments(weights, "group" if weights.group_size != -1 else "channel"),
-                "input_activations": _describe_arguments(inputs, "token" if inputs.dynamic else "tensor"),
-                "output_activations": None,
-                "format": "pack-quantized",
-            }
-            for number, ((weights, inputs), names) in enumerate(self.schemes.items())
-        }
-        return {
-            "quant_method": COMPRESSED_TENSORS,
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": self.plain,
-            "kv_cache_scheme": None,
-        }
-
-
-def pack_words(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    """[rows, n] int8 (symmetric) or uint8 -> int32 [rows, ceil(n bits / 32)], bits end to end (`packing.py`)."""
-    packed = pack_integers(integers, bits, symmetric)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % _WORD)).contiguous().view(torch.int32)
-
-
-def _describe_arguments(spec: QuantizerSpec, strategy: str) -> dict[str, Any] | None:
-    if not spec.enabled:
-        return None
-    arguments = {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, "strategy": strategy}
-    return arguments | {"dynamic": spec.dynamic, "group_size": spec.group_size if strategy == "group" else None}
 
 
 def _write_adapter(prefix_kv: torch.Tensor, folder: Path, header: Header) -> None:

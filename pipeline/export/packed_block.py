@@ -6,7 +6,8 @@
                   y = scale_x scale_w (n_x n_w) + bias + W shift
               the same product, up to where float32 would have rounded it; faster on CPUs with int8 instructions
 
-The second needs static ranges and one scale a tensor and output channel; layers that have others stay with the first.
+The second needs integers, static ranges and one scale a tensor and output channel; layers that have others stay with
+the first. Scales of formats that round them are packed as well: bytes, and a common factor (`weight_common`) in nvfp4.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.models.architectures import Architecture
+from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 
@@ -26,15 +28,19 @@ class PackedLinear(QuantizedLinear):
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""
         nn.Module.__init__(self)
-        for name in ("in_features", "out_features", "spec", "rotate_input", "input_quantizer", "compute_dtype"):
+        kept = ("in_features", "out_features", "spec", "rotate_input", "rotation_block_size", "input_quantizer")
+        for name in (*kept, "compute_dtype"):
             setattr(self, name, getattr(source, name))
         if source.weight.is_meta:
             shape = (self.out_features, packed_width(self.in_features, self.spec.bits))
             packed = torch.empty(shape, dtype=torch.uint8, device="meta")
         else:
-            packed = pack_integers(source.weight, self.spec.bits, self.spec.symmetric)
+            packed = pack_integers(source.weight, self.spec.bits, self.spec.grid.signed)
         self.register_buffer("weight_packed", packed)
-        for name in ("weight_scale", "weight_zero_point", "bias"):
+        scale, common = self.spec.grid.pack_scale(source.weight_scale)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_common", common)
+        for name in ("weight_zero_point", "bias"):
             self.register_buffer(name, getattr(source, name))
         for name in ("integers", "product_scale", "constant"):
             self.register_buffer(name, None, persistent=False)
@@ -42,9 +48,9 @@ class PackedLinear(QuantizedLinear):
         self._forward_hooks.update(source._forward_hooks)  # quantizes keys before RoPE
 
     def unpack(self) -> torch.Tensor:
-        """The integers [out, in], int8 or uint8."""
+        """The integers or other codes [out, in], int8 or uint8."""
         if self.integers is None:
-            return unpack_integers(self.weight_packed, self.spec.bits, self.spec.symmetric, self.in_features)
+            return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
         if self.spec.symmetric:
             return self.integers
         return (self.integers + self.weight_zero_point).to(torch.uint8)
@@ -52,7 +58,9 @@ class PackedLinear(QuantizedLinear):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in], computed anew."""
         self.fired = True
-        return dequantize_weight(self.unpack(), self.weight_scale, self.weight_zero_point).to(dtype)
+        grid = self.spec.grid
+        scale = grid.unpack_scale(self.weight_scale, self.weight_common)
+        return dequantize_weight(self.unpack(), scale, self.weight_zero_point, grid).to(dtype)
 
     def multiply_integers_(self, site: ActivationQuantizer) -> None:
         """From now on take what `site` emits as integers; the packed weight gives way to int8."""
@@ -94,6 +102,7 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
         specs = [quantizer.spec, *(linear.spec for linear in linears)]
         one_scale = all(spec.enabled and spec.group_size == -1 and not spec.dynamic for spec in specs)
+        one_scale = one_scale and all(spec.format == INT for spec in specs)
         if one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs):  # integer - zero_point fits int8
             quantizer.emits_integers = True
             for linear in linears:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.numerics.grids import Grid, as_grid
 from pipeline.numerics.quantizer import dequantize, quantize
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ class InverseFactor:
 
 
 def round_gptq(
-    weight: torch.Tensor, factor: InverseFactor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+    weight: torch.Tensor,
+    factor: InverseFactor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    grid: Grid | int,
 ) -> torch.Tensor:
     """Round `weight` under fixed scales and zero points.
 
@@ -52,14 +57,15 @@ def round_gptq(
         scale, zero_point: [out, G] float32, G groups along the input; the zero point None when symmetric.
 
     Returns:
-        Integers [out, in], int8 when symmetric, uint8 otherwise.
+        Codes [out, in], as `quantize_weight`.
     """
+    grid = as_grid(grid, zero_point is None)
     width, order, upper = weight.shape[1], factor.order, factor.upper
     # Inputs are rows below, so that what is taken one by one lies together in memory.
     moved = torch.zeros(width, len(weight), device=weight.device)  # by rows in front; of those, what rounding changed
     steps, offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
     groups = (order * scale.shape[1] // width).tolist()
-    integers = torch.empty(moved.shape, dtype=torch.int8 if zero_point is None else torch.uint8, device=moved.device)
+    codes = torch.empty(moved.shape, dtype=grid.code_dtype, device=moved.device)
 
     def round_rows(start: int, stop: int) -> None:
         if stop - start > _INPUTS:
@@ -72,12 +78,13 @@ def round_gptq(
         for row in range(start, stop):
             step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
             moved[row].addmv_(moved[start:row].T, upper[start:row, row], alpha=-1)
-            integers[row] = rounded = quantize(own[row - start] + moved[row], step, bits, offset)
+            rounded = quantize(own[row - start] + moved[row], step, grid, offset)
+            codes[row] = grid.encode(rounded)
             torch.sub(dequantize(rounded, step, offset), own[row - start], out=moved[row])
 
     round_rows(0, width)
-    result = torch.empty_like(integers)
-    result[order] = integers
+    result = torch.empty_like(codes)
+    result[order] = codes
     return result.T.contiguous()
 
 

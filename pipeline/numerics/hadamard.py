@@ -120,20 +120,21 @@ def hadamard_matrix(n: int) -> torch.Tensor:
     return matrix / math.sqrt(plan.order)
 
 
-def hadamard_transform(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int = -1) -> torch.Tensor:
     """x @ H (or x @ H.T when `inverse`) without forming H, normalised so that lengths are kept.
 
     Args:
         x: [..., n] of any width, floating point. The arithmetic is in x's dtype.
         inverse: apply the transpose, which undoes the transform.
+        block_size: every so many consecutive values by themselves; -1: all n together.
 
     Returns:
         [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` where
         that package is installed.
     """
-    n = x.shape[-1]
-    plan = plan_hadamard(n)
     shape = x.shape
+    n = shape[-1] if block_size == -1 else block_size
+    plan = plan_hadamard(n)
     y = x.reshape(-1, n)
     after = n // plan.blocks
     for order in plan.paley:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from pipeline.numerics.quantizer import integer_range
+from pipeline.numerics.grids import integer_range
 
 
 def packed_width(width: int, bits: int) -> int:

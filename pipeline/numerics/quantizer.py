@@ -1,4 +1,4 @@
-"""Integer quantization: choose a scale, quantize, dequantize, and the two in one (fake quantization).
+"""Quantization: choose a scale, quantize, dequantize, and the two in one (fake quantization).
 
 A b-bit quantizer maps x to the integer round(x / scale) + zero_point, clipped to its range; the value it stands for is
 (integer - zero_point) * scale. Two kinds, told apart by whether there is a zero point:
@@ -11,6 +11,9 @@ A b-bit quantizer maps x to the integer round(x / scale) + zero_point, clipped t
 with low = min(x, 0) and high = max(x, 0), so that zero is always representable. Rounding is half to even, as
 torch.round. A clip factor f < 1 shrinks low and high before the scale is chosen: the outermost values move to the edge
 and all others get a finer step. 16 bits means "not quantized" throughout the project.
+
+Floats of 4 and 8 bits take the place of the integers in other formats. What differs is asked of the grid (`grids.py`);
+where one is expected below, a number is the bits of integers.
 
 A *centered* quantizer of activations acts on x - mean, with the mean of each channel measured once on calibration text,
 and adds the mean back: Q(x - mean) + mean (channel-wise shifting, arXiv:2304.09145, Eq. 5). In the layers that follow,
@@ -29,7 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_TINY = torch.finfo(torch.float32).tiny
+from pipeline.numerics.formats import INT
+from pipeline.numerics.grids import Grid, as_grid, find_grid
+from pipeline.numerics.grids import integer_range as integer_range  # known from here, too
+from pipeline.numerics.grids import round_through as round_through
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class QuantizerSpec:
         dynamic: the range is measured on every token anew (activations, keys and values only) instead of fixed.
         centered: activations, keys and values: the mean of each channel is subtracted before quantization and added
             back behind it. Weights: the mean input's share of the rounding error goes into the layer's bias.
+        format: of `formats.FORMATS`. A weight in nvfp4 has group_size 16, its blocks' scales being kept; all else in
+            nvfp4 has one scale, static or of a token, under which blocks get theirs as they come.
     """
 
     bits: int = 16
@@ -50,22 +58,25 @@ class QuantizerSpec:
     group_size: int = -1
     dynamic: bool = False
     centered: bool = False
+    format: str = INT
 
     @property
     def enabled(self) -> bool:
         return self.bits < 16
+
+    @property
+    def grid(self) -> Grid:
+        return find_grid(self.format, self.bits, self.symmetric, self.group_size)
 
     def count_groups(self, width: int) -> int:
         """G for a last dimension of `width`."""
         return 1 if self.group_size == -1 else width // self.group_size
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def integer_range(bits: int, symmetric: bool = True) -> tuple[int, int]:
-    """(qmin, qmax): 4 bits -> (-8, 7) symmetric, (0, 15) asymmetric."""
-    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+        values = asdict(self)
+        if self.format == INT:  # as written before there were others
+            del values["format"]
+        return values
 
 
 def group(x: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -80,25 +91,20 @@ def measure_range(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def choose_parameters(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+    low: torch.Tensor, high: torch.Tensor, grid: Grid | int, symmetric: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of a range, elementwise; the scale is never zero, infinite or NaN for finite ranges.
+    """Scale and zero point of a range; the scale is never zero, infinite or NaN for finite ranges.
 
     Args:
-        low, high: any shape, float32, low <= 0 <= high; already multiplied by clip factors.
-        bits: 2 to 8.
+        low, high: any shape, float32, low <= 0 <= high; already multiplied by clip factors. Elementwise, but for
+            weights in nvfp4, where it is that of the whole tensor.
+        symmetric: of integers, where `grid` is their bits.
 
     Returns:
         scale, float32; where the range is empty it is 1: every value is zero anyway. zero_point, float32 holding
         integers in `integer_range`, or None when symmetric. Both differentiable (straight through the rounding).
     """
-    qmin, qmax = integer_range(bits, symmetric)
-    # Divided before they are added: the difference of two huge finite numbers may overflow.
-    scale = torch.maximum(-low, high) / qmax if symmetric else high / qmax - low / qmax
-    scale = torch.where((low < 0) | (high > 0), scale.clamp_min(_TINY), torch.ones_like(scale))
-    if symmetric:
-        return scale, None
-    return scale, round_through(-low / scale).clamp(qmin, qmax)
+    return as_grid(grid, symmetric).choose(low, high)
 
 
 def require_finite(low: torch.Tensor, high: torch.Tensor) -> None:
@@ -107,39 +113,22 @@ def require_finite(low: torch.Tensor, high: torch.Tensor) -> None:
         raise ValueError("a range is not finite; the calibration data or the model overflow")
 
 
-class _RoundThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-
-def round_through(x: torch.Tensor) -> torch.Tensor:
-    """round(x) whose gradient is 1: the straight-through estimator (arXiv:1308.3432)."""
-    return _RoundThrough.apply(x) if x.requires_grad and torch.is_grad_enabled() else x.round()
-
-
-def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None) -> torch.Tensor:
-    """Integers in the range of `bits`, in the dtype of x / scale. `scale` and `zero_point` broadcast; no gradients."""
-    qmin, qmax = integer_range(bits, zero_point is None)
-    integers = (x / scale).round_()
-    if zero_point is not None:
-        integers += zero_point
-    return integers.clamp_(qmin, qmax)
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, grid: Grid | int, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values of the grid, in the dtype of x / scale. `scale` and `zero_point` broadcast; no gradients."""
+    return as_grid(grid, zero_point is None).snap_(x / scale, zero_point)
 
 
 def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
-    """The values that float `integers` stand for; overwrites `integers`."""
+    """What float `integers`, or values of another grid, stand for; overwrites them."""
     if zero_point is not None:
         integers -= zero_point
     return integers.mul_(scale)
 
 
 def fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None
+    x: torch.Tensor, scale: torch.Tensor, grid: Grid | int, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """quantize, then dequantize: x moved to the nearest representable value, same shape and dtype.
 
@@ -148,8 +137,8 @@ def fake_quantize(
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point)):
-        return _FakeQuantize.apply(wide, scale, bits, zero_point).to(x.dtype)
-    return dequantize(quantize(wide, scale, bits, zero_point), scale, zero_point).to(x.dtype)
+        return _FakeQuantize.apply(wide, scale, as_grid(grid, zero_point is None), zero_point).to(x.dtype)
+    return dequantize(quantize(wide, scale, grid, zero_point), scale, zero_point).to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -157,29 +146,28 @@ class _FakeQuantize(torch.autograd.Function):
 
     With v = x / scale, z the rounded zero point and n = clip(round(v) + z) - z, the output is n * scale. Inside the
     range its gradients are 1 (x), n - v (scale), 0 (zero point); beyond it 0, n, -scale: n is the end of the range.
+    The same holds for any grid; scales that blocks get as they come are held.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, grid: Grid, zero_point: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.bits = bits
+        ctx.grid = grid
         ctx.save_for_backward(x, scale, zero_point)
         offset = None if zero_point is None else zero_point.round()
-        return dequantize(quantize(x, scale, bits, offset), scale, offset)
+        return dequantize(quantize(x, scale, grid, offset), scale, offset)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        qmin, qmax = integer_range(ctx.bits, zero_point is None)
         offset = 0 if zero_point is None else zero_point.round()
         v = x / scale
-        n = v.round() + offset
-        inside = (n >= qmin) & (n <= qmax)
+        n, inside = ctx.grid.locate(v, offset)
         for_x = upstream * inside if ctx.needs_input_grad[0] else None
         for_scale = for_zero_point = None
         if ctx.needs_input_grad[1]:
-            n = n.clamp_(qmin, qmax) - offset
+            n = n - offset
             for_scale = (upstream * n.sub_(v.mul_(inside))).sum_to_size(scale.shape)
         if zero_point is not None and ctx.needs_input_grad[3]:
             for_zero_point = (upstream * scale * inside.logical_not()).neg_().sum_to_size(zero_point.shape)
@@ -187,30 +175,31 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def quantize_weight(
-    weight: torch.Tensor, scale: torch.Tensor, bits: int, zero_point: torch.Tensor | None = None
+    weight: torch.Tensor, scale: torch.Tensor, grid: Grid | int, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Round a weight to the nearest integers.
+    """Round a weight to the nearest values of the grid.
 
     Args:
         weight: [out, in] float.
         scale, zero_point: [out, G], G groups along the input: weight [8, 16], group_size 4 -> scale [8, 4].
 
     Returns:
-        [out, in], int8 when symmetric, uint8 otherwise.
+        Codes [out, in]: of integers themselves, int8 when symmetric, otherwise uint8.
     """
+    grid = as_grid(grid, zero_point is None)
     grouped = weight.float().reshape(*scale.shape, -1)
     zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-    integers = quantize(grouped, scale.unsqueeze(-1), bits, zero_point)
-    return integers.to(torch.int8 if zero_point is None else torch.uint8).reshape(weight.shape)
+    return grid.encode(quantize(grouped, scale.unsqueeze(-1), grid, zero_point)).reshape(weight.shape)
 
 
 def dequantize_weight(
-    integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, grid: Grid | None = None
 ) -> torch.Tensor:
-    """float32 [out, in] from int8 or uint8 [out, in] with scale and zero_point [out, G]."""
-    grouped = integers.float().reshape(*scale.shape, -1)
+    """float32 [out, in] from codes [out, in] of a grid (None: integers) with scale and zero point [out, G]."""
+    values = codes.float() if grid is None else grid.decode(codes)
+    grouped = values.reshape(*scale.shape, -1)
     zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-    return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(integers.shape)
+    return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(codes.shape)
 
 
 class ActivationQuantizer(nn.Module):
@@ -263,7 +252,7 @@ class ActivationQuantizer(nn.Module):
         if self.spec.dynamic:
             low, high = measure_range(grouped)
             low, high = low * self.clip_factor[..., 0], high * self.clip_factor[..., 1]
-            scale, zero_point = choose_parameters(low, high, self.spec.bits, self.spec.symmetric)
+            scale, zero_point = choose_parameters(low, high, self.spec.grid)
         else:
             scale, zero_point = self.scale, None if self.spec.symmetric else self.zero_point
         return scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1)
@@ -276,7 +265,7 @@ class ActivationQuantizer(nn.Module):
             return self.to_integers(x)
         grouped = group(self.center(x), self.spec.group_size)
         scale, zero_point = self.find_parameters(grouped)
-        quantized = fake_quantize(grouped, scale, self.spec.bits, zero_point).flatten(-2)
+        quantized = fake_quantize(grouped, scale, self.spec.grid, zero_point).flatten(-2)
         return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
 
     def to_integers(self, x: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,7 @@ class _Chooser:
 
         def apply(factor: torch.Tensor) -> None:
             scale, zero_point = candidate.parameters(factor)
-            linear.set_integers_(quantize_weight(weight, scale, spec.bits, zero_point), scale, zero_point)
+            linear.set_integers_(quantize_weight(weight, scale, spec.grid, zero_point), scale, zero_point)
 
         if plan["range"] == "block":
             error_of, reference = self._block_error(apply)
@@ -145,12 +145,13 @@ class _Chooser:
         if plan["rounding"] == "gptq":
             scale, zero_point = candidate.parameters(search.factor)
             factor = self._factor_inverse(site, spec.centered, plan["damping"])
-            linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.bits), scale, zero_point)
+            linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.grid), scale, zero_point)
             report = {"damping": factor.damping}
         else:
             apply(search.factor)
         # Not `dense_weight`, which keeps what it computes: a whole block in float32, in the end.
-        change = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point).sub_(weight)
+        kept = linear.weight, linear.weight_scale, linear.weight_zero_point
+        change = dequantize_weight(*kept, spec.grid).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
         error, energy = (_output_energy(x, hessian) for x in (change, weight))

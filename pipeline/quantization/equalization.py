@@ -214,7 +214,10 @@ class Equalizer:
                 lambda x, change=change: change_heads(x, change, self.head_dim)
                 for change in (self.r2.apply, self.r2.undo)
             )
-        return _SAME if place == "mlp_hidden" and not self.settings.online_r4 else _HADAMARD
+        if place == "mlp_hidden":
+            down: QuantizedLinear = self.block.get_submodule(self.architecture.mlp_output)
+            return down.rotate, lambda x: down.rotate(x, inverse=True)
+        return _HADAMARD
 
     def _scale_keys_(self, pairs: torch.Tensor) -> None:
         attention = self.block.self_attn

@@ -6,12 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.blocks.sites import site_group
+from pipeline.numerics.formats import FORMATS, INT
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
+
+FormatName = Literal["int", "fp8_e4m3", "mxfp4", "nvfp4"]
 
 
 class QuantizerParams(Group):
     """What every quantizer has."""
 
+    format: FormatName
     bits: Bits
     symmetric: bool
     group_size: int
@@ -40,6 +44,7 @@ class OverrideParams(Group):
 
     sites: Annotated[list[str], Field(min_length=1)]
     blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    format: FormatName | None = None
     bits: Bits | None = None
     mode: Literal["static", "dynamic"] | None = None
     symmetric: bool | None = None
@@ -75,6 +80,33 @@ def site_params(init: QuantizerInitParams, site: str, block: int | None = None) 
     return group, values
 
 
+def find_group_size(site: str, values: dict[str, Any]) -> int:
+    """What shares a kept scale at a site: its group_size, or what its format fixes (see `QuantizerSpec.format`)."""
+    block = FORMATS[values["format"]].block
+    if block is None:
+        return values["group_size"]
+    return -1 if values["format"] == "nvfp4" and site_group(site) != "weights" else block
+
+
+def _find_format_problems(key: str, site: str, values: dict[str, Any]) -> list[str]:
+    """What a site's values ask for that their format does not have."""
+    name = values["format"]
+    if name == INT or values["bits"] == 16:
+        return []
+    own, problems = FORMATS[name], []
+    if values["bits"] != own.bits:
+        problems.append(f"{key}.bits={values['bits']}: {name} has {own.bits} ({site}); set bits: {own.bits}")
+    if not values["symmetric"]:
+        problems.append(f"{key}.symmetric=false: {name} has no zero point ({site}); set symmetric: true")
+    if own.block is not None and values["group_size"] not in (-1, own.block):
+        problems.append(
+            f"{key}.group_size={values['group_size']}: {name} has blocks of {own.block} ({site}); set group_size: -1"
+        )
+    if name == "mxfp4" and values.get("mode") == "static":
+        problems.append(f"{key}.mode='static': mxfp4 has no static part ({site}); set mode: dynamic")
+    return problems
+
+
 def find_contradictions(init: QuantizerInitParams) -> list[str]:
     """What cannot be meant, whatever the model: a line for each."""
     problems = []
@@ -94,15 +126,17 @@ def find_contradictions(init: QuantizerInitParams) -> list[str]:
             values = site_params(init, site)[1]
             if (values | own).get("mode") == "dynamic" and (values | own)["range"] == "percentile":
                 problems.append(f"{key}: {site} would be dynamic with range='percentile', which needs mode: static")
+            problems += _find_format_problems(key, site, values | own)
             for name in own.keys() - values.keys():
                 problems.append(f"{key}.{name}: {site} has no such setting; remove it or the site")
             if site.endswith("_proj") and override.range == "percentile":
                 problems.append(f"{key}.range='percentile': not for weights; use max, tensor, layer or block")
         if all(value is None for name, value in override if name not in ("sites", "blocks")):
             problems.append(f"{key} changes nothing; add a setting (bits, …) or remove it")
-    for site in ("attention_input", "key", "value"):
+    for site in ("q_proj", "attention_input", "key", "value"):
         group, values = site_params(init, site)
-        if values["mode"] == "dynamic" and values["range"] == "percentile":
+        problems += _find_format_problems(f"quantizer_init.{group}", group, values)
+        if values.get("mode") == "dynamic" and values["range"] == "percentile":
             problems.append(
                 f"quantizer_init.{group}.range='percentile' needs mode: static (a dynamic range is measured on each "
                 "token); use max, tensor, layer or block"
@@ -138,5 +172,13 @@ def find_misfits(init: QuantizerInitParams, widths: dict[str, int], blocks: int)
             if size > 1 and width % size:
                 problems.append(
                     f"{key}={size} does not divide {width}, the width of {site}; use a divisor or -1 for whole rows"
+                )
+        resolved = [site_params(init, site, index)[1] for index in range(blocks)]
+        for name in dict.fromkeys(values["format"] for values in resolved if values["bits"] < 16):
+            block = FORMATS[name].block
+            if block is not None and width % block:
+                problems.append(
+                    f"quantizer_init.{group}.format={name!r}: its blocks of {block} do not divide {width}, the width "
+                    f"of {site}; use int or fp8_e4m3 there (overrides)"
                 )
     return problems

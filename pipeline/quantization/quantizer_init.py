@@ -33,7 +33,7 @@ from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWrit
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, Scales, scale_prefix, select_block
-from pipeline.quantization.params import QuantizerInitParams, site_params
+from pipeline.quantization.params import QuantizerInitParams, find_group_size, site_params
 from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
@@ -67,9 +67,10 @@ def plan_block(
         site: QuantizerSpec(
             values["bits"],
             values["symmetric"],
-            values["group_size"],
+            find_group_size(site, values),
             values.get("mode", "static") == "dynamic",
             values["centered"],
+            values["format"],
         )
         for site, values in plan.items()
     }

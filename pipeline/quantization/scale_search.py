@@ -118,14 +118,14 @@ class Candidate:
         """Scale and zero point under factors [S, 2], or [1, 2] for all scales alike."""
         factor = factor.expand(self.count, 2).view(*self.shape, 2)
         low, high = self.low * factor[..., 0], self.high * factor[..., 1]
-        return choose_parameters(low, high, self.spec.bits, self.spec.symmetric)
+        return choose_parameters(low, high, self.spec.grid)
 
     def change(self, samples: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """What quantization under these factors adds to samples [..., C]; grouped, [..., G, g]."""
         grouped = group(samples if self.shift is None else samples - self.shift, self.spec.group_size)
         scale, zero_point = self.parameters(factor)
         zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-        return fake_quantize(grouped, scale.unsqueeze(-1), self.spec.bits, zero_point).sub_(grouped)
+        return fake_quantize(grouped, scale.unsqueeze(-1), self.spec.grid, zero_point).sub_(grouped)
 
 
 def search_factors(error_of: ErrorOf, reference: torch.Tensor, two_sided: bool = False) -> ClipSearch:

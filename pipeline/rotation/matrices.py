@@ -22,39 +22,46 @@ class Rotation:
 
     Either `signs` [n] (R = diag(signs) H, H the normalised Hadamard transform), or a dense `matrix` [n, n], or neither
     (identity). float64.
+
+    Attributes:
+        block_size: H acts on so many consecutive channels at a time; -1: on all.
     """
 
     signs: torch.Tensor | None = None
     matrix: torch.Tensor | None = None
+    block_size: int = -1
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> x R in x's dtype."""
         if self.signs is not None:
-            return hadamard_transform(x * self.signs.to(x))
+            return hadamard_transform(x * self.signs.to(x), block_size=self.block_size)
         return x if self.matrix is None else x @ self.matrix.to(x)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """x R [..., n] -> x."""
         if self.signs is not None:
-            return hadamard_transform(x, inverse=True) * self.signs.to(x)
+            return hadamard_transform(x, True, self.block_size) * self.signs.to(x)
         return x if self.matrix is None else x @ self.matrix.to(x).T
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix}
+        blocks = None if self.block_size == -1 else torch.tensor([self.block_size])
+        kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix, f"{name}.block_size": blocks}
         return {key: tensor for key, tensor in kept.items() if tensor is not None}
 
 
-def make_rotation(mode: str, n: int, generator: torch.Generator) -> Rotation:
-    """A rotation of width n; `mode` is hadamard, random or identity."""
-    if mode == "hadamard":
-        return Rotation(signs=random_signs(n, generator))
+def make_rotation(mode: str, n: int, generator: torch.Generator, block_size: int = -1) -> Rotation:
+    """A rotation of width n; `mode` is hadamard, block_hadamard (of `block_size`), random or identity."""
+    if mode in ("hadamard", "block_hadamard"):
+        return Rotation(random_signs(n, generator), block_size=-1 if mode == "hadamard" else block_size)
     return Rotation(matrix=random_orthogonal(n, generator)) if mode == "random" else Rotation()
 
 
 def load_rotation(folder: Path, name: str) -> Rotation:
     """R1 or R2 of a rotated checkpoint (`name`: "r1" or "r2")."""
     tensors, _ = load_tensors(folder / ROTATIONS, "rotation")
-    return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"))
+    blocks = tensors.get(f"{name}.block_size")
+    size = -1 if blocks is None else int(blocks)
+    return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"), size)
 
 
 def compute_rotated_prefix_kv(

@@ -19,7 +19,9 @@ Then nothing is left of R1 in the embedding, lm_head and the writers, and the no
 front of H (quantization/equalization.py).
 
 R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
-identity. All products are computed in float64 and cast once.
+identity. A block Hadamard (R1, R2, R4) acts on every few consecutive channels by themselves: of the size of a number
+format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64
+and cast once.
 """
 
 from collections.abc import Callable, Iterator
@@ -84,7 +86,7 @@ def rotate_block(
             if linear == architecture.attention_output:
                 _change_rows_(rotated, lambda rows: change_heads(rows, r2.apply, head_dim))
             if linear == architecture.mlp_output and settings.online_r4:
-                _change_rows_(rotated, hadamard_transform)
+                _change_rows_(rotated, lambda rows: hadamard_transform(rows, block_size=settings.r4_block_size))
         yield name, rotated
 
 
@@ -110,6 +112,7 @@ def rotate_model(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    block_size: int = -1,
 ) -> dict[str, float]:
     """Write the rotated checkpoint to `folder`, one block in memory at a time, and check that nothing changed.
 
@@ -120,10 +123,11 @@ def rotate_model(
     Args:
         checkpoint: the original model.
         folder: replaced as a whole when the gate is passed.
-        r1_mode: online, hadamard, random or identity; r2_mode: hadamard, random or identity; r3_mode, r4_mode: hadamard
-            or identity.
+        r1_mode: online, hadamard, block_hadamard, random or identity; r2_mode: the same but online; r3_mode, r4_mode:
+            hadamard or identity, R4 also block_hadamard.
         seed: of the random signs and matrices.
         dtype: of the tensors written.
+        block_size: of those that are block_hadamard.
 
     Returns:
         Metrics, relative to max |logit|, against the original in float64: `max_logit_deviation` of the rotated model
@@ -135,7 +139,7 @@ def rotate_model(
         UnsupportedModelError: R1 is asked for and cannot be merged into this family.
     """
     config, architecture = checkpoint.config, checkpoint.architecture
-    if r1_mode in ("hadamard", "random") and not architecture.rotates_residual:
+    if r1_mode not in ("identity", "online") and not architecture.rotates_residual:
         raise UnsupportedModelError(
             f"rotation.r1={r1_mode}: model_type={config.model_type!r} has norms behind attention and MLP "
             f"({', '.join(architecture.post_norms)}), whose weights R1 cannot pass; set rotation.r1: online "
@@ -144,10 +148,16 @@ def rotate_model(
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     online_r1 = r1_mode == "online"
-    r1 = make_rotation("identity" if online_r1 else r1_mode, config.hidden_size, generator)
-    r2 = make_rotation(r2_mode, head_dim, generator)
-    settings = BlockSettings(online_r3=r3_mode != "identity", online_r4=r4_mode != "identity", online_r1=online_r1)
+    r1 = make_rotation("identity" if online_r1 else r1_mode, config.hidden_size, generator, block_size)
+    r2 = make_rotation(r2_mode, head_dim, generator, block_size)
+    settings = BlockSettings(
+        online_r3=r3_mode != "identity",
+        online_r4=r4_mode != "identity",
+        online_r1=online_r1,
+        r4_block_size=block_size if r4_mode == "block_hadamard" else -1,
+    )
     modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode}
+    modes |= {"block_size": block_size} if "block_hadamard" in modes.values() else {}
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})
     gate = InvarianceGate(checkpoint, settings, r1, dtype, device, generator)

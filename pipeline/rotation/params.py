@@ -6,14 +6,30 @@ from pydantic import Field
 
 from pipeline.runtime.params import FloatDtype, Group
 
-OfflineRotation = Literal["hadamard", "random", "identity"]
+OfflineRotation = Literal["hadamard", "block_hadamard", "random", "identity"]
 OnlineRotation = Literal["hadamard", "identity"]
 
 
 class RotationParams(Group):
-    r1: Literal["online", "hadamard", "random", "identity"]
+    r1: Literal["online", "hadamard", "block_hadamard", "random", "identity"]
     r2: OfflineRotation
     r3: OnlineRotation
-    r4: OnlineRotation
+    r4: Literal["hadamard", "block_hadamard", "identity"]
+    block_size: Annotated[int, Field(ge=2)]
     seed: Annotated[int, Field(ge=0)]
     dtype: FloatDtype
+
+
+def find_misfits(rotation: RotationParams, widths: dict[str, int]) -> list[str]:
+    """Blocks that do not divide what they rotate: a line for each.
+
+    Args:
+        widths: quantizer sites of a block -> the size of their last dimension.
+    """
+    sites = {"r1": "attention_input", "r2": "value", "r4": "mlp_hidden"}
+    return [
+        f"rotation.block_size={rotation.block_size} does not divide {widths[site]}, which {name} rotates; use a "
+        f"divisor, or rotation.{name}: hadamard"
+        for name, site in sites.items()
+        if getattr(rotation, name) == "block_hadamard" and widths[site] % rotation.block_size
+    ]

@@ -239,7 +239,8 @@ def use_full_precision_(
             linear.bias = torch.zeros_like(linear.bias) if source.bias is None else source.bias.to(linear.bias)
             if linear.spec.centered and quantizers[site].spec.centered:
                 scale, zero_point = linear.weight_scale, linear.weight_zero_point
-                integers = quantize_weight(weights[name], scale, linear.spec.bits, zero_point)
-                error = dequantize_weight(integers, scale, zero_point) - weights[name].float()
+                grid = linear.spec.grid
+                codes = quantize_weight(weights[name], scale, grid, zero_point)
+                error = dequantize_weight(codes, scale, zero_point, grid) - weights[name].float()
                 linear.correct_bias_(-(error @ quantizers[site].shift))
     return weights

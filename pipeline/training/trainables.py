@@ -3,7 +3,7 @@
 Quantizer parameters are trained relative to what they are at the start, so that one learning rate suits a scale of
 0.001 and one of 10, and no step turns a scale negative:
 
-    scale, clip factor   initial * exp(theta)
+    scale, clip factor   initial * exp(theta); a scale then rounded as its format has it, gradients passing through
     zero point           round(initial + (qmax - qmin) * theta), kept in range
 
 with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is trained is float32,
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.models.architectures import Architecture
+from pipeline.numerics.grids import Grid
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range, quantize_weight, round_through
 
 
@@ -52,12 +53,14 @@ class _Cast(nn.Module):
 
 
 class _Relative(nn.Module):
-    def __init__(self, initial: torch.Tensor) -> None:
+    def __init__(self, initial: torch.Tensor, grid: Grid | None = None) -> None:
         super().__init__()
         self.register_buffer("initial", initial.clone())
+        self.grid = grid
 
     def forward(self, theta: torch.Tensor) -> torch.Tensor:
-        return self.initial * theta.exp()
+        moved = self.initial * theta.exp()
+        return moved if self.grid is None else self.grid.round_scale(moved)
 
     def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(value)
@@ -99,13 +102,13 @@ def unfreeze_(
             if linear.bias is not None:
                 found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
         if linear.spec.enabled:
-            found.quantizers.append(_make_relative_(linear, "weight_scale"))
+            found.quantizers.append(_make_relative_(linear, "weight_scale", grid=linear.spec.grid))
             if linear.weight_zero_point is not None:
                 found.quantizers.append(_make_relative_(linear, "weight_zero_point", linear.spec.bits))
     for quantizer in find_site_quantizers(block, architecture).values():
-        for name in ("scale", "clip_factor"):
+        for name, grid in (("scale", quantizer.spec.grid), ("clip_factor", None)):
             if _has(quantizer, name):
-                found.quantizers.append(_make_relative_(quantizer, name))
+                found.quantizers.append(_make_relative_(quantizer, name, grid=grid))
         if _has(quantizer, "zero_point"):
             found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
     for name in (*architecture.norms, *architecture.post_norms) if norms else ():
@@ -135,7 +138,7 @@ def freeze_(block: nn.Module) -> None:
         if isinstance(module, QuantizedLinear) and module.weight_scale is not None:
             integers, scale, zero_point = module.weight, module.weight_scale, module.weight_zero_point
             if integers.is_floating_point():
-                integers = quantize_weight(integers, scale, module.spec.bits, zero_point)
+                integers = quantize_weight(integers, scale, module.spec.grid, zero_point)
             module.set_integers_(integers, scale, zero_point)
 
 
@@ -155,8 +158,10 @@ def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = N
     return module.parametrizations[name].original
 
 
-def _make_relative_(module: nn.Module, name: str, zero_point_bits: int | None = None) -> nn.Parameter:
+def _make_relative_(
+    module: nn.Module, name: str, zero_point_bits: int | None = None, grid: Grid | None = None
+) -> nn.Parameter:
     initial = _make_parameter_(module, name).detach()
-    kind = _Relative(initial) if zero_point_bits is None else _RelativeZeroPoint(initial, zero_point_bits)
+    kind = _Relative(initial, grid) if zero_point_bits is None else _RelativeZeroPoint(initial, zero_point_bits)
     parametrize.register_parametrization(module, name, kind, unsafe=True)
     return module.parametrizations[name].original

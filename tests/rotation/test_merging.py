@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
-from pipeline.blocks.quantized import block_settings
+from pipeline.blocks.quantized import BlockSettings, block_settings
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
@@ -23,11 +23,13 @@ from tests.conftest import FAMILIES, POST_NORMS, make_model, open_model
 CPU = torch.device("cpu")
 
 
-def rotate(source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0):
+def rotate(
+    source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0, blocks=-1
+):
     """`r1` None: hadamard where the family can have it."""
     checkpoint = Checkpoint(source, "model")
     r1 = r1 or ("hadamard" if checkpoint.architecture.rotates_residual else "identity")
-    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, seed, dtype, CPU)
+    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, seed, dtype, CPU, blocks)
     rotated = Checkpoint(folder, "rotation")
     return rotated, BlockRunner(rotated, CPU, 2), metrics
 
@@ -52,6 +54,25 @@ def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids)
     assert 1e-9 < metrics["float32_original_deviation"] < 1e-5
     assert 1e-9 < metrics["float32_logit_deviation"] < 1e-5
     assert rotated.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2"])
+def test_rotations_in_blocks_preserve_logits_and_mix_within_blocks_alone(family, imported, tmp_path, token_ids):
+    r1 = "identity" if family in POST_NORMS else "block_hadamard"
+    modes = (r1, "block_hadamard", "identity", "block_hadamard")
+    rotated, runner, metrics = rotate(imported[family], tmp_path / "out", *modes, blocks=4)
+    with torch.no_grad():
+        expected = make_model(family)(token_ids).logits
+    assert_close(walked_logits(rotated, runner, token_ids), expected)
+    assert metrics["max_logit_deviation"] < 1e-12
+    settings = block_settings(rotated, 0)
+    assert (settings.online_r4, settings.r4_block_size) == (True, 4)
+    assert BlockSettings.from_dict(settings.to_dict()) == settings
+    if r1 == "block_hadamard":
+        found = load_rotation(rotated.folder, "r1")
+        matrix = found.apply(torch.eye(48, dtype=torch.float64))
+        assert torch.equal(matrix != 0, torch.block_diag(*[torch.ones(4, 4)] * 12).bool())
+        assert torch.allclose(matrix @ matrix.T, torch.eye(48, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,116 @@
+"""What number formats cost, by rotation and prefix, untrained: perplexity, with bits per weight and activation.
+
+    python -m benchmarks.formats --artifacts artifacts --json formats.json
+    python -m benchmarks.formats --rows "NVFP4/none/none" "NVFP4/none/found"
+
+A row is FORMAT/ROTATION/PREFIX. Rotations: none; block (R1, R2, R4 of every 16 or 32 channels, the format's block);
+global. R4 is online: rows with a rotation are what this project runs, those without are what exported folders hold.
+Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched in the values themselves and
+weights rounded to nearest, so that formats are compared and not rounding; INT4 is the headline's W4A4KV4, all others
+leave keys and values alone and center nothing. A finished row is kept in --json and skipped when restarted.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from benchmarks.workspace import append_row, format_markdown, make_parser, override, read_params, read_rows
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.perplexity import evaluate_windows
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.candidates import load_prefix
+from pipeline.quantization.params import QuantizerInitParams
+from pipeline.quantization.quantizer_init import init_quantizers
+from pipeline.rotation.merging import rotate_model
+from pipeline.runtime.artifacts import make_header
+from pipeline.text.windows import load_windows, start_behind
+
+GROUPS = ("weights", "activations", "keys", "values")
+PLAIN = {
+    "equalize": False,
+    "keys.bits": 16,
+    "values.bits": 16,
+    "weights.centered": False,
+    "activations.centered": False,
+}
+FLOATS = {"fp8_e4m3": 8, "mxfp4": 4, "nvfp4": 4}
+
+
+def ask_for(name: str) -> dict[str, object]:
+    """Weights and activations in a format of floats."""
+    asked = {
+        f"{group}.{key}": value for group in GROUPS[:2] for key, value in (("format", name), ("bits", FLOATS[name]))
+    }
+    return PLAIN | asked
+
+
+# Format -> bits per weight and activation with the scales of blocks, its block, what is changed in quantizer_init.
+FORMATS = {
+    "W4A16": ("4.5 / 16", 32, PLAIN | {"weights.group_size": 64, "activations.bits": 16}),
+    "W8A8": ("8 / 8", 32, PLAIN | {"weights.bits": 8, "activations.bits": 8}),
+    "FP8": ("8 / 8", 32, ask_for("fp8_e4m3")),
+    "NVFP4": ("4.5 / 4.5", 16, ask_for("nvfp4")),
+    "MXFP4": ("4.25 / 4.25", 32, ask_for("mxfp4") | {"activations.mode": "dynamic", "activations.clipping": False}),
+    "INT4": ("4 / 4", 32, {}),
+}
+ROTATIONS = {"none": ("identity",) * 4, "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard")}
+ROTATIONS["global"] = ("hadamard",) * 4
+ROWS = [f"{name}/{rotation}/{prefix}" for name in FORMATS for rotation in ROTATIONS for prefix in ("none", "found")]
+
+
+def main() -> None:
+    parser = make_parser(__doc__, ROWS)
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="of a finished run")
+    parser.add_argument("--windows", type=int, default=4, help="of each corpus, at most")
+    parser.add_argument("--calibration", type=int, default=16, help="windows, at most")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window that are read, at most")
+    options = parser.parse_args()
+    rows = read_rows(options.json)
+    for row in options.rows:
+        if row not in rows:
+            found = measure(row, options.artifacts, options.work, options.windows, options.calibration, options.length)
+            append_row(options.json, rows, row, found)
+    lines = [
+        [*row.split("/"), FORMATS[row.split("/")[0]][0], *(f"{value:.2f}" for value in rows[row].values())]
+        for row in ROWS
+        if row in rows
+    ]
+    corpora = [] if not lines else list(rows[next(row for row in ROWS if row in rows)])
+    print(format_markdown(["format", "rotation", "prefix", "bits W / A", *corpora], lines, titles=4))
+
+
+def measure(row: str, artifacts: Path, work: Path, count: int, calibration: int, length: int) -> dict[str, float]:
+    """Corpus -> perplexity of a row."""
+    name, rotation, use = row.split("/")
+    _, block, changes = FORMATS[name]
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    model, device = Checkpoint(artifacts / "model", "model"), torch.device("cpu")
+    rotate_model(model, work / "rotation", *ROTATIONS[rotation], 0, torch.float32, device, block)
+    rotated = Checkpoint(work / "rotation", "rotation")
+    runner = BlockRunner(rotated, device, 4)
+    cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
+    init = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
+    prefix = load_prefix(artifacts / "prefix_training" / "prefix.safetensors", use)
+    train = load_windows(artifacts / "calibration" / "train.safetensors")
+    start_token = start_behind(train.start_token, prefix.begun_from)
+    place = work / "blocks", work / "quantized", make_header("quantizer_init", {})
+    windows = train.token_ids[:calibration, :length]
+    init_quantizers(
+        rotated, (prefix.token_ids, prefix.embeddings), windows, init, runner, *place, start_token=start_token
+    )
+    quantized = Checkpoint(work / "quantized", "quantizer_init")
+    held_out = {
+        path.stem: load_windows(path).token_ids[:count, :length]
+        for path in sorted((artifacts / "calibration" / "evaluation").glob("*.safetensors"))
+    }
+    kv = load_prefix_kv(quantized.folder, quantized.stage)
+    metrics, _, _ = evaluate_windows(quantized, held_out, runner, kv, None, start_token=start_token)
+    shutil.rmtree(work)
+    return metrics["perplexity"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The checkpoint under the names and in the layouts of compressed-tensors, which transformers and vLLM read.
+
+What a linear's weight and input are quantized to decides its layout:
+
+    pack-quantized         integers, packed into int32: weights alone, or with activations of other bits than 8
+    int-quantized          integers of 8 bits, weights and activations, as int8
+    float-quantized        fp8_e4m3: float8_e4m3fn
+    mxfp4-pack-quantized   two values a byte, exponents of scales as bytes
+    nvfp4-pack-quantized   two values a byte, scales in E4M3; 1 / the scale of the tensor (`weight_global_scale`) and of
+                           the activations (`input_global_scale`)
+
+Readers decompress FP4 to bfloat16, which holds all of these values exactly, and cannot multiply them by float32: such a
+folder's config says bfloat16.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_site_quantizers, load_block
+from pipeline.export.folder import parse_size, write_shards
+from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
+from pipeline.numerics.formats import FORMATS, INT
+from pipeline.numerics.packing import pack_integers
+from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
+from pipeline.runtime.artifacts import Header, write_json
+from pipeline.runtime.progress import show_progress
+
+METHOD = "compressed-tensors"
+_FP4 = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}  # and what its scales are stored as
+_BIAS_FLAGS = ("attention_bias", "mlp_bias")  # of transformers' configs
+_WORD = 4  # bytes; rows are packed into int32
+
+
+def find_lost_activations(checkpoint: Checkpoint, described: list[BlockSettings]) -> str:
+    """Why the format's activations would not compute what the model's do; empty when they do."""
+    reasons: dict[str, None] = {}
+    for index, own in enumerate(described):
+        for site, readers in checkpoint.architecture.site_readers.items():
+            spec = own.spec(site)
+            if not spec.enabled:
+                continue
+            if spec.centered:
+                reasons["the format knows no centered activations"] = None
+            if spec.group_size != -1 and not spec.dynamic:
+                reasons["the format knows no static ranges by groups of channels"] = None
+            weights = [own.spec(name.rpartition(".")[2]) for name in readers]
+            if not all(weight.enabled for weight in weights):
+                reasons["the format takes none in front of weights of 16 bits"] = None
+            elif any(weight.format != spec.format for weight in weights):
+                reasons[f"{METHOD} has no layout for {spec.format} in front of weights in another format"] = None
+            if not all(weight.symmetric for weight in weights):
+                reasons["transformers reads asymmetric weights only without them"] = None
+            if spec.dynamic:
+                quantizer = find_site_quantizers(load_block(checkpoint, index), checkpoint.architecture)[site]
+                clipped = (quantizer.clip_factor != 1).any()
+                if spec.format == INT and (spec.symmetric or spec.group_size != -1 or clipped):
+                    reasons["the format's dynamic ranges are asymmetric, whole and never clipped"] = None
+                if spec.format == "fp8_e4m3" and (spec.group_size != -1 or clipped):
+                    reasons["the format's dynamic ranges of fp8_e4m3 are whole and never clipped"] = None
+                if spec.format == "mxfp4" and clipped:
+                    reasons["the format's ranges of mxfp4 are never clipped"] = None
+                if spec.format == "nvfp4":
+                    reasons["the format's scale of nvfp4 is static"] = None
+    return ", and ".join(reasons)
+
+
+def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
+    """Linears with a bias that the family's own class has no place for, whatever its config says."""
+    skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
+    homeless = {}
+    for index in range(checkpoint.block_count):
+        names = checkpoint.load_block_tensors(index)
+        for short, name in checkpoint.architecture.linear_sites.items():
+            if f"{name}.bias" in names and skeleton[index].get_submodule(name).bias is None:
+                homeless[short] = None
+    return list(homeless)
+
+
+def _config_with_biases(checkpoint: Checkpoint) -> Any:
+    """The model's config, with places for biases where its class can have them and some linear needs one."""
+    config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
+    if any(name.endswith("_proj.bias") for name in checkpoint.load_block_tensors(0)):
+        for flag in _BIAS_FLAGS:
+            if hasattr(config, flag):
+                setattr(config, flag, True)
+    return config
+
+
+def write_compressed_tensors(
+    checkpoint: Checkpoint, folder: Path, with_activations: bool, max_shard_size: str, header: Header
+) -> None:
+    """Write config and tensors of the quantized `checkpoint` into `folder`."""
+    layers = _Layers(checkpoint, with_activations)
+    write_shards(layers.parts(), folder, parse_size(max_shard_size), header)
+    copy_companions(checkpoint.folder, folder)
+    config = checkpoint.read_config()
+    config.pop(CONFIG_KEY)
+    biased = _config_with_biases(checkpoint)
+    config |= {flag: getattr(biased, flag) for flag in _BIAS_FLAGS if hasattr(biased, flag)}
+    config |= {"dtype": "bfloat16"} if needs_bfloat16(weights for weights, _ in layers.schemes) else {}
+    write_json(folder / CONFIG, config | {"quantization_config": layers.describe()})
+
+
+class _Layers:
+    """The checkpoint's tensors under compressed-tensors' names, and the schemes met on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, with_activations: bool) -> None:
+        self.checkpoint = checkpoint
+        self.with_activations = with_activations
+        self.schemes: dict[tuple[QuantizerSpec, QuantizerSpec], list[str]] = {}
+        self.plain = ["lm_head"]
+
+    def parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Embedding, norm and head, then block by block, with full names."""
+        checkpoint, architecture = self.checkpoint, self.checkpoint.architecture
+        names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
+        yield {name: checkpoint.load_tensor(name) for name in names}
+        skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
+        count = checkpoint.block_count
+        for index in show_progress(range(count), count, "packing for compressed-tensors"):
+            block = load_block(checkpoint, index)
+            quantizers = find_site_quantizers(block, architecture)
+            prefix = architecture.tensor_prefix(index)
+            part = {}
+            for site, readers in architecture.site_readers.items():
+                linears = {name: block.get_submodule(name) for name in readers}
+                common = _find_common(list(linears.values()))
+                for name, linear in linears.items():
+                    has_bias = skeleton[index].get_submodule(name).bias is not None
+                    own = self._name_tensors(linear, quantizers[site], prefix + name, has_bias, common)
+                    part |= {f"{prefix}{name}.{key}": tensor for key, tensor in own.items()}
+            for name, tensor in block.state_dict().items():
+                if "_proj." not in name and "quantizer." not in name:
+                    part[prefix + name] = tensor
+            # Copies, as in `folder.py`, and safetensors refuses what is shared.
+            yield {name: tensor.clone() for name, tensor in part.items()}
+
+    def _name_tensors(
+        self,
+        linear: QuantizedLinear,
+        site: ActivationQuantizer,
+        name: str,
+        has_bias: bool,
+        common: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        tensors = {}
+        if has_bias:
+            zeros = torch.zeros(linear.out_features, dtype=linear.compute_dtype)
+            tensors["bias"] = zeros if linear.bias is None else linear.bias
+        if linear.weight_scale is None:
+            self.plain.append(name)
+            return tensors | {"weight": linear.weight}
+        inputs = site.spec if self.with_activations else QuantizerSpec()
+        layout = find_layout(linear.spec, inputs)
+        tensors |= _WRITERS[layout](linear, common)
+        if inputs.enabled and not inputs.dynamic:
+            if layout == "nvfp4-pack-quantized":
+                tensors["input_global_scale"] = 1 / site.scale
+            else:
+                tensors["input_scale"] = site.scale
+            if not inputs.symmetric:
+                offset = integer_range(inputs.bits)[0]  # integers are signed there
+                tensors["input_zero_point"] = (site.zero_point + offset).to(torch.int8)
+        self.schemes.setdefault((linear.spec, inputs), []).append(name)
+        return tensors
+
+    def describe(self) -> dict[str, Any]:
+        """`quantization_config`, once `parts` has been through."""
+        alone = len(self.schemes) == 1
+        layouts = {find_layout(*scheme) for scheme in self.schemes}
+        groups = {
+            f"group_{number}": {
+                "targets": ["Linear"] if alone else names,
+                "weights": _describe_arguments(weights, "channel"),
+                "input_activations": _describe_arguments(inputs, "token" if inputs.dynamic else "tensor"),
+                "output_activations": None,
+                "format": find_layout(weights, inputs),
+            }
+            for number, ((weights, inputs), names) in enumerate(self.schemes.items())
+        }
+        return {
+            "quant_method": METHOD,
+            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": self.plain,
+            "kv_cache_scheme": None,
+        }
+
+
+def find_layout(weights: QuantizerSpec, inputs: QuantizerSpec) -> str:
+    """The library's name of the layout for a linear whose weight and input are quantized so."""
+    if weights.format in _FP4:
+        return f"{weights.format}-pack-quantized"
+    if weights.format == "fp8_e4m3":
+        return "float-quantized"
+    return "int-quantized" if inputs.enabled and weights.bits == inputs.bits == 8 else "pack-quantized"
+
+
+def needs_bfloat16(weights: Iterable[QuantizerSpec]) -> bool:
+    """Whether some weights are in FP4."""
+    return any(spec.enabled and spec.format in _FP4 for spec in weights)
+
+
+def _write_packed(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    spec = linear.spec
+    tensors = {
+        "weight_packed": pack_words(linear.weight, spec.bits, spec.symmetric),
+        "weight_scale": linear.weight_scale,
+        "weight_shape": torch.tensor(linear.weight.shape),
+    }
+    if not spec.symmetric:  # in words along the output channels
+        zero_points = linear.weight_zero_point.to(torch.uint8).T.contiguous()
+        tensors["weight_zero_point"] = pack_words(zero_points, spec.bits, False).T
+    return tensors
+
+
+def _write_bytes(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    dtype = torch.int8 if linear.spec.format == INT else torch.float8_e4m3fn
+    return {"weight": linear.weight.view(dtype), "weight_scale": linear.weight_scale}
+
+
+def _write_fp4(linear: QuantizedLinear, common: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    packed = {"weight_packed": pack_integers(linear.weight, linear.spec.bits, symmetric=False)}
+    scale, common = linear.spec.grid.pack_scale(linear.weight_scale, common)
+    if common is None:
+        return packed | {"weight_scale": scale}
+    return packed | {"weight_scale": scale.view(torch.float8_e4m3fn), "weight_global_scale": 1 / common}
+
+
+def _find_common(linears: list[QuantizedLinear]) -> torch.Tensor | None:
+    """One scale of the tensor for all nvfp4 weights that read a site: kernels that fuse them have room for one.
+
+    None where there are none, or where the smallest scale of a block would not survive.
+    """
+    own = [(linear.weight_scale, linear.spec.grid) for linear in linears if linear.spec.format == "nvfp4"]
+    if not own:
+        return None
+    common = torch.stack([grid.pack_scale(scale)[1] for scale, grid in own]).amax(0)
+    kept = all(torch.equal(grid.unpack_scale(*grid.pack_scale(scale, common)), scale) for scale, grid in own)
+    return common if kept else None
+
+
+_WRITERS = {
+    "pack-quantized": _write_packed,
+    "int-quantized": _write_bytes,
+    "float-quantized": _write_bytes,
+    "mxfp4-pack-quantized": _write_fp4,
+    "nvfp4-pack-quantized": _write_fp4,
+}
+
+
+def pack_words(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    """[rows, n] int8 (symmetric) or uint8 -> int32 [rows, ceil(n bits / 32)], bits end to end (`packing.py`)."""
+    packed = pack_integers(integers, bits, symmetric)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % _WORD)).contiguous().view(torch.int32)
+
+
+def _describe_arguments(spec: QuantizerSpec, strategy: str) -> dict[str, Any] | None:
+    """`strategy` is that of a spec without groups."""
+    if not spec.enabled:
+        return None
+    block = FORMATS[spec.format].block or spec.group_size
+    strategy = strategy if block == -1 else "tensor_group" if spec.format == "nvfp4" else "group"
+    kind = "int" if spec.format == INT else "float"
+    arguments = {"num_bits": spec.bits, "type": kind, "symmetric": spec.symmetric, "strategy": strategy}
+    arguments |= {"dynamic": spec.dynamic, "group_size": None if block == -1 else block}
+    if spec.format in _FP4:
+        arguments |= {"scale_dtype": _FP4[spec.format], "zp_dtype": _FP4[spec.format]}
+    if spec.format == "nvfp4" and spec.group_size == -1:  # a static scale, blocks' own as they come
+        arguments["dynamic"] = "local"
+    return arguments
