@@ -65,8 +65,6 @@ def test_names_of_formats_are_the_same_in_params_and_library():
     [IntegerGrid(4, True), IntegerGrid(4, False), E2M1Grid(), E4M3Grid()],
     ids=["int4", "uint4", "e2m1", "e4m3"],
 )
-    "grid", [IntegerGrid(4, True), IntegerGrid(4, False), E2M1Grid(), E4M3Grid()], ids=["int4", "uint4", "e2m1", "e4m3"]
-)
 def test_every_code_stands_for_a_value_that_has_this_code(grid):
     codes = torch.arange(1 << grid.bits, dtype=torch.uint8)
     codes = (codes.to(torch.int16) - (8 if grid.signed else 0)).to(grid.code_dtype)
