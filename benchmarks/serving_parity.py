@@ -1,10 +1,17 @@
 """vLLM against transformers on one exported folder: log-probabilities, greedy continuations, perplexity.
 
-    python -m benchmarks.serving_parity artifacts/export --windows artifacts/calibration/evaluation/wikipedia.safetensors
+    W=artifacts/calibration/evaluation/wikipedia.safetensors
+    python -m benchmarks.serving_parity artifacts/export --windows $W --perplexity 4
 
-To be run where vLLM is installed (`make serve-setup`; docs/serving.md). Both read the same 8 texts of different lengths, all at
-once in vLLM, one by one in transformers (`pipeline.quantized_model.load`), and go on from them greedily. Where a
-continuation differs, what counts is how far apart transformers has the two tokens there: a tie, or not.
+To be run where vLLM is installed (`make serve-setup`; docs/serving.md). Both read the same 8 texts of different
+lengths, all at once in vLLM, one by one in transformers (`pipeline.quantized_model.load`), and continue them greedily.
+Where a continuation differs, what counts is how far apart transformers has the two tokens there: a tie, or not.
+
+Quantizers round: a value on the edge between two integers falls to either side by the last bit of a sum, the next block
+sees the difference, and 30 blocks of 4 bits make a perturbation of 1e-6 as large as quantization itself. So beside the
+log-probabilities stand two more figures: `noise`, what they change by in transformers when its embeddings are disturbed
+by 1e-6; and `worst_block`, for which every block of transformers gets the very input that vLLM's had: the mean
+difference of the outputs, relative to their size, in the worst block.
 """
 
 import argparse
@@ -69,8 +76,12 @@ def compare(
     for _ in range(2):  # the second time from cached prefixes, where prompt_logprobs allow it
         for text, output in zip(tokens, llm.generate(as_prompts(tokens), scored, use_tqdm=False), strict=True):
             differences.append((score_served(text, output) - score(model, text)).abs())
+    noise = torch.cat([(score(model, text, 1e-6) - score(model, text)).abs() for text in tokens])
+    values["noise"] = noise.mean().item()
     values["mean_difference"] = torch.cat(differences).mean().item()
     values["largest_difference"] = torch.cat(differences).max().item()
+    if eager:
+        values["worst_block"] = max(compare_blocks(model, llm, text) for text in tokens if len(text) <= chunk - 16)
     starts = [text[: 4 + 3 * place] for place, text in enumerate(tokens * 3)][:CONTINUED]
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     served = llm.generate(as_prompts(starts), greedy, use_tqdm=False)
@@ -103,11 +114,56 @@ def as_prompts(texts: list[list[int]]) -> list[dict[str, list[int]]]:
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, text: list[int]) -> torch.Tensor:
-    """Log-probabilities of a text's tokens but the first, in transformers."""
+def score(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.Tensor:
+    """Log-probabilities of a text's tokens but the first, in transformers; its embeddings disturbed by `noise`."""
     ids = torch.tensor([text])
-    log_p = model(ids).logits[0, :-1].float().log_softmax(-1)
+    embedded = model.get_input_embeddings()(ids)
+    generator = torch.Generator().manual_seed(0)
+    embedded = embedded * (1 + noise * torch.randn(embedded.shape, generator=generator))
+    log_p = model(inputs_embeds=embedded).logits[0, :-1].float().log_softmax(-1)
     return log_p.gather(1, ids[0, 1:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def compare_blocks(model: PreTrainedModel, llm: Any, text: list[int]) -> float:
+    """The worst block's mean difference from vLLM's, both on vLLM's input, relative to the output's size."""
+    from vllm import SamplingParams
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(own: Any) -> None:
+        def keep_input(layer: Any, args: tuple) -> None:
+            inputs.append(args[1].clone() if args[2] is None else args[1] + args[2])  # vLLM changes them in place
+
+        def keep_output(layer: Any, args: tuple, output: tuple) -> None:
+            seen.append((inputs.pop(), output[0] + output[1]))
+
+        inputs: list[torch.Tensor] = []
+        for layer in own.model.layers:
+            handles.append(layer.register_forward_pre_hook(keep_input))
+            handles.append(layer.register_forward_hook(keep_output))
+
+    handles: list[Any] = []
+    llm.apply_model(watch)
+    llm.reset_prefix_cache()
+    llm.generate(as_prompts([text]), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    for handle in handles:
+        handle.remove()
+    prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
+    handles = []
+    found: list[torch.Tensor] = []
+    for block, (before, _) in zip(model.model.layers, seen, strict=True):
+
+        def replace(block: Any, args: tuple, kwargs: dict, own: torch.Tensor = before[prefix:]) -> tuple:
+            return (own[None], *args[1:]), kwargs
+
+        handles.append(block.register_forward_pre_hook(replace, with_kwargs=True))
+        handles.append(block.register_forward_hook(lambda block, args, output: found.append(output)))
+    model(torch.tensor([text]))
+    for handle in handles:
+        handle.remove()
+    pairs = [(mine[0] if mine.dim() == 3 else mine, its[prefix:]) for mine, (_, its) in zip(found, seen, strict=True)]
+    return max(((mine - its).abs().mean() / mine.abs().mean()).item() for mine, its in pairs)
 
 
 def score_served(text: list[int], output: Any) -> torch.Tensor:
@@ -119,7 +175,7 @@ def score_served(text: list[int], output: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def find_gap(model: PreTrainedModel, text: list[int], output: Any) -> float | None:
-    """None where vLLM's greedy continuation is transformers'; else how much likelier, in nats, is the latter's token."""
+    """None where both continue alike; else how much likelier, in nats, transformers has its own token than vLLM's."""
     made = list(output.outputs[0].token_ids)
     log_p = model(torch.tensor([text + made[:-1]])).logits[0, len(text) - 1 :].float().log_softmax(-1)
     best = log_p.argmax(-1).tolist()

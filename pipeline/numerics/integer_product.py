@@ -2,9 +2,9 @@
 
     y = scale_x scale_w (n_x n_w) + constant      n_x = code - zero_point, n_w int8, summed exactly in int32
 
-oneDNN's kernel scales, adds the constant and casts while the sums are still in registers. Its weights are repacked once,
-when the product is made. Codes are uint8: with int8 ones the kernel of processors without AMX is thousands of times
-slower.
+oneDNN's kernel scales, adds the constant and casts while the sums are still in registers. Its weights are repacked
+once, when the product is made. Codes are uint8: with int8 ones the kernel of processors without AMX is thousands of
+times slower.
 
 `torch.compile` does not know repacked weights, so the product is an operator that looks them up by number.
 """

@@ -1,15 +1,15 @@
 """What stands in vLLM's cache: keys and values as they were evaluated, and in the first P places the prefix.
 
-A decoder layer of vLLM turns queries and keys and hands them, with the values, to its attention, which writes them into
-the cache and reads it:
+A decoder layer of vLLM turns queries and keys and hands them, with the values, to its attention, which writes them
+into the cache and reads it:
 
     q, k = rotary_emb(positions, q, k)      -> TurnedKeys: keys are quantized behind RoPE (or before)
     attention(q, k, v)                      -> CachedValues: values are quantized; at positions 0 … P-1 keys and
                                                values give way to the prefix's
 
-Placeholders stand at those positions (placeholders.py), in every text, at whatever place of a batch and however a text is
-cut into chunks: all that counts is the position. What the model computes there is read by nobody: later tokens see only
-the cache.
+Placeholders stand at those positions (placeholders.py), in every text, at whatever place of a batch and however a text
+is cut into chunks: all that counts is the position. What the model computes there is read by nobody: later tokens see
+only the cache.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Every text gets P placeholders in front, and loses the start token that the prefix has already.
 
-One place sees all of an engine's requests, however they come (completions, chat, token ids, `LLM(...)`, a server, alone or
-in batches): vLLM's input processor, which makes of each what the engine gets. What it makes is changed here, once, behind
-all that reads texts; the engine itself (scheduler, cached prefixes, chunks) sees longer texts and nothing else.
+One place sees all of an engine's requests, however they come (completions, chat, token ids, `LLM(...)`, a server, alone
+or in batches): vLLM's input processor, which makes of each what the engine gets. What it makes is changed here, once,
+behind all that reads texts; the engine itself (scheduler, cached prefixes, chunks) sees longer texts and nothing else.
 
 A placeholder's id means nothing, as its place in the cache is the prefix's. It is one that no text wants to have made
 more or less likely by penalties on what the prompt holds.

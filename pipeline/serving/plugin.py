@@ -7,6 +7,7 @@ What it puts in place:
     placeholders.py   every text gets P tokens in front, whose places in the cache the prefix takes
 """
 
+from pipeline.export.transformers_quantizer import METHOD
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.runtime.errors import PipelineError
 
@@ -36,9 +37,12 @@ def served_class(family: str) -> str:
 def register() -> None:
     """Make vLLM serve exported folders; may be called more than once."""
     from vllm import ModelRegistry
+    from vllm.model_executor.layers.quantization import register_quantization_config
 
     from pipeline.serving.placeholders import insert_placeholders_
+    from pipeline.serving.quantization import ServedQuantization
 
+    register_quantization_config(METHOD)(ServedQuantization)
     for family in FAMILIES:
         name = served_class(family)
         ModelRegistry.register_model(name, f"pipeline.serving.model:{name}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
 from pipeline.export.transformers_quantizer import METHOD, PrefixQuantConfig
@@ -19,7 +19,6 @@ from pipeline.serving.linear import ServedLinear
 from pipeline.serving.plugin import ServingError, served_class
 
 
-@register_quantization_config(METHOD)
 class ServedQuantization(QuantizationConfig):
     """vLLM's side of `PrefixQuantConfig`, which it holds as `exported`."""
 

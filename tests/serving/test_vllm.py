@@ -1,4 +1,4 @@
-"""vLLM itself, with tiny exported models: the same numbers as transformers, and errors that name what cannot be kept."""
+"""vLLM itself, with tiny exported models: transformers' numbers, and errors that name what cannot be kept."""
 
 import json
 import os
@@ -105,8 +105,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from pipeline.serving.quantization import check_engine
-config = EngineArgs(model={str(folder)!r}, dtype="float32", enforce_eager=True, **{REFUSED[what]!r}).create_engine_config()
-check_engine(config, 3)
+arguments = EngineArgs(model={str(folder)!r}, dtype="float32", enforce_eager=True, **{REFUSED[what]!r})
+check_engine(arguments.create_engine_config(), 3)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
