@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -29,7 +29,7 @@ from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.plugin import ServingError
-from pipeline.serving.quantization import check_engine
+from pipeline.serving.quantization import ServedLinearMethod, check_engine
 
 
 class PrefixQuantModel(nn.Module):
@@ -42,7 +42,11 @@ class PrefixQuantModel(nn.Module):
         del skeleton_config.quantization_config
         skeleton = build_skeleton(skeleton_config)
         stop_sliding_(vllm_config, skeleton, self.exported.prefix["tokens"])
+        run_eagerly_(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+        for module in self.modules():
+            if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
+                module.bias = None  # what is put into it has its own
         self.served_dtype = vllm_config.model_config.dtype
         build_packed_(skeleton, self.exported)
         self._skeleton = (skeleton,)  # a tuple: no part of the model
@@ -90,6 +94,12 @@ def stop_sliding_(config: VllmConfig, skeleton: nn.Module, prefix: int) -> None:
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = ["full_attention"] * len(text_config.layer_types)
     config.cache_config.sliding_window = None
+
+
+def run_eagerly_(config: VllmConfig) -> None:
+    """No `torch.compile`: it would build Hadamard matrices anew in every step. vLLM's own kernels take its place."""
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.custom_ops = ["all"]
 
 
 def rotated_sites(settings: BlockSettings) -> dict[str, bool]:

@@ -75,7 +75,7 @@ class ServedLinearMethod(LinearMethodBase):
         layer.served = None
 
     def take(self, layer: nn.Module, served: ServedLinear) -> None:
-        layer.served, layer.bias = served, None  # the served one has its own
+        layer.served = served
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.served(x)
