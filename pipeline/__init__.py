@@ -12,6 +12,7 @@
     export        the folder a user loads, and what loads it
     evaluation    perplexity, divergence, tasks
     pictures      activations, plots, the report
+    serving       the exported folder in vLLM
 
 `params.py` puts the groups of params.yaml together; the other modules here are names that users type, short.
 docs/architecture.md follows data and three settings through the rooms.

@@ -1,6 +1,7 @@
 """Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
 
 import copy
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -175,6 +176,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("serving") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM: make serve-test")
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ class SaturationProbe:
     def _make_hook(self, site: str) -> Any:
         def hook(module: ActivationQuantizer, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             x = args[0]
-            output = module.from_integers(output) if module.emits_integers else output
+            output = output if module.code_of_zero is None else module.from_codes(output)
             noise = (output - x).float().square().sum()
             values = [count_beyond(module, x), x.numel(), x.float().square().sum(), noise]
             self._sums[site] += torch.tensor([float(value) for value in values], dtype=torch.float64)

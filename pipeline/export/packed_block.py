@@ -2,7 +2,7 @@
 
     float     unpacked and dequantized when the layer is reached, dropped behind it: the same numbers, in the same
               order, as the block that was evaluated
-    integer   int8 activations times int8 weights, summed exactly in int32, scaled once (`torch._int_mm`):
+    integer   integers times integers, summed exactly in int32, scaled once (numerics/integer_product.py):
                   y = scale_x scale_w (n_x n_w) + bias + W shift
               the same product, up to where float32 would have rounded it; faster on CPUs with int8 instructions
 
@@ -10,7 +10,7 @@ The second needs integers, static ranges and one scale a tensor and output chann
 the first. Scales of formats that round them are packed as well: bytes, and a common factor (`weight_common`) in nvfp4.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.models.architectures import Architecture
 from pipeline.numerics.formats import INT
+from pipeline.numerics.integer_product import IntegerProduct
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 
@@ -42,18 +43,13 @@ class PackedLinear(QuantizedLinear):
         self.register_buffer("weight_common", common)
         for name in ("weight_zero_point", "bias"):
             self.register_buffer(name, getattr(source, name))
-        for name in ("integers", "product_scale", "constant"):
-            self.register_buffer(name, None, persistent=False)
+        self.product: IntegerProduct | None = None
         self.unfrozen = self.fired = False
         self._forward_hooks.update(source._forward_hooks)  # quantizes keys before RoPE
 
     def unpack(self) -> torch.Tensor:
         """The integers or other codes [out, in], int8 or uint8."""
-        if self.integers is None:
-            return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
-        if self.spec.symmetric:
-            return self.integers
-        return (self.integers + self.weight_zero_point).to(torch.uint8)
+        return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in], computed anew."""
@@ -62,29 +58,11 @@ class PackedLinear(QuantizedLinear):
         scale = grid.unpack_scale(self.weight_scale, self.weight_common)
         return dequantize_weight(self.unpack(), scale, self.weight_zero_point, grid).to(dtype)
 
-    def multiply_integers_(self, site: ActivationQuantizer) -> None:
-        """From now on take what `site` emits as integers; the packed weight gives way to int8."""
-        constant = torch.zeros(self.out_features, dtype=torch.float64) if self.bias is None else self.bias.double()
-        if site.spec.centered:
-            constant += self.dense_weight(torch.float64) @ site.shift.double()
-        offset = 0 if self.weight_zero_point is None else self.weight_zero_point.to(torch.int16)
-        self.integers = (self.unpack().to(torch.int16) - offset).to(torch.int8)
-        self.product_scale = site.scale * self.weight_scale[:, 0]
-        self.constant = constant.float()
-        self.weight_packed = None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.integers is None:
+        if self.product is None:
             return super().forward(x)
         self.fired = True
-        x = self.prepare_input(x)
-        product = torch._int_mm(x.flatten(0, -2), self.integers.T)
-        return (product * self.product_scale + self.constant).to(self.compute_dtype).unflatten(0, x.shape[:-1])
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_packed is None:
-            destination[f"{prefix}weight_packed"] = pack_integers(self.unpack(), self.spec.bits, self.spec.symmetric)
+        return self.product(self.prepare_input(x))
 
 
 def pack_block_(block: nn.Module, architecture: Architecture) -> None:
@@ -95,15 +73,37 @@ def pack_block_(block: nn.Module, architecture: Architecture) -> None:
             block.set_submodule(name, PackedLinear(linear))
 
 
+def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLinear]) -> bool:
+    """Whether linears that read what `quantizer` passes on can multiply integers."""
+    specs = [quantizer.spec, *(linear.spec for linear in readers)]
+    one_scale = all(spec.enabled and spec.group_size == -1 and not spec.dynamic for spec in specs)
+    one_scale = one_scale and all(spec.format == INT for spec in specs)
+    return one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs[1:])  # integer - zero_point fits int8
+
+
+def make_product(quantizer: ActivationQuantizer, readers: Sequence[PackedLinear], dtype: torch.dtype) -> IntegerProduct:
+    """What `readers` compute, side by side, of the codes that `quantizer` passes on from now on."""
+    quantizer.emit_codes_()
+    integers, constants = [], []
+    for linear in readers:
+        constant = torch.zeros(linear.out_features, dtype=torch.float64)
+        if linear.bias is not None:
+            constant += linear.bias
+        if quantizer.spec.centered:
+            constant += linear.dense_weight(torch.float64) @ quantizer.shift.double()
+        offset = 0 if linear.weight_zero_point is None else linear.weight_zero_point.to(torch.int16)
+        integers.append((linear.unpack().to(torch.int16) - offset).to(torch.int8))
+        constants.append(constant.float())
+    weight_scale = torch.cat([linear.weight_scale[:, 0] for linear in readers])
+    product = torch.cat(integers), weight_scale, quantizer.scale.item(), quantizer.code_of_zero, torch.cat(constants)
+    return IntegerProduct(*product, dtype)
+
+
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
     """Have the packed linears of a block multiply integers, wherever their settings and their inputs' allow it."""
     quantizers = find_site_quantizers(block, architecture)
     for site, readers in architecture.site_readers.items():
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
-        specs = [quantizer.spec, *(linear.spec for linear in linears)]
-        one_scale = all(spec.enabled and spec.group_size == -1 and not spec.dynamic for spec in specs)
-        one_scale = one_scale and all(spec.format == INT for spec in specs)
-        if one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs):  # integer - zero_point fits int8
-            quantizer.emits_integers = True
+        if fits_integers(quantizer, linears):
             for linear in linears:
-                linear.multiply_integers_(quantizer)
+                linear.product = make_product(quantizer, [linear], linear.compute_dtype)

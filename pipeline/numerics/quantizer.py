@@ -216,7 +216,8 @@ class ActivationQuantizer(nn.Module):
         clip_factor: dynamic only; float32 [G, 2] or [heads, 1, G, 2]: what the low and the high end of the range
             measured on a token are multiplied by.
         fired: how many times it has quantized, so that an evaluation can check that every quantizer took part.
-        emits_integers: what passes on is `to_integers`, for layers that multiply integers.
+        code_of_zero: what passes on is `to_codes`, for layers that multiply integers, and zero's code is this; None:
+            what passes on is what the integers stand for.
     """
 
     def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
@@ -225,7 +226,7 @@ class ActivationQuantizer(nn.Module):
         self.spec = spec
         self.fired = 0
         self.calibrated = False
-        self.emits_integers = False
+        self.code_of_zero: int | None = None
         if not spec.enabled:
             return
         if spec.centered:
@@ -261,21 +262,26 @@ class ActivationQuantizer(nn.Module):
         if not self.spec.enabled or not self.calibrated:
             return x
         self.fired += 1
-        if self.emits_integers:
-            return self.to_integers(x)
+        if self.code_of_zero is not None:
+            return self.to_codes(x)
         grouped = group(self.center(x), self.spec.group_size)
         scale, zero_point = self.find_parameters(grouped)
         quantized = fake_quantize(grouped, scale, self.spec.grid, zero_point).flatten(-2)
         return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
 
-    def to_integers(self, x: torch.Tensor) -> torch.Tensor:
-        """int8, as x, what the integers stand for in units of the scale: (integer - zero_point). Static, one scale."""
-        integers = quantize(self.center(x).float(), self.scale, self.spec.bits, getattr(self, "zero_point", None))
-        return (integers if self.spec.symmetric else integers - self.zero_point).to(torch.int8)
+    def emit_codes_(self) -> None:
+        """From now on pass on `to_codes`: integers less the lowest one. Static, one scale."""
+        qmin, _ = integer_range(self.spec.bits, self.spec.symmetric)
+        self.code_of_zero = -qmin if self.spec.symmetric else int(self.zero_point)
 
-    def from_integers(self, integers: torch.Tensor) -> torch.Tensor:
-        """float32, what `to_integers` gave stands for: what the quantizer passes on otherwise."""
-        values = integers * self.scale
+    def to_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8, as x: 0 … 2^b - 1, which stand for (code - code_of_zero) * scale."""
+        codes = (self.center(x).float() / self.scale).round_()
+        return codes.add_(self.code_of_zero).clamp_(0, (1 << self.spec.bits) - 1).to(torch.uint8)
+
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32, what `to_codes` gave stands for: what the quantizer passes on otherwise."""
+        values = (codes.float() - self.code_of_zero) * self.scale
         return values + self.shift if self.spec.centered else values
 
     def center(self, x: torch.Tensor) -> torch.Tensor:

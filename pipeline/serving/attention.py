@@ -1,0 +1,81 @@
+"""What stands in vLLM's cache: keys and values as they were evaluated, and in the first P places the prefix.
+
+A decoder layer of vLLM turns queries and keys and hands them, with the values, to its attention, which writes them
+into the cache and reads it:
+
+    q, k = rotary_emb(positions, q, k)      -> TurnedKeys: keys are quantized behind RoPE (or before)
+    attention(q, k, v)                      -> CachedValues: values are quantized; at positions 0 … P-1 keys and
+                                               values give way to the prefix's
+
+Placeholders stand at those positions (placeholders.py), in every text, at whatever place of a batch and however a text
+is cut into chunks: all that counts is the position. What the model computes there is read by nobody: later tokens see
+only the cache.
+"""
+
+import torch
+from torch import nn
+
+from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.numerics.quantizer import ActivationQuantizer
+
+
+class TurnedKeys(nn.Module):
+    """In the place of a layer's RoPE: (positions [T], queries [T, H d], keys [T, K d]) -> queries and keys.
+
+    Attributes:
+        positions: of the tokens that come next, for `CachedValues`.
+    """
+
+    def __init__(self, rope: nn.Module, quantizer: KeyQuantizer) -> None:
+        super().__init__()
+        self.rope, self.quantizer = rope, quantizer
+        self.positions: torch.Tensor | None = None
+
+    def forward(
+        self, positions: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.positions = positions
+        if self.quantizer.before_rope:
+            return self.rope(positions, queries, self.quantize(keys))
+        if self.quantizer.mean_taken_out:
+            table = self.rope.cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
+            cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
+            self.quantizer.positions = cos, sin
+        queries, keys = self.rope(positions, queries, keys)
+        return queries, self.quantize(keys)
+
+    def quantize(self, keys: torch.Tensor) -> torch.Tensor:
+        return as_rows(self.quantizer(as_heads(keys, self.quantizer.heads)))
+
+
+class CachedValues(nn.Module):
+    """In the place of a layer's attention: (queries [T, H d], keys, values [T, K d]) -> [T, H d]."""
+
+    def __init__(
+        self, attention: nn.Module, turned: TurnedKeys, quantizer: ActivationQuantizer, prefix_kv: torch.Tensor | None
+    ) -> None:
+        """`prefix_kv`: [2, K, P, d], keys behind RoPE and values of this layer, or None."""
+        super().__init__()
+        self.attention, self.quantizer = attention, quantizer
+        self._turned = (turned,)  # a tuple: it is a module of the layer already
+        self.heads = turned.quantizer.heads
+        self.prefix = None if prefix_kv is None else prefix_kv.transpose(1, 2).flatten(2).contiguous()
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        values = as_rows(self.quantizer(as_heads(values, self.heads)))
+        if self.prefix is not None:
+            positions, length = self._turned[0].positions, self.prefix.shape[1]
+            stored = self.prefix.to(keys.dtype)[:, positions.clamp(max=length - 1)]
+            inside = (positions < length).unsqueeze(-1)
+            keys, values = torch.where(inside, stored[0], keys), torch.where(inside, stored[1], values)
+        return self.attention(queries, keys, values)
+
+
+def as_heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """[T, heads * d] -> [1, heads, T, d], as quantizers of keys and values take them."""
+    return rows.unflatten(-1, (heads, -1)).transpose(0, 1).unsqueeze(0)
+
+
+def as_rows(states: torch.Tensor) -> torch.Tensor:
+    """Undo `as_heads`."""
+    return states.squeeze(0).transpose(0, 1).flatten(1)

@@ -1,0 +1,58 @@
+"""A linear layer as vLLM has it: what several exported ones compute of the same input, side by side.
+
+    q_proj, k_proj, v_proj -> qkv_proj      gate_proj, up_proj -> gate_up_proj      o_proj      down_proj
+
+Each output channel keeps its own scale, so nothing changes by putting them together. With static ranges and one scale a
+channel integers are multiplied (numerics/integer_product.py); everything else is computed as it was evaluated, with
+the input's quantizer acting and weights that are dequantized once, when they are loaded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipeline.blocks.quantized import QuantizedLinear
+from pipeline.export.packed_block import fits_integers, make_product
+from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.quantizer import ActivationQuantizer
+
+
+class ServedLinear(nn.Module):
+    """x [T, in] -> [T, sum of outs], in the dtype of x."""
+
+    def __init__(
+        self,
+        parts: Sequence[QuantizedLinear],
+        quantizer: ActivationQuantizer,
+        rotate: bool,
+        dtype: torch.dtype,
+        block_size: int = -1,
+    ) -> None:
+        """
+        Args:
+            parts: exported linears that read the same input.
+            quantizer: of that input.
+            rotate: a Hadamard transform stands in front of the quantizer.
+            dtype: in which the model computes.
+            block_size: the transform acts on so many channels at a time; -1: on all.
+        """
+        super().__init__()
+        self.quantizer = quantizer
+        self.rotate, self.block_size = rotate, block_size
+        self.width = sum(part.out_features for part in parts)
+        self.product = self.weight = self.bias = None
+        if fits_integers(quantizer, parts):
+            self.product = make_product(quantizer, parts, dtype)
+            return
+        self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
+        if any(part.bias is not None for part in parts):
+            own = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            self.bias = torch.cat([bias.to(dtype) for bias in own])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rotate:
+            x = hadamard_transform(x, block_size=self.block_size)
+        if self.product is not None:
+            return self.product(self.quantizer.to_codes(x))
+        return nn.functional.linear(self.quantizer(x), self.weight, self.bias)

@@ -1,0 +1,153 @@
+"""vLLM's own models with the blocks of an exported folder: no forward is copied.
+
+vLLM builds its model as for any checkpoint. When it hands over the tensors, each block is built as transformers has it,
+filled (what is missing or unexpected is an error), and taken apart again:
+
+    q_proj, k_proj, v_proj, …         side by side into vLLM's fused linears (linear.py)
+    key and value quantizers, prefix  around RoPE and attention (attention.py)
+    norms, embedding, lm_head         vLLM's own loading
+
+and dropped. Whatever else vLLM does (batching, paging, chunks, cached prefixes, sampling) it does as for any model.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from pipeline.blocks.quantized import BlockSettings, find_settings, find_site_quantizers
+from pipeline.export.transformers_quantizer import ExportError, build_packed_
+from pipeline.models.architectures import find_architecture, find_narrowest_window
+from pipeline.models.checkpoint import build_skeleton
+from pipeline.serving.attention import CachedValues, TurnedKeys
+from pipeline.serving.linear import ServedLinear
+from pipeline.serving.plugin import ServingError
+from pipeline.serving.quantization import ServedLinearMethod, check_engine
+
+
+class PrefixQuantModel(nn.Module):
+    """Goes in front of a causal language model's class of vLLM."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
+        self.exported = vllm_config.quant_config.exported
+        check_engine(vllm_config, self.exported.prefix["tokens"])
+        skeleton_config = copy.deepcopy(vllm_config.model_config.hf_config)
+        del skeleton_config.quantization_config
+        skeleton = build_skeleton(skeleton_config)
+        stop_sliding_(vllm_config, skeleton, self.exported.prefix["tokens"])
+        run_eagerly_(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+        for module in self.modules():
+            if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
+                module.bias = None  # what is put into it has its own
+        self.served_dtype = vllm_config.model_config.dtype
+        build_packed_(skeleton, self.exported)
+        self._skeleton = (skeleton,)  # a tuple: no part of the model
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        (skeleton,) = self._skeleton
+        if skeleton is None:
+            raise ServingError("weights cannot be loaded a second time into a served model: start it anew")
+        tensors = dict(weights)
+        missing, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
+        if missing or unexpected:
+            raise ExportError(
+                f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
+                f"{unexpected[:3]}; get an intact copy"
+            )
+        own = {name for name, _ in self.named_parameters()}
+        loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
+        if own - loaded:
+            raise ServingError(f"{len(own - loaded)} tensors were not loaded: {', '.join(sorted(own - loaded)[:3])}")
+        for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
+            prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
+            fill_layer_(layer, block, find_settings(self.exported.blocks, index), prefix_kv, self.served_dtype)
+        self._skeleton = (None,)
+        return loaded
+
+
+def stop_sliding_(config: VllmConfig, skeleton: nn.Module, prefix: int) -> None:
+    """Where a text is never longer than the window nothing slides; longer ones would lose the prefix out of sight.
+
+    Raises:
+        ServingError: texts may be longer than the window, and there is a prefix.
+    """
+    model = config.model_config
+    window = find_narrowest_window(model.hf_config, skeleton.model.layers)
+    if window is None or not prefix:
+        return
+    if model.max_model_len > window + prefix:
+        raise ServingError(
+            f"max_model_len={model.max_model_len}: blocks with sliding_window={window} would lose the prefix out of "
+            f"sight, which vLLM cannot pin; pass --max-model-len {window + prefix}, or run long texts by "
+            "pipeline.quantized_model.load"
+        )
+    for text_config in {id(own): own for own in (model.hf_config, model.hf_text_config)}.values():
+        text_config.sliding_window = None
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = ["full_attention"] * len(text_config.layer_types)
+    config.cache_config.sliding_window = None
+
+
+def run_eagerly_(config: VllmConfig) -> None:
+    """No `torch.compile`: it would build Hadamard matrices anew in every step. vLLM's own kernels take its place."""
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.custom_ops = ["all"]
+
+
+def rotated_sites(settings: BlockSettings) -> dict[str, bool]:
+    """Sites with a Hadamard transform in front of their quantizer."""
+    inputs = dict.fromkeys(("attention_input", "mlp_input"), settings.online_r1)
+    return inputs | {"mlp_hidden": settings.online_r4}
+
+
+def fill_layer_(
+    layer: nn.Module, block: nn.Module, settings: BlockSettings, prefix_kv: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    """Put a block of transformers, quantized and loaded, into a decoder layer of vLLM, but for its norms.
+
+    Args:
+        prefix_kv: [2, kv_heads, P, d] or None.
+        dtype: in which the model computes.
+    """
+    architecture = find_architecture(block.self_attn.config)
+    quantizers = find_site_quantizers(block, architecture)
+    attention, rotated = layer.self_attn, rotated_sites(settings)
+    places = {
+        "attention_input": attention.qkv_proj,
+        "attention_output": attention.o_proj,
+        "mlp_input": layer.mlp.gate_up_proj,
+        "mlp_hidden": layer.mlp.down_proj,
+    }
+    for site, readers in architecture.site_readers.items():
+        parts = [block.get_submodule(name) for name in readers]
+        block_size = settings.r4_block_size if site == "mlp_hidden" else -1
+        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, block_size)
+        if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
+            raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
+        places[site].quant_method.take(places[site], served)
+    attention.rotary_emb = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer)
+    attention.attn = CachedValues(attention.attn, attention.rotary_emb, block.self_attn.value_quantizer, prefix_kv)
+
+
+class PrefixQuantLlamaForCausalLM(PrefixQuantModel, LlamaForCausalLM):
+    """Llama."""
+
+
+class PrefixQuantMistralForCausalLM(PrefixQuantModel, MistralForCausalLM):
+    """Mistral."""
+
+
+class PrefixQuantQwen2ForCausalLM(PrefixQuantModel, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5."""
+
+
+class PrefixQuantQwen3ForCausalLM(PrefixQuantModel, Qwen3ForCausalLM):
+    """Qwen3."""

@@ -1,0 +1,114 @@
+"""`quant_method: prefixquant` as vLLM knows it, and what it refuses.
+
+vLLM asks for a method for each of its layers. Linears of the blocks get one that holds nothing until model.py has put
+the exported ones in; embedding, lm_head and norms stay vLLM's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+
+from pipeline.export.transformers_quantizer import METHOD, PrefixQuantConfig
+from pipeline.models.architectures import find_rope_limit
+from pipeline.serving.linear import ServedLinear
+from pipeline.serving.plugin import ServingError, served_class
+
+
+class ServedQuantization(QuantizationConfig):
+    """vLLM's side of `PrefixQuantConfig`, which it holds as `exported`."""
+
+    _ignore_unexpected_suffixes = ()
+
+    def __init__(self, exported: PrefixQuantConfig) -> None:
+        super().__init__()
+        self.exported = exported
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Where vLLM first looks at a folder: an exported one gets the model class that knows blocks and prefix."""
+        if hf_quant_cfg.get("quant_method") != METHOD:
+            return None
+        hf_config.architectures = [served_class(hf_config.model_type)]
+        return METHOD
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ServedQuantization":
+        return cls(PrefixQuantConfig(**config))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        return ServedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @staticmethod
+    def get_cache_scale_mapper() -> WeightsMapper:
+        return WeightsMapper()
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        return WeightsMapper()
+
+
+class ServedLinearMethod(LinearMethodBase):
+    """Hands a layer of vLLM over to the `ServedLinear` that `take` has put into it."""
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
+        layer.served = None
+
+    def take(self, layer: nn.Module, served: ServedLinear) -> None:
+        layer.served = served
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return layer.served(x)
+
+
+def check_engine(config: VllmConfig, prefix: int) -> None:
+    """Refuse, by name, what an engine is asked for and cannot keep of a model with P prefix tokens.
+
+    Raises:
+        ServingError: the message names the setting and the remedy.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    device, cache = config.device_config.device_type, config.cache_config.cache_dtype
+    limit = find_rope_limit(model.hf_config)
+    refused = {
+        f"device={device}": device != "cpu" and "its kernels are for CPUs so far",
+        f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1
+        and "R4 and the ranges of a tensor need all channels in one place",
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1
+        and "the prefix and all blocks are loaded in one place",
+        "speculative decoding": config.speculative_config is not None and "a draft model reads no prefix",
+        "LoRA": config.lora_config is not None and "adapters would act beside quantized weights, unevaluated",
+        f"kv_cache_dtype={cache}": cache not in ("auto", "float32", "bfloat16")
+        and "keys and values are quantized by the model itself, and the prefix must stay exact",
+        f"runner={model.runner_type}": model.runner_type != "generate" and "only generation is served",
+        f"load_format={config.load_config.load_format}": config.load_config.load_format == "dummy"
+        and "random numbers are no quantizers",
+        f"max_model_len={model.max_model_len}": limit is not None
+        and model.max_model_len > limit
+        and f"beyond {limit} positions RoPE would turn the prefix in another way; pass --max-model-len {limit}",
+    }
+    if config.model_config.quantization_config is not None:
+        refused["online quantization"] = "the weights are quantized already"
+    wrong = [f"{what}: {why}" for what, why in refused.items() if why]
+    if wrong:
+        raise ServingError(f"an exported model cannot be served like this: {'; '.join(wrong)}")

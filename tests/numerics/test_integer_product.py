@@ -1,0 +1,48 @@
+"""Integers times integers: what an int32 sum says, in eager mode, compiled, and in every dtype."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from pipeline.numerics import integer_product
+from pipeline.numerics.integer_product import IntegerProduct
+
+
+def make_product(dtype=torch.float32, zero_point=8):
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-8, 8, (24, 36), generator=generator, dtype=torch.int8)
+    weight_scale, constant = torch.rand(24, generator=generator), torch.randn(24, generator=generator)
+    codes = torch.randint(0, 16, (5, 36), generator=generator, dtype=torch.uint8)
+    sums = (codes.int() - zero_point) @ integers.int().T
+    expected = sums * (weight_scale.double() * 0.3) + constant
+    return IntegerProduct(integers, weight_scale, 0.3, zero_point, constant, dtype), codes, expected
+
+
+@pytest.mark.parametrize("zero_point", [0, 8, 15])
+def test_product_is_the_sum_in_int32_scaled_once(zero_point):
+    product, codes, expected = make_product(zero_point=zero_point)
+    assert (product(codes) - expected).abs().max() <= 1e-6 * expected.abs().max()  # measured: 1.5e-7
+    assert torch.equal(product(codes[:1]), product(codes)[:1])
+    assert torch.equal(product(codes.reshape(1, 5, 36)), product(codes)[None])
+
+
+def test_product_is_rounded_to_bfloat16_once():
+    product, codes, expected = make_product(torch.bfloat16)
+    assert (product(codes) - expected.float().bfloat16()).abs().max() <= 2**-8 * expected.abs().max()
+    assert product(codes).dtype == torch.bfloat16
+
+
+def test_product_is_described_without_being_computed_and_ends_with_its_last_user():
+    product, codes, _ = make_product()
+    described = torch.ops.prefixquant.integer_product(codes.to("meta"), product.number, 24, torch.bfloat16)
+    assert described.shape == (5, 24)
+    assert described.dtype == torch.bfloat16
+    again, number = copy.deepcopy(product), product.number
+    del product
+    gc.collect()
+    assert again(codes).shape == (5, 24)
+    del again
+    gc.collect()
+    assert number not in integer_product._PRODUCTS

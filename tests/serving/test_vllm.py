@@ -1,0 +1,114 @@
+"""vLLM itself, with tiny exported models: transformers' numbers, and errors that name what cannot be kept."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from pipeline.export.folder import export_model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.importing import import_model
+from pipeline.quantization.quantizer_init import init_quantizers
+from pipeline.runtime.artifacts import load_tensors, make_header
+from tests.conftest import ROOT, SIZES, init_params, make_tokenizer, open_model, randomize_
+from tests.export.test_folder import RESULTS
+from tests.rotation.test_merging import rotate
+
+pytestmark = pytest.mark.serving
+# vLLM's attention on CPUs knows heads of 32 channels, none of fewer.
+OWN = SIZES | {"hidden_size": 128, "max_position_embeddings": 512}
+GROUPS = {
+    f"{group}.{key}": value
+    for group in ("weights", "activations", "keys", "values")
+    for key, value in (("symmetric", False), ("group_size", 16))
+}
+DYNAMIC = {f"{group}.mode": "dynamic" for group in ("activations", "keys", "values")}
+# name -> config, changed params, prefix, the rotation of keys, and how long texts may be
+MODELS = {
+    "llama, static": (LlamaConfig(**OWN), {}, [7, 9, 0], "hadamard", None),
+    "llama, no prefix": (LlamaConfig(**OWN, attention_bias=True, mlp_bias=True), {}, [], "hadamard", None),
+    "llama, continuous prefix": (LlamaConfig(**OWN, head_dim=64), {}, None, "hadamard", None),
+    "qwen2, dynamic": (Qwen2Config(**OWN), DYNAMIC, [7, 9, 0], "hadamard", None),
+    "qwen3, asymmetric groups": (Qwen3Config(**OWN, head_dim=32), GROUPS, [7, 9, 0], "hadamard", None),
+    "mistral, keys before RoPE, 8 bits": (
+        MistralConfig(**OWN, head_dim=32, sliding_window=157),
+        {"keys.before_rope": True, "activations.bits": 8, "activations.symmetric": False},
+        [7, 9, 0],
+        "identity",
+        160,
+    ),
+}
+ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """name -> exported folder."""
+    root = tmp_path_factory.mktemp("served")
+    return {name: make_served(root / str(place), *MODELS[name][:4]) for place, name in enumerate(MODELS)}
+
+
+def make_served(folder, config, changes, prefix, r3):
+    torch.manual_seed(0)
+    randomize_(AutoModelForCausalLM.from_config(config)).save_pretrained(folder / "source")
+    make_tokenizer().save_pretrained(folder / "source")
+    import_model(str(folder / "source"), None, torch.float32, folder / "model")
+    rotated, runner, _ = rotate(folder / "model", folder / "rotation", r3=r3)
+    plain, _ = open_model(folder / "model")
+    ids = torch.tensor(prefix or [], dtype=torch.int64)
+    embeddings = plain.embed(ids)
+    if prefix is None:
+        embeddings = torch.randn(4, config.hidden_size, generator=torch.Generator().manual_seed(2)) * 0.1
+    windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))
+    params = init_params({"weights.rounding": "rtn"} | changes)
+    header = make_header("quantizer_init", {})
+    init_quantizers(rotated, (ids, embeddings), windows, params, runner, folder / "work", folder / "quantized", header)
+    checkpoint = Checkpoint(folder / "quantized", "quantizer_init")
+    kept, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
+    export_model(checkpoint, kept, folder / "model", folder / "export", "5GB", make_header("export", {}), RESULTS)
+    return folder / "export"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vllm_computes_what_transformers_does(exports, name):
+    """Batched, in chunks of 96 tokens that end inside texts, twice, so that the second time finds cached blocks."""
+    longest = MODELS[name][4]
+    command = [sys.executable, "-m", "benchmarks.serving_parity", str(exports[name])]
+    command += ["--max-model-len", str(longest)] if longest else []
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(name, found)
+    assert found["median_difference"] <= 1e-5
+    assert found["median_block"] <= 1e-5
+    assert found["rounded_otherwise"] <= 0.02
+    assert found["equal"] >= 15
+
+
+REFUSED = {
+    "tensor_parallel_size=2": {"tensor_parallel_size": 2},
+    "LoRA": {"enable_lora": True},
+    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "kv_cache_dtype=fp8": {"kv_cache_dtype": "fp8"},
+    "load_format=dummy": {"load_format": "dummy"},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_kept_is_refused_by_name(exports, what):
+    folder = exports["llama, static"]
+    program = f"""
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from pipeline.serving.quantization import check_engine
+arguments = EngineArgs(model={str(folder)!r}, dtype="float32", enforce_eager=True, **{REFUSED[what]!r})
+check_engine(arguments.create_engine_config(), 3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"cannot be served like this: {what}" in done.stderr.splitlines()[-1]
