@@ -6,9 +6,9 @@
 A row is FORMAT/ROTATION/PREFIX. Rotations: none; block (R1, R2, R4 of every 16 or 32 channels, the format's block);
 global. R4 is online: rows with a rotation are what this project runs, those without are what exported folders hold.
 Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched in the values themselves
-(of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are compared and not rounding; INT4 is
-the headline's W4A4KV4, all others leave keys and values alone and center nothing. A finished row is kept in --json and
-skipped when restarted.
+(of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are compared and not rounding; INT4
+is the headline's W4A4KV4, all others leave keys and values alone and center nothing. A finished row is kept in --json
+and skipped when restarted.
 """
 
 import shutil
