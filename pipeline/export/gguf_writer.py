@@ -184,7 +184,8 @@ def _describe_tokenizer(checkpoint: Checkpoint) -> dict[str, tuple[Any, ...]]:
         ),
     }
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
-    found |= {f"tokenizer.ggml.{name}_token_id": (index, _WHOLE) for name, index in ids.items() if index is not None}
+    kept = {name: index for name, index in ids.items() if index is not None and index < rows}
+    found |= {f"tokenizer.ggml.{name}_token_id": (index, _WHOLE) for name, index in kept.items()}
     found["tokenizer.ggml.add_bos_token"] = (False, GGUFValueType.BOOL)
     if tokenizer.chat_template:
         found["tokenizer.chat_template"] = (tokenizer.chat_template, GGUFValueType.STRING)
