@@ -5,9 +5,10 @@
 
 A row is FORMAT/ROTATION/PREFIX. Rotations: none; block (R1, R2, R4 of every 16 or 32 channels, the format's block);
 global. R4 is online: rows with a rotation are what this project runs, those without are what exported folders hold.
-Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched in the values themselves and
-weights rounded to nearest, so that formats are compared and not rounding; INT4 is the headline's W4A4KV4, all others
-leave keys and values alone and center nothing. A finished row is kept in --json and skipped when restarted.
+Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched in the values themselves
+(of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are compared and not rounding; INT4
+is the headline's W4A4KV4, all others leave keys and values alone and center nothing. A finished row is kept in --json
+and skipped when restarted.
 """
 
 import shutil
@@ -55,6 +56,7 @@ FORMATS = {
     "MXFP4": ("4.25 / 4.25", 32, ask_for("mxfp4") | {"activations.mode": "dynamic", "activations.clipping": False}),
     "INT4": ("4 / 4", 32, {}),
 }
+SEARCHED = ("INT4", "W4A16")  # weights' ranges are searched
 ROTATIONS = {"none": ("identity",) * 4, "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard")}
 ROTATIONS["global"] = ("hadamard",) * 4
 ROWS = [f"{name}/{rotation}/{prefix}" for name in FORMATS for rotation in ROTATIONS for prefix in ("none", "found")]
@@ -92,6 +94,7 @@ def measure(row: str, artifacts: Path, work: Path, count: int, calibration: int,
     rotated = Checkpoint(work / "rotation", "rotation")
     runner = BlockRunner(rotated, device, 4)
     cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
+    cheap |= {} if name in SEARCHED else {"weights.range": "max"}
     init = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
     prefix = load_prefix(artifacts / "prefix_training" / "prefix.safetensors", use)
     train = load_windows(artifacts / "calibration" / "train.safetensors")

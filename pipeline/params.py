@@ -140,9 +140,10 @@ def _contradictions(params: Params) -> list[str]:
         )
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
-    if "compressed-tensors" in params.export.formats and params.rotation.r4 != "identity":
+    others = [name for name in params.export.formats if name != "peft"]
+    if others and params.rotation.r4 != "identity":
         problems.append(
-            f"export.formats: compressed-tensors cannot carry rotation.r4={params.rotation.r4!r}, which acts online; "
+            f"export.formats: {others[0]} cannot carry rotation.r4={params.rotation.r4!r}, which acts online; "
             "set rotation.r4: identity"
         )
     return problems

@@ -3,6 +3,7 @@
     compressed-tensors   weights, packed; activations where the format's schemes compute the same. Loaded by
                          transformers and by serving engines with the compressed-tensors library.
     peft                 the prefix as a PEFT prefix-tuning adapter on top of the former.
+    gguf                 weights alone, for llama.cpp (`gguf_writer.py`).
 
 Neither has room for everything: `plan_formats` compares what the model is made of with what a format computes, exactly,
 and raises unless whatever would be lost is named in `drop`. What cannot be left out without breaking the model (R4,
@@ -25,13 +26,14 @@ from pipeline.export.compressed_tensors import (
     write_compressed_tensors,
 )
 from pipeline.export.folder import save_tokenizer
+from pipeline.export.gguf_writer import FILE, find_gguf_obstacles, write_gguf
 from pipeline.export.params import find_misfits
 from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.errors import PipelineError
 
-COMPRESSED_TENSORS, PEFT = METHOD, "peft"
+COMPRESSED_TENSORS, PEFT, GGUF = METHOD, "peft", "gguf"
 MANIFEST = "manifest.json"
 SITES = {
     "activations": {"attention_input", "attention_output", "mlp_input", "mlp_hidden"},
@@ -44,6 +46,7 @@ _LOAD_FP4 = "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)"
 _LOAD_ASYMMETRIC = (
     "AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
 )
+_LOAD_GGUF = "llama.cpp, or AutoModelForCausalLM.from_pretrained(folder, gguf_file='model.gguf')"
 _LOAD_ADAPTER = "PeftModel.from_pretrained(model, folder), model loaded from ../compressed-tensors"
 
 
@@ -100,6 +103,10 @@ def write_formats(
             write_compressed_tensors(checkpoint, own, "activations" not in drop, max_shard_size, header)
             if PEFT in plans or prefix_kv is None:  # else the prefix is lost, and what its tokenizer does is best
                 save_tokenizer(checkpoint, own, start_token)
+        if GGUF in plans:
+            own = partial / GGUF
+            own.mkdir()
+            write_gguf(checkpoint, own / FILE)
         if PEFT in plans:
             own = partial / PEFT
             own.mkdir()
@@ -117,11 +124,17 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
     problems = _find_obstacles(checkpoint, described)
     window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)
     problems += find_misfits(formats, window)
-    lost = {"activations": find_lost_activations(checkpoint, described)}
+    lost = {"activations": ""}
+    if GGUF in formats:
+        problems += find_gguf_obstacles(checkpoint, described, window)
+        quantized = any(own.spec(site).enabled for own in described for site in SITES["activations"])
+        lost["activations"] = "gguf has weights alone" if quantized else ""
+    if COMPRESSED_TENSORS in formats:
+        lost["activations"] = find_lost_activations(checkpoint, described) or lost["activations"]
     lost |= {what: _lost_cache(described, what) for what in ("keys", "values")}
-    lost["prefix"] = "compressed-tensors has no place for it (formats may add peft)" if has_prefix else ""
+    lost["prefix"] = f"{formats[0]} has no place for it (compressed-tensors with peft has)" if has_prefix else ""
     if PEFT in formats:
-        lost["prefix"] = ""
+        lost["prefix"] = "gguf has no place for it" if GGUF in formats and has_prefix else ""
         if not has_prefix:
             problems.append("peft: there is no prefix to write; remove it from export.formats")
     problems += [
@@ -139,7 +152,9 @@ def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], d
     load = _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
     load = _LOAD_FP4 if needs_bfloat16(weights) else load
     keeps, drops = ([what for what in present if (what in kept) is wanted] for wanted in (True, False))
-    plans = {COMPRESSED_TENSORS: Plan(keeps, drops, load)}
+    plans = {COMPRESSED_TENSORS: Plan(keeps, drops, load)} if COMPRESSED_TENSORS in formats else {}
+    if GGUF in formats:
+        plans[GGUF] = Plan(["weights"], present[1:], _LOAD_GGUF)
     if PEFT in formats:
         plans[PEFT] = Plan(["prefix"], [], _LOAD_ADAPTER)
     return plans

@@ -9,7 +9,7 @@ from pipeline.runtime.params import Group
 
 class ExportParams(Group):
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
-    formats: list[Literal["compressed-tensors", "peft"]]
+    formats: list[Literal["compressed-tensors", "peft", "gguf"]]
     drop: list[Literal["activations", "keys", "values", "prefix"]]
 
 

@@ -38,7 +38,7 @@ from pipeline.models.source import ModelImportError, Source, check_complete, che
 
 logger = logging.getLogger(__name__)
 
-_COMMON = {
+COMMON = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -49,8 +49,8 @@ _COMMON = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_GEMMA = _COMMON | {
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA = COMMON | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -77,7 +77,7 @@ class _Family:
         large_blocks: (Gemma) how many blocks the one size has whose scores are scaled by D / heads, not by d.
     """
 
-    parts: dict[str, str] = field(default_factory=lambda: _COMMON)
+    parts: dict[str, str] = field(default_factory=lambda: COMMON)
     permuted: bool = False
     offset_norms: bool = False
     large_blocks: int | None = None
@@ -86,9 +86,9 @@ class _Family:
 _FAMILIES = {
     "llama": _Family(permuted=True),
     "qwen2": _Family(),
-    "qwen3": _Family(_COMMON | _HEAD_NORMS),
+    "qwen3": _Family(COMMON | HEAD_NORMS),
     "gemma2": _Family(_GEMMA, offset_norms=True, large_blocks=46),
-    "gemma3": _Family(_GEMMA | _HEAD_NORMS, offset_norms=True, large_blocks=62),
+    "gemma3": _Family(_GEMMA | HEAD_NORMS, offset_norms=True, large_blocks=62),
     "phi3": _Family(_PHI3),
 }
 _CONVERTED = {  # by transformers

@@ -1,0 +1,89 @@
+"""Weights as GGUF: what gguf, transformers and our importer read is what was written, to the rounding of scales."""
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from pipeline.export.gguf_writer import pack_blocks
+from pipeline.export.other_formats import FormatError, plan_formats, write_formats
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.importing import import_model
+from pipeline.numerics.quantizer import dequantize_weight
+from pipeline.runtime.artifacts import make_header
+from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
+from tests.export.test_number_formats import WIDTHS
+from tests.export.test_other_formats import PLAIN, TEXT
+from tests.export.test_prefixed_model import make_quantized
+
+FAMILIES = {"llama": LlamaConfig(**SIZES | WIDTHS), "qwen2": Qwen2Config(**SIZES | WIDTHS | {"head_dim": 16})}
+KINDS = {
+    "Q4_0": {"weights.group_size": 32},
+    "Q8_0 whole rows": {"weights.bits": 8},
+    "mixed": {"overrides": [{"sites": ["down_proj"], "bits": 6}, {"sites": ["k_proj"], "bits": 16}]},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wide")
+    for family, config in FAMILIES.items():
+        torch.manual_seed(0)
+        randomize_(AutoModelForCausalLM.from_config(config)).save_pretrained(root / "source" / family)
+        make_tokenizer().save_pretrained(root / "source" / family)
+        import_model(str(root / "source" / family), None, torch.float32, root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_blocks_are_what_gguf_dequantizes(bits, groups):
+    generator = torch.Generator().manual_seed(bits)
+    integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 96), generator=generator, dtype=torch.int8)
+    scale = torch.rand(5, groups, generator=generator) + 0.01
+    kind = gguf.GGMLQuantizationType.Q4_0 if bits <= 4 else gguf.GGMLQuantizationType.Q8_0
+    found = torch.from_numpy(gguf.quants.dequantize(pack_blocks(integers, scale, bits).numpy(), kind))
+    assert torch.equal(found, dequantize_weight(integers, scale.half().float()))
+    with pytest.raises(ValueError, match="beyond float16"):
+        pack_blocks(integers, scale * 1e-9, bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_read_back_is_the_model_that_was_quantized(wide, tmp_path, family, kind):
+    checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
+    write_formats(checkpoint, None, tmp_path / "formats", ["gguf"], [], "5GB", make_header("export", {}))
+    assert read_json(tmp_path / "formats" / "manifest.json")["gguf"]["keeps"] == ["weights"]
+    path = tmp_path / "formats" / "gguf" / "model.gguf"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.1.ffn_up.weight"] == ("Q8_0" if kind == "Q8_0 whole rows" else "Q4_0")
+    if kind == "mixed":
+        assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_k.weight"]) == ("Q8_0", "F32")
+    import_model(str(path), None, torch.float32, tmp_path / "again")
+    again = Checkpoint(tmp_path / "again", "model")
+    expected = assemble_model(checkpoint, None)(TEXT).logits
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    for model in (assemble_model(again, None), theirs):
+        assert (model(TEXT).logits - expected).abs().max() <= 5e-3 * expected.abs().max()
+    assert again.tokenizer("The house")["input_ids"] == checkpoint.tokenizer("The house")["input_ids"]
+
+
+def test_what_gguf_cannot_hold_is_refused_by_name(wide, tmp_path):
+    changes = {"weights.symmetric": False, "activations.bits": 8}
+    checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | changes, (5, 0), r4="hadamard")
+    with pytest.raises(FormatError) as error:
+        plan_formats(checkpoint, True, ["gguf"], [])
+    for reason in (
+        "rotation.r4=hadamard",
+        "gguf: q_proj: Q4_0 and Q8_0 have no zero points",
+        "activations: gguf has weights alone",
+        "prefix: gguf has no place for it",
+    ):
+        assert reason in str(error.value)
+    checkpoint, _ = make_quantized(
+        wide, tmp_path / "nv", "llama", PLAIN | {"weights.format": "nvfp4"}, (), r4="identity"
+    )
+    with pytest.raises(FormatError, match="nvfp4 is not what Q4_0 and Q8_0 hold"):
+        plan_formats(checkpoint, False, ["gguf"], [])
