@@ -30,7 +30,7 @@ from pipeline.text.windows import load_windows, start_behind
 
 GROUPS = ("weights", "activations", "keys", "values")
 PLAIN = {
-    "equalize": False,
+    "equalize": [],
     "keys.bits": 16,
     "values.bits": 16,
     "weights.centered": False,
