@@ -48,6 +48,14 @@ def summarise(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def was_raised_in(error: BaseException, package: str) -> bool:
+    """Whether the line that raised it is one of `package`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run what a command line asks for; an error that is no bug of ours becomes one message and exit code 1."""
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
