@@ -21,6 +21,8 @@ from pipeline.runtime.arguments import ArgumentError, Parser, device, positive, 
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
 
+_COLDEST = 1e-6  # logits divided by less overflow
+
 
 def main() -> None:
     parser = Parser(description=__doc__)
@@ -38,8 +40,11 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     arithmetic = arguments.arithmetic or ("integer" if arguments.device.type == "cpu" else "float")
     model, tokenizer = load(arguments.folder, arguments.device, arithmetic)
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
-    if arguments.temperature > 0:
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": arguments.temperature > _COLDEST,
+    }
+    if arguments.temperature > _COLDEST:
         options["temperature"] = arguments.temperature
     if arguments.chat:
         chat(model, tokenizer, arguments.prompt, options)

@@ -19,6 +19,9 @@ MANIFEST = "manifest.json"
 _FREE_NAMES = {"generation_config.json", ".gitattributes"}
 _FREE_ENDINGS = {".md", ".jinja"}
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"}
+_TOKENIZER |= {_TOKENIZER_CONFIG, "tokenizer.model"}
+_READ = _TOKENIZER | {"adapter_config.json"}  # by transformers, wherever it finds them
 
 
 class ExportError(PipelineError):
@@ -61,7 +64,11 @@ def check_folder(folder: Path) -> None:
             raise ExportError(f"{path} is missing; get a complete copy")
         if not _is_intact(path, entry):
             raise ExportError(f"{path} is damaged or was changed; get an intact copy")
-    extra = {path.name for path in folder.glob("*.safetensors")} - set(files)
+    own_tokenizer = (
+        set() if "tokenizer.json" in files else _TOKENIZER
+    )  # one that was saved behind the model is its user's
+    extra = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in _READ} - set(files)
+    extra -= own_tokenizer
     if extra:
         raise ExportError(f"{folder}: files that do not belong there: {', '.join(sorted(extra))}; remove them")
 

@@ -26,6 +26,8 @@ class PackedLinear(QuantizedLinear, nn.Linear):
     A Linear by name, so that adapters (PEFT) are put around it as around any; it stands still, gradients pass it.
     """
 
+    weight = None
+
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""
         nn.Module.__init__(self)

@@ -24,6 +24,7 @@ from pipeline.models.fused_projections import Read, take_apart
 from pipeline.models.gguf_source import find_gguf, open_gguf
 from pipeline.models.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
+from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
 
 logger = logging.getLogger(__name__)
@@ -65,15 +66,19 @@ def import_model(
         UnsupportedModelError: a model family that is not supported.
     """
     with _open_source(source, revision) as opened:
-        config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
-        architecture = find_architecture(config)
-        if config.tie_word_embeddings and architecture.lm_head in present:
-            config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
-        if (config.pad_token_id or 0) >= config.vocab_size:
-            raise ModelImportError(
-                f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond vocab_size={config.vocab_size}"
-            )
-        skeleton = build_skeleton(config)
+        with reading(
+            lambda why: ModelImportError(f"model.source={source!r}: its config and tensors do not fit ({why})")
+        ):
+            config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
+            architecture = find_architecture(config)
+            if config.tie_word_embeddings and architecture.lm_head in present:
+                config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
+            if (config.pad_token_id or 0) >= config.vocab_size:
+                raise ModelImportError(
+                    f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond the vocab_size, "
+                    f"{config.vocab_size}"
+                )
+            skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
@@ -83,7 +88,8 @@ def import_model(
         check_plan(widths, config.num_hidden_layers, find_max_positions(config), window)
 
         def read(name: str) -> torch.Tensor:
-            return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
+            with reading(lambda why: ModelImportError(f"model.source={source!r}: {name} cannot be read ({why})")):
+                return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
 
         with replacing_folder(folder) as partial:
             writer = CheckpointWriter(partial, architecture, stage="model")

@@ -62,6 +62,18 @@ def read_json_object(source: str, path: Path) -> dict[str, Any]:
     return value
 
 
+_LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 10**8}
+_LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**7)
+
+
+def check_sizes(source: str, values: dict[str, Any]) -> None:
+    """Raises ModelImportError where a size in config.json is none: transformers would build a model of it for ever."""
+    for key, largest in _LARGEST.items():
+        value = values.get(key, 1)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest):
+            raise ModelImportError(f"model.source={source!r}: {key}={str(value)[:40]} in its config is no size")
+
+
 def make_block_config(config: Any, index: int, vocabulary: int) -> Any:
     """The config of a model of block `index` alone with a `vocabulary` of so many tokens."""
     values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocabulary}
