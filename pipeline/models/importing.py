@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_companions
@@ -35,6 +35,7 @@ _HUB_SKIPPED = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+_GENERATION = "generation_config.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -103,6 +104,7 @@ def import_model(
             copy_companions(opened.companions, partial)
             writer.finish(_portable_config(config, dtype), settings={})
             _complete_tokenizer(source, partial, config.vocab_size)
+            _check_generation(source, partial)
             checked = check_result(opened, partial)
     return {
         "parameters": sum(shape.numel() for shape in expected.values()),
@@ -208,6 +210,14 @@ def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
     special = [declared.get(f"{name}_token") for name in ("unk", "pad")]
     special = {token["content"] if isinstance(token, dict) else token for token in special}
     _check_token_ids(source, tokenizer, special | {tokenizer.bos_token, tokenizer.eos_token}, rows)
+
+
+def _check_generation(source: str, folder: Path) -> None:
+    """Refuse a generation config that transformers would leave out without a word, and later stages stumble over."""
+    if (folder / _GENERATION).is_file():
+        read_json_object(source, folder / _GENERATION)
+        with loading(source, f"its {_GENERATION}"):
+            GenerationConfig.from_pretrained(folder)
 
 
 def _check_token_ids(source: str, tokenizer: Any, special: set[str | None], rows: int) -> None:
