@@ -118,7 +118,8 @@ def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) ->
             outcome, message = run_trial(trial, folder)
         except BaseException:  # of the mutation itself, or the reference: a fault of this program, shown as one
             outcome, message = "traceback", traceback.format_exc()[-600:]
-    return {"mutation": mutation, "outcome": outcome, "message": message}
+    said = {"mutation": mutation, "outcome": outcome, "message": message}
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in said.items()}
 
 
 def run_trial(trial: Trial, folder: Path) -> tuple[str, str]:

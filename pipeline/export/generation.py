@@ -7,7 +7,6 @@ On a CPU integers are multiplied as such (`--arithmetic float` computes what the
 """
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,9 @@ def chat(
 def _read(prompt: str | None) -> str:
     if prompt is not None:
         return prompt
-    sys.stdin.reconfigure(errors="replace")
     try:
         return input("> ")
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise ArgumentError("what was typed is not encoded in UTF-8") from None

@@ -84,6 +84,8 @@ def find_problem(device: str) -> str | None:
 
 def check_writable(path: Path) -> None:
     """Raises ArgumentError where a file could not be written, before there is anything to write."""
+    if path.is_dir():
+        raise ArgumentError(f"{path} cannot be written: it is a folder")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(f"{path} cannot be written: {folder if not path.is_dir() else 'it'} is no such place")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ArgumentError(f"{path} cannot be written: {folder} is no folder that can be written to")
