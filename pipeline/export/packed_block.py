@@ -28,6 +28,11 @@ class PackedLinear(QuantizedLinear, nn.Linear):
 
     weight = None
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """What PEFT takes for the weight of a layer that has none, to see where it lies."""
+        return self.weight_packed if self.integers is None else self.integers
+
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""
         nn.Module.__init__(self)

@@ -76,8 +76,8 @@ def import_model(
                 config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
             if (config.pad_token_id or 0) >= config.vocab_size:
                 raise ModelImportError(
-                    f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond the vocab_size, "
-                    f"{config.vocab_size}"
+                    f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond "
+                    f"vocab_size={config.vocab_size}"
                 )
             skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}

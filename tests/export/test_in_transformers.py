@@ -55,7 +55,7 @@ def test_a_cache_implementation_that_nobody_passed_is_ignored(exported):
 def test_offloaded_to_disk(exported, tmp_path):
     folder, evaluated, _ = exported
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {"prefix_kv": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
     assert torch.equal(generate(model), generate(evaluated))
