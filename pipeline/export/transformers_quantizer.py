@@ -74,6 +74,14 @@ class PrefixQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: PrefixQuantConfig
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A map that somebody wrote for the plain model does not know of the prefix."""
+        if not isinstance(device_map, dict) or not self.quantization_config.prefix["tokens"]:
+            return device_map
+        if {"", "prefix_kv"} & device_map.keys():
+            return device_map
+        return device_map | {"prefix_kv": next((place for place in device_map.values() if place != "disk"), "cpu")}
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
