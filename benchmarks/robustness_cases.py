@@ -331,7 +331,7 @@ ROWS: list[tuple[Any, str]] = [  # what a row's text may be, and what becomes of
     *(([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}], "kept") for text in ("Hi", "é")),
     *(
         (text, "kept")
-        for text in ("a", "x" * 200_000, 'quo"te, and comma', "two\n\nparagraphs", "\u2028\x85", "\ufeffx")
+        for text in ("a", "x" * 200_000, 'quo"te, and comma', "two\n\nparagraphs", "a\u2028\x85", "\ufeffx")
     ),
 ]
 

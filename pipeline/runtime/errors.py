@@ -10,6 +10,7 @@ anyone (a full disk, no memory, a file that is not there) needs no frame: `run_m
 PREFIXQUANT_TRACEBACK=1 in the environment, everything shows its traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 TRACEBACK = "PREFIXQUANT_TRACEBACK"
 _MACHINE = (OSError, MemoryError, EOFError, ImportError)
 _MACHINE_NAMES = {"OutOfMemoryError", "SafetensorError"}  # of packages that need not be imported for their names
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # no matter of what is read
 _INTERRUPTED = 130  # as shells have it
 
 
@@ -27,12 +29,17 @@ class PipelineError(Exception):
 
 @contextmanager
 def reading(describe: Callable[[str], PipelineError]) -> Iterator[None]:
-    """Whatever goes wrong inside becomes `describe(reason)`, the reason being one line. PipelineErrors pass."""
+    """Whatever goes wrong inside becomes `describe(reason)`, the reason being one line.
+
+    PipelineErrors pass, and so do a full disk and a want of memory.
+    """
     try:
         yield
     except (PipelineError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
         raise describe(summarise(error)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of libraries in Rust: an error, though it claims to be more

@@ -72,6 +72,8 @@ def test_what_is_read_is_a_matter_of_its_file():
     assert isinstance(found.value.__cause__, KeyError)  # kept for a traceback
     with pytest.raises(PipelineError, match=r"^own$"), reading(lambda why: PipelineError(why)):
         raise PipelineError("own")
+    with pytest.raises(OSError, match="No space"), reading(lambda why: PipelineError(why)):
+        raise OSError(errno.ENOSPC, "No space left on device")
     panic = type("PanicException", (BaseException,), {})  # as libraries in Rust raise
     with pytest.raises(PipelineError, match=r"^panicked$"), reading(lambda why: PipelineError(why)):
         raise panic("panicked")
