@@ -25,6 +25,7 @@ from pipeline.quantization import params as quantization
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.rotation import params as rotation
 from pipeline.rotation.params import RotationParams
+from pipeline.runtime.errors import reading
 from pipeline.runtime.params import Group, ParamsError, RuntimeParams, check_packaged, list_problems
 from pipeline.text import params as text
 from pipeline.text.params import CalibrationParams, CorpusParams
@@ -54,12 +55,10 @@ def load_params(path: Path) -> Params:
         ParamsError: the file is missing, is not YAML, or holds unknown keys, wrong types, values out of range or
             contradictions; all of them are listed.
     """
-    try:
+    if not Path(path).is_file():
+        raise ParamsError(f"{path} does not exist; run from the project's root, or restore it from git")
+    with reading(lambda why: ParamsError(f"{path} is not valid YAML: {why}")):
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParamsError(f"{path} does not exist; run from the project's root, or restore it from git") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} must hold groups of keys (model:, corpora:, …), got {type(raw).__name__}")
     return parse_params(raw, where=str(path))
@@ -157,18 +156,26 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        close = difflib.get_close_matches(_show(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "remove it"
-        return f"{key}: unknown key; {hint} (known here: {', '.join(known)})"
+        return f"{_show(key)}: unknown key; {hint} (known here: {', '.join(known)})"
     if kind == "missing":
         return f"{key}: missing; add it (see the commented params.yaml in git)"
     value = problem["input"]
     if kind == "literal_error":
         choices = problem["ctx"]["expected"]
-        close = difflib.get_close_matches(str(value), [c.strip(" '") for c in choices.replace(" or ", ",").split(",")])
+        close = difflib.get_close_matches(
+            _show(value), [c.strip(" '") for c in choices.replace(" or ", ",").split(",")]
+        )
         hint = f"; did you mean {close[0]!r}?" if close else "; pick one of those"
-        return f"{key}={value!r}: allowed are {choices}{hint}"
-    return f"{key}={value!r} ({type(value).__name__}): {problem['msg'].lower()}; change the value"
+        return f"{key}={_show(repr(value))}: allowed are {choices}{hint}"
+    return f"{key}={_show(repr(value))} ({type(value).__name__}): {problem['msg'].lower()}; change the value"
+
+
+def _show(value: Any) -> str:
+    """What stands in the file, or as much of it as can be read."""
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:80]} … ({len(text)} characters)"
 
 
 def _path_in(raw: Any, location: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,8 +14,14 @@ from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.params import ParamsError, list_problems
-from pipeline.text.calibration import cut_calibration_windows, cut_evaluation_windows, load_tokenizer
-from pipeline.text.params import find_misfits
+from pipeline.text.calibration import (
+    count_conversations,
+    cut_calibration_windows,
+    cut_evaluation_windows,
+    load_tokenizer,
+)
+from pipeline.text.corpora import SPLITS, read_documents
+from pipeline.text.params import SPLIT_GROUPS, find_misfits
 from pipeline.text.windows import save_windows
 from stages.opening import Run, open_stage
 
@@ -53,6 +59,10 @@ def main(run: Run) -> None:
             save_windows(partial / f"{name}.safetensors", cut.begin_with(decision.token))
             run.metrics[f"{name.replace('/', '_')}_tokens"] = cut.token_ids.numel()
     run.metrics["start_token"] = decision.summary()
+    used = {corpus for split in SPLIT_GROUPS for corpus in getattr(calibration, split).corpora}
+    files = (DATA / corpus / f"{split}.jsonl" for corpus in sorted(used) for split in SPLITS)
+    if conversations := sum(count_conversations(read_documents(path)) for path in files):
+        run.metrics["chat_template"] = f"the tokenizer's, for {conversations} conversations"
 
 
 if __name__ == "__main__":

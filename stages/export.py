@@ -6,7 +6,6 @@ Writes  artifacts/export/, artifacts/export_formats/ (formats of others, as aske
 Packaged model: a few seconds, 1 GiB.
 """
 
-import json
 from pathlib import Path
 
 from pipeline.blocks.prefix_kv import PREFIX
@@ -14,7 +13,7 @@ from pipeline.export.folder import export_model, parse_size
 from pipeline.export.other_formats import write_formats
 from pipeline.export.plan import plan_export
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.runtime.artifacts import load_tensors, make_header, read_header
+from pipeline.runtime.artifacts import load_json, load_tensors, make_header, read_header
 from pipeline.runtime.memory import Need
 from pipeline.text.windows import unpack_start_token
 from stages.opening import Run, open_stage
@@ -29,7 +28,7 @@ FORMATS = Path("artifacts/export_formats")
 def main(run: Run) -> None:
     own, checkpoint = run.params.export, Checkpoint(FINETUNING, "finetuning")
     prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
-    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in EVALUATIONS.items()}
+    results = {name: load_json(path, f"evaluation@{name}") for name, path in EVALUATIONS.items()}
     inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
     header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
     # First, since it refuses what a format cannot express.

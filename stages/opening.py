@@ -9,7 +9,6 @@
 A mistake the user can act on becomes one message and exit code 1.
 """
 
-import argparse
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params, load_params
+from pipeline.runtime.arguments import Parser
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.memory import Need, Share
 from pipeline.runtime.params import ParamsError
@@ -86,7 +86,7 @@ def _open_stage(
     variants: Collection[str] | Callable[[Params], Collection[str]],
     shared: bool,
 ) -> None:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     if variants:
         parser.add_argument("variant", choices=None if callable(variants) else variants)
     if plan is not None:

@@ -6,7 +6,6 @@ Writes  artifacts/report/ (report.html, which needs nothing else, and its pictur
 Packaged model: about 10 seconds.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.pictures.plots import draw_all, read_measured
 from pipeline.pictures.report import build_page, draw_curves, read_rows, summarise_run
-from pipeline.runtime.artifacts import replacing_folder
+from pipeline.runtime.artifacts import load_json, replacing_folder
 from stages.opening import METRICS, Run, open_stage
 
 FINETUNING = Path("artifacts/finetuning")
@@ -45,7 +44,7 @@ def main(run: Run) -> None:
 
 
 def read_metrics(name: str) -> dict[str, Any]:
-    return json.loads((METRICS / f"{name}.json").read_text(encoding="utf-8"))
+    return load_json(METRICS / f"{name}.json", name.replace("/", "@"))
 
 
 def read_costs(params: Params) -> dict[str, dict[str, float]]:

@@ -148,5 +148,5 @@ def _logits(checkpoint: Checkpoint, hidden: torch.Tensor, rows: Any) -> torch.Te
 
 def _relative_deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Of the largest expected value; infinite where anything is NaN."""
-    deviation = (found - expected).abs().max().item() / expected.abs().max().item()
+    deviation = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     return deviation if math.isfinite(deviation) else math.inf

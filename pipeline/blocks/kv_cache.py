@@ -16,6 +16,7 @@ behind it, it turns with the position and fills the whole range. So a centered k
 RoPE is linear, RoPE(k) = RoPE(k - m) + RoPE(m), the first part is quantized, the second is known by position.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -79,11 +80,7 @@ class KeyQuantizer(nn.Module):
 
     def watch_positions_(self, attention: nn.Module) -> None:
         """Learn from each call of the attention at which positions its keys stand: caches are not told."""
-
-        def keep_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            module.key_quantizer.positions = kwargs["position_embeddings"]
-
-        attention.register_forward_pre_hook(keep_positions, with_kwargs=True)
+        attention.register_forward_pre_hook(_keep_positions, with_kwargs=True)
 
     def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
         """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
@@ -91,18 +88,21 @@ class KeyQuantizer(nn.Module):
         Args:
             heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
         """
+        find_key_source(attention).register_forward_hook(functools.partial(self._quantize_output, heads_first))
 
-        def quantize_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            keys = self(self.split_heads(output, heads_first))
-            return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
-
-        find_key_source(attention).register_forward_hook(quantize_output)
+    def _quantize_output(self, heads_first: bool, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        keys = self(self.split_heads(output, heads_first))
+        return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
 
     def split_heads(self, output: torch.Tensor, heads_first: bool) -> torch.Tensor:
         """Keys [B, heads, T, d] from what `find_key_source`'s module gives."""
         if heads_first:
             return output
         return output.view(*output.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+
+
+def _keep_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    module.key_quantizer.positions = kwargs["position_embeddings"]
 
 
 def find_key_source(attention: nn.Module) -> nn.Module:

@@ -8,10 +8,12 @@ does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likeliho
 start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -20,6 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.export.loading import load
 from pipeline.models.architectures import find_max_positions
+from pipeline.runtime.arguments import find_problem
+from pipeline.runtime.errors import PipelineError, summarise, was_raised_in
+
+logger = logging.getLogger(__name__)
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
@@ -32,14 +38,19 @@ class PrefixedLM(HFLM):
     def __init__(
         self,
         path: str | None = None,
-        pretrained: PreTrainedModel | None = None,
+        pretrained: PreTrainedModel | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Of an exported folder `path`, or of a model in memory."""
+        """Of an exported folder, `path` or, by the name lm-eval's own class has for it, `pretrained`; or of a model in
+        memory. A device that is not there gives way to one that is, as in lm-eval's own: it names cuda:0 by itself.
+        """
+        path = pretrained if isinstance(pretrained, str) else path
+        if path is None and pretrained is None:
+            raise PipelineError("--model prefixquant needs the exported folder: --model_args path=artifacts/export")
         if path is not None:
-            pretrained, tokenizer = load(Path(path), device)
+            pretrained, tokenizer = load(Path(path), choose_device(device))
         prefix_kv = getattr(pretrained, "prefix_kv", None)
         replaced = prefix_kv is not None and pretrained.text_start_token_id is None
         self.start_token = tokenizer.bos_token if replaced else None
@@ -64,6 +75,15 @@ class PrefixedLM(HFLM):
 
     def _strip(self, string: str) -> str:
         return string if self.start_token is None else string.removeprefix(self.start_token)
+
+
+def choose_device(device: str | None) -> str | None:
+    """The device, or, where it is not there, a GPU or the CPU."""
+    if device is None or find_problem(str(device)) is None:
+        return device
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.warning("device %s is not there: going on with %s", device, found)
+    return found
 
 
 def run_tasks(
@@ -109,9 +129,14 @@ def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
 
 
 def run_command_line() -> None:
-    """lm-eval's command line, with our tasks and the model type `prefixquant`."""
+    """lm-eval's command line, with our tasks and the model type `prefixquant`. What lm-eval refuses is one message."""
     parser = HarnessCLI()
     arguments = parser.parse_args()
     own = getattr(arguments, "include_path", None)
     arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
-    parser.execute(arguments)
+    try:
+        parser.execute(arguments)
+    except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
+        if not was_raised_in(error, "lm_eval"):
+            raise
+        raise PipelineError(f"lm-eval: {summarise(error)}") from error

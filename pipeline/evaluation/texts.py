@@ -14,9 +14,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.export.loading import load
+from pipeline.models.architectures import find_max_positions
+from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, device, whole
 from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import return_freed_memory
@@ -25,18 +29,18 @@ from pipeline.text.corpora import read_local_documents
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
     parser.add_argument("--text", type=Path, action="append", default=[], help=".txt, .jsonl, .json, .csv or .parquet")
     parser.add_argument("--text-field", default="text", help="of files with fields")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--windows", type=int, help="so many windows of each text; all when left out")
+    parser.add_argument("--length", type=whole(2), default=2048, help="tokens of a window")
+    parser.add_argument("--windows", type=whole(1), help="so many windows of each text; all when left out")
     parser.add_argument("--tasks", default="", help="names of lm-eval tasks, or of this project's, with commas")
     parser.add_argument("--task-folder", help="folder with YAML files of tasks of your own")
-    parser.add_argument("--num-fewshot", type=int)
-    parser.add_argument("--limit", type=int, help="the first so many items of each task")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-fewshot", type=whole(0))
+    parser.add_argument("--limit", type=whole(1), help="the first so many items of each task")
+    parser.add_argument("--batch-size", type=whole(1), default=4)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--arithmetic", choices=("float", "integer"), default="float")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     arguments = parser.parse_args()
@@ -45,6 +49,8 @@ def main() -> None:
     names = [name for name in arguments.tasks.split(",") if name]
     if not names and not arguments.text:
         raise PipelineError("nothing to evaluate: give --text, --tasks, or both")
+    if arguments.json:
+        check_writable(arguments.json)
     results = evaluate_folder(arguments, names)
     print(json.dumps(results, indent=2))
     if arguments.json:
@@ -62,11 +68,29 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
     if arguments.text:
+        check_length(model, arguments.length)
         windows = {}
-        for path in arguments.text:
+        for path, name in zip(arguments.text, name_texts(arguments.text), strict=True):
             documents = read_local_documents(path, arguments.text_field)
-            windows[path.name] = cut_documents(documents, arguments.windows, arguments.length, tokenizer, str(path))
+            windows[name] = cut_documents(documents, arguments.windows, arguments.length, tokenizer, str(path))
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
     if asked:
         results |= run_tasks(model, tokenizer, tasks, arguments.batch_size)
     return results
+
+
+def name_texts(paths: list[Path]) -> list[str]:
+    """What each text's results are called: its file's name, or its path where others have the same name."""
+    names = [path.name for path in paths]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raises ArgumentError where windows of so many tokens are longer than what the model was made for."""
+    prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
+    front, limit = prefix + (model.text_start_token_id is not None), find_max_positions(model.config)
+    if front + length > limit:
+        raise ArgumentError(
+            f"--length {length}: with {front} tokens in front this exceeds the {limit} positions of this model; use at "
+            f"most {limit - front}"
+        )

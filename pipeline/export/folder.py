@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from pipeline.blocks.quantized import block_settings, load_block
-from pipeline.export.loading import MANIFEST, fingerprint_files, hash_file
+from pipeline.export.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.export.model_card import write_model_card
 from pipeline.export.packed_block import pack_block_
-from pipeline.export.transformers_quantizer import FORMAT_VERSION, METHOD
+from pipeline.export.transformers_quantizer import ATTENTION
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress
@@ -75,11 +75,13 @@ def export_model(
         save_tokenizer(checkpoint, partial, text_start)
         config = checkpoint.read_config()
         config.pop(CONFIG_KEY)
-        write_json(partial / CONFIG, config | {"quantization_config": quantization})
+        config["tie_word_embeddings"] = checkpoint.architecture.lm_head not in sizes
+        config |= {"quantization_config": quantization, "attn_implementation": ATTENTION}
+        write_json(partial / CONFIG, config)
         metrics = _measure(checkpoint, original, partial, sizes)
         write_model_card(partial, checkpoint, quantization["prefix"], metrics, results, text_start)
         write_folder_header(partial, header)
-        _write_manifest(partial)
+        write_manifest(partial)
     return metrics
 
 
@@ -135,6 +137,8 @@ def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[d
     architecture = checkpoint.architecture
     names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
     rest = {name: checkpoint.load_tensor(name) for name in names}
+    if torch.equal(rest[architecture.embedding], rest[architecture.lm_head]):  # tied, and nothing has set them apart
+        rest.pop(architecture.lm_head)
     yield rest | ({} if kv is None else {"prefix_kv": kv.float()})
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "packing"):
         block = load_block(checkpoint, index)
@@ -146,7 +150,7 @@ def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[d
 
 def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
     architecture = checkpoint.architecture
-    promised = float(sizes[architecture.embedding] + sizes[architecture.lm_head])
+    promised = float(sizes[architecture.embedding] + sizes.get(architecture.lm_head, 0))
     skeleton = checkpoint.build_block(0)
     for index in range(checkpoint.block_count):
         settings = block_settings(checkpoint, index)
@@ -160,10 +164,3 @@ def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[s
         "size_ratio": round(size / before, 4),
         "promised_ratio": round(size / promised, 4),
     }
-
-
-def _write_manifest(folder: Path) -> None:
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in paths}
-    manifest = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "files": files}
-    write_json(folder / MANIFEST, manifest | {"fingerprint": fingerprint_files(files)})

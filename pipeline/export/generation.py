@@ -6,7 +6,6 @@
 On a CPU integers are multiplied as such (`--arithmetic float` computes what the pipeline evaluated, slower).
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,61 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pipeline.export.loading import load
 from pipeline.export.prefixed_model import strip_start_token
+from pipeline.models.architectures import find_max_positions
+from pipeline.runtime.arguments import ArgumentError, Parser, device, positive, text, whole
+from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
+
+_COLDEST = 1e-6  # logits divided by less overflow
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
-    parser.add_argument("prompt", nargs="?", help="text to go on from; read from the terminal when left out")
+    parser.add_argument("prompt", nargs="?", type=text, help="text to go on from; read from the terminal when left out")
     parser.add_argument("--chat", action="store_true", help="take turns, with the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=64)
+    parser.add_argument("--temperature", type=positive, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--arithmetic", choices=("float", "integer"), help="default: integer on a CPU, float elsewhere")
     arguments = parser.parse_args()
     return_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(arguments.seed)
-    arithmetic = arguments.arithmetic or ("integer" if arguments.device == "cpu" else "float")
+    arithmetic = arguments.arithmetic or ("integer" if arguments.device.type == "cpu" else "float")
     model, tokenizer = load(arguments.folder, arguments.device, arithmetic)
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
-    if arguments.temperature > 0:
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": arguments.temperature > _COLDEST,
+    }
+    if arguments.temperature > _COLDEST:
         options["temperature"] = arguments.temperature
     if arguments.chat:
         chat(model, tokenizer, arguments.prompt, options)
     else:
-        prompt = arguments.prompt if arguments.prompt is not None else input("> ")
-        stream_text(model, tokenizer, tokenizer(prompt)["input_ids"], options)
+        stream_text(model, tokenizer, tokenizer(_read(arguments.prompt))["input_ids"], options)
 
 
 def stream_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], options: dict[str, Any]
 ) -> str:
-    """Print what follows `token_ids` while it is generated, and return it. A start token the prefix has is left out."""
-    inputs = torch.tensor([strip_start_token(token_ids, model)], device=model.device)
+    """Print what follows `token_ids` while it is generated, and return it. A start token the prefix has is left out.
+
+    Raises:
+        ArgumentError: there is nothing to go on from, or more than the model has positions for.
+    """
+    token_ids = strip_start_token(token_ids, model)
+    if not token_ids:
+        raise ArgumentError("the prompt is empty; give some text to go on from")
+    prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
+    new, limit = options["max_new_tokens"], find_max_positions(model.config)
+    if prefix + len(token_ids) + new > limit:
+        raise ArgumentError(
+            f"{prefix} tokens of prefix, {len(token_ids)} of text and {new} new ones exceed the {limit} positions of "
+            "this model; shorten the text, or lower --max-new-tokens"
+        )
+    inputs = torch.tensor([token_ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     mask = torch.ones_like(inputs)
@@ -60,11 +80,14 @@ def stream_text(
 def chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | None, options: dict[str, Any]
 ) -> None:
-    """Take turns until the input ends or is empty."""
+    """Take turns until the input ends or is empty. Raises ArgumentError where there is no chat template."""
+    if tokenizer.chat_template is None:
+        raise ArgumentError("--chat: this model's tokenizer has no chat template; leave it out")
     turns: list[dict[str, str]] = []
     while prompt := _read(prompt):
         turns.append({"role": "user", "content": prompt})
-        token_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses this ({why})")):
+            token_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         turns.append({"role": "assistant", "content": stream_text(model, tokenizer, token_ids, options)})
         prompt = None
 
@@ -76,3 +99,5 @@ def _read(prompt: str | None) -> str:
         return input("> ")
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise ArgumentError("what was typed is not encoded in UTF-8") from None

@@ -7,8 +7,6 @@ The folder is checked whole before anything is built: its manifest lists every f
 loaded is what `AutoModelForCausalLM.from_pretrained` gives after `import pipeline.hf`.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +14,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import pipeline.export.transformers_quantizer  # noqa: F401  (transformers then knows the method)
+from pipeline.export.manifest import ExportError, check_folder
 from pipeline.export.packed_block import multiply_integers_
-from pipeline.export.transformers_quantizer import METHOD, ExportError, check_format
 from pipeline.models.architectures import find_architecture
+from pipeline.runtime.errors import reading
 
-MANIFEST = "manifest.json"
+__all__ = ["Arithmetic", "ExportError", "check_folder", "load", "use_integers_"]
+
 Arithmetic = Literal["float", "integer"]
 
 
@@ -40,24 +41,26 @@ def load(
     """
     folder = Path(folder)
     check_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if device is not None:
         model.to(device)
     if arithmetic == "integer":
         use_integers_(model)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
 
 
 def use_integers_(model: PreTrainedModel) -> None:
     """Have a loaded model multiply integers wherever its settings allow it."""
     architecture = find_architecture(model.config)
     # What was loaded are views of the mapped file, which stays resident until the last one is gone.
-    for block in model.model.layers:
+    for block in model.base_model.layers:
         _copy_tensors_(block)
-    _copy_tensors_(model.model.norm)
+    _copy_tensors_(model.base_model.norm)
     if model.prefix_kv is not None:
         model.prefix_kv = model.prefix_kv.clone()
-    for block in model.model.layers:
+    for block in model.base_model.layers:
         multiply_integers_(block, architecture)
 
 
@@ -67,45 +70,3 @@ def _copy_tensors_(module: nn.Module) -> None:
             setattr(own, name, buffer.clone())
         for name, parameter in own.named_parameters(recurse=False):
             setattr(own, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ExportError unless every file of an exported folder is there and as it was written."""
-    if not folder.is_dir():
-        raise ExportError(f"{folder}: there is no such folder")
-    manifest = _read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("quant_method") != METHOD:
-        raise ExportError(f"{folder / MANIFEST}: not of a folder that this project exported")
-    check_format(folder, manifest.get("format_version"))
-    files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("fingerprint") != fingerprint_files(files):
-        raise ExportError(f"{folder / MANIFEST} is damaged; get an intact copy")
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ExportError(f"{path} is missing; get a complete copy")
-        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
-            raise ExportError(f"{path} is damaged or was changed; get an intact copy")
-    extra = {path.name for path in folder.glob("*.safetensors")} - set(files)
-    if extra:
-        raise ExportError(f"{folder}: files that do not belong there: {', '.join(sorted(extra))}; remove them")
-
-
-def fingerprint_files(files: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's list of files."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise ExportError(f"{path} is missing; is it a folder that this project exported?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path} is damaged ({error}); get an intact copy") from None

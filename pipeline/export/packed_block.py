@@ -23,8 +23,18 @@ from pipeline.numerics.packing import pack_integers, packed_width, unpack_intege
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 
 
-class PackedLinear(QuantizedLinear):
-    """A `QuantizedLinear` that holds `weight_packed`, uint8 [out, bytes], instead of `weight`."""
+class PackedLinear(QuantizedLinear, nn.Linear):
+    """A `QuantizedLinear` that holds `weight_packed`, uint8 [out, bytes], instead of `weight`.
+
+    A Linear by name, so that adapters (PEFT) are put around it as around any; it stands still, gradients pass it.
+    """
+
+    weight = None
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """What PEFT takes for the weight of a layer that has none, to see where it lies."""
+        return self.weight_packed if self.integers is None else self.integers
 
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""

@@ -11,8 +11,10 @@ Callers pass what they would pass without a prefix: token ids, a mask over them,
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +46,13 @@ class PrefixedModel(PreTrainedModel):
     start_token_id: int | None
     text_start_token_id: int | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its class has no name to be found by: pickles hold the one behind it."""
+        return _new_prefixed, (type(self).__mro__[2],), self.__dict__
+
     def make_cache(self) -> PrefixCache:
         """An empty cache, to be passed as `past_key_values`: the prefix, and quantizers for what follows."""
-        blocks = self.model.layers
+        blocks = self.base_model.layers
         own: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv
         windows = [find_sliding_window(self.config, block) for block in blocks]
         return PrefixCache([make_layer(*each) for each in zip(blocks, own, windows, strict=True)])
@@ -115,13 +121,41 @@ class PrefixedModel(PreTrainedModel):
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """As the model's own; the cache is one that begins with the prefix."""
-        config = generation_config or self.generation_config
-        if (kind := kwargs.get("cache_implementation", config.cache_implementation)) is not None:
+        """As the model's own; the cache is one that begins with the prefix.
+
+        A `cache_implementation` that came with the model, as Gemma's does, is left out of account.
+
+        Raises:
+            ValueError: one is asked for that is not "dynamic".
+        """
+        config, kind = generation_config or self.generation_config, kwargs.get("cache_implementation")
+        if kind is None and config.cache_implementation != self.generation_config.cache_implementation:
+            kind = config.cache_implementation
+        if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} holds no prefix and quantizes nothing; leave it out")
+        if kind is not None or config.cache_implementation is not None:
+            kwargs["cache_implementation"] = None
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", config.use_cache) is not False:
             kwargs["past_key_values"] = self.make_cache()
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: transformers' continuous batching has a cache of its own, in pages."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps keys and values in pages of its own, which hold no prefix and "
+            "quantize nothing; call generate with a padded batch and its attention_mask"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As the model's own; an exported model's folder is complete: its manifest is written anew, and sent along."""
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if (quantizer := getattr(self, "hf_quantizer", None)) is not None:
+            quantizer.complete_folder(Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
     def _make_mask(
         self, shape: tuple[int, int], text_mask: torch.Tensor | None, cache: PrefixCache
@@ -152,6 +186,12 @@ class PrefixedModel(PreTrainedModel):
                 "outliers back; leave it out (add_special_tokens=False, or strip_start_token)",
                 self.start_token_id,
             )
+
+
+def _new_prefixed(model_class: type) -> PrefixedModel:
+    model = _prefixed_class(model_class).__new__(_prefixed_class(model_class))
+    nn.Module.__init__(model)
+    return model
 
 
 @functools.cache
@@ -219,4 +259,4 @@ def probe_saturation(model: PreTrainedModel) -> Iterator[list[SaturationProbe]]:
     """
     architecture = find_architecture(model.config)
     with ExitStack() as stack:
-        yield [stack.enter_context(SaturationProbe(block, architecture)) for block in model.model.layers]
+        yield [stack.enter_context(SaturationProbe(block, architecture)) for block in model.base_model.layers]

@@ -3,37 +3,36 @@
 config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`; this module registers
 what transformers then asks for, through its public registry. The model's own class is built, its linears are replaced
 by packed ones, quantizers and prefix are put in, and the tensors are loaded by transformers.
+
+Without this module transformers would skip a `quant_method` that it does not know, and fill the linears with random
+numbers. So config.json also names an attention that only this module registers, `ATTENTION`: transformers refuses it,
+and its message says what to import. It is no other attention: a model that is loaded computes with its family's own.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.blocks.quantized import QuantizedLinear, add_quantizers_, find_settings, find_site_quantizers
+from pipeline.export.manifest import METHOD, ExportError, check_format, write_manifest
 from pipeline.export.packed_block import pack_block_
 from pipeline.export.prefixed_model import prefix_model_
 from pipeline.models.architectures import find_architecture
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.files import write_json
 
-METHOD = "prefixquant"
-FORMAT_VERSION = 2
-
-
-class ExportError(PipelineError):
-    """An exported folder is damaged, incomplete, foreign, or of a newer format."""
-
-
-def check_format(where: object, version: object) -> None:
-    """Raises ExportError unless `version` is the layout this project reads and writes."""
-    if version != FORMAT_VERSION:
-        raise ExportError(
-            f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: update it, or "
-            "export the model again"
-        )
+ATTENTION = f"{METHOD} (import pipeline.hf)"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @register_quantization_config(METHOD)
@@ -75,23 +74,54 @@ class PrefixQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: PrefixQuantConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A map that somebody wrote for the plain model does not know of the prefix."""
+        if not isinstance(device_map, dict) or not self.quantization_config.prefix["tokens"]:
+            return device_map
+        if {"", "prefix_kv"} & device_map.keys():
+            return device_map
+        return device_map | {"prefix_kv": next((place for place in device_map.values() if place != "disk"), "cpu")}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if model.config._attn_implementation == ATTENTION:
+            model.set_attn_implementation(find_architecture(model.config).kernel)
         build_packed_(model, self.quantization_config)
+        check_complete(model, checkpoint_files or [])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        tensors = model.state_dict(keep_vars=True)
-        # transformers marks what it has loaded, and only warns of what it has not.
-        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
-        if missing:
-            raise ExportError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])}; get a complete copy")
         return model
+
+    def complete_folder(self, folder: Path) -> None:
+        """Make what `save_pretrained` wrote an exported folder: refused by who cannot read it, with a manifest."""
+        path = folder / "config.json"
+        if path.is_file():  # of adapters alone there is none
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, config | {"attn_implementation": ATTENTION})
+            write_manifest(folder)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Of adapters on top; what is packed stands still, and gradients pass it."""
+        return True
+
+
+def check_complete(model: nn.Module, files: list[str]) -> None:
+    """Raises ExportError unless `files` hold every tensor of `model`: of what is not there, transformers only warns."""
+    present: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            present |= set(file.keys())
+    if model.config.tie_word_embeddings:
+        present.add(find_architecture(model.config).lm_head)
+    prefix = f"{model.base_model_prefix}."
+    names = (name for name in model.state_dict() if name not in present and prefix + name not in present)
+    if missing := sorted(names):
+        raise ExportError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])}; get a complete copy")
 
 
 def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
@@ -99,7 +129,7 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
     architecture = find_architecture(model.config)
     heads = model.config.num_key_value_heads
     with torch.device("meta"):
-        for index, block in enumerate(model.model.layers):
+        for index, block in enumerate(model.base_model.layers):
             settings = find_settings(config.blocks, index)
             add_quantizers_(block, architecture, settings, heads)
             for module in list(block.modules()):
@@ -109,6 +139,7 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
             for quantizer in find_site_quantizers(block, architecture).values():
                 quantizer.calibrated = quantizer.spec.enabled
         tokens = config.prefix["tokens"]
-        shape = (len(model.model.layers), 2, heads, tokens, model.model.layers[0].self_attn.head_dim)
+        layers = model.base_model.layers
+        shape = (len(layers), 2, heads, tokens, layers[0].self_attn.head_dim)
         prefix_kv = torch.empty(shape, dtype=torch.float32) if tokens else None
     prefix_model_(model, prefix_kv, config.prefix["start_token_id"], config.text_start_token_id)

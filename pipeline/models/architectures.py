@@ -4,6 +4,7 @@ A family is listed when its decoder layers have the Llama shape: separate q/k/v 
 both, behind both, or both. Names below are those of the checkpoint's tensors.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -106,15 +107,22 @@ class Architecture:
         """Let readers of `attention_input` or `mlp_input` get see(input_module, x) in place of x."""
         module = self.input_module(block, site)
         if self.input_norm(site) is not None:
-            module.register_forward_hook(lambda module, args, output: see(module, output))
-            return
+            module.register_forward_hook(functools.partial(_replace_output, see))
+        else:
+            module.register_forward_pre_hook(functools.partial(_replace_input, see), with_kwargs=True)
 
-        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            if args:
-                return (see(module, args[0]), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": see(module, kwargs["hidden_states"])}
 
-        module.register_forward_pre_hook(replace, with_kwargs=True)
+# Functions of the module, as are all hooks of a model: what is pickled with it must be found again by name.
+def _replace_output(see: Callable[..., torch.Tensor], module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+    return see(module, output)
+
+
+def _replace_input(
+    see: Callable[..., torch.Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (see(module, args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": see(module, kwargs["hidden_states"])}
 
 
 _LLAMA = Architecture()

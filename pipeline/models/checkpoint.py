@@ -14,7 +14,6 @@ key `prefixquant` of config.json: online rotations the weights count on, and qua
 
 import copy
 import functools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -28,8 +27,10 @@ from pipeline.models.architectures import Architecture, find_architecture, find_
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
+    ArtifactError,
     Header,
     fingerprint_tensors,
+    load_json,
     make_header,
     open_tensors,
     read_header,
@@ -37,6 +38,7 @@ from pipeline.runtime.artifacts import (
     write_folder_header,
     write_json,
 )
+from pipeline.runtime.errors import reading
 
 CONFIG = "config.json"
 CONFIG_KEY = "prefixquant"
@@ -62,7 +64,8 @@ class Checkpoint:
         self.stage = stage
         self.header: Header = read_header(self.folder, stage) if self.folder.is_dir() else self._missing()
         self.settings: dict[str, Any] = self.read_config().get(CONFIG_KEY, {})
-        self.config = AutoConfig.from_pretrained(self.folder)
+        with reading(lambda why: ArtifactError(f"{self.folder / CONFIG} is damaged ({why}); make the artifact anew")):
+            self.config = AutoConfig.from_pretrained(self.folder)
         self.architecture: Architecture = find_architecture(self.config)
         self.config._attn_implementation = self.architecture.kernel
 
@@ -71,7 +74,7 @@ class Checkpoint:
 
     def read_config(self) -> dict[str, Any]:
         """config.json as it stands, to be changed and written again."""
-        return json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        return load_json(self.folder / CONFIG, self.stage)
 
     @property
     def block_count(self) -> int:

@@ -18,6 +18,7 @@ from pipeline.models.source import (
     Source,
     check_complete,
     check_file,
+    check_sizes,
     loading,
     make_block_config,
     read_json_object,
@@ -79,7 +80,7 @@ def _list_shards(source: str, folder: Path) -> list[Path]:
     index = read_json_object(source, folder / INDEX)
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise ModelImportError(f"model.source={source!r}: {INDEX} has no weight_map; get it again")
-    names = sorted(set(index["weight_map"].values()))
+    names = sorted({str(name) for name in index["weight_map"].values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelImportError(f"model.source={source!r}: {INDEX} names files that are not there: {', '.join(missing)}")
@@ -91,14 +92,16 @@ def _read_config(source: str, folder: Path) -> Any:
     if not (folder / CONFIG).is_file():
         raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder; is it a checkpoint?")
     raw = read_json_object(source, folder / CONFIG)
-    find_architecture(SimpleNamespace(model_type=raw.get("model_type")))
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method")
+    find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
+    if raw.get("quantization_config") is not None:
+        found = raw["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else found
         raise ModelImportError(
             f"model.source={source!r}: already quantized (quant_method={method!r}); start from the original model"
         )
     if CONFIG_KEY in raw:
         raise ModelImportError(f"model.source={source!r}: written by this project's pipeline; start from the original")
+    check_sizes(source, raw)
     with loading(source, f"its {CONFIG}"):
         return AutoConfig.from_pretrained(folder)
 

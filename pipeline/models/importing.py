@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_companions
@@ -24,6 +24,7 @@ from pipeline.models.fused_projections import Read, take_apart
 from pipeline.models.gguf_source import find_gguf, open_gguf
 from pipeline.models.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
+from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ _HUB_SKIPPED = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+_GENERATION = "generation_config.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,15 +67,19 @@ def import_model(
         UnsupportedModelError: a model family that is not supported.
     """
     with _open_source(source, revision) as opened:
-        config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
-        architecture = find_architecture(config)
-        if config.tie_word_embeddings and architecture.lm_head in present:
-            config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
-        if (config.pad_token_id or 0) >= config.vocab_size:
-            raise ModelImportError(
-                f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond vocab_size={config.vocab_size}"
-            )
-        skeleton = build_skeleton(config)
+        with reading(
+            lambda why: ModelImportError(f"model.source={source!r}: its config and tensors do not fit ({why})")
+        ):
+            config, present, read_tensor = take_apart(opened.config, opened.names, opened.read)
+            architecture = find_architecture(config)
+            if config.tie_word_embeddings and architecture.lm_head in present:
+                config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
+            if (config.pad_token_id or 0) >= config.vocab_size:
+                raise ModelImportError(
+                    f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond "
+                    f"vocab_size={config.vocab_size}"
+                )
+            skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
@@ -83,7 +89,8 @@ def import_model(
         check_plan(widths, config.num_hidden_layers, find_max_positions(config), window)
 
         def read(name: str) -> torch.Tensor:
-            return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
+            with reading(lambda why: ModelImportError(f"model.source={source!r}: {name} cannot be read ({why})")):
+                return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
 
         with replacing_folder(folder) as partial:
             writer = CheckpointWriter(partial, architecture, stage="model")
@@ -97,6 +104,7 @@ def import_model(
             copy_companions(opened.companions, partial)
             writer.finish(_portable_config(config, dtype), settings={})
             _complete_tokenizer(source, partial, config.vocab_size)
+            _check_generation(source, partial)
             checked = check_result(opened, partial)
     return {
         "parameters": sum(shape.numel() for shape in expected.values()),
@@ -202,6 +210,14 @@ def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
     special = [declared.get(f"{name}_token") for name in ("unk", "pad")]
     special = {token["content"] if isinstance(token, dict) else token for token in special}
     _check_token_ids(source, tokenizer, special | {tokenizer.bos_token, tokenizer.eos_token}, rows)
+
+
+def _check_generation(source: str, folder: Path) -> None:
+    """Refuse a generation config that transformers would leave out without a word, and later stages stumble over."""
+    if (folder / _GENERATION).is_file():
+        read_json_object(source, folder / _GENERATION)
+        with loading(source, f"its {_GENERATION}"):
+            GenerationConfig.from_pretrained(folder)
 
 
 def _check_token_ids(source: str, tokenizer: Any, special: set[str | None], rows: int) -> None:

@@ -12,17 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.errors import PipelineError, reading
 
-_LOADING_ERRORS = (
-    ValueError,
-    OSError,
-    KeyError,
-    IndexError,
-    TypeError,
-    RuntimeError,  # NotImplementedError is one
-    ImportError,
-)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -63,13 +54,24 @@ def check_file(source: str, path: Path) -> None:
 def read_json_object(source: str, path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelImportError where it is cut off, or something else."""
     check_file(source, path)
-    try:
+    damaged = f"model.source={source!r}: {path.name} is damaged"
+    with reading(lambda why: ModelImportError(f"{damaged} ({why}); get it again")):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error}); get it again") from None
     if not isinstance(value, dict):
         raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object; get it again")
     return value
+
+
+_LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 10**8}
+_LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**7)
+
+
+def check_sizes(source: str, values: dict[str, Any]) -> None:
+    """Raises ModelImportError where a size in config.json is none: transformers would build a model of it for ever."""
+    for key, largest in _LARGEST.items():
+        value = values.get(key, 1)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest):
+            raise ModelImportError(f"model.source={source!r}: {key}={str(value)[:40]} in its config is no size")
 
 
 def make_block_config(config: Any, index: int, vocabulary: int) -> Any:
@@ -88,12 +90,9 @@ def loading(source: str, form: str) -> Iterator[None]:
     Args:
         form: what it is given, "this GGUF file", for the message.
     """
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelImportError(f"model.source={source!r}: transformers cannot read {form} ({reason})") from None
+    refused = f"model.source={source!r}: transformers cannot read {form}"
+    with reading(lambda why: ModelImportError(f"{refused} ({why})")), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.Module:

@@ -5,7 +5,6 @@ tokens with their positions and contents, and coarse surfaces of a few blocks. P
 enter nothing. Inputs are taken where a quantizer acts: of down_proj behind R4, where the model has it.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.outliers import describe_outliers, list_tokens, token_maxima
-from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json
+from pipeline.runtime.artifacts import Header, load_json, replacing_folder, save_tensors, write_json
 
 ACTIVATIONS = "activations.safetensors"
 STATISTICS = ("top1", "top2", "top3", "median", "least")  # of token maxima, over all tokens
@@ -118,7 +117,7 @@ def write_activations(folder: Path, found: Activations, checkpoint: Checkpoint, 
 
 def read_outliers(folder: Path) -> dict[str, Any]:
     """outliers.json of `write_activations`."""
-    return json.loads((folder / "outliers.json").read_text(encoding="utf-8"))
+    return load_json(folder / "outliers.json", "activation_plots")
 
 
 def _hang_hooks(block: nn.Module, checkpoint: Checkpoint, keep: Any) -> None:

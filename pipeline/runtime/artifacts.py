@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.errors import PipelineError, reading
 from pipeline.runtime.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,14 @@ def load_tensors(path: Path, stage: str) -> tuple[dict[str, torch.Tensor], Heade
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
+def load_json(path: Path, stage: str) -> Any:
+    """What a JSON file says that `stage` wrote. Raises ArtifactError when it is missing or damaged."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
+    with reading(lambda why: ArtifactError(f"{path} is damaged ({why}); {_remedy(stage)}")):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def load_unfinished(path: Path, header: Header) -> dict[str, torch.Tensor] | None:
     """The state that an unfinished run of the same header left in `path`, or None, saying why where there is one."""
     if not path.is_file():
@@ -160,7 +168,11 @@ def open_tensors(path: Path, stage: str) -> Iterator[tuple[Any, Header]]:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {_remedy(stage)}") from None
     with file as handle:
-        yield handle, _check_header((handle.metadata() or {}).get(METADATA_KEY), path, stage)
+        header = _check_header((handle.metadata() or {}).get(METADATA_KEY), path, stage)
+        try:
+            yield handle, header
+        except SafetensorError as error:  # a tensor that is not there
+            raise ArtifactError(f"{path} is not whole ({error}); {_remedy(stage)}") from error
 
 
 def check_input(header: Header, name: str, expected: Header, path: Path) -> None:
@@ -221,7 +233,7 @@ def _read_folder_header(folder: Path, stage: str) -> Header:
     path = folder / FOLDER_HEADER
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
-    return _check_header(path.read_text(encoding="utf-8"), path, stage)
+    return _check_header(path.read_text(encoding="utf-8", errors="replace"), path, stage)
 
 
 def _check_header(text: str | None, path: Path, stage: str) -> Header:

@@ -27,7 +27,7 @@ FloatDtype = Literal["float32", "bfloat16"]
 
 
 class Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RuntimeParams(Group):

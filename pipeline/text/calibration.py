@@ -4,7 +4,8 @@ Search and training windows come from a corpus's train documents, dealt apart do
 from its validation documents: no two splits share text. Documents are shuffled by seed, tokenized, joined by blank
 lines and cut in order. Held-out evaluation windows are cut the field's way: the whole test split, joined by blank
 lines, in consecutive windows. No special tokens are among them: what stands in front of each window, if anything, is
-told apart (`windows.py`), and every variant of a model is judged on exactly these ids.
+told apart (`windows.py`), and every variant of a model is judged on exactly these ids. Documents that are conversations
+become text by the tokenizer's own chat template.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from pipeline.runtime.artifacts import ArtifactError, fingerprint_file, make_header
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.artifacts import ArtifactError, fingerprint, fingerprint_file, make_header
+from pipeline.runtime.errors import PipelineError, reading
 from pipeline.text.corpora import read_documents
+from pipeline.text.rows import Document
 from pipeline.text.windows import Windows
 
 # Search windows take every fourth train document, training windows the rest.
@@ -25,7 +27,7 @@ _SEPARATOR = "\n\n"
 
 
 class WindowsError(PipelineError):
-    """A corpus is too small for the windows asked for; says how many tokens it has and how many are needed."""
+    """A corpus cannot give the windows asked for: too few tokens, saying how many, or no chat template for it."""
 
 
 def load_tokenizer(model_folder: Path) -> tuple[Any, str]:
@@ -33,7 +35,41 @@ def load_tokenizer(model_folder: Path) -> tuple[Any, str]:
     path = model_folder / "tokenizer.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; rerun the stage that makes it: dvc repro model")
-    return AutoTokenizer.from_pretrained(model_folder), fingerprint_file(path)
+    remedy = "rerun the stage that makes it: dvc repro model"
+    with reading(lambda why: ArtifactError(f"the tokenizer in {model_folder} is damaged ({why}); {remedy}")):
+        return AutoTokenizer.from_pretrained(model_folder), fingerprint_file(path)
+
+
+def render_documents(documents: list[Document], tokenizer: Any, what: str) -> list[str]:
+    """Documents as text: conversations by the tokenizer's chat template.
+
+    A start token that the template puts at the very beginning alone is left out: whether texts begin with one,
+    `calibration.start_token` says.
+
+    Raises:
+        WindowsError: there is no template, or it refuses a conversation; names `what`.
+    """
+    if tokenizer.chat_template is None and not all(isinstance(document, str) for document in documents):
+        raise WindowsError(f"{what}: holds conversations, but the tokenizer has no chat template; use plain text")
+    texts, start = [], tokenizer.bos_token
+    for number, document in enumerate(documents, start=1):
+        if not isinstance(document, str):
+            with reading(lambda why: WindowsError(f"{what}: the chat template refuses conversation {number} ({why})")):  # noqa: B023
+                document = tokenizer.apply_chat_template(document, tokenize=False)
+            if start and document.rfind(start) == 0:
+                document = document.removeprefix(start)
+        texts.append(document)
+    return texts
+
+
+def count_conversations(documents: list[Document]) -> int:
+    return sum(not isinstance(document, str) for document in documents)
+
+
+def _identify(documents: list[Document], tokenizer: Any, tokenizer_id: str) -> str:
+    """What token ids depend on beside the documents: the tokenizer, and its template where that is used."""
+    used = count_conversations(documents)
+    return fingerprint([tokenizer_id, tokenizer.chat_template]) if used else tokenizer_id
 
 
 def cut_calibration_windows(
@@ -53,18 +89,21 @@ def cut_calibration_windows(
         WindowsError: a corpus has too few tokens.
     """
     source = "validation" if split == "validation" else "train"
-    parts = []
+    parts, identities = [], set[str]()
     for position, corpus in enumerate(corpora):
         share = windows // len(corpora) + (position < windows % len(corpora))
-        documents = _shuffle(read_documents(data / corpus / f"{source}.jsonl"), seed)
+        what = f"calibration.{split} from {corpus}"
+        documents = read_documents(data / corpus / f"{source}.jsonl")
+        identities.add(_identify(documents, tokenizer, tokenizer_id))
+        documents = _shuffle(render_documents(documents, tokenizer, what), seed)
         if split == "search":
             documents = documents[::_SEARCH_SHARE]
         elif split == "train":
             documents = [text for place, text in enumerate(documents) if place % _SEARCH_SHARE]
-        parts.append(_cut(_tokenize(documents, tokenizer), share, length, f"calibration.{split} from {corpus}"))
+        parts.append(_cut(_tokenize(documents, tokenizer), share, length, what))
     order = [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]
     values = {
-        "tokenizer": tokenizer_id,
+        "tokenizer": max(identities - {tokenizer_id}, default=tokenizer_id),
         "corpora": {corpus: fingerprint_file(data / corpus / f"{source}.jsonl") for corpus in corpora},
         "order": corpora,
         "seed": seed,
@@ -87,7 +126,7 @@ def cut_evaluation_windows(
     documents = read_documents(path)
     token_ids = cut_documents(documents, windows, length, tokenizer, f"calibration.evaluation from {corpus}")
     values = {
-        "tokenizer": tokenizer_id,
+        "tokenizer": _identify(documents, tokenizer, tokenizer_id),
         "corpus": fingerprint_file(path),
         "windows": windows,
         "length": length,
@@ -95,14 +134,17 @@ def cut_evaluation_windows(
     return Windows(token_ids, make_header("calibration", values))
 
 
-def cut_documents(documents: list[str], windows: int | None, length: int, tokenizer: Any, what: str) -> torch.Tensor:
+def cut_documents(
+    documents: list[Document], windows: int | None, length: int, tokenizer: Any, what: str
+) -> torch.Tensor:
     """The first `windows` (None: all) windows [N, T] of documents joined by blank lines; a shorter rest is left out.
 
     Raises:
-        WindowsError: too few tokens; names `what`.
+        WindowsError: too few tokens, or no chat template; names `what`.
     """
     needed = None if windows is None else windows * length
-    return _cut(iter([_tokenize_joined(documents, tokenizer, needed)]), windows, length, what)
+    texts = render_documents(documents, tokenizer, what)
+    return _cut(iter([_tokenize_joined(texts, tokenizer, needed)]), windows, length, what)
 
 
 def _shuffle(documents: list[str], seed: int) -> list[str]:

@@ -3,26 +3,35 @@
 Every corpus ends up with the same three splits, so that calibration need not know where it came from: `train`
 (calibration windows), `validation` (early stopping) and `test` (held-out evaluation, cut the field's way). Where a
 source lacks some, its documents are dealt out, whole documents at a time, by a fixed pattern. Documents are written
-as fetched, in their order; nothing here depends on a model.
+as fetched, in their order; nothing here depends on a model. What a row of a file may hold, `rows.py` says.
 """
 
 import bz2
-import csv
 import importlib.util
 import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import mwparserfromhell
 
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.errors import reading
 from pipeline.runtime.sources import as_path
 from pipeline.text.hub import HUB_CORPORA, HubCorpus
+from pipeline.text.rows import (
+    FORMATS,
+    CorpusError,
+    Document,
+    count_characters,
+    find_reader,
+    find_split,
+    list_files,
+    read_file,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -34,51 +43,61 @@ _REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>|<!--.*?-->", re.DOTALL |
 _MINIMUM_ARTICLE = 200  # characters; below are stubs with nothing but markup
 
 
-class CorpusError(PipelineError):
-    """A corpus cannot be had; one line saying what was asked for and what to do."""
-
-
 def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder: Path) -> dict[str, Any]:
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `folder` (which must exist).
 
     Args:
         source: a name in `HUB_CORPORA`, `packaged:wikipedia`, `packaged:news`, or a path: a .txt (documents separated
-            by blank lines), .jsonl, .json or .parquet file, or a folder of such files. A folder whose files are named
-            after splits (`train.jsonl`, `test.txt`) keeps those splits.
+            by blank lines), .jsonl, .json, .csv or .parquet file, or a folder of such files and folders. A folder whose
+            files are named after splits (`train-00000-of-00002.parquet`, `test.txt`) keeps those splits.
         max_documents: at most so many documents are taken from each split the source has; None takes all.
         text_field: the field that holds the text, in local files with fields.
 
     Returns:
-        {split: {"documents": count, "characters": count}}.
+        {split: {"documents": count, "characters": count}}; where there are any, `skipped_rows`, which held nothing, and
+        `conversations`, documents that are lists of messages.
 
     Raises:
         CorpusError: nothing there, unreadable, unreachable, no such field, or too few documents to deal.
     """
+    skipped = 0
     if source in HUB_CORPORA:
         found = _read_hub(source, max_documents)
     elif source.startswith("packaged:"):
         found = {"train": _cap(_read_packaged(source), max_documents)}
     else:
-        found = _read_path(source, text_field, max_documents)
+        found, skipped = _read_path(source, text_field, max_documents)
     splits = _deal(source, found)
     for split in SPLITS:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for text in splits[split]:
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return {
-        split: {"documents": len(texts), "characters": sum(map(len, texts))} for split, texts in sorted(splits.items())
+            for document in splits[split]:
+                row = {"text" if isinstance(document, str) else "messages": document}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    counts: dict[str, Any] = {
+        split: {"documents": len(documents), "characters": sum(map(count_characters, documents))}
+        for split, documents in sorted(splits.items())
     }
+    conversations = sum(not isinstance(document, str) for documents in splits.values() for document in documents)
+    more = {"skipped_rows": skipped, "conversations": conversations}
+    return counts | {name: count for name, count in more.items() if count}
 
 
-def read_documents(path: Path) -> list[str]:
-    """The texts of one split's JSONL file, in order."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
+def read_documents(path: Path) -> list[Document]:
+    """The documents of one split's JSONL file, in order. Raises CorpusError where it is missing or damaged."""
+    remedy = f"rerun the stage that makes it: dvc repro corpora@{path.parent.name}"
+    if not path.is_file():
+        raise CorpusError(f"{path} is missing; {remedy}")
+    with reading(lambda why: CorpusError(f"{path} is damaged ({why}); {remedy}")), open(path, encoding="utf-8") as file:
+        rows = map(json.loads, file)
+        return [row["messages"] if "messages" in row else row["text"] for row in rows]
 
 
-def read_local_documents(source: Path, text_field: str) -> list[str]:
+def read_local_documents(source: Path, text_field: str) -> list[Document]:
     """All documents of a local file or folder, whatever split they would go to. Raises CorpusError."""
-    return list(itertools.chain(*_read_path(str(source), text_field, None).values()))
+    documents = list(itertools.chain(*_read_path(str(source), text_field, None)[0].values()))
+    if not documents:
+        raise CorpusError(f"corpus {str(source)!r}: there is no text in it")
+    return documents
 
 
 def read_packaged_split(source: str, split: str) -> Iterator[str]:
@@ -94,18 +113,19 @@ def find_packaged_file(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / "test" / "test_data" / name
 
 
-def _deal(source: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Give the splits that the source lacks their share of its train documents."""
+def _deal(source: str, found: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """Give the splits that the source lacks their share of its train documents; of what it has, where it lacks those.
+
+    No document ever goes to two splits.
+    """
     lacking = {split for split in SPLITS if not found.get(split)}
     if not lacking:
         return found
-    whole = found.get("train") or list(itertools.chain(*found.values()))
-    dealt: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text, split in zip(whole, itertools.cycle(_DEALING)):
-        dealt[split if split in lacking else "train"].append(text)
-    splits = {split: found[split] if split not in lacking else dealt[split] for split in SPLITS}
-    if "train" not in lacking:
-        splits["train"] = dealt["train"]
+    giver = next((split for split in SPLITS if split not in lacking), "train")
+    whole = found.get(giver, [])
+    splits: dict[str, list[Document]] = {split: found.get(split, []) for split in SPLITS} | {giver: []}
+    for document, split in zip(whole, itertools.cycle(_DEALING)):
+        splits[split if split in lacking else giver].append(document)
     empty = [split for split in SPLITS if not splits[split]]
     if empty:
         raise CorpusError(
@@ -115,8 +135,8 @@ def _deal(source: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
     return splits
 
 
-def _cap(texts: Iterable[str], maximum: int | None) -> list[str]:
-    return list(itertools.islice(texts, maximum))
+def _cap(documents: Iterable[Document], maximum: int | None) -> list[Document]:
+    return list(itertools.islice(documents, maximum))
 
 
 def _read_hub(name: str, max_documents: int | None) -> dict[str, list[str]]:
@@ -133,18 +153,17 @@ def _read_hub(name: str, max_documents: int | None) -> dict[str, list[str]]:
                 split=theirs,
                 streaming=max_documents is not None,
             )
-            texts = (row[corpus.text_field] for row in rows)
-            found[split] = _cap(_join_rows(texts, corpus), max_documents)
-        except (OSError, ValueError, RuntimeError) as error:
+            found[split] = _cap(_join_rows(rows, corpus), max_documents)
+        except Exception as error:  # whatever its client raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CorpusError(f"corpus {name!r}: cannot fetch {asked}, split {theirs!r} ({reason})") from None
+            raise CorpusError(f"corpus {name!r}: cannot fetch {asked}, split {theirs!r} ({reason})") from error
     return found
 
 
-def _join_rows(rows: Iterable[str], corpus: HubCorpus) -> Iterator[str]:
+def _join_rows(rows: Iterable[dict[str, Any]], corpus: HubCorpus) -> Iterator[str]:
     """Rows to documents, so that joining the documents by blank lines gives what joining the rows would have given."""
     document: list[str] = []
-    for row in rows:
+    for row in (own[corpus.text_field] for own in rows):
         starts = re.match(corpus.heading, row) if corpus.heading else len(document) >= corpus.rows_per_document
         if starts and document:
             yield "\n\n".join(document)
@@ -154,67 +173,29 @@ def _join_rows(rows: Iterable[str], corpus: HubCorpus) -> Iterator[str]:
         yield "\n\n".join(document)
 
 
-def _read_path(source: str, text_field: str, max_documents: int | None) -> dict[str, list[str]]:
+def _read_path(source: str, text_field: str, max_documents: int | None) -> tuple[dict[str, list[Document]], int]:
+    """The documents of each split a file or folder has, and how many rows held nothing."""
     path = as_path(source)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS and not file.name.startswith("."))
+    if path.is_dir():
+        files = list_files(path)
+    elif path.exists():
+        files = [path] if find_reader(path) else []
     else:
         known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news"])
         raise CorpusError(f"corpus {source!r}: no such file or folder, and not one of {known}")
-    unreadable = [file.name for file in files if file.suffix not in _READERS]
-    if not files or unreadable:
-        raise CorpusError(
-            f"corpus {source!r}: {', '.join(unreadable) or 'nothing'} to read; allowed are files ending in "
-            f"{', '.join(_READERS)}"
-        )
-    found: dict[str, list[str]] = {}
+    if not files:
+        raise CorpusError(f"corpus {source!r}: {path.name}: nothing to read; allowed are files ending in {FORMATS}")
+    found: dict[str, list[Document]] = {}
+    skipped = 0
     for file in files:
-        split = file.stem if len(files) > 1 and file.stem in SPLITS else "train"
-        try:
-            texts = [text for text in _READERS[file.suffix](file, text_field) if text.strip()]
-        except KeyError:
-            raise CorpusError(f"corpus {source!r}: {file.name} has no field {text_field!r}; set text_field") from None
-        except (ValueError, OSError) as error:
-            raise CorpusError(f"corpus {source!r}: {file.name} cannot be read ({error})") from None
-        found.setdefault(split, []).extend(texts)
-    return {split: _cap(texts, max_documents) for split, texts in found.items()}
-
-
-def _read_text(path: Path, text_field: str) -> list[str]:
-    return re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
-
-
-def _read_jsonl(path: Path, text_field: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line)[text_field] for line in file if line.strip()]
-
-
-def _read_json(path: Path, text_field: str) -> list[str]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list):
-        raise ValueError("expected a list of rows")
-    return [row if isinstance(row, str) else row[text_field] for row in rows]
-
-
-def _read_parquet(path: Path, text_field: str) -> list[str]:
-    return list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True)[text_field])
-
-
-def _read_csv(path: Path, text_field: str) -> list[str]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row[text_field] for row in csv.DictReader(file)]
-
-
-_READERS: dict[str, Callable[[Path, str], list[str]]] = {
-    ".txt": _read_text,
-    ".raw": _read_text,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
+        split = find_split(file.relative_to(path)) if len(files) > 1 else None
+        documents = found.setdefault(split or "train", [])
+        for document in read_file(source, file, text_field):
+            if document is None:
+                skipped += 1
+            else:
+                documents.append(document)
+    return {split: _cap(documents, max_documents) for split, documents in found.items()}, skipped
 
 
 def _read_packaged(source: str) -> Iterator[str]:

@@ -137,8 +137,8 @@ def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
         first = block["validation_before"] or 1.0
         for row in block["history"]:
             own = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
-            train = None if row["train"] is None else row["train"] / first
-            epochs.append(own | {"epoch": row["epoch"], "train": train, "validation": row["validation"] / first})
+            shares = {name: None if row[name] is None else row[name] / first for name in ("train", "validation")}
+            epochs.append(own | {"epoch": row["epoch"]} | shares)
         after = block["validation_after"]
         values = {"before": block["validation_before"], "after": after, "ratio": after / first}
         before_after.append({"block": block["block"]} | values)

@@ -4,6 +4,7 @@ A killed run continues behind its last finished epoch and ends with the same byt
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ import torch
 from torch import nn
 
 from pipeline.runtime.artifacts import Header, load_unfinished, save_tensors, write_json
+from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import Ranks
+
+
+class TrainingError(PipelineError):
+    """There is nothing to train from."""
 
 
 class TrainingState:
     """Parameters under training, and what of their past is needed.
 
     Attributes:
-        history: a row per epoch, from epoch 0, the start, on; each has at least "validation".
+        history: a row per epoch, from epoch 0, the start, on; each has at least "validation". What is not finite, which
+            JSON cannot say, is None.
         best, best_epoch: the parameters' values where that was least, and when.
     """
 
@@ -29,10 +36,17 @@ class TrainingState:
         self.best_epoch = 0
 
     def add(self, row: dict[str, Any]) -> None:
-        """End an epoch; its values are kept if none before did better on validation windows."""
+        """End an epoch; its values are kept if none before did better on validation windows.
+
+        Raises:
+            TrainingError: there is no loss to begin with.
+        """
+        row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
+        if not self.history and row["validation"] is None:
+            raise TrainingError("the loss before training is not finite; the quantized model, or its prefix, is broken")
         best = self.history[self.best_epoch]["validation"] if self.history else None
         self.history.append(row)
-        if best is None or row["validation"] < best:
+        if row["validation"] is not None and (best is None or row["validation"] < best):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
             self.best_epoch = len(self.history) - 1
 

@@ -73,9 +73,12 @@ def test_max_documents_caps(tmp_path):
     [
         (lambda folder: folder / "missing", r"no such file or folder, and not one of wikitext2, ptb, c4"),
         (lambda folder: write(folder / "x.txt", DOCUMENTS[:2]), "2 documents are too few"),
-        (lambda folder: write(folder / "x.jsonl", DOCUMENTS), r"x\.jsonl has no field 'text'; set text_field"),
-        (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf to read; allowed are files"),
-        (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl cannot be read"),
+        (
+            lambda folder: write(folder / "x.jsonl", DOCUMENTS),
+            r"row 1, has no field 'text' \(it has: body\); set text",
+        ),
+        (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf: nothing to read; allowed are"),
+        (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl, row 1: cannot"),
     ],
 )
 def test_unusable_sources_say_what_is_wrong(make, message, tmp_path):

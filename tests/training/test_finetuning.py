@@ -26,6 +26,7 @@ from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_origina
 from pipeline.training.finetuning import finetune, summarise_blocks
 from pipeline.training.params import EndToEndParams, FinetuningParams
 from pipeline.training.place import HIDDEN_STATES, Keeping, Place
+from pipeline.training.state import TrainingError
 from pipeline.training.streamed import _RunStreamed
 from pipeline.training.trainables import unfreeze_
 from pipeline.training.trainer import Trainer
@@ -291,6 +292,32 @@ def test_three_failures_in_a_row_end_a_block_in_its_best_state_and_are_named(qua
     assert metrics["blocks_failed"] == [1]
     assert "block 1: 3 steps in a row" in caplog.text
     assert "training was given up in blocks 1" in caplog.text
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_rates_that_ruin_everything_keep_the_state_before_training(quantized, tmp_path, end_to_end):
+    """Losses are NaN then, which JSON cannot say."""
+    rates = {"quant_lr": 1e3, "weight_lr": 0.0 if end_to_end else 1e3}
+    together = {"enabled": end_to_end, "quant_lr": 1e3, "prefix_lr": 1e30, "norm_lr": 1e30}
+    epochs = {"epochs": 0} if end_to_end else {}
+    metrics, checkpoint = run_whole(quantized, tmp_path, **rates, **epochs, end_to_end=together)
+    report = json.loads((checkpoint.folder / "report.json").read_text())
+    histories = [report["end_to_end"]["history"]] if end_to_end else [b["history"] for b in report["blocks"]]
+    losses = [row["validation"] for history in histories for row in history]
+    assert None in losses or len(losses) == len(histories)  # not finite, or given up in the first epoch
+    assert all(history[0]["validation"] > 0 for history in histories)
+    best = [report["end_to_end"]["best_epoch"]] if end_to_end else [b["best_epoch"] for b in report["blocks"]]
+    assert all(math.isfinite(history[epoch]["validation"]) for history, epoch in zip(histories, best, strict=True))
+    assert metrics["validation_ratio"] <= 1.0
+    block = load_block(checkpoint, 0)
+    assert all(torch.isfinite(tensor.float()).all() for tensor in block.state_dict().values())
+
+
+def test_a_loss_that_is_not_finite_to_begin_with_is_said(quantized, monkeypatch):
+    trainer, _, data = trainer_of(quantized)
+    monkeypatch.setattr(trainer, "evaluate", lambda data: math.nan)
+    with pytest.raises(TrainingError, match="the loss before training is not finite; the quantized model"):
+        trainer.train_(data, data, 0)
 
 
 # --- What is written -------------------------------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""What becomes of what users hand in when it is broken at random: read rightly, refused in words, or not.
+
+    python -m benchmarks.robustness --seed 0 --count 1000
+    python -m benchmarks.robustness --seed 0 --first 250 --count 250 --json robustness.json      # a part; keeps rows
+
+Each mutation is drawn from seed and number alone: a params file, a corpus, a checkpoint, a GGUF file, an exported
+folder or a command line of tiny models (those of `tests/`) is changed in one place, or the disk is full; then the entry
+point runs as a user runs it, in a process of its own that is ended after 60 seconds. What comes of it is one of
+
+    right       done, and a reference agrees: transformers' own loading of the same files, pyarrow's reading of the
+                same rows, the values that stand in the file
+    refused     one message, exit code 1, and nothing written
+    traceback   anything else that was raised, or a process that died
+    hang        not done after 60 seconds
+    half        something half written was left
+    silent      done, without an error, and the reference differs
+
+The last four are faults, and are listed with number and message.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.robustness_cases import KINDS, WEIGHTS, Bases, Trial
+from pipeline.runtime.errors import run_main
+from pipeline.runtime.files import write_json
+
+OUTCOMES = ("right", "refused", "traceback", "hang", "half", "silent")
+FAULTS = OUTCOMES[2:]
+PATIENCE = 60.0  # seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--json", type=Path, help="keep every mutation there; what it has is not run again")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    with tempfile.TemporaryDirectory() as work:
+        bases = Bases(Path(work) / "bases")
+        for number in range(arguments.first, arguments.first + arguments.count):
+            kind, name = choose_kind(arguments.seed, number), f"{arguments.seed}/{number}"
+            if kind not in arguments.kinds or name in rows:
+                continue
+            rows[name] = try_mutation(arguments.seed, number, bases, Path(work) / "trial")
+            if arguments.json and number % 20 == 0:
+                write_json(arguments.json, rows)
+    if arguments.json:
+        write_json(arguments.json, rows)
+    print(format_table(rows))
+
+
+def choose_kind(seed: int, number: int) -> str:
+    return random.Random(f"{seed}/{number}").choices(list(KINDS), WEIGHTS)[0]
+
+
+def try_mutation(seed: int, number: int, bases: Bases, folder: Path) -> dict[str, Any]:
+    """Run mutation `number` in a child process: {"kind", "mutation", "outcome", "message", "seconds"}."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kind = choose_kind(seed, number)
+    bases.prepare(kind)  # here, so that every child has it
+    start, (reader, writer) = time.perf_counter(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        found = _run_child(seed, number, kind, bases, folder)
+        with os.fdopen(writer, "w") as file:
+            json.dump(found, file)
+        os._exit(0)
+    os.close(writer)
+    found = _collect(child, reader)
+    return {"kind": kind} | found | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _collect(child: int, reader: int) -> dict[str, str]:
+    """What the child says; or that it died, or took too long."""
+    end, received = time.monotonic() + PATIENCE, b""
+    while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
+        part = os.read(reader, 65536)
+        received += part
+        if not part:
+            _, status = os.waitpid(child, 0)
+            os.close(reader)
+            died = {"mutation": "?", "outcome": "traceback", "message": f"the process died (status {status})"}
+            return json.loads(received) if received else died
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    return {"mutation": "?", "outcome": "hang", "message": f"not done after {PATIENCE:g} seconds"}
+
+
+def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) -> dict[str, str]:
+    mutation = "?"
+    with (folder / "output").open("w+") as output:
+        for target in (1, 2):
+            os.dup2(output.fileno(), target)
+        sys.stdout = sys.stderr = output
+        try:
+            trial = KINDS[kind](random.Random(f"{seed}/{number}/mutation"), bases, folder)
+            mutation = trial.mutation
+            outcome, message = run_trial(trial, folder)
+        except BaseException:  # of the mutation itself, or the reference: a fault of this program, shown as one
+            outcome, message = "traceback", traceback.format_exc()[-600:]
+    said = {"mutation": mutation, "outcome": outcome, "message": message}
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in said.items()}
+
+
+def run_trial(trial: Trial, folder: Path) -> tuple[str, str]:
+    """Do what a user does, and judge: (outcome, what was said)."""
+    before = snapshot(trial.keeps)
+    message = _act(trial)
+    if message is not None and message.startswith("Traceback"):
+        return "traceback", message
+    left = [path.name for path in folder.rglob(".*") if path.name.endswith((".tmp", ".partial"))]
+    if left:
+        return "half", f"left behind: {', '.join(left)}"
+    if snapshot(trial.keeps) != before:
+        return "half", "what was read has changed"
+    if message is not None:
+        there = [path.name for path in trial.writes if path.exists()]
+        return ("half", f"{message}; and yet there is {', '.join(there)}") if there else ("refused", message)
+    problem = trial.judge()
+    return ("right", "") if problem is None else ("silent", problem)
+
+
+def _act(trial: Trial) -> str | None:
+    """None when all went well, the message of a refusal, or a traceback."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trial.disk is not None:  # bytes a file may have: writing more fails as it does on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trial.disk, limits[1]))
+    try:
+        run_main(trial.act)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            return None
+        if isinstance(end.code, str) and end.code.startswith("error: ") and len(end.code) < 20_000:
+            return end.code
+        return f"Traceback: ended with {end.code!r}, without a message"
+    except BaseException:
+        return "Traceback " + traceback.format_exc()[-1500:]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return None
+
+
+def snapshot(folder: Path | None) -> dict[str, bytes]:
+    if folder is None or not folder.exists():
+        return {}
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def format_table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line per seed and kind, and the faults."""
+    lines = ["| seed | handed in | mutations | " + " | ".join(OUTCOMES) + " |", "| --- " * (3 + len(OUTCOMES)) + "|"]
+    seeds = sorted({name.partition("/")[0] for name in rows}, key=int)
+    for seed in seeds:
+        own = [row for name, row in rows.items() if name.partition("/")[0] == seed]
+        for kind in (*KINDS, "all"):
+            counts = Counter(row["outcome"] for row in own if kind in (row["kind"], "all"))
+            if total := sum(counts.values()):
+                cells = [seed, kind, total, *(counts[outcome] for outcome in OUTCOMES)]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for name, row in rows.items():
+        if row["outcome"] in FAULTS:
+            lines += ["", f"{name} {row['kind']}: {row['outcome']}: {row['mutation']}", row["message"]]
+    return "\n".join(lines)
+
+
+def count_faults(rows: dict[str, dict[str, Any]]) -> int:
+    return sum(row["outcome"] in FAULTS for row in rows.values())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,202 @@
+"""An exported model as transformers, torch and PEFT use it, whatever its own classes accept."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import pipeline.hf  # noqa: F401
+from pipeline.export.loading import check_folder, load
+from pipeline.export.manifest import ExportError
+from pipeline.export.transformers_quantizer import ATTENTION
+from pipeline.models.checkpoint import Checkpoint
+from tests.conftest import ROOT, read_json
+from tests.export.test_folder import TEXT, make_export
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture
+def exported(imported, tmp_path):
+    return make_export(imported, tmp_path)
+
+
+def generate(model, **options):
+    return model.generate(TEXT, attention_mask=torch.ones_like(TEXT), **GREEDY | options)
+
+
+@torch.no_grad()
+def test_a_cache_implementation_that_nobody_passed_is_ignored(exported):
+    folder, evaluated, _ = exported
+    expected = generate(evaluated)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(read_json(path) | {"cache_implementation": "static"}))
+    model, _ = load(folder)
+    assert model.generation_config.cache_implementation == "static"
+    assert torch.equal(generate(model), expected)
+    assert torch.equal(generate(model, cache_implementation="dynamic"), expected)
+    assert torch.equal(generate(model, use_cache=False), expected)
+    own = copy.deepcopy(model.generation_config)
+    own.update(**GREEDY)
+    assert torch.equal(model.generate(TEXT, attention_mask=torch.ones_like(TEXT), generation_config=own), expected)
+    own.cache_implementation = "offloaded"
+    for options in ({"cache_implementation": "static"}, {"generation_config": own}):
+        with pytest.raises(ValueError, match="holds no prefix and quantizes nothing"):
+            model.generate(TEXT, **options)
+
+
+@torch.no_grad()
+def test_offloaded_to_disk(exported, tmp_path):
+    folder, evaluated, _ = exported
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    assert torch.equal(generate(model), generate(evaluated))
+
+
+@pytest.mark.parametrize("kind", [None, "keys before RoPE"])
+@torch.no_grad()
+def test_pickled_saved_and_copied(imported, tmp_path, kind):
+    folder, evaluated, _ = make_export(imported, tmp_path, "qwen2", kind)
+    model, _ = load(folder)
+    torch.save(model, tmp_path / "model.pt")
+    copies = [pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)]
+    copies.append(copy.deepcopy(model))
+    for other in copies:
+        assert type(other) is type(model)
+        assert torch.equal(other(TEXT).logits, evaluated(TEXT).logits)
+    assert copies[2].model.layers[0].self_attn.k_proj.fired
+    model.model.layers[0].self_attn.value_quantizer.scale.mul_(2)  # a copy has quantizers of its own
+    assert torch.equal(copies[2](TEXT).logits, evaluated(TEXT).logits)
+
+
+@torch.no_grad()
+def test_a_worker_process_is_given_the_model(exported):
+    folder, evaluated, _ = exported
+    model, _ = load(folder)
+    pool = torch.multiprocessing.get_context("spawn").Pool(1)
+    with pool:
+        assert torch.equal(pool.apply(run, (model,)), evaluated(TEXT).logits)
+
+
+@torch.no_grad()
+def run(model):
+    return model(TEXT).logits.clone()
+
+
+@torch.no_grad()
+def test_auto_model_gives_hidden_states(exported):
+    folder, evaluated, _ = exported
+    seen = []
+    evaluated.model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    evaluated(TEXT)
+    output = AutoModel.from_pretrained(folder)(TEXT)
+    assert torch.equal(output.last_hidden_state, seen[0])
+    assert torch.equal(evaluated(TEXT, return_dict=False)[0], evaluated(TEXT).logits)
+
+
+def test_a_head_that_is_not_there_is_not_made_up(exported):
+    with pytest.raises(ExportError, match=r"1 tensors are missing: score\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(exported[0])
+
+
+def test_continuous_batching_says_why_not(exported):
+    model, _ = load(exported[0])
+    with pytest.raises(ValueError, match=r"continuous batching .* hold no prefix and quantize nothing; call generate"):
+        model.generate_batch([[5, 6, 7]])
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.init_continuous_batching()
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
+        model.generate(TEXT, cache_implementation="paged")
+
+
+def test_lora_on_top_trains_and_what_is_packed_stands_still(exported):
+    folder, evaluated, _ = exported
+    model, _ = load(folder)
+    assert model.hf_quantizer.is_trainable
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(tuned(TEXT).logits, evaluated(TEXT).logits)  # B begins at zero
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = tuned(input_ids=TEXT, labels=TEXT).loss
+        loss.backward()
+        losses.append(loss.item())
+        if len(losses) == 2:  # A's gradients need a B that is not zero
+            assert all(p.grad.abs().max() > 0 for p in tuned.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert generate(tuned).shape == (2, 18)
+
+
+def test_tables_that_are_equal_are_kept_once(imported, tmp_path):
+    """Gemma 2's norm is not folded into lm_head: rotation leaves the two as they were, tied."""
+    folder, evaluated, _ = make_export(imported, tmp_path, "gemma2")
+    assert Checkpoint(imported["gemma2"], "model").config.tie_word_embeddings
+    names = set(read_json(folder / "model.safetensors.index.json")["weight_map"])
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    model, _ = load(folder)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(TEXT).logits, evaluated(TEXT).logits)
+
+
+def test_without_the_import_transformers_gives_no_model(exported):
+    program = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({!r})"
+    command = [sys.executable, "-c", program.format(str(exported[0]))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'attn_implementation="prefixquant (import pipeline.hf)"` is not supported' in done.stderr
+    assert load(exported[0])[0].config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_what_save_pretrained_writes_is_an_exported_folder(exported, tmp_path):
+    folder, evaluated, _ = exported
+    model, tokenizer = load(folder)
+    tokenizer.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "again")
+    assert read_json(tmp_path / "again/config.json")["attn_implementation"] == ATTENTION
+    assert torch.equal(load(tmp_path / "again")[0](TEXT).logits, evaluated(TEXT).logits)
+    (tmp_path / "again/model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ExportError, match=r"model\.safetensors is damaged or was changed"):
+        load(tmp_path / "again")
+
+
+def test_push_to_hub_sends_the_manifest(exported, tmp_path, monkeypatch):
+    model, _ = load(exported[0])
+    sent = []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, name, **options: sent.append((name, options)))
+    model.save_pretrained(tmp_path / "again", push_to_hub=True, commit_message="New")
+    assert (tmp_path / "again/manifest.json").is_file()
+    assert sent == [("again", {"token": None, "commit_message": "New"})]
+
+
+def test_what_is_the_users_may_change(exported):
+    folder, _, _ = exported
+    (folder / "README.md").write_text("my own words")
+    (folder / "generation_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"chat_template": "{{ messages }}"}))
+    check_folder(folder)
+    path.write_text(json.dumps(read_json(path) | {"bos_token": "</s>"}))
+    with pytest.raises(ExportError, match=r"tokenizer_config\.json is damaged or was changed"):
+        check_folder(folder)

@@ -1,0 +1,124 @@
+"""The commands users type: what they cannot do they say in one message, before any work."""
+
+import json
+import re
+import runpy
+import sys
+
+import pytest
+
+from pipeline.evaluation import harness
+from pipeline.evaluation.texts import main as evaluate
+from pipeline.export.generation import main as generate
+from pipeline.runtime.errors import run_main
+from tests.conftest import ROOT
+from tests.evaluation.test_harness import local_task
+from tests.export.test_folder import make_export
+
+TEXT = ROOT / "tests" / "prose.txt"
+
+
+@pytest.fixture(scope="module")
+def folder(imported, tmp_path_factory):
+    return make_export(imported, tmp_path_factory.mktemp("commands"))[0]
+
+
+def call(main, *arguments, monkeypatch):
+    """None, or the message of its one error."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    code = None
+    try:
+        run_main(main)
+    except SystemExit as end:
+        code = end.code
+    assert code is None or (code.startswith("error: ") and "\n" not in code)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--windows", 0), r"argument --windows: '0' is no whole number of 1 to"),
+        (("--length", 1), r"argument --length: '1' is no whole number of 2 to"),
+        (("--batch-size", 0), "argument --batch-size: '0'"),
+        (("--limit", 0), "argument --limit: '0'"),
+        (("--num-fewshot", -1), "argument --num-fewshot: '-1'"),
+        (("--device", "cuda:99"), r"argument --device: 'cuda:99' cannot be used"),
+        (("--length", 254), "--length 254: with 3 tokens in front this exceeds the 256 positions .* use at most 253"),
+        (("--json", "/"), "/ cannot be written"),
+        (("--windows", 10**6), r"needs 1000000 windows of 2048 = \d+ tokens|exceeds the 256 positions"),
+        (("--arithmetic", "exact"), "argument --arithmetic: invalid choice"),
+    ],
+)
+def test_evaluate_refuses(folder, arguments, message, monkeypatch):
+    assert re.search(message, call(evaluate, folder, "--text", TEXT, *arguments, monkeypatch=monkeypatch))
+
+
+def test_texts_of_one_name_have_results_of_their_own(folder, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "prose.txt"
+    other.write_text(TEXT.read_text()[2000:], encoding="utf-8")
+    arguments = ("--text", TEXT, "--text", other, "--length", 32, "--windows", 2)
+    assert call(evaluate, folder, *arguments, monkeypatch=monkeypatch) is None
+    found = json.loads(capsys.readouterr().out)["perplexity"]
+    assert found.keys() == {str(TEXT), str(other)}
+    assert found[str(TEXT)] != found[str(other)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "the prompt is empty; give some text to go on from"),
+        (("The house", "--max-new-tokens", 0), "argument --max-new-tokens: '0'"),
+        (("The house", "--temperature", "nan"), "argument --temperature: 'nan' is no number of 0 or more"),
+        (("The house", "--seed", -1), "argument --seed: '-1'"),
+        (("The house", "--max-new-tokens", 300), "and 300 new ones exceed the 256 positions of this model"),
+        (("The house", "--chat"), "--chat: this model's tokenizer has no chat template; leave it out"),
+        (("\udcff",), "argument prompt: it is not encoded in UTF-8"),
+    ],
+)
+def test_generate_refuses(folder, arguments, message, monkeypatch):
+    assert message in call(generate, folder, *arguments, monkeypatch=monkeypatch)
+
+
+def test_a_temperature_that_would_overflow_takes_the_likeliest(folder, monkeypatch, capsys):
+    said = []
+    for temperature in (0, 1e-300):
+        assert call(generate, folder, "The house", "--temperature", temperature, monkeypatch=monkeypatch) is None
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
+def test_lm_eval_goes_on_without_the_gpu_it_asks_for(folder, tmp_path, monkeypatch, caplog):
+    """Its command line passes cuda:0 where nobody names a device."""
+    assert harness.choose_device("cpu") == "cpu"
+    assert harness.choose_device(None) is None
+    local_task(tmp_path, "colours")
+    results = tmp_path / "results"
+    arguments = ["run", "--model", "prefixquant", "--model_args", f"pretrained={folder}", "--tasks", "colours"]
+    arguments += ["--include_path", tmp_path, "--limit", 2, "--device", "cuda:99", "--output_path", results]
+    assert call(harness.run_command_line, *arguments, monkeypatch=monkeypatch) is None
+    assert "device cuda:99 is not there: going on with " in caplog.text
+    assert list(results.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "prefixquant", "--tasks", "word_analogies"), "needs the exported folder: --model_args path="),
+        (("--model", "prefixquant", "--model_args", "path=nowhere", "--tasks", "word_analogies"), "no such folder"),
+        (("--model", "prefixquant", "--tasks", "nothing"), "lm-eval: "),
+    ],
+)
+def test_what_lm_eval_refuses_is_one_message(arguments, message, monkeypatch):
+    assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
+
+
+STAGES = ("calibration", "rotation", "prefix_search", "prefix_training", "quantizer_init", "finetuning", "export")
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "evaluation original", "activation_plots rotated", "report"])
+def test_a_stage_before_its_inputs_names_what_makes_them(stage, project, monkeypatch):
+    name, *variant = stage.split()
+    message = call(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), *variant, monkeypatch=monkeypatch)
+    assert re.search(r"is missing; rerun the stage that makes it: dvc repro", message)
+    assert not [path for path in project.rglob("*") if path.name.startswith(".") or path.suffix == ".safetensors"]
