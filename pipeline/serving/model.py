@@ -27,8 +27,8 @@ from pipeline.export.transformers_quantizer import ExportError, build_packed_
 from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
+from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
-from pipeline.serving.plugin import ServingError
 from pipeline.serving.quantization import ServedLinearMethod, check_engine
 
 

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from pipeline.export.transformers_quantizer import METHOD
-from pipeline.serving.plugin import ServingError
+from pipeline.serving.families import ServingError
 
 
 def insert_placeholders_() -> None:

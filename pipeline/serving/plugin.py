@@ -8,30 +8,7 @@ What it puts in place:
 """
 
 from pipeline.export.transformers_quantizer import METHOD
-from pipeline.models.architectures import UnsupportedModelError
-from pipeline.runtime.errors import PipelineError
-
-# transformers' model_type -> vLLM's own class; model.py has a class "PrefixQuant…" for each.
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-class ServingError(PipelineError, ValueError):
-    """vLLM is asked for what it cannot keep of an exported model; the message names it. A bad request to a server."""
-
-
-def served_class(family: str) -> str:
-    """The name under which model.py's class for a family is registered. Raises UnsupportedModelError."""
-    if family not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model_type={family!r} is not served by vLLM with a prefix; served are: {', '.join(sorted(FAMILIES))}; "
-            "pipeline.quantized_model.load runs every family"
-        )
-    return f"PrefixQuant{FAMILIES[family]}"
+from pipeline.serving.families import FAMILIES, served_class
 
 
 def register() -> None:

@@ -15,8 +15,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from pipeline.export.transformers_quantizer import METHOD, PrefixQuantConfig
 from pipeline.models.architectures import find_rope_limit
+from pipeline.serving.families import ServingError, served_class
 from pipeline.serving.linear import ServedLinear
-from pipeline.serving.plugin import ServingError, served_class
 
 
 class ServedQuantization(QuantizationConfig):
