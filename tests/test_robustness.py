@@ -20,7 +20,7 @@ def bases(tmp_path_factory):
 
 
 def test_three_hundred_mutations_are_read_rightly_or_refused_in_words(bases, tmp_path):
-    rows = {f"17/{number}": try_mutation(17, number, bases, tmp_path / "trial") for number in range(COUNT)}
+    rows = {f"0/{number}": try_mutation(0, number, bases, tmp_path / "trial") for number in range(COUNT)}
     assert count_faults(rows) == 0, format_table(rows)
     assert {row["kind"] for row in rows.values()} == set(KINDS)
     outcomes = [row["outcome"] for row in rows.values()]
