@@ -175,7 +175,7 @@ def _init_block_(
     """Quantize one block and move `hidden` behind it; its report, and the scales of `equalize_mlp_`."""
     architecture = checkpoint.architecture
     settings, plan = plan_block(init, checkpoint, index)
-    own_prefix = None if prefix_kv is None else prefix_kv[index]
+    own_prefix = runner.take_prefix(prefix_kv, index)
     scales = None
     if init.equalize:
         sample = hidden[choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)]

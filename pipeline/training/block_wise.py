@@ -141,7 +141,7 @@ def finetune_blocks(
     exact_blocks = load_blocks(rotated, runner.device, start)
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
         exact_block = next(exact_blocks)
-        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        own_prefix = runner.take_prefix(prefix_kv, index)
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
