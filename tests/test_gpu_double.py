@@ -13,7 +13,6 @@ from tests.conftest import ROOT, tiny_params, write_params
 from tests.gpu_double import CUDA, GpuDouble, MixedDevicesError, UnorderedError
 from tests.test_stages import ALL, contents, run
 
-
 # --- The double ------------------------------------------------------------------------------------------------------
 
 
