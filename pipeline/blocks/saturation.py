@@ -40,7 +40,9 @@ class SaturationProbe:
     def __init__(self, block: nn.Module, architecture: Architecture) -> None:
         quantizers = find_site_quantizers(block, architecture).items()
         self._quantizers = {site: quantizer for site, quantizer in quantizers if quantizer.calibrated}
-        self._sums = {site: torch.zeros(4, dtype=torch.float64) for site in self._quantizers}
+        # On the device until they are asked for: a hook that waited for its numbers would stop every batch.
+        self._sums = {site: torch.zeros(3, dtype=torch.float64) for site in self._quantizers}
+        self._counts = dict.fromkeys(self._quantizers, 0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "SaturationProbe":
@@ -57,9 +59,9 @@ class SaturationProbe:
         """Share and SQNR of every site seen since the probe was entered first."""
         result = {}
         for site, sums in self._sums.items():
-            beyond, count, signal, noise = sums.tolist()
+            beyond, signal, noise = sums.tolist()
             sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
-            result[site] = {"share": beyond / max(count, 1), "sqnr": min(sqnr, 200.0)}
+            result[site] = {"share": beyond / max(self._counts[site], 1), "sqnr": min(sqnr, 200.0)}
         return result
 
     def _make_hook(self, site: str) -> Any:
@@ -67,8 +69,9 @@ class SaturationProbe:
             x = args[0]
             output = output if module.code_of_zero is None else module.from_codes(output)
             noise = (output - x).float().square().sum()
-            values = [count_beyond(module, x), x.numel(), x.float().square().sum(), noise]
-            self._sums[site] += torch.tensor([float(value) for value in values], dtype=torch.float64)
+            values = torch.stack([count_beyond(module, x).double(), x.float().square().sum().double(), noise.double()])
+            self._sums[site] = self._sums[site].to(values.device) + values
+            self._counts[site] += x.numel()
 
         return hook
 
@@ -89,12 +92,12 @@ def advance_probed_(
 
 
 @torch.no_grad()
-def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> int:
-    """How many values of x round to what lies beyond the quantizer's range."""
+def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """How many values of x round to what lies beyond the quantizer's range, [] int64."""
     grouped = group(quantizer.center(x).float(), quantizer.spec.group_size)
     scale, zero_point = quantizer.find_parameters(grouped)
     low, high = (end * scale for end in quantizer.spec.grid.find_ends(zero_point))
-    return int(((grouped < low) | (grouped > high)).sum())
+    return ((grouped < low) | (grouped > high)).sum()
 
 
 def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class BlockRunner:
         """
         return self._run(block, hidden, make_block_cache(block, prefix_kv), pinned)
 
+    def take_prefix(self, prefix_kv: torch.Tensor | None, index: int) -> torch.Tensor | None:
+        """Of [L, 2, heads, P, d] what belongs to block `index`, on the device: not to be sent with each batch."""
+        return None if prefix_kv is None else prefix_kv[index].to(self.device)
+
     def run_prefix(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefix itself, [1, P, D], through one block: its outputs, and its keys and values [2, heads, P, d]."""
         cache = make_block_cache(block, None)
@@ -160,7 +164,7 @@ def walk(
         block = next(blocks)
         if watch is not None:
             watch(index, block)
-        runner.advance_(block, hidden, None if prefix_kv is None else prefix_kv[index])
+        runner.advance_(block, hidden, runner.take_prefix(prefix_kv, index))
         if after is not None:
             after(index, block)
         del block

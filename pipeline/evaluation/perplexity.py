@@ -212,7 +212,7 @@ def compute_final_hidden(
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "evaluating"):
         block = next(blocks)
-        own_prefix = None if prefix_kv is None else prefix_kv[index]
+        own_prefix = runner.take_prefix(prefix_kv, index)
         for corpus, states in hidden.items():
             saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, own_prefix)
         fired += count_fired_quantizers(block, checkpoint.architecture)

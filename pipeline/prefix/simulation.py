@@ -50,17 +50,23 @@ class SimulatedQuantizers:
     def rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
         """What a site of the original model would be in the rotated one."""
         if (index, site) in self.norms:  # a norm's weight goes into the linears behind it; a zero stays a zero
-            weight = self.norms[index, site]
-            return hadamard_transform(x * (self.signs / weight.where(weight != 0, 1.0)).to(x.device))
+            signs, weight = self._signs_and_norm(index, site, x.device)
+            return hadamard_transform(x * (signs / weight.where(weight != 0, 1.0)))
         if site in _RESIDUAL_READERS:
             return x
         if site == "attention_output":
             return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
         return hadamard_transform(x)
 
+    def _signs_and_norm(self, index: int, site: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [D] on the device, where they stay."""
+        self.signs, self.norms[index, site] = (t.to(device) for t in (self.signs, self.norms[index, site]))
+        return self.signs, self.norms[index, site]
+
     def rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
         if (index, site) in self.norms:
-            return hadamard_transform(x, inverse=True) * (self.signs * self.norms[index, site]).to(x.device)
+            signs, weight = self._signs_and_norm(index, site, x.device)
+            return hadamard_transform(x, inverse=True) * (signs * weight)
         if site in _RESIDUAL_READERS:
             return x
         if site == "attention_output":

@@ -209,7 +209,7 @@ def _init_block_(
     """Quantize one block and move `hidden` behind it; its report, and the scales it was equalized by."""
     architecture = checkpoint.architecture
     settings, plan = plan_block(init, checkpoint, index)
-    own_prefix = None if prefix_kv is None else prefix_kv[index]
+    own_prefix = runner.take_prefix(prefix_kv, index)
     equalizer = Equalizer(block, architecture, settings, load_rotation(checkpoint.folder, "r2"), tuple(init.equalize))
     scales = equalizer.choose(channels)
     equalizer.scale_(scales)

@@ -42,10 +42,9 @@ def measure_sensitivity(
     """
     tokens = ranks.count(hidden.shape[0] * hidden.shape[1])
     count, kept = checkpoint.block_count, []
-    prefixes = [None] * count if prefix_kv is None else list(prefix_kv)
     for index, block in enumerate(load_blocks(checkpoint, runner.device)):
         kept.append(hidden.clone())
-        runner.advance_(block, hidden, prefixes[index])
+        runner.advance_(block, hidden, runner.take_prefix(prefix_kv, index))
         del block
     gradient = differentiate_predictions(checkpoint, hidden, numbers, runner.device)
     found: list[dict[str, torch.Tensor]] = []
@@ -54,10 +53,10 @@ def measure_sensitivity(
     for index in show_progress(backwards, count, "sensitivity"):
         settings, r2 = block_settings(checkpoint, index), load_rotation(checkpoint.folder, "r2")
         equalizer = Equalizer(next(blocks), checkpoint.architecture, settings, r2, places)
-        sums = equalizer.make_sums()
+        sums, own_prefix = equalizer.make_sums(), runner.take_prefix(prefix_kv, index)
         for rows in batches(len(hidden), runner.batch_size):
             x = kept[index][rows].to(runner.device)
-            gradient[rows] = equalizer.add_(sums, x, gradient[rows].to(x), prefixes[index], runner).to(gradient)
+            gradient[rows] = equalizer.add_(sums, x, gradient[rows].to(x), own_prefix, runner).to(gradient)
         kept.pop()
         ranks.sum_(*sums.values())
         found.append({site: (total / tokens).cpu() for site, total in sums.items()})

@@ -142,7 +142,7 @@ def finetune_blocks(
     exact_blocks, r2 = load_blocks(rotated, runner.device, start), load_rotation(rotated.folder, "r2")
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
         exact_block = next(exact_blocks)
-        own_prefix = exact_prefix = None if prefix_kv is None else prefix_kv[index]
+        own_prefix = exact_prefix = runner.take_prefix(prefix_kv, index)
         if own_prefix is not None:
             exact_prefix = scale_prefix(own_prefix, load_scales(initial, index), r2, inverse=True)
         data = {}
