@@ -10,6 +10,7 @@
     training      the training loop, block by block and end to end
     prefix        outlier tokens, the prefix found or trained
     export        the folder a user loads, and what loads it
+    interop       the model in formats of other programs
     evaluation    perplexity, divergence, tasks
     pictures      activations, plots, the report
     serving       the exported folder in vLLM

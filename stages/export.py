@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.export.folder import export_model, parse_size
-from pipeline.export.other_formats import write_formats
 from pipeline.export.plan import plan_export
+from pipeline.interop.other_formats import write_formats
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_json, load_tensors, make_header, read_header
 from pipeline.runtime.memory import Need

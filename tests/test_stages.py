@@ -16,6 +16,9 @@ import yaml
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation import harness
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.quantization.equalization import scale_prefix, select_block
+from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
@@ -264,13 +267,15 @@ def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):
     found, _ = load_tensors(project / "artifacts/prefix_search/prefix.safetensors", "prefix_search")
     kv = load_prefix_kv(project / "artifacts/quantizer_init", "quantizer_init")
     assert kv.shape == (3, 2, 2, len(found["token_ids"]), 12)
-    # Block 0's keys of the rotated model, by the model's own code: the embedding rotated, the norm folded.
+    stored, _ = load_tensors(project / "artifacts/quantizer_init/equalization.safetensors", "quantizer_init")
+    r2 = load_rotation(project / "artifacts/rotation", "r2")
+    kv = scale_prefix(kv[0], select_block(stored, 0), r2, inverse=True).unsqueeze(0)
+    # Block 0's values of the rotated model, by the model's own code: the norm folded, its output rotated.
     rotated = Checkpoint(project / "artifacts/rotation", "rotation")
     embedded = rotated.embed(found["token_ids"])
     normed = embedded / (embedded.square().mean(-1, keepdim=True) + rotated.config.rms_norm_eps).sqrt()
-    values = normed @ rotated.load_block_tensors(0)["self_attn.v_proj.weight"].T
+    values = hadamard_transform(normed) @ rotated.load_block_tensors(0)["self_attn.v_proj.weight"].T
     assert torch.allclose(kv[0, 1], values.view(-1, 2, 12).transpose(0, 1), atol=1e-5)
-    assert torch.equal(kv, kv.float())
 
 
 def test_no_outliers_found_goes_on_with_an_empty_prefix(project, monkeypatch, caplog):

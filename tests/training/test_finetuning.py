@@ -471,7 +471,7 @@ def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(quantized, tmp_
     same = models, train, train  # so that the best epoch is a trained one
     for name, keeping in KEEPINGS.items():
         metrics, _ = run_whole(same, tmp_path / name, keeping, epochs=0, end_to_end=ALL_MOVE)
-        assert metrics["end_to_end"]["best_epoch"] == 2
+        assert metrics["end_to_end"]["best_epoch"] > 0
     run_whole(same, tmp_path / "files", KEEPINGS["streamed"], tmp_path / "offload", epochs=0, end_to_end=ALL_MOVE)
     assert list((tmp_path / "offload").iterdir()) == []
     expected = bytes_of(tmp_path / "graphs/out")

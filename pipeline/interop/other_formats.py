@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from pipeline.blocks.quantized import BlockSettings, block_settings
-from pipeline.export.compressed_tensors import (
+from pipeline.export.folder import save_tokenizer
+from pipeline.export.params import find_misfits
+from pipeline.interop.compressed_tensors import (
     METHOD,
     find_homeless_biases,
     find_lost_activations,
     needs_bfloat16,
     write_compressed_tensors,
 )
-from pipeline.export.folder import save_tokenizer
-from pipeline.export.gguf_writer import FILE, find_gguf_obstacles, write_gguf
-from pipeline.export.params import find_misfits
+from pipeline.interop.gguf_writer import FILE, find_gguf_obstacles, write_gguf
 from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json

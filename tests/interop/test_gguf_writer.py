@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from pipeline.export.gguf_writer import pack_blocks
-from pipeline.export.other_formats import FormatError, plan_formats, write_formats
 from pipeline.export.prefixed_model import assemble_model
+from pipeline.interop.gguf_writer import pack_blocks
+from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.importing import import_model
 from pipeline.numerics.quantizer import dequantize_weight

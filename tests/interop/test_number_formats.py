@@ -11,9 +11,9 @@ from pipeline.blocks.quantized import block_settings, find_site_quantizers, load
 from pipeline.blocks.saturation import SaturationProbe
 from pipeline.export.folder import export_model
 from pipeline.export.loading import load, use_integers_
-from pipeline.export.other_formats import FormatError, plan_formats, write_formats
 from pipeline.export.packed_block import PackedLinear
 from pipeline.export.prefixed_model import assemble_model
+from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
 from pipeline.models.importing import import_model
 from pipeline.numerics.grids import as_grid
 from pipeline.runtime.artifacts import load_tensors, make_header
