@@ -1,9 +1,10 @@
 """A calibrated block as something to train, and back: its scales, zero points, clip factors, and weights.
 
-Quantizer parameters are trained relative to what they are at the start, so that one learning rate suits a scale of
-0.001 and one of 10, and no step turns a scale negative:
+Quantizer parameters and norms are trained relative to what they are at the start, so that one learning rate suits a
+scale of 0.001 and one of 10, and no step turns a scale negative:
 
     scale, clip factor   initial * exp(theta); a scale then rounded as its format has it, gradients passing through
+    gain of a norm       initial * exp(theta); it carries the scales of equalized channels
     zero point           round(initial + (qmax - qmin) * theta), kept in range
 
 with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is trained is float32,
@@ -30,7 +31,7 @@ class Trainables:
     Attributes:
         quantizers: thetas of scales, zero points and clip factors.
         weights: weights [out, in] and biases [out].
-        norms: weights of its norms [D].
+        norms: thetas of what its norms multiply by, [D].
     """
 
     quantizers: list[nn.Parameter] = field(default_factory=list)
@@ -64,6 +65,17 @@ class _Relative(nn.Module):
 
     def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(value)
+
+
+class _RelativeGain(_Relative):
+    """A norm's weight, which multiplies by `offset` more than it is, in the dtype the module has it in."""
+
+    def __init__(self, initial: torch.Tensor, offset: float, dtype: torch.dtype) -> None:
+        super().__init__(initial)
+        self.offset, self.dtype = offset, dtype
+
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        return ((self.initial + self.offset) * theta.exp() - self.offset).to(self.dtype)
 
 
 class _RelativeZeroPoint(_Relative):
@@ -112,8 +124,7 @@ def unfreeze_(
         if _has(quantizer, "zero_point"):
             found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
     for name in (*architecture.norms, *architecture.post_norms) if norms else ():
-        norm = block.get_submodule(name)
-        found.norms.append(_make_parameter_(norm, "weight", norm.weight.dtype))
+        found.norms.append(_make_relative_gain_(block.get_submodule(name), architecture.norm_offset))
     return found
 
 
@@ -165,3 +176,10 @@ def _make_relative_(
     kind = _Relative(initial, grid) if zero_point_bits is None else _RelativeZeroPoint(initial, zero_point_bits)
     parametrize.register_parametrization(module, name, kind, unsafe=True)
     return module.parametrizations[name].original
+
+
+def _make_relative_gain_(norm: nn.Module, offset: float) -> nn.Parameter:
+    dtype = norm.weight.dtype
+    initial = _make_parameter_(norm, "weight").detach()
+    parametrize.register_parametrization(norm, "weight", _RelativeGain(initial, offset, dtype), unsafe=True)
+    return norm.parametrizations["weight"].original

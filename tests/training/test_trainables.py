@@ -1,5 +1,7 @@
 """What is unfrozen computes what it computed; what is frozen again computes what was trained."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,16 @@ def test_scales_and_zero_points_get_the_gradients_of_the_whole_weight(symmetric,
     for own, other in zip(torch.autograd.grad(found, trained, upstream), gradients, strict=True):
         assert own.shape == other.shape
         assert torch.allclose(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama_tied", 0.0), ("gemma3_text", 1.0)])
+def test_norms_are_trained_relative_to_what_they_multiply_by(family, offset, imported):
+    checkpoint, _ = open_model(imported[family])
+    block = quantized_block(checkpoint, settings_of(weights=4, activations=4))
+    before = block.input_layernorm.weight.detach().clone()
+    found = unfreeze_(block, checkpoint.architecture, norms=True)
+    assert torch.equal(block.input_layernorm.weight, before)
+    with torch.no_grad():
+        found.norms[0].fill_(math.log(2))
+    freeze_(block)
+    assert torch.allclose(block.input_layernorm.weight + offset, 2 * (before + offset), rtol=1e-5)
