@@ -75,7 +75,7 @@ class _RelativeGain(_Relative):
         self.offset, self.dtype = offset, dtype
 
     def forward(self, theta: torch.Tensor) -> torch.Tensor:
-        return ((self.initial + self.offset) * theta.exp() - self.offset).to(self.dtype)
+        return (self.initial + (self.initial + self.offset) * theta.expm1()).to(self.dtype)  # at 0 to the last bit
 
 
 class _RelativeZeroPoint(_Relative):
