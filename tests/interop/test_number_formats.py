@@ -19,8 +19,8 @@ from pipeline.numerics.grids import as_grid
 from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.training.trainables import freeze_, unfreeze_
 from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
-from tests.export.test_other_formats import PLAIN, TEXT
 from tests.export.test_prefixed_model import make_quantized
+from tests.interop.test_other_formats import PLAIN, TEXT
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}  # blocks of 32 divide
 
@@ -104,7 +104,7 @@ def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_pat
     use_integers_(model)  # nothing here is integers
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == 14
-    assert all(linear.integers is None for linear in linears)
+    assert all(linear.product is None for linear in linears)
     with torch.no_grad():
         expected = assemble_model(checkpoint, prefix["kv"])(TEXT).logits
         assert torch.equal(model(TEXT).logits, expected)

@@ -191,7 +191,7 @@ def test_plans_combine_bits_modes_and_overrides_with_the_models_online_rotations
 
 
 def test_group_sizes_give_a_scale_per_group(imported, token_ids, tmp_path):
-    checkpoint, runner = open_model(imported["llama_tied"])
+    checkpoint, runner, _ = rotate(imported["llama_tied"], tmp_path / "rotation")
     off = {f"{group}.bits": 16 for group in ("activations", "keys", "values")}
     changes = off | {"weights.bits": 3, "weights.group_size": 12, "weights.centered": False, "equalize": []}
     tensors = run_blocks(checkpoint, runner, token_ids, tmp_path, changes)[2]
