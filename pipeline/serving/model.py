@@ -57,6 +57,8 @@ class PrefixQuantModel(nn.Module):
             raise ServingError("weights cannot be loaded a second time into a served model: start it anew")
         tensors = dict(weights)
         missing, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
+        if skeleton.config.tie_word_embeddings:  # one table is stored, and vLLM ties the two as transformers does
+            missing = [name for name in missing if name != "lm_head.weight"]
         if missing or unexpected:
             raise ExportError(
                 f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
