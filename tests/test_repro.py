@@ -81,8 +81,11 @@ def test_a_changed_file_of_the_model_reruns_its_import_alone_where_that_comes_to
     config = repository / "llama/config.json"
     before = config.read_text()
     config.write_text(json.dumps(json.loads(before)))
-    # The report too, unless the import took the same seconds as before.
-    assert repro(repository) - {"report"} == SOURCES | {"model"}
+    metrics = repository / "metrics/model.json"
+    took = metrics.read_bytes()
+    ran = repro(repository)
+    # By chance importing takes the same again, to a tenth of a second: then there is nothing new to report.
+    assert ran == SOURCES | {"model"} | (set() if metrics.read_bytes() == took else {"report"})
     config.write_text(before)
     assert repro(repository) == SOURCES  # DVC remembers the run
 

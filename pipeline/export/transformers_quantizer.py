@@ -10,6 +10,7 @@ and its message says what to import. It is no other attention: a model that is l
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,15 @@ def check_complete(model: nn.Module, files: list[str]) -> None:
     for path in files:
         with safe_open(path, framework="pt") as file:
             present |= set(file.keys())
-    if model.config.tie_word_embeddings:
-        present.add(find_architecture(model.config).lm_head)
-    prefix = f"{model.base_model_prefix}."
-    names = (name for name in model.state_dict() if name not in present and prefix + name not in present)
-    if missing := sorted(names):
+    if missing := find_missing(model, present):
         raise ExportError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])}; get a complete copy")
+
+
+def find_missing(model: nn.Module, present: Collection[str]) -> list[str]:
+    """Tensors of `model` that a folder with those `present` lacks; of two tied tables it holds one."""
+    tied = {find_architecture(model.config).lm_head} if model.config.tie_word_embeddings else set()
+    known, prefix = tied | set(present), f"{model.base_model_prefix}."
+    return sorted(name for name in model.state_dict() if name not in known and prefix + name not in known)
 
 
 def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:

@@ -64,7 +64,7 @@ def scale_prefix(prefix_kv: torch.Tensor, scales: Scales, r2: Rotation, inverse:
     keys, values = prefix_kv.double()
     scales = {place: (1 / own.double() if inverse else own.double()).to(keys.device) for place, own in scales.items()}
     if "key" in scales:
-        keys = keys * torch.cat((scales["key"], scales["key"]), dim=-1).unsqueeze(1)
+        keys = keys * _spread_pairs(scales["key"]).unsqueeze(1)
     if "value" in scales:
         values = r2.apply(r2.undo(values) * scales["value"].unsqueeze(1))
     return torch.stack((keys, values)).to(prefix_kv)
@@ -131,10 +131,9 @@ class Equalizer:
         if site == "key":
             keys = self.block.self_attn.key_quantizer
             x = keys.split_heads(x, self.architecture.heads_first).transpose(1, 2).flatten(2)
-        elif site == "attention_output":
-            x = self._basis("value")[1](x)
         else:
-            x = self._basis(site)[1](x)
+            _, undo = self._basis("value" if site == "attention_output" else site)
+            x = undo(x)
         return x.flatten(0, 1)
 
     @contextmanager
@@ -221,7 +220,7 @@ class Equalizer:
 
     def _scale_keys_(self, pairs: torch.Tensor) -> None:
         attention = self.block.self_attn
-        s = torch.cat((pairs, pairs), dim=-1)  # [kv_heads or 1, d]: RoPE turns channel i with i + d/2
+        s = _spread_pairs(pairs)
         heads = attention.q_proj.out_features // (self.head_dim * self.kv_heads)
         for_queries = s.repeat_interleave(heads, dim=0)
         if not hasattr(attention, "k_norm"):
@@ -238,9 +237,9 @@ def _site(place: str) -> str:
     return "attention_output" if place == "value" else place
 
 
-def _site(place: str) -> str:
-    """The quantizer that channels are scaled for."""
-    return "attention_output" if place == "value" else place
+def _spread_pairs(pairs: torch.Tensor) -> torch.Tensor:
+    """Scales of pairs [..., d / 2] -> of channels [..., d]: RoPE turns channel i with i + d/2."""
+    return torch.cat((pairs, pairs), dim=-1)
 
 
 _Basis = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]

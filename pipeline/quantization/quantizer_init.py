@@ -32,7 +32,7 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
-from pipeline.quantization.equalization import EQUALIZATION, Equalizer, Scales, scale_prefix, select_block
+from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.quantization.params import QuantizerInitParams, find_group_size, site_params
 from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
@@ -154,9 +154,16 @@ def init_blocks(
         return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
 
     blocks = prefetch_blocks(load, range(start, checkpoint.block_count), runner.device)
+    r2 = load_rotation(checkpoint.folder, "r2")
     for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
         block = next(blocks)
-        report, scales = _init_block_(checkpoint, index, block, channels[index], hidden, prefix_kv, init, runner, ranks)
+        settings, plan = plan_block(init, checkpoint, index)
+        equalizer = Equalizer(block, checkpoint.architecture, settings, r2, tuple(init.equalize))
+        scales = equalizer.choose(channels[index])
+        equalizer.scale_(scales)
+        own_prefix = runner.take_prefix(prefix_kv, index)
+        own_prefix = None if own_prefix is None else scale_prefix(own_prefix, scales, r2)
+        report = _init_block_(checkpoint, index, block, plan, hidden, own_prefix, init, runner, ranks)
         tensors = block.state_dict()
         if ranks.first:
             if scales:
@@ -199,21 +206,15 @@ def _init_block_(
     checkpoint: Checkpoint,
     index: int,
     block: nn.Module,
-    channels: dict[str, torch.Tensor],
+    plan: dict[str, SitePlan],
     hidden: torch.Tensor,
-    prefix_kv: torch.Tensor | None,
+    own_prefix: torch.Tensor | None,
     init: QuantizerInitParams,
     runner: BlockRunner,
     ranks: Ranks,
-) -> tuple[dict[str, Any], Scales]:
-    """Quantize one block and move `hidden` behind it; its report, and the scales it was equalized by."""
+) -> dict[str, Any]:
+    """Quantize one equalized block and move `hidden` behind it; its report."""
     architecture = checkpoint.architecture
-    settings, plan = plan_block(init, checkpoint, index)
-    own_prefix = runner.take_prefix(prefix_kv, index)
-    equalizer = Equalizer(block, architecture, settings, load_rotation(checkpoint.folder, "r2"), tuple(init.equalize))
-    scales = equalizer.choose(channels)
-    equalizer.scale_(scales)
-    own_prefix = None if own_prefix is None else scale_prefix(own_prefix, scales, equalizer.r2)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
         statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
@@ -225,7 +226,7 @@ def _init_block_(
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not all(torch.isfinite(window).all() for window in hidden):
         raise NumericalError(f"block {index}: its quantized output is not finite")
-    return {"block_error": block_error, "sites": report, "saturation": saturation}, scales
+    return {"block_error": block_error, "sites": report, "saturation": saturation}
 
 
 def assemble_checkpoint(

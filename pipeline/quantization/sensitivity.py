@@ -50,8 +50,9 @@ def measure_sensitivity(
     found: list[dict[str, torch.Tensor]] = []
     backwards = range(count - 1, -1, -1)
     blocks = prefetch_blocks(lambda index: load_block(checkpoint, index), backwards, runner.device)
+    r2 = load_rotation(checkpoint.folder, "r2")
     for index in show_progress(backwards, count, "sensitivity"):
-        settings, r2 = block_settings(checkpoint, index), load_rotation(checkpoint.folder, "r2")
+        settings = block_settings(checkpoint, index)
         equalizer = Equalizer(next(blocks), checkpoint.architecture, settings, r2, places)
         sums, own_prefix = equalizer.make_sums(), runner.take_prefix(prefix_kv, index)
         for rows in batches(len(hidden), runner.batch_size):

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from pipeline.blocks.quantized import BlockSettings, fill_block
 from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.rotation.matrices import Rotation, count_rows
 from pipeline.runtime.errors import PipelineError
@@ -95,7 +96,7 @@ class InvarianceGate:
             RotationError: the rotated model's logits are not the original's.
         """
         head = self.checkpoint.load_lm_head()
-        gain = find_gain(self.checkpoint.load_final_norm())
+        gain = find_gain(self.checkpoint.load_final_norm(), self.checkpoint.architecture.norm_offset)
         eps = find_eps(self.checkpoint.load_final_norm())
         folds = folded is not None
         original, rotated = (
@@ -138,10 +139,11 @@ class InvarianceGate:
 
 def compute_exactly_(block: nn.Module) -> None:
     """Let a float64 block's norms, and its attention where transformers' would not, compute in float64."""
+    config = block.self_attn.config
+    offset = find_architecture(config).norm_offset
     for module in block.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(normalise, gain=find_gain(module), eps=find_eps(module))
-    config = block.self_attn.config
+            module.forward = functools.partial(normalise, gain=find_gain(module, offset), eps=find_eps(module))
     if config._attn_implementation == "eager":
         config._attn_implementation = _EAGER
 
@@ -151,11 +153,10 @@ def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
-def find_gain(norm: nn.Module) -> torch.Tensor:
-    """What an RMSNorm multiplies by, float64: its weight, or, in families that store it so, 1 + weight."""
-    weight = norm.weight.detach().double()
-    gain = 1 + weight if type(norm).__name__.startswith("Gemma") else weight
-    x = torch.linspace(1, 2, len(weight), device=weight.device)
+def find_gain(norm: nn.Module, offset: float) -> torch.Tensor:
+    """What an RMSNorm multiplies by, float64: its weight and the family's `norm_offset`."""
+    gain = norm.weight.detach().double() + offset
+    x = torch.linspace(1, 2, len(gain), device=gain.device)
     expected = type(norm).forward(norm, x.to(norm.weight.dtype)).double()
     error = (normalise(x.double(), gain, find_eps(norm)) - expected).abs().max() / expected.abs().max()
     assert error < 0.02, f"{type(norm).__name__} is not the norm it is taken for"  # bfloat16 at worst

@@ -23,7 +23,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from pipeline.blocks.quantized import BlockSettings, find_settings, find_site_quantizers
-from pipeline.export.transformers_quantizer import ExportError, build_packed_
+from pipeline.export.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
@@ -56,10 +56,8 @@ class PrefixQuantModel(nn.Module):
         if skeleton is None:
             raise ServingError("weights cannot be loaded a second time into a served model: start it anew")
         tensors = dict(weights)
-        missing, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
-        if skeleton.config.tie_word_embeddings:  # one table is stored, and vLLM ties the two as transformers does
-            missing = [name for name in missing if name != "lm_head.weight"]
-        if missing or unexpected:
+        _, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
+        if (missing := find_missing(skeleton, tensors)) or unexpected:
             raise ExportError(
                 f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
                 f"{unexpected[:3]}; get an intact copy"

@@ -31,7 +31,7 @@ from pipeline.models.checkpoint import (
     save_block_file,
 )
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
-from pipeline.quantization.equalization import EQUALIZATION, Equalizer, Scales, scale_prefix, select_block
+from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import load_tensors, write_json
 from pipeline.runtime.progress import show_progress
@@ -139,12 +139,13 @@ def finetune_blocks(
         for split, stream in streams["quantized"].items()
         if "quant_input" in wanted
     }
-    exact_blocks, r2 = load_blocks(rotated, runner.device, start), load_rotation(rotated.folder, "r2")
+    exact_blocks = load_blocks(rotated, runner.device, start)
+    scales, r2 = load_scales(initial), load_rotation(rotated.folder, "r2")
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
         exact_block = next(exact_blocks)
         own_prefix = exact_prefix = runner.take_prefix(prefix_kv, index)
         if own_prefix is not None:
-            exact_prefix = scale_prefix(own_prefix, load_scales(initial, index), r2, inverse=True)
+            exact_prefix = scale_prefix(own_prefix, select_block(scales, index), r2, inverse=True)
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
@@ -209,12 +210,10 @@ def _finetune_block(
     return report, block.state_dict()
 
 
-def load_scales(initial: Checkpoint, index: int) -> Scales:
-    """What block `index` was equalized by."""
-    if not (initial.folder / EQUALIZATION).is_file():
-        return {}
-    stored, _ = load_tensors(initial.folder / EQUALIZATION, initial.stage)
-    return select_block(stored, index)
+def load_scales(initial: Checkpoint) -> dict[str, torch.Tensor]:
+    """What all blocks were equalized by, for `select_block`."""
+    path = initial.folder / EQUALIZATION
+    return load_tensors(path, initial.stage)[0] if path.is_file() else {}
 
 
 def use_full_precision_(
@@ -227,8 +226,8 @@ def use_full_precision_(
     """
     architecture = initial.architecture
     exact = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
-    r2 = load_rotation(rotated.folder, "r2")
-    Equalizer(exact, architecture, block_settings(initial, index), r2).scale_(load_scales(initial, index))
+    equalizer = Equalizer(exact, architecture, block_settings(initial, index), load_rotation(rotated.folder, "r2"))
+    equalizer.scale_(select_block(load_scales(initial), index))
     quantizers, weights = find_site_quantizers(block, architecture), {}
     for site, readers in architecture.site_readers.items():
         for name in readers:

@@ -13,6 +13,7 @@ computes what the frozen one will.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,17 +115,19 @@ def unfreeze_(
             if linear.bias is not None:
                 found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
         if linear.spec.enabled:
-            found.quantizers.append(_make_relative_(linear, "weight_scale", grid=linear.spec.grid))
+            found.quantizers.append(_make_relative_(linear, "weight_scale", _Relative, linear.spec.grid))
             if linear.weight_zero_point is not None:
-                found.quantizers.append(_make_relative_(linear, "weight_zero_point", linear.spec.bits))
+                bits = linear.spec.bits
+                found.quantizers.append(_make_relative_(linear, "weight_zero_point", _RelativeZeroPoint, bits))
     for quantizer in find_site_quantizers(block, architecture).values():
         for name, grid in (("scale", quantizer.spec.grid), ("clip_factor", None)):
             if _has(quantizer, name):
-                found.quantizers.append(_make_relative_(quantizer, name, grid=grid))
+                found.quantizers.append(_make_relative_(quantizer, name, _Relative, grid))
         if _has(quantizer, "zero_point"):
-            found.quantizers.append(_make_relative_(quantizer, "zero_point", quantizer.spec.bits))
+            found.quantizers.append(_make_relative_(quantizer, "zero_point", _RelativeZeroPoint, quantizer.spec.bits))
     for name in (*architecture.norms, *architecture.post_norms) if norms else ():
-        found.norms.append(_make_relative_gain_(block.get_submodule(name), architecture.norm_offset))
+        norm, offset = block.get_submodule(name), architecture.norm_offset
+        found.norms.append(_make_relative_(norm, "weight", _RelativeGain, offset, norm.weight.dtype))
     return found
 
 
@@ -169,17 +172,8 @@ def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = N
     return module.parametrizations[name].original
 
 
-def _make_relative_(
-    module: nn.Module, name: str, zero_point_bits: int | None = None, grid: Grid | None = None
-) -> nn.Parameter:
+def _make_relative_(module: nn.Module, name: str, kind: type[_Relative], *options: Any) -> nn.Parameter:
+    """Theta in place of a buffer or parameter; what the module sees is `kind` of what it was and the options."""
     initial = _make_parameter_(module, name).detach()
-    kind = _Relative(initial, grid) if zero_point_bits is None else _RelativeZeroPoint(initial, zero_point_bits)
-    parametrize.register_parametrization(module, name, kind, unsafe=True)
+    parametrize.register_parametrization(module, name, kind(initial, *options), unsafe=True)
     return module.parametrizations[name].original
-
-
-def _make_relative_gain_(norm: nn.Module, offset: float) -> nn.Parameter:
-    dtype = norm.weight.dtype
-    initial = _make_parameter_(norm, "weight").detach()
-    parametrize.register_parametrization(norm, "weight", _RelativeGain(initial, offset, dtype), unsafe=True)
-    return norm.parametrizations["weight"].original
