@@ -140,11 +140,16 @@ def _contradictions(params: Params) -> list[str]:
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
     others = [name for name in params.export.formats if name != "peft"]
-    if others and params.rotation.r4 != "identity":
-        problems.append(
-            f"export.formats: {others[0]} cannot carry rotation.r4={params.rotation.r4!r}, which acts online; "
-            "set rotation.r4: identity"
-        )
+    own = params.rotation
+    for name, acts, instead in (
+        ("r1", own.r1 == "online", "hadamard"),
+        ("r4", own.r4 != "identity", "identity"),
+    ):
+        if others and acts:
+            problems.append(
+                f"export.formats: {others[0]} cannot carry rotation.{name}={getattr(own, name)!r}, which acts "
+                f"online; set rotation.{name}: {instead}"
+            )
     return problems
 
 
