@@ -23,7 +23,7 @@ from pipeline.blocks.quantized import block_settings, load_block
 from pipeline.export.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.export.model_card import write_model_card
 from pipeline.export.packed_block import pack_block_
-from pipeline.export.transformers_quantizer import ATTENTION
+from pipeline.export.transformers_quantizer import GUARDS
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress
@@ -76,7 +76,7 @@ def export_model(
         config = checkpoint.read_config()
         config.pop(CONFIG_KEY)
         config["tie_word_embeddings"] = checkpoint.architecture.lm_head not in sizes
-        config |= {"quantization_config": quantization, "attn_implementation": ATTENTION}
+        config |= {"quantization_config": quantization} | GUARDS
         write_json(partial / CONFIG, config)
         metrics = _measure(checkpoint, original, partial, sizes)
         write_model_card(partial, checkpoint, quantization["prefix"], metrics, results, text_start)

@@ -5,8 +5,12 @@ what transformers then asks for, through its public registry. The model's own cl
 by packed ones, quantizers and prefix are put in, and the tensors are loaded by transformers.
 
 Without this module transformers would skip a `quant_method` that it does not know, and fill the linears with random
-numbers. So config.json also names an attention that only this module registers, `ATTENTION`: transformers refuses it,
-and its message says what to import. It is no other attention: a model that is loaded computes with its family's own.
+numbers. So config.json also says what is missing (`GUARD`) where transformers looks for something else, and refuses:
+
+    transformers_weights    the name of a file of weights, which this is none; `from_pretrained`, whatever it is passed
+    attn_implementation     an attention that only this module registers; `from_config` too, of any version
+
+Neither means anything to a model that is loaded: it has its own files, and computes with its family's own attention.
 """
 
 import json
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -31,9 +35,10 @@ from pipeline.export.prefixed_model import prefix_model_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.files import write_json
 
-ATTENTION = f"{METHOD} (import pipeline.hf)"
-AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+GUARD = f"{METHOD} (import pipeline.hf)"
+GUARDS = {"transformers_weights": GUARD, "attn_implementation": GUARD}
+AttentionInterface.register(GUARD, sdpa_attention_forward)
+AttentionMaskInterface.register(GUARD, sdpa_mask)
 
 
 @register_quantization_config(METHOD)
@@ -83,10 +88,16 @@ class PrefixQuantizer(HfQuantizer):
             return device_map
         return device_map | {"prefix_kv": next((place for place in device_map.values() if place != "disk"), "cpu")}
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """What transformers calls before it looks for files."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            del config.transformers_weights
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if model.config._attn_implementation == ATTENTION:
+        if model.config._attn_implementation == GUARD:
             model.set_attn_implementation(find_architecture(model.config).kernel)
         build_packed_(model, self.quantization_config)
         check_complete(model, checkpoint_files or [])
@@ -99,7 +110,7 @@ class PrefixQuantizer(HfQuantizer):
         path = folder / "config.json"
         if path.is_file():  # of adapters alone there is none
             config = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, config | {"attn_implementation": ATTENTION})
+            write_json(path, config | GUARDS)
             write_manifest(folder)
 
     def is_serializable(self, **kwargs: Any) -> bool:

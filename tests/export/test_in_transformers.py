@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import pipeline.hf  # noqa: F401
 from pipeline.export.loading import check_folder, load
 from pipeline.export.manifest import ExportError
-from pipeline.export.transformers_quantizer import ATTENTION
+from pipeline.export.transformers_quantizer import GUARD, GUARDS
 from pipeline.models.checkpoint import Checkpoint
 from tests.conftest import ROOT, read_json
 from tests.export.test_folder import TEXT, make_export
@@ -158,13 +158,41 @@ def test_tables_that_are_equal_are_kept_once(imported, tmp_path):
         assert torch.equal(again(TEXT).logits, evaluated(TEXT).logits)
 
 
-def test_without_the_import_transformers_gives_no_model(exported):
-    program = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({!r})"
-    command = [sys.executable, "-c", program.format(str(exported[0]))]
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("from_pretrained(folder)", "transformers file in the config seems to be incorrect"),
+        (
+            "from_pretrained(folder, attn_implementation='sdpa')",
+            "transformers file in the config seems to be incorrect",
+        ),
+        ("from_pretrained(folder, config=AutoConfig.from_pretrained(folder), attn_implementation='eager')", "transf"),
+        ("from_pretrained(folder, use_safetensors=False, attn_implementation='eager')", "transformers file in"),
+        ("from_config(AutoConfig.from_pretrained(folder))", "is not supported"),
+    ],
+)
+def test_without_the_import_transformers_gives_no_model(exported, call, message):
+    program = f"folder = {str(exported[0])!r}; AutoModelForCausalLM.{call}"
+    command = [sys.executable, "-c", "from transformers import AutoConfig, AutoModelForCausalLM; " + program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'attn_implementation="prefixquant (import pipeline.hf)"` is not supported' in done.stderr
-    assert load(exported[0])[0].config._attn_implementation == "sdpa"
+    assert message in done.stderr
+    assert GUARD in done.stderr
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_with_the_import_an_attention_of_ones_own_is_heeded(exported, attention):
+    folder, evaluated, _ = exported
+    assert load(folder)[0].config._attn_implementation == "sdpa"
+    config = AutoConfig.from_pretrained(folder)
+    for options in ({}, {"config": config}):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options)
+        assert model.config._attn_implementation == attention
+        assert "transformers_weights" not in model.config
+        off = (model(TEXT).logits - evaluated(TEXT).logits).abs().max() / evaluated(TEXT).logits.abs().max()
+        assert off < 1e-4
+    assert config.transformers_weights == GUARD  # the caller's stays as it was
 
 
 @torch.no_grad()
@@ -173,7 +201,7 @@ def test_what_save_pretrained_writes_is_an_exported_folder(exported, tmp_path):
     model, tokenizer = load(folder)
     tokenizer.save_pretrained(tmp_path / "again")
     model.save_pretrained(tmp_path / "again")
-    assert read_json(tmp_path / "again/config.json")["attn_implementation"] == ATTENTION
+    assert read_json(tmp_path / "again/config.json").items() >= GUARDS.items()
     assert torch.equal(load(tmp_path / "again")[0](TEXT).logits, evaluated(TEXT).logits)
     (tmp_path / "again/model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ExportError, match=r"model\.safetensors is damaged or was changed"):
