@@ -22,6 +22,7 @@ from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import parse_params
+from pipeline.runtime.errors import run_main
 from pipeline.runtime.ranks import Ranks, shuffle
 from pipeline.text.windows import load_windows
 from pipeline.training.block_wise import BlockData, BlockTrainer
@@ -117,4 +118,4 @@ def format_tables(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

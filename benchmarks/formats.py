@@ -26,6 +26,7 @@ from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.rotation.merging import rotate_model
 from pipeline.runtime.artifacts import make_header
+from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows, start_behind
 
 GROUPS = ("weights", "activations", "keys", "values")
@@ -116,4 +117,4 @@ def measure(row: str, artifacts: Path, work: Path, count: int, calibration: int,
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
 from pipeline.export.loading import load
+from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import current_rss_gib, peak_rss_gib, return_freed_memory
 from pipeline.text.windows import load_windows
 
@@ -108,4 +109,4 @@ def format_table(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

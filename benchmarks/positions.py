@@ -19,6 +19,7 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
+from pipeline.runtime.errors import run_main
 from pipeline.text.calibration import cut_documents
 from pipeline.text.corpora import read_local_documents
 from pipeline.text.windows import load_start_token, load_windows
@@ -105,4 +106,4 @@ def format_table(exact: Losses, rows: dict[str, Losses]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.quality import SIZES
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
+from pipeline.runtime.errors import run_main
 
 OUTLIER_LOSS = {
     "loss_type": "outlier",
@@ -131,4 +132,4 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.runtime.errors import run_main
 
 SIZES = {
     "screening": {
@@ -229,4 +230,4 @@ def format_table(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

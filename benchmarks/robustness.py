@@ -34,7 +34,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.robustness_cases import KINDS, WEIGHTS, Bases, Trial
+from benchmarks.workspace import read_rows
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.files import write_json
 
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, help="keep every mutation there; what it has is not run again")
     arguments = parser.parse_args()
-    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    rows = read_rows(arguments.json)
     with tempfile.TemporaryDirectory() as work:
         bases = Bases(Path(work) / "bases")
         for number in range(arguments.first, arguments.first + arguments.count):
@@ -108,6 +111,7 @@ def _collect(child: int, reader: int) -> dict[str, str]:
 
 def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) -> dict[str, str]:
     mutation = "?"
+    torch.set_num_threads(1)  # in a fork torch makes its pool anew; of several threads that ask first one may find none
     with (folder / "output").open("w+") as output:
         for target in (1, 2):
             os.dup2(output.fileno(), target)

@@ -102,7 +102,7 @@ class Bases:
         transformers_logging.set_verbosity_error()
 
     def prepare(self, kind: str) -> None:
-        for name in {"export": ["export"], "command": ["export", "text"], "checkpoint": ["checkpoint"]}.get(kind, []):
+        for name in {"export": ["export"], "command": ["export", "texts"], "checkpoint": ["checkpoint"]}.get(kind, []):
             self.find(name)
         if kind == "gguf":
             self.find("gguf")
@@ -116,14 +116,17 @@ class Bases:
 
     def _make_checkpoint(self, path: Path) -> None:
         make_model("llama_tied").save_pretrained(path)
-        make_tokenizer().save_pretrained(path)
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        tokenizer.save_pretrained(path)
 
     def _make_gguf(self, path: Path) -> None:
         path.mkdir()
         write_gguf(path / "model.gguf", make_model("llama_tied"), make_tokenizer())
 
-    def _make_text(self, path: Path) -> None:
-        path.write_text(PROSE, encoding="utf-8")
+    def _make_texts(self, path: Path) -> None:
+        path.mkdir()
+        (path / "prose.txt").write_text(PROSE, encoding="utf-8")
 
     def _make_export(self, path: Path) -> None:
         imported = self.root / "imported"
@@ -311,7 +314,7 @@ YAML = {
 
 
 def compare_values(raw: Any, parsed: Any, where: str = "") -> str | None:
-    """Whether what stands in the file is what was understood; numbers may stand there as text."""
+    """Whether what stands in the file is what was understood; numbers may stand there as text, and are rounded once."""
     if isinstance(raw, dict) and isinstance(parsed, dict):
         problems = (compare_values(own, parsed.get(key), f"{where}.{key}") for key, own in raw.items())
         return next((problem for problem in problems if problem), None)
@@ -319,8 +322,8 @@ def compare_values(raw: Any, parsed: Any, where: str = "") -> str | None:
         problems = (compare_values(*pair, f"{where}[]") for pair in zip(raw, parsed, strict=True))
         return next((problem for problem in problems if problem), None)
     same = raw == parsed and isinstance(raw, bool) == isinstance(parsed, bool)
-    if not same and isinstance(raw, str) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        with contextlib.suppress(ValueError):
+    if not same and isinstance(raw, str | int) and type(parsed) in (int, float) and type(raw) is not bool:
+        with contextlib.suppress(ValueError, OverflowError):
             same = float(raw) == parsed
     return None if same else f"{where}: {raw!r} stands there, {parsed!r} was understood"
 
@@ -540,7 +543,7 @@ NUMBERS = ("0", "-1", "1", "2", "8", "32", "100", "100000", "x", "", "1e3", "9" 
 
 
 def break_command(rng: random.Random, bases: Bases, folder: Path) -> Trial:
-    export, text = bases.find("export"), bases.find("text")
+    export, text = bases.find("export"), bases.find("texts") / "prose.txt"
     (folder / "empty.txt").write_text("")
     result = folder / "result.json"
     if rng.random() < 0.6:

@@ -41,6 +41,7 @@ from pipeline.params import parse_params
 from pipeline.prefix.plan import plan_prefix_search
 from pipeline.quantization.plan import plan_quantizer_init
 from pipeline.rotation.plan import plan_rotation
+from pipeline.runtime.errors import run_main
 from pipeline.runtime.memory import GIB, Share
 from pipeline.text.windows import load_windows
 from pipeline.training.plan import plan_finetuning
@@ -330,4 +331,4 @@ def format_table(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

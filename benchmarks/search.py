@@ -27,6 +27,7 @@ from pipeline.quantization.quantizer_init import plan_block
 from pipeline.quantization.statistics import choose_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import write_json
+from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows
 
 BLOCKS = (2, 11, 28)
@@ -92,4 +93,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pipeline.export.loading import load
 from pipeline.export.prefixed_model import strip_start_token
+from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows
 
 LENGTHS = (5, 17, 40, 64, 100, 163, 256, 400)
@@ -185,4 +186,4 @@ def find_gap(model: PreTrainedModel, text: list[int], output: Any) -> float | No
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.blocks.walk import batches
 from pipeline.models.checkpoint import CONFIG, Checkpoint
+from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows
 
 STAGES = ("rotation", "prefix_search", "quantizer_init", "evaluation@original", "evaluation@quantizer_init")
@@ -135,4 +136,4 @@ def _pick(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.quality import format_table, mean_and_error
 from benchmarks.workspace import ROOT
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.runtime.errors import run_main
 
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 STEPS = (("original", "original_prefix"), ("original_prefix", "quantizer_init"), ("quantizer_init", "finetuning"))
@@ -48,4 +49,4 @@ def paired_differences(before: Path, after: Path) -> dict[str, tuple[float, floa
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ import yaml
 
 from pipeline.params import parse_params
 from pipeline.runtime.artifacts import fingerprint, fingerprint_file, write_json
+from pipeline.runtime.errors import PipelineError, reading
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,8 +86,11 @@ class Workspace:
         name, _, variant = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{name}", *([variant] if variant else []), "--plan"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        text = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
-        return {name: float(size) for name, size in re.findall(r"(memory|GPU|disk|hidden states),? ([\d.]+) GiB", text)}
+        done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        return {
+            name: float(size)
+            for name, size in re.findall(r"(memory|GPU|disk|hidden states),? ([\d.]+) GiB", done.stdout)
+        }
 
 
 def make_parser(
@@ -103,7 +107,10 @@ def make_parser(
 
 def read_rows(path: Path | None) -> dict[str, Any]:
     """The rows that an earlier run kept in --json."""
-    return json.loads(path.read_text()) if path and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {}
+    with reading(lambda why: PipelineError(f"{path} holds no rows ({why}); name another file, or remove it")):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_params() -> dict[str, Any]:

@@ -9,6 +9,9 @@ start token follows one that ends in it. Where texts begin with a start token, t
 """
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from pipeline.runtime.errors import PipelineError, summarise, was_raised_in
 logger = logging.getLogger(__name__)
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+_READERS = ("lm_eval", "datasets", "jinja2", "yaml", "random")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 
 
@@ -74,6 +78,8 @@ class PrefixedLM(HFLM):
         return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
 
     def _strip(self, string: str) -> str:
+        if not isinstance(string, str):  # a field of a row, taken for text
+            raise PipelineError(f"lm-eval: a task gives {string!r} ({type(string).__name__}) where text is expected")
         return string if self.start_token is None else string.removeprefix(self.start_token)
 
 
@@ -99,16 +105,21 @@ def run_tasks(
     found: dict[str, dict[str, float]] = {}
     items: dict[str, int] = {}
     for name, own in tasks.asked.items():
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[name],
-            num_fewshot=own.num_fewshot,
-            limit=own.limit,
-            task_manager=tasks.manager,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        with asking(f"lm-eval, task {name}"):
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=[name],
+                num_fewshot=own.num_fewshot,
+                limit=own.limit,
+                task_manager=tasks.manager,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
         found[name] = _pick_metrics(results["results"][name])
+        if not found[name]:
+            raise PipelineError(f"lm-eval, task {name}: none of its metrics is one of {', '.join(_METRICS)}")
+        if not all(map(math.isfinite, found[name].values())):
+            raise PipelineError(f"lm-eval, task {name}: {found[name]}; the model or its quantizers are broken")
         items[name] = sum(count["effective"] for count in results["n-samples"].values())
     metrics: dict[str, Any] = {"tasks": found, "task_items": items} if found else {}
     if set(COMMONSENSE) <= set(found):
@@ -116,6 +127,17 @@ def run_tasks(
         means = {"acc": [own["acc"] for own in five], "acc_norm": [own.get("acc_norm", own["acc"]) for own in five]}
         metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in means.items()}
     return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """What lm-eval refuses, or what it reads tasks with, is one message; an error of ours or the model's stays one."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PipelineError) or not was_raised_in(error, *_READERS):
+            raise
+        raise PipelineError(f"{what}: {summarise(error)}") from error
 
 
 def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
@@ -134,9 +156,5 @@ def run_command_line() -> None:
     arguments = parser.parse_args()
     own = getattr(arguments, "include_path", None)
     arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
-    try:
+    with asking("lm-eval"):
         parser.execute(arguments)
-    except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
-        if not was_raised_in(error, "lm_eval"):
-            raise
-        raise PipelineError(f"lm-eval: {summarise(error)}") from error

@@ -34,6 +34,7 @@ from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.windows import put_in_front
 
 _POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
+_HIGHEST_LOSS = 700.0  # nats a token; exp of more is beyond floating point, and JSON knows no infinity
 
 
 class QuantizerCountError(PipelineError):
@@ -73,8 +74,13 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """Windows are equally long, so the mean over windows is the mean over targets."""
-        return math.exp(self.losses.mean().item())
+        """Windows are equally long, so the mean over windows is the mean over targets. Raises NonFiniteError."""
+        loss = self.losses.mean().item()
+        if not loss <= _HIGHEST_LOSS:
+            raise NonFiniteError(
+                f"a loss of {loss:.6g} nats a token has no perplexity; the model or its quantizers are broken"
+            )
+        return math.exp(loss)
 
     @property
     def standard_error(self) -> float | None:

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 import pipeline.evaluation.packaged_tasks  # noqa: F401  (tasks/*.yaml call it)
 from pipeline.evaluation.params import EvaluationParams, TaskParams
-from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.errors import PipelineError, reading
 from pipeline.runtime.sources import as_path
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not as_path(folder).is_dir():
         raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
-    manager = TaskManager(include_path=[str(FOLDER), *([str(as_path(folder))] if folder else [])])
+    with reading(lambda why: TaskError(f"evaluation.task_folder={folder!r}: cannot be read ({why})")):
+        manager = TaskManager(include_path=[str(FOLDER), *([str(as_path(folder))] if folder else [])])
     problems = {}
     for name in asked:
         if name not in manager.task_index:
@@ -65,9 +66,10 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
             problems[name] = f"is no task of lm-eval or of this project{near}"
             continue
         try:
-            manager.load([name])
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, PipelineError) as error:
-            problems[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            with reading(TaskError):
+                manager.load([name])
+        except PipelineError as error:
+            problems[name] = str(error)
     if problems and not skip_unavailable:
         listed = "\n".join(f"  evaluation.tasks.{name}: {reason}" for name, reason in problems.items())
         raise TaskError(f"tasks that cannot be had:\n{listed}\nremove them, or set evaluation.skip_unavailable: true")

@@ -45,6 +45,7 @@ class PrefixedModel(PreTrainedModel):
     prefix_kv: torch.Tensor | None
     start_token_id: int | None
     text_start_token_id: int | None
+    supports_gradient_checkpointing = False  # see `forward`
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Its class has no name to be found by: pickles hold the one behind it."""
@@ -75,10 +76,15 @@ class PrefixedModel(PreTrainedModel):
             past_key_values: None, or what an earlier call returned, or `make_cache()`.
 
         Raises:
-            ValueError: a cache of another kind, a mask that is not [B, past + T], or attention kernels that cannot keep
-                the prefix in sight where blocks slide.
+            ValueError: a cache of another kind, a mask that is not [B, past + T], attention kernels that cannot keep
+                the prefix in sight where blocks slide, or gradient checkpointing.
             UnsupportedModelError: a text so long that RoPE would turn what is in the cache in another way.
         """
+        if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base_model.layers):
+            raise ValueError(
+                "gradient checkpointing takes the cache away from blocks, and with it the prefix and the quantizers of "
+                "keys and values; switch it off"
+            )
         cache = self.make_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, PrefixCache):
             raise ValueError(

@@ -6,6 +6,7 @@ id. One block is in memory at a time, then embedding and lm_head. Pickled checkp
 """
 
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,11 @@ def import_model(
                     f"model.source={source!r}: pad_token_id={config.pad_token_id} is beyond "
                     f"vocab_size={config.vocab_size}"
                 )
+            positions = find_max_positions(config)
+            if positions < 1:
+                raise ModelImportError(f"model.source={source!r}: by its config texts have {positions} positions")
+            portable = _portable_config(config, dtype)
+            json.dumps(portable, allow_nan=False)  # here, since what is written holds no NaN
             skeleton = build_skeleton(config)
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
@@ -86,7 +92,7 @@ def import_model(
         _check_names(source, set(expected), present, optional=architecture.lm_head)
         layers = skeleton.model.layers
         widths, window = architecture.site_widths(layers[0]), find_narrowest_window(config, layers)
-        check_plan(widths, config.num_hidden_layers, find_max_positions(config), window)
+        check_plan(widths, config.num_hidden_layers, positions, window)
 
         def read(name: str) -> torch.Tensor:
             with reading(lambda why: ModelImportError(f"model.source={source!r}: {name} cannot be read ({why})")):
@@ -102,7 +108,7 @@ def import_model(
                 rest -= names
             writer.write_embeddings({name: read(name) for name in sorted(rest)})
             copy_companions(opened.companions, partial)
-            writer.finish(_portable_config(config, dtype), settings={})
+            writer.finish(portable, settings={})
             _complete_tokenizer(source, partial, config.vocab_size)
             _check_generation(source, partial)
             checked = check_result(opened, partial)

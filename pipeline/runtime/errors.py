@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 TRACEBACK = "PREFIXQUANT_TRACEBACK"
 _MACHINE = (OSError, MemoryError, EOFError, ImportError)
-_MACHINE_NAMES = {"OutOfMemoryError", "SafetensorError"}  # of packages that need not be imported for their names
+_MACHINE_NAMES = {"OutOfMemoryError", "SafetensorError", "CalledProcessError"}  # known without importing their packages
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE}  # no matter of what is read
 _INTERRUPTED = 130  # as shells have it
 
@@ -55,12 +55,13 @@ def summarise(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def was_raised_in(error: BaseException, package: str) -> bool:
-    """Whether the line that raised it is one of `package`."""
+def was_raised_in(error: BaseException, *packages: str) -> bool:
+    """Whether the line that raised it is one of `packages`, or its type."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package
+    line = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return any(module.partition(".")[0] in packages for module in (line, type(error).__module__))
 
 
 def run_main(main: Callable[[], None]) -> None:

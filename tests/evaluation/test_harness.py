@@ -18,6 +18,7 @@ from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.task_data import TaskError, Tasks, open_tasks
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.params import parse_params
+from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.params import ParamsError
 from pipeline.text.corpora import fetch_corpus, read_documents, read_packaged_split
 from tests.conftest import ROOT, make_model, open_model
@@ -189,6 +190,51 @@ def test_what_cannot_be_had_is_named_before_the_work_or_skipped(tmp_path):
     assert tasks.skipped == ["gone", "hellaswagg"]
     with pytest.raises(TaskError, match="there is no such folder"):
         open_tasks(asked, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_to_text": "{{question."}, "evaluation.tasks.colours: expected name or number"),
+        ({"doc_to_text": "{{nothing}}"}, "evaluation.tasks.colours: 'nothing' is undefined"),
+        ({"doc_to_text": None, "dataset_kwargs": None}, "evaluation.tasks.colours: "),
+        ({"output_type": "nonsense"}, "evaluation.tasks.colours: Got invalid output_type 'nonsense'"),
+    ],
+)
+def test_a_task_that_is_written_wrongly_is_named_before_the_work(change, message, tmp_path):
+    local_task(tmp_path, "colours")
+    task = yaml.safe_load((tmp_path / "colours.yaml").read_text()) | change
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump({key: value for key, value in task.items() if value}))
+    with pytest.raises(TaskError, match=message):
+        open_tasks({"colours": TaskParams()}, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "shots", "message"),
+    [
+        ({}, 10**6, "lm-eval, task colours: Sample larger than population"),
+        ({"output_type": "loglikelihood_rolling"}, None, r"a task gives 0 \(int\) where text is expected"),
+        ({"output_type": "generate_until"}, None, r"lm-eval, task colours: .*requested max tokens to generate \(256\)"),
+        ({"metric_list": [{"metric": "brier_score"}]}, None, "task colours: none of its metrics is one of acc,"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_one_message(change, shots, message, imported, tmp_path):
+    model, _, _ = prefixed(imported)
+    local_task(tmp_path, "colours")
+    task = yaml.safe_load((tmp_path / "colours.yaml").read_text()) | change
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump(task))
+    tasks = open_tasks({"colours": TaskParams(num_fewshot=shots, limit=2)}, str(tmp_path))
+    with pytest.raises(PipelineError, match=message):
+        run_tasks(model, open_model(imported["llama_tied"])[0].tokenizer, tasks, 2)
+
+
+def test_an_error_of_the_model_is_not_blamed_on_lm_eval(imported, tmp_path, monkeypatch):
+    model, _, _ = prefixed(imported)
+    local_task(tmp_path, "colours")
+    monkeypatch.setattr(model, "make_cache", lambda: 1 / 0)
+    tokenizer = open_model(imported["llama_tied"])[0].tokenizer
+    with pytest.raises(ZeroDivisionError):
+        run_tasks(model, tokenizer, open_tasks({"colours": TaskParams(limit=2)}, str(tmp_path)), 2)
 
 
 def test_the_average_is_of_the_five_commonsense_tasks_and_only_of_them(imported, tmp_path, monkeypatch):

@@ -7,7 +7,14 @@ import torch
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.evaluation import perplexity
-from pipeline.evaluation.perplexity import NonFiniteError, Original, QuantizerCountError, evaluate_windows, score_hidden
+from pipeline.evaluation.perplexity import (
+    NonFiniteError,
+    Original,
+    QuantizerCountError,
+    Scores,
+    evaluate_windows,
+    score_hidden,
+)
 from pipeline.runtime.artifacts import ArtifactError, make_header, save_tensors
 from pipeline.text.windows import put_in_front
 from tests.conftest import make_model, open_model
@@ -134,3 +141,11 @@ def test_non_finite_hidden_states_are_an_error(imported, token_ids, monkeypatch)
     monkeypatch.setattr(checkpoint, "embed", lambda ids: embed(ids) * float("inf"))
     with pytest.raises(NonFiniteError, match="not finite"):
         evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
+
+
+@pytest.mark.parametrize("loss", [1e4, torch.inf, torch.nan])
+def test_a_loss_beyond_any_perplexity_is_an_error(loss):
+    """exp(1e4) overflows, and JSON knows neither infinity nor NaN."""
+    scores = Scores(torch.tensor([1.0, loss], dtype=torch.float64), None, None)
+    with pytest.raises(NonFiniteError, match="nats a token has no perplexity"):
+        _ = scores.perplexity

@@ -3,8 +3,11 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +144,24 @@ def test_lora_on_top_trains_and_what_is_packed_stands_still(exported):
     assert generate(tuned).shape == (2, 18)
 
 
+@pytest.mark.parametrize("how", ["enabled", "of the model inside", "by its config"])
+def test_gradient_checkpointing_would_take_the_cache_from_blocks(exported, how):
+    """And with it the prefix and the quantizers of keys and values: transformers only warns of that."""
+    config = AutoConfig.from_pretrained(exported[0])
+    config.gradient_checkpointing = how == "by its config"
+    model = AutoModelForCausalLM.from_pretrained(exported[0], config=config).train()
+    if how == "enabled":
+        with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
+            model.gradient_checkpointing_enable()
+        return
+    if how == "of the model inside":
+        model.model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="takes the cache away from blocks, and with it the prefix and the quantizers"):
+        model(TEXT)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(TEXT).logits, exported[1](TEXT).logits)
+
+
 def test_tables_that_are_equal_are_kept_once(imported, tmp_path):
     """Gemma 2's norm is not folded into lm_head: rotation leaves the two as they were, tied."""
     folder, evaluated, _ = make_export(imported, tmp_path, "gemma2")
@@ -206,6 +227,23 @@ def test_what_save_pretrained_writes_is_an_exported_folder(exported, tmp_path):
     (tmp_path / "again/model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ExportError, match=r"model\.safetensors is damaged or was changed"):
         load(tmp_path / "again")
+
+
+def test_what_the_models_own_push_to_hub_uploads_is_an_exported_folder(exported, tmp_path, monkeypatch):
+    model, _ = load(exported[0])
+    uploaded = tmp_path / "uploaded"
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, name, **options: SimpleNamespace(repo_id=name)
+    )
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card of the hub's"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: card)
+    monkeypatch.setattr(
+        type(model), "_upload_modified_files", lambda self, folder, *args, **options: shutil.copytree(folder, uploaded)
+    )
+    model.push_to_hub("me/mine")
+    check_folder(uploaded)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(uploaded)(TEXT).logits, exported[1](TEXT).logits)
 
 
 def test_push_to_hub_sends_the_manifest(exported, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
+import functools
 import json
+import math
 import shutil
 
 import pytest
@@ -8,6 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from pipeline.blocks.import_gate import check_import
 from pipeline.models import importing as model_import
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
@@ -242,7 +245,9 @@ def test_weights_under_a_name_that_transformers_would_not_read_are_refused(model
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("kind", ["cut off", "pointer", "list"])
 def test_damaged_json_is_one_line(name, kind, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
@@ -317,6 +322,27 @@ def test_a_padding_id_beyond_the_vocabulary_is_refused(model_folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 320}))
     with pytest.raises(ModelImportError, match="pad_token_id=320 is beyond vocab_size=320"):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 10**30, "num_hidden_layers=10{30} in its config is no size"),
+        ("vocab_size", 0, "vocab_size=0 in its config is no size"),
+        ("hidden_size", "48", "hidden_size=48 in its config is no size"),
+        ("max_position_embeddings", -256, "by its config texts have -256 positions"),
+        ("max_position_embeddings", 0, "by its config texts have 0 positions"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": math.nan}, "do not fit .Out of range float values"),
+    ],
+)
+def test_sizes_that_are_none_are_refused_before_a_model_is_built(key, value, message, model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    gate = functools.partial(check_import, limit=8 << 30)
+    with pytest.raises(ModelImportError, match=message):
+        import_model(str(folder), None, torch.float32, tmp_path / "out", check_result=gate)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):

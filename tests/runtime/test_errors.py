@@ -32,6 +32,7 @@ def raising(error):
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "error: CUDA out of memory. Tried (PREFIX"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "error: DefaultCPUAllocator: can't"),
         (SafetensorError("I/O error: No space left"), "error: I/O error: No space left (PREFIX"),
+        (subprocess.CalledProcessError(1, ["x"]), "error: Command '['x']' returned non-zero exit status 1. (PREFIX"),
     ],
 )
 def test_what_is_no_bug_is_one_message(error, message, monkeypatch):
