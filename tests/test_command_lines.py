@@ -3,10 +3,13 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
+import torch
 
+from pipeline.blocks.kv_cache import PrefixCache
 from pipeline.evaluation import harness
 from pipeline.evaluation.texts import main as evaluate
 from pipeline.export.generation import main as generate
@@ -107,10 +110,56 @@ def test_lm_eval_goes_on_without_the_gpu_it_asks_for(folder, tmp_path, monkeypat
         (("--model", "prefixquant", "--tasks", "word_analogies"), "needs the exported folder: --model_args path="),
         (("--model", "prefixquant", "--model_args", "path=nowhere", "--tasks", "word_analogies"), "no such folder"),
         (("--model", "prefixquant", "--tasks", "nothing"), "lm-eval: "),
+        (("--tasks", "word_analogies", "--output_path", TEXT), "results.json cannot be written"),
     ],
 )
 def test_what_lm_eval_refuses_is_one_message(arguments, message, monkeypatch):
     assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("model_arguments", "more", "message"),
+    [
+        ("peft=adapter", (), "--model prefixquant takes no peft='adapter'; leave it out"),
+        ("foo=bar", (), "cannot be loaded"),
+        ("max_length=254", (), "max_length=254 is none of the 1 to 253 behind the prefix"),
+        ("dtype=float16", ("--apply_chat_template",), "the model's chat template cannot be applied"),
+        ("dtype=float16", ("--batch_size", "x"), "lm-eval: invalid literal for int"),
+    ],
+)
+def test_arguments_that_an_exported_model_cannot_have_are_refused(
+    folder, model_arguments, more, message, tmp_path, monkeypatch
+):
+    local_task(tmp_path, "colours")
+    arguments = ["--model", "prefixquant", "--model_args", f"path={folder},{model_arguments}", "--tasks", "colours"]
+    arguments += ["--include_path", tmp_path, "--limit", 2, *more]
+    assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
+
+
+def test_lm_eval_computes_in_the_type_it_is_told(folder):
+    assert harness.PrefixedLM(path=str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert harness.PrefixedLM(path=str(folder), max_length=99).max_length == 99
+    assert harness.PrefixedLM(path=str(folder)).max_length == 253
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "generation_config.json cannot be read"),
+        ('{"num_beams": 3}', "asks for what fails (`streamer` cannot be used with beam search"),
+        ('{"eos_token_id": "x"}', "asks for what fails"),
+    ],
+)
+def test_a_generation_config_is_its_users_and_is_read_as_such(change, message, folder, tmp_path, monkeypatch):
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "generation_config.json").write_text(change)
+    assert message in call(generate, changed, "The house", monkeypatch=monkeypatch)
+
+
+def test_a_bug_in_the_model_is_not_blamed_on_the_generation_config(folder, monkeypatch):
+    monkeypatch.setattr(PrefixCache, "expect_", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(generate, folder, "The house", monkeypatch=monkeypatch)
 
 
 STAGES = ("calibration", "rotation", "prefix_search", "prefix_training", "quantizer_init", "finetuning", "export")

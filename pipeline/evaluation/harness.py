@@ -8,6 +8,7 @@ does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likeliho
 start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Iterator
@@ -25,13 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.export.loading import load
 from pipeline.models.architectures import find_max_positions
-from pipeline.runtime.arguments import find_problem
-from pipeline.runtime.errors import PipelineError, summarise, was_raised_in
+from pipeline.runtime.arguments import check_writable, find_problem
+from pipeline.runtime.errors import PipelineError, reading, summarise, was_raised_in
 
 logger = logging.getLogger(__name__)
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _READERS = ("lm_eval", "datasets", "jinja2", "yaml", "random")
+_OF_OTHER_MODELS = ("peft", "delta", "parallelize", "autogptq", "gptqmodel", "gguf_file", "tp_plan")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 
 
@@ -49,17 +51,28 @@ class PrefixedLM(HFLM):
     ) -> None:
         """Of an exported folder, `path` or, by the name lm-eval's own class has for it, `pretrained`; or of a model in
         memory. A device that is not there gives way to one that is, as in lm-eval's own: it names cuda:0 by itself.
+        `dtype` and what lm-eval's own class does not know are options of loading; what it would do with another model
+        only, and leave out without a word with this one, is refused.
         """
         path = pretrained if isinstance(pretrained, str) else path
         if path is None and pretrained is None:
             raise PipelineError("--model prefixquant needs the exported folder: --model_args path=artifacts/export")
+        if unused := [name for name in _OF_OTHER_MODELS if kwargs.get(name)]:
+            raise PipelineError(f"--model prefixquant takes no {unused[0]}={kwargs[unused[0]]!r}; leave it out")
         if path is not None:
-            pretrained, tokenizer = load(Path(path), choose_device(device))
+            names = (kwargs.keys() - inspect.signature(HFLM).parameters.keys()) | (kwargs.keys() & {"dtype"})
+            options = {name: kwargs.pop(name) for name in sorted(names)}
+            pretrained, tokenizer = load(Path(path), choose_device(device), **options)
         prefix_kv = getattr(pretrained, "prefix_kv", None)
         replaced = prefix_kv is not None and pretrained.text_start_token_id is None
         self.start_token = tokenizer.bos_token if replaced else None
         if prefix_kv is not None:
-            kwargs = {"max_length": find_max_positions(pretrained.config) - prefix_kv.shape[-2]} | kwargs
+            longest = find_max_positions(pretrained.config) - prefix_kv.shape[-2]
+            kwargs["max_length"] = longest if kwargs.get("max_length") is None else kwargs["max_length"]
+            if not isinstance(kwargs["max_length"], int) or not 1 <= kwargs["max_length"] <= longest:
+                raise PipelineError(
+                    f"max_length={kwargs['max_length']!r} is none of the 1 to {longest} behind the prefix"
+                )
         if replaced:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
@@ -76,6 +89,10 @@ class PrefixedLM(HFLM):
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        with reading(lambda why: PipelineError(f"the model's chat template cannot be applied ({why})")):
+            return super().apply_chat_template(*args, **kwargs)
 
     def _strip(self, string: str) -> str:
         if not isinstance(string, str):  # a field of a row, taken for text
@@ -156,5 +173,8 @@ def run_command_line() -> None:
     arguments = parser.parse_args()
     own = getattr(arguments, "include_path", None)
     arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
+    if getattr(arguments, "output_path", None):  # lm-eval would find that out behind the work, and only log it
+        path = Path(arguments.output_path)
+        check_writable(path if path.suffix == ".json" else path / "results.json")
     with asking("lm-eval"):
         parser.execute(arguments)

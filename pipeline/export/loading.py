@@ -12,10 +12,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import pipeline.export.transformers_quantizer  # noqa: F401  (transformers then knows the method)
-from pipeline.export.manifest import ExportError, check_folder
+from pipeline.export.manifest import GENERATION, ExportError, check_folder
 from pipeline.export.packed_block import multiply_integers_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.errors import reading
@@ -41,6 +47,9 @@ def load(
     """
     folder = Path(folder)
     check_folder(folder)
+    if (folder / GENERATION).is_file():  # anybody may change it; one that is damaged transformers would only leave out
+        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it")):
+            GenerationConfig.from_pretrained(folder)
     with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -16,7 +16,8 @@ from pipeline.runtime.files import write_json
 METHOD = "prefixquant"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_FREE_NAMES = {"generation_config.json", ".gitattributes"}
+GENERATION = "generation_config.json"
+_FREE_NAMES = {GENERATION, ".gitattributes"}
 _FREE_ENDINGS = {".md", ".jinja"}
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"}
@@ -91,8 +92,10 @@ def _describe(path: Path) -> dict[str, Any]:
     return described
 
 
-def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
-    if path.stat().st_size == entry["bytes"] and hash_file(path) == entry["sha256"]:
+def _is_intact(path: Path, entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if path.stat().st_size == entry.get("bytes") and hash_file(path) == entry.get("sha256"):
         return True
     known = entry.get("sha256_without_template")
     return known is not None and known == _hash_without_template(path)

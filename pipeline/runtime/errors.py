@@ -55,13 +55,14 @@ def summarise(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def was_raised_in(error: BaseException, *packages: str) -> bool:
-    """Whether the line that raised it is one of `packages`, or its type."""
+def was_raised_in(error: BaseException, *modules: str) -> bool:
+    """Whether the line that raised it, or its type, is of one of `modules` (or of a module inside of one)."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     line = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return any(module.partition(".")[0] in packages for module in (line, type(error).__module__))
+    places = f"{line}.", f"{type(error).__module__}."
+    return any(place.startswith(f"{module}.") for place in places for module in modules)
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -86,7 +86,10 @@ def test_who_raised_it():
     with pytest.raises(RuntimeError) as found:
         torch.ones(2).view(3)
     assert was_raised_in(found.value, "tests")
+    assert was_raised_in(found.value, "other", "tests.runtime")
     assert not was_raised_in(found.value, "pipeline")
+    assert not was_raised_in(found.value, "tests.run")
+    assert was_raised_in(SafetensorError("x"), "safetensors")
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
