@@ -512,7 +512,7 @@ def import_trial(
             return f"transformers finds no values for {report['missing_keys']}"
         if sample != theirs_sample:
             return "the tokenizer gives other ids"
-        off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        off = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
         return None if off <= 1e-4 else f"logits are off by {off:.2g}"
 
     def act() -> None:

@@ -22,15 +22,19 @@ from pipeline.runtime.params import RuntimeParams
 from pipeline.runtime.progress import DeviceError, select_device
 from pipeline.runtime.ranks import RankError, Ranks
 
+_PER_CORE = 4
+
 
 def start_ranks(processes: int) -> bool:
     """Run the program again in so many ranks on this machine; False where one process is enough or ranks are there.
 
     Raises:
-        RankError: one of them failed; its own message has been shown.
+        RankError: far more than the machine has cores; or one of them failed, and its own message has been shown.
     """
     if processes == 1 or "RANK" in os.environ:
         return False
+    if processes > _PER_CORE * (cores := os.cpu_count() or 1):
+        raise RankError(f"runtime.processes={processes} on a machine with {cores} cores; lower it")
     module = sys.modules["__main__"].__spec__.name
     try:
         run_launcher(["--standalone", f"--nproc-per-node={processes}", "-m", module, *sys.argv[1:]])

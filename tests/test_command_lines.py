@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from pipeline.blocks.kv_cache import PrefixCache
 from pipeline.evaluation import harness
 from pipeline.evaluation.texts import main as evaluate
 from pipeline.export.generation import main as generate
 from pipeline.runtime.errors import run_main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_params
 from tests.evaluation.test_harness import local_task
 from tests.export.test_folder import make_export
 
@@ -171,3 +172,19 @@ def test_a_stage_before_its_inputs_names_what_makes_them(stage, project, monkeyp
     message = call(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), *variant, monkeypatch=monkeypatch)
     assert re.search(r"is missing; rerun the stage that makes it: dvc repro", message)
     assert not [path for path in project.rglob("*") if path.name.startswith(".") or path.suffix == ".safetensors"]
+
+
+def test_more_processes_than_a_machine_can_have_are_refused(project, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["runtime"]["processes"] = 1024
+    write_params(project, params)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    message = call(lambda: runpy.run_module("stages.prefix_search", run_name="__main__"), monkeypatch=monkeypatch)
+    assert message == "error: runtime.processes=1024 on a machine with 8 cores; lower it"
+
+
+def test_a_config_of_the_pipelines_own_that_is_no_object_is_refused(project, imported, monkeypatch):
+    shutil.copytree(imported["llama_tied"], project / "artifacts/model")
+    (project / "artifacts/model/config.json").write_text("[]")
+    message = call(lambda: runpy.run_module("stages.rotation", run_name="__main__"), monkeypatch=monkeypatch)
+    assert message == "error: artifacts/model/config.json is no JSON object; make the artifact anew"

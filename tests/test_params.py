@@ -55,6 +55,14 @@ def test_the_default_file_is_valid():
         ("prefix_training.learning_rate", 0, r"learning_rate=0 .*greater than 0"),
         ("model.source", "packaged:llama", r"model\.source='packaged:llama' is not packaged; packaged are"),
         ("corpora.news.source", "packaged:new", r"packaged are: packaged:wikipedia, packaged:news"),
+        (
+            "calibration.seed",
+            2**70,
+            r"calibration\.seed=1180591620717411303424 \(int\).*whole numbers go up to 2147483647",
+        ),
+        ("corpora.news.max_documents", 10**30, r"max_documents=1000.*whole numbers go up to 2147483647"),
+        ("activation_plots.surface_blocks", [0, 2**40], r"surface_blocks=\[0, 1099511627776\].*go up to 2147483647"),
+        ("runtime.processes", 10**9, r"runtime\.processes=1000000000 .*less than or equal to 1024"),
     ],
 )
 def test_bad_values_name_key_value_and_what_is_allowed(key, value, message):

@@ -51,7 +51,7 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
         Metrics: `import_gate`, whole or by block, and `max_logit_deviation`, relative to max |logit|.
 
     Raises:
-        ImportGateError: they differ by more than 1e-4.
+        ImportGateError: they differ by more than 1e-4, or are not finite.
     """
     checkpoint = Checkpoint(folder, "model")
     generator = torch.Generator().manual_seed(0)
@@ -60,6 +60,10 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
     whole = source.load_whole is not None and _whole_size(checkpoint) <= limit
     compare = _compare_whole if whole else _compare_blocks
     deviation = compare(source, checkpoint, token_ids, torch.float32)
+    if math.isinf(deviation):
+        raise ImportGateError(
+            "the model's logits are not finite in float32; its weights are damaged: get it again. Nothing was written"
+        )
     if not deviation <= IMPORT_TOLERANCE:
         # Where a family is stored otherwise (fused linears), massive activations may blow rounding up.
         logger.warning("logits differ by %.2e of the largest in float32; once more in float64", deviation)

@@ -74,7 +74,10 @@ class Checkpoint:
 
     def read_config(self) -> dict[str, Any]:
         """config.json as it stands, to be changed and written again."""
-        return load_json(self.folder / CONFIG, self.stage)
+        values = load_json(self.folder / CONFIG, self.stage)
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{self.folder / CONFIG} is no JSON object; make the artifact anew")
+        return values
 
     @property
     def block_count(self) -> int:

@@ -211,10 +211,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        move_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    move_folder(partial, folder)
 
 
 def move_folder(source: Path, target: Path) -> None:

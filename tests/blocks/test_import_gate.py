@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.blocks import import_gate
 from pipeline.blocks.import_gate import ImportGateError, check_import
@@ -39,6 +39,18 @@ def assert_refused(source, folder, gate):
         import_model(str(source), None, torch.float32, folder / "out", check_result=gate)
     assert not (folder / "out").exists()
     assert not (folder / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("gate", [ROOMY, NARROW])
+def test_weights_that_overflow_float32_are_refused(gate, model_folders, tmp_path):
+    """In float64, which tells rounding from mistakes, both sides agree; nobody could use the model."""
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = 2e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ImportGateError, match="logits are not finite in float32; its weights are damaged"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out", check_result=gate)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

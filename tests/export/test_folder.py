@@ -18,6 +18,7 @@ from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.export.folder import export_model, parse_size, write_shards
 from pipeline.export.loading import check_folder, load, use_integers_
+from pipeline.export.manifest import fingerprint_files
 from pipeline.export.packed_block import PackedLinear
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.export.transformers_quantizer import ExportError
@@ -332,12 +333,21 @@ def edit_json(path, change):
     path.write_text(json.dumps(values))
 
 
+def set_entry(manifest, name, entry):
+    manifest["files"][name] = entry
+    manifest["fingerprint"] = fingerprint_files(manifest["files"])
+
+
 def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
     folder, _, _ = make_export(imported, tmp_path)
     with pytest.raises(ExportError, match="there is no such folder"):
         load(tmp_path / "nowhere")
     with pytest.raises(ExportError, match=r"manifest.json is missing; is it a folder that this project exported"):
         load(imported["llama_tied"])
+    for entry in (1, {}, {"bytes": "x"}):
+        edit_json(folder / "manifest.json", lambda values: set_entry(values, "config.json", entry))  # noqa: B023
+        with pytest.raises(ExportError, match=r"config\.json is damaged or was changed"):
+            load(folder)
     edit_json(folder / "manifest.json", lambda values: values.update(format_version=3))
     with pytest.raises(ExportError, match="format_version=3; this version of the project reads 2: update it"):
         load(folder)

@@ -345,6 +345,15 @@ def test_sizes_that_are_none_are_refused_before_a_model_is_built(key, value, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_loads_and_cannot_be_used_is_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": "long"}))
+    with pytest.raises(ModelImportError, match=r"transformers cannot read its tokenizer \('>' not supported"):
+        import_model(str(folder), None, torch.float32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     for path in folder.glob("*token*"):

@@ -116,6 +116,13 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path):
     assert [file.name for file in folder.iterdir()] == ["new"]
 
 
+def test_a_file_in_the_place_of_a_folder_leaves_nothing_behind(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(NotADirectoryError), replacing_folder(tmp_path / "out") as partial:
+        (partial / "new").write_text("1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
 def test_json_is_written_whole_and_refuses_nan(tmp_path):
     write_json(tmp_path / "deep" / "x.json", {"b": 1.5, "a": "é"})
     assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"b": 1.5, "a": "é"}
