@@ -2,14 +2,21 @@
 
 import errno
 import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from benchmarks import robustness
 from benchmarks.robustness import count_faults, format_table, run_trial, try_mutation
 from benchmarks.robustness_cases import KINDS, Bases, Trial
+from pipeline.evaluation import texts
+from pipeline.export import generation
 from pipeline.runtime.errors import PipelineError
+from tests.conftest import ROOT
 
 COUNT = 300
 
@@ -22,7 +29,10 @@ def bases(tmp_path_factory):
 def test_three_hundred_mutations_are_read_rightly_or_refused_in_words(bases, tmp_path):
     rows = {f"0/{number}": try_mutation(0, number, bases, tmp_path / "trial") for number in range(COUNT)}
     assert count_faults(rows) == 0, format_table(rows)
-    assert {row["kind"] for row in rows.values()} == set(KINDS)
+    right = [row for row in rows.values() if row["outcome"] == "right"]
+    assert {row["kind"] for row in right} == set(KINDS)  # none of them is refused whatever becomes of it
+    commands = {row["mutation"].partition(" ")[0] for row in right if row["kind"] == "command"}
+    assert commands == {"evaluate", "generate"}
     outcomes = [row["outcome"] for row in rows.values()]
     assert outcomes.count("right") > 30  # it is not all refused
     assert outcomes.count("refused") > 100
@@ -33,6 +43,34 @@ def test_a_mutation_is_determined_by_seed_and_number(bases, tmp_path):
     first, second = (try_mutation(0, 5, bases, tmp_path / "trial") for _ in range(2))
     assert first["kind"] == kind
     assert first["mutation"] == second["mutation"]
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--length", "1"], ["generate", "--max-new-tokens", "0"]])
+def test_a_forked_process_says_what_the_command_line_says(arguments, bases, tmp_path, monkeypatch):
+    name, *options = arguments
+    folder = bases.find("export")
+    command = [sys.executable, "-m", f"pipeline.{name}", str(folder), *options]
+    typed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.setattr(sys, "argv", [name, str(folder), *options])
+    main = {"evaluate": texts.main, "generate": generation.main}[name]
+    monkeypatch.setattr(robustness, "choose_kind", lambda seed, number: "command")
+    monkeypatch.setitem(KINDS, "command", lambda *args: Trial("", main))
+    found = try_mutation(0, 0, bases, tmp_path / "trial")
+    assert (typed.returncode, typed.stderr) == (1, found["message"] + "\n")
+    assert found["outcome"] == "refused"
+
+
+def test_loading_in_a_fork_finds_torchs_threads(bases, tmp_path, monkeypatch):
+    """Loading asks for them from several threads at once; of a pool made anew in a fork, some would find none."""
+    monkeypatch.setattr(robustness, "choose_kind", lambda seed, number: "command")
+
+    def ask():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: torch.ones(200, 200).sum(), range(64)))
+
+    monkeypatch.setitem(KINDS, "command", lambda *args: Trial("", ask))
+    outcomes = [try_mutation(0, 0, bases, tmp_path / "trial")["outcome"] for _ in range(60)]
+    assert outcomes == ["right"] * 60
 
 
 def raising(error):
