@@ -68,6 +68,19 @@ def test_texts_of_one_name_have_results_of_their_own(folder, tmp_path, monkeypat
     assert found[str(TEXT)] != found[str(other)]
 
 
+def test_conversations_are_evaluated_as_the_template_has_them(folder, tmp_path, monkeypatch, capsys):
+    chat = [{"role": "user", "content": f"{text} "} for text in TEXT.read_text(encoding="utf-8").split("\n\n")]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"text": chat}))
+    (tmp_path / "same.txt").write_text("".join(f"[{message['content']}]" for message in chat))
+    templated = shutil.copytree(folder, tmp_path / "templated")
+    (templated / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    arguments = ("--text", tmp_path / "chat.jsonl", "--text", tmp_path / "same.txt", "--length", 32, "--windows", 3)
+    assert call(evaluate, templated, *arguments, monkeypatch=monkeypatch) is None
+    found = json.loads(capsys.readouterr().out)["perplexity"]
+    assert found["chat.jsonl"] == found["same.txt"] > 1
+    assert "has no chat template" in call(evaluate, folder, *arguments, monkeypatch=monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """The stage scripts, run in one process or as a user runs them, on a tiny model and a local corpus."""
 
+import json
 import os
 import re
 import runpy
@@ -96,6 +97,30 @@ def test_the_whole_pipeline_and_its_repetition(project, monkeypatch):
         found.pop("report/report.html")  # it says what the run cost
     assert second == first
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in first)
+
+
+def test_what_became_of_rows_is_in_the_metrics(project, monkeypatch):
+    chat = [{"role": "user", "content": "How old is the house on the hill, and who lived there?"}] * 4
+    rows = [
+        {"text": value} for value in (None, *[chat] * 30, " ", *["A plain text about a house and a hill. " * 9] * 30)
+    ]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(project, "corpora.prose.source", str(project / "rows.jsonl"))
+    run("model", "corpora prose", monkeypatch=monkeypatch)
+    counts = read_json(project / "metrics/corpora/prose.json")
+    assert (counts["skipped_rows"], counts["conversations"]) == (2, 30)
+    assert "holds conversations, but the tokenizer has no chat template" in fails("calibration", monkeypatch)
+    (project / "artifacts/model/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    run("calibration", monkeypatch=monkeypatch)
+    assert read_json(project / "metrics/calibration.json")["chat_template"] == "the tokenizer's, for 30 conversations"
+
+
+def test_export_before_the_evaluations_it_quotes_names_them(project, monkeypatch):
+    run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
+    assert re.search(r"original\.json is missing; rerun .* evaluation@original", fails("export", monkeypatch))
+    run("evaluation original", monkeypatch=monkeypatch)
+    assert re.search(r"finetuning\.json is missing; rerun .* evaluation@finetuning", fails("export", monkeypatch))
+    assert not [path for path in (project / "artifacts").iterdir() if "export" in path.name]
 
 
 @pytest.mark.parametrize("use", ["none", "found"])

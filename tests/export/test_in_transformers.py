@@ -34,14 +34,15 @@ def generate(model, **options):
     return model.generate(TEXT, attention_mask=torch.ones_like(TEXT), **GREEDY | options)
 
 
+@pytest.mark.parametrize("kind", ["static", "hybrid"])
 @torch.no_grad()
-def test_a_cache_implementation_that_nobody_passed_is_ignored(exported):
+def test_a_cache_implementation_that_nobody_passed_is_ignored(exported, kind):
     folder, evaluated, _ = exported
     expected = generate(evaluated)
     path = folder / "generation_config.json"
-    path.write_text(json.dumps(read_json(path) | {"cache_implementation": "static"}))
+    path.write_text(json.dumps(read_json(path) | {"cache_implementation": kind}))
     model, _ = load(folder)
-    assert model.generation_config.cache_implementation == "static"
+    assert model.generation_config.cache_implementation == kind
     assert torch.equal(generate(model), expected)
     assert torch.equal(generate(model, cache_implementation="dynamic"), expected)
     assert torch.equal(generate(model, use_cache=False), expected)
