@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -60,17 +59,14 @@ def test_a_forked_process_says_what_the_command_line_says(arguments, bases, tmp_
     assert found["outcome"] == "refused"
 
 
-def test_loading_in_a_fork_finds_torchs_threads(bases, tmp_path, monkeypatch):
-    """Loading asks for them from several threads at once; of a pool made anew in a fork, some would find none."""
+def test_torchs_threads_are_made_anew_before_a_fork_loads_anything(bases, tmp_path, monkeypatch):
+    """Loading asks for them from several threads at once, and in a fork one of those now and then found none."""
+    asked = []
     monkeypatch.setattr(robustness, "choose_kind", lambda seed, number: "command")
-
-    def ask():
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: torch.ones(200, 200).sum(), range(64)))
-
-    monkeypatch.setitem(KINDS, "command", lambda *args: Trial("", ask))
-    outcomes = [try_mutation(0, 0, bases, tmp_path / "trial")["outcome"] for _ in range(60)]
-    assert outcomes == ["right"] * 60
+    monkeypatch.setitem(KINDS, "command", lambda *args: Trial(f"asked for {asked}", lambda: None))
+    bases.prepare("command")
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert try_mutation(0, 0, bases, tmp_path / "trial")["mutation"] == "asked for [1]"
 
 
 def raising(error):
