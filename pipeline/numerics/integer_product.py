@@ -56,6 +56,12 @@ class IntegerProduct(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerProduct":
         return self  # it never changes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Repacked weights cannot be pickled: another process repacks them."""
+        scale, zero_point, packed, weight_scale, _, constant = self.operands
+        integers = packed.to_dense().T.contiguous()
+        return IntegerProduct, (integers, weight_scale, scale, zero_point, constant, self.dtype)
+
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.ops.prefixquant.integer_product(codes, self.name, self.width, self.dtype)
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -39,6 +40,9 @@ def test_product_is_described_without_being_computed_and_ends_with_its_last_user
     described = torch.ops.prefixquant.integer_product(codes.to("meta"), product.name, 24, torch.bfloat16)
     assert described.shape == (5, 24)
     assert described.dtype == torch.bfloat16
+    pickled = pickle.loads(pickle.dumps(product))
+    assert pickled.name != product.name
+    assert torch.equal(pickled(codes), product(codes))
     again, name = copy.deepcopy(product), product.name
     del product
     gc.collect()
