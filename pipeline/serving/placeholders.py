@@ -56,10 +56,10 @@ def put_in_front_(request: EngineCoreRequest, config: VllmConfig) -> None:
     if request.prompt_embeds is not None:
         raise RefusedRequestError("prompt_embeds: a prefix stands in front of token ids only; send token ids")
     if request.resumable:
-        raise RefusedRequestError("streamed input: the prefix would be put in front of every piece; send the text at once")
+        raise RefusedRequestError("streamed input: every piece would get the prefix in front; send the text at once")
     params = request.sampling_params
     if params is not None and params.prompt_logprob_token_ids is not None:
-        raise RefusedRequestError("prompt_logprob_token_ids: rows would not fit the placeholders; ask for prompt_logprobs")
+        raise RefusedRequestError("prompt_logprob_token_ids: rows do not count placeholders; ask for prompt_logprobs")
     text = list(request.prompt_token_ids)
     # A model whose texts begin with a start token of their own keeps it: `start_token_id` is null then.
     if prefix["start_token_id"] is not None and text[:1] == [prefix["start_token_id"]]:
