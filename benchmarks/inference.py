@@ -1,111 +1,200 @@
-"""What the exported model takes to load and run, against the original, in one table.
+"""What the exported model takes to load and run, against the original and in vLLM, in one table.
 
     python -m benchmarks.inference                        # artifacts/model and artifacts/export of the last run
-    python -m benchmarks.inference --json inference.json
+    python -m benchmarks.inference --json inference.json --w4a16 FOLDER
 
 Each row runs in a process of its own, several times, rows in turn; times are medians over the rounds. Prefill is one
-forward of 512 tokens, decoding 32 tokens one by one behind them. Peak memory is the process's, loading included, less
-what it had after its imports. Perplexity is on the windows of artifacts/calibration/evaluation/.
+forward of 512 tokens, of one text and of eight, decoding 32 tokens one by one behind them. Peak memory is the
+process's, loading included, less what it had after its imports; vLLM's has its cache of 1 GiB in it. Perplexity is on
+the windows of artifacts/calibration/evaluation/wikipedia.
+
+Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its cache of
+prefixes. `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
 """
 
+import argparse
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
+from benchmarks.serving_parity import as_prompts, score, score_served
+from benchmarks.workspace import ROOT, append_row, format_markdown, make_parser, read_rows
 from pipeline.export.loading import load
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import current_rss_gib, peak_rss_gib, return_freed_memory
 from pipeline.text.windows import load_windows
 
-ROWS = ("original, float32", "original, bfloat16", "export, float", "export, integer")
-ROUNDS = 3
+
+@dataclass(frozen=True)
+class Row:
+    """What is run, and how. `arithmetic`: of `load`; None: transformers' own loading."""
+
+    engine: str
+    folder: str
+    dtype: str = "float32"
+    arithmetic: str | None = None
+
+
+ROWS = {
+    "original, float32": Row("transformers", "model"),
+    "original, bfloat16": Row("transformers", "model", "bfloat16"),
+    "export, float": Row("transformers", "export", arithmetic="float"),
+    "export, integer": Row("transformers", "export", arithmetic="integer"),
+    "export, integer, bfloat16": Row("transformers", "export", "bfloat16", "integer"),
+    "vLLM, original, bfloat16": Row("vllm", "model", "bfloat16"),
+    "vLLM, W4A16, bfloat16": Row("vllm", "w4a16", "bfloat16"),
+    "vLLM, export, bfloat16": Row("vllm", "export", "bfloat16"),
+    "vLLM, export, float32": Row("vllm", "export"),
+}
+ROUNDS, BATCHES = 3, (1, 8)
 _PREFILL, _DECODED = 512, 32
+_TIMES = [(kind, batch) for batch in BATCHES for kind in ("prefill", "decode")]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, ROWS)
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    own = [name for name, row in ROWS.items() if row.engine != "vllm" or (has_vllm and row.folder != "w4a16")]
+    parser = make_parser(__doc__, list(ROWS), own)
     parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", help="of a finished run")
-    parser.add_argument("--child", choices=ROWS, help="measure one row in this process, and print it")
+    parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--child", choices=list(ROWS), help=argparse.SUPPRESS)  # one row, in this process
     arguments = parser.parse_args()
+    artifacts = arguments.artifacts.resolve()
+    folders = {"model": artifacts / "model", "export": artifacts / "export", "w4a16": arguments.w4a16}
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.artifacts)))
+        print(json.dumps(measure(ROWS[arguments.child], folders, artifacts)))
         return
+    names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
     rows = read_rows(arguments.json)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.rows if name not in rows}
-    for _ in range(ROUNDS):
-        for name, own in rounds.items():
-            command = [sys.executable, "-m", "benchmarks.inference", "--child", name]
-            command += ["--artifacts", str(arguments.artifacts.resolve())]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS if name in names and name not in rows}
+    for _ in range(arguments.rounds):
+        for name, measured in rounds.items():
+            command = [sys.executable, "-m", "benchmarks.inference", "--child", name, "--artifacts", str(artifacts)]
+            command += ["--w4a16", str(arguments.w4a16.resolve())] if arguments.w4a16 else []
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            own.append(json.loads(done.stdout.splitlines()[-1]))
-    for name, own in rounds.items():
-        values = {key: statistics.median(measured[key] for measured in own) for key in own[0]}
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
+    for name, measured in rounds.items():
+        values = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
         append_row(arguments.json, rows, name, values)
     print(format_table(rows))
 
 
-def measure(name: str, artifacts: Path) -> dict[str, float]:
+def measure(row: Row, folders: dict[str, Path], artifacts: Path) -> dict[str, float]:
     """File size and peak memory in GiB, seconds to load, to prefill and per decoded token, perplexity."""
     windows = load_windows(artifacts / "calibration/evaluation/wikipedia.safetensors").token_ids
     return_freed_memory()
     before = current_rss_gib()
-    start = time.perf_counter()
-    folder = artifacts / ("export" if name.startswith("export") else "model")
-    if name.startswith("export"):
-        model, _ = load(folder, arithmetic=name.rpartition(" ")[2])
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name.rpartition(" ")[2])).eval()
-    loaded = time.perf_counter() - start
-    prefill, decode = time_steps(model, windows[:1, :_PREFILL])
-    values = {"load": loaded, "prefill": prefill, "decode": decode, "memory": peak_rss_gib() - before}
+    folder = folders[row.folder]
+    run = run_vllm if row.engine == "vllm" else run_transformers
+    values = run(row, folder, windows) | {"memory": peak_rss_gib() - before}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
-    return values | {"size": size, "perplexity": measure_perplexity(model, windows)}
+    return values | {"size": size}
+
+
+def run_transformers(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    start = time.perf_counter()
+    dtype = getattr(torch, row.dtype)
+    if row.arithmetic is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    else:
+        model, _ = load(folder, arithmetic=row.arithmetic, dtype=dtype)
+    values = {"load": time.perf_counter() - start}
+    for batch in BATCHES:
+        for kind, seconds in time_steps(model, cut_texts(windows, batch)).items():
+            values[f"{kind} {batch}"] = seconds
+    losses = [-score(model, window.tolist()).mean() for window in windows]
+    return values | {"perplexity": torch.stack(losses).mean().exp().item()}
 
 
 @torch.no_grad()
-def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> tuple[float, float]:
-    """Seconds of a prefill [1, T] and of a token behind it, the first of each left out."""
-    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, float]:
+    """Seconds of a prefill [B, T] and of a step of B tokens behind it, the first of each left out."""
+    prefill, decode = [], []
     for _ in range(3):
         start = time.perf_counter()
         cache = model(token_ids, use_cache=True, logits_to_keep=1).past_key_values
-        seconds["prefill"].append(time.perf_counter() - start)
+        prefill.append(time.perf_counter() - start)
     for step in range(_DECODED + 1):
         start = time.perf_counter()
         model(token_ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-        seconds["decode"].append(time.perf_counter() - start)
-    return statistics.median(seconds["prefill"][1:]), statistics.median(seconds["decode"][1:])
+        decode.append(time.perf_counter() - start)
+    return {"prefill": statistics.median(prefill[1:]), "decode": statistics.median(decode[1:])}
 
 
-@torch.no_grad()
-def measure_perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    losses = []
-    for window in windows:
-        log_p = model(window[None]).logits[0, :-1].float().log_softmax(-1)
-        losses.append(-log_p.gather(1, window[1:, None]).mean())
-    return torch.stack(losses).mean().exp().item()
+def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(
+        str(folder),
+        dtype=row.dtype,
+        max_num_seqs=max(BATCHES),
+        max_num_batched_tokens=max(BATCHES) * (_PREFILL + 64),
+        max_model_len=windows.shape[1] + 64,
+        enable_prefix_caching=False,
+    )
+    values = {"load": time.perf_counter() - start}
+
+    def generate(texts: torch.Tensor, tokens: int) -> float:
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(as_prompts(texts.tolist()), sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    for batch in BATCHES:
+        texts = cut_texts(windows, batch)
+        prefill = take_median(lambda texts=texts: generate(texts, 1))
+        values[f"prefill {batch}"] = prefill
+        values[f"decode {batch}"] = (
+            take_median(lambda texts=texts: generate(texts, 1 + _DECODED)) - prefill
+        ) / _DECODED
+    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    texts = [window.tolist() for window in windows]
+    outputs = llm.generate(as_prompts(texts), scored, use_tqdm=False)
+    losses = [-score_served(text, output).mean() for text, output in zip(texts, outputs, strict=True)]
+    return values | {"perplexity": torch.stack(losses).mean().exp().item()}
+
+
+def take_median(run: Callable[[], float]) -> float:
+    """Of three, the first left out."""
+    return statistics.median([run() for _ in range(4)][1:])
+
+
+def cut_texts(windows: torch.Tensor, batch: int) -> torch.Tensor:
+    """[batch, 512] different texts."""
+    texts = windows.unfold(1, _PREFILL, _PREFILL // 4).flatten(0, 1)
+    return texts[:: len(texts) // batch][:batch]
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table; speeds as ratios to the original in float32."""
-    base = rows.get(ROWS[0])
-    lines = ["| | file, MiB | peak memory, GiB | prefill speed | decode speed | perplexity, wikipedia |"]
-    lines.append("| --- |" + " ---: |" * 5)
+    """A Markdown table; speeds as ratios to the first row's."""
+    base = next(iter(rows.values()))
+    head = ["", "file, MiB", "peak memory, GiB"]
+    head += [f"{kind}, {'one text' if batch == 1 else f'{batch} texts'}" for kind, batch in _TIMES]
+    lines = []
     for name, row in rows.items():
-        speeds = [f"{base[key] / row[key]:.2f}" if base else "" for key in ("prefill", "decode")]
-        cells = [f"{row['size'] * 1024:.0f}", f"{row['memory']:.2f}", *speeds, f"{row['perplexity']:.2f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if base:
-        lines += ["", f"1.00 is {_PREFILL / base['prefill']:.0f} tokens a second, and {1 / base['decode']:.1f}."]
-    return "\n".join(lines)
+        speeds = [f"{base[f'{kind} {batch}'] / row[f'{kind} {batch}']:.2f}" for kind, batch in _TIMES]
+        lines.append([name, f"{row['size'] * 1024:.0f}", f"{row['memory']:.2f}", *speeds, f"{row['perplexity']:.2f}"])
+    speeds = [
+        f"{batch * (_PREFILL if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in _TIMES
+    ]
+    table = format_markdown([*head, "perplexity"], lines)
+    return f"{table}\n\n1.00 is {', '.join(speeds)} tokens a second."
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--chunk", type=int, default=96, help="tokens that vLLM reads at a time: texts come in chunks")
     parser.add_argument("--max-model-len", type=int, help="default: the model's")
+    parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, and what fails is seen
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -54,6 +55,7 @@ def compare(
     dtype: str = "float32",
     chunk: int = 96,
     max_model_len: int | None = None,
+    eager: bool = False,
 ) -> dict[str, Any]:
     """What `main` prints. `chunk`: tokens that vLLM reads at a time."""
     from vllm import LLM, SamplingParams
@@ -66,6 +68,7 @@ def compare(
         max_num_seqs=16,
         max_model_len=max_model_len,
         enable_prefix_caching=True,
+        enforce_eager=eager,
     )
     tokens = cut_texts(model, windows, max_model_len)
     scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

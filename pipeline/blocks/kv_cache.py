@@ -17,7 +17,7 @@ RoPE is linear, RoPE(k) = RoPE(k - m) + RoPE(m), the first part is quantized, th
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -42,6 +42,7 @@ class KeyQuantizer(nn.Module):
     Attributes:
         mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts behind RoPE.
         positions: (cos, sin), each [B or 1, T, d], of the keys that come next; `watch_positions_` keeps them.
+        transform: R3 and, called with True, its inverse.
     """
 
     def __init__(self, spec: QuantizerSpec, heads: int, head_dim: int, rotate: bool, before_rope: bool) -> None:
@@ -49,6 +50,7 @@ class KeyQuantizer(nn.Module):
         self.heads, self.head_dim = heads, head_dim
         self.rotate = rotate
         self.before_rope = before_rope
+        self.transform: Callable[..., torch.Tensor] = hadamard_transform
         self.mean_taken_out = spec.enabled and spec.centered and not before_rope
         self.quantizer = ActivationQuantizer(replace(spec, centered=spec.centered and before_rope), head_dim, heads)
         self.positions: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -66,12 +68,12 @@ class KeyQuantizer(nn.Module):
         if not self.quantizer.calibrated:  # that was for the hooks
             return keys
         if self.rotate:
-            quantized = hadamard_transform(quantized, inverse=True)
+            quantized = self.transform(quantized, True)
         return quantized if constant is None else (quantized + constant).to(keys.dtype)
 
     def to_basis(self, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys [..., d] in the basis in which keys are quantized."""
-        return hadamard_transform(x) if self.rotate else x
+        return self.transform(x) if self.rotate else x
 
     def turn_mean(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d]."""

@@ -91,7 +91,9 @@ def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLin
     return one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs[1:])  # integer - zero_point fits int8
 
 
-def make_product(quantizer: ActivationQuantizer, readers: Sequence[PackedLinear], dtype: torch.dtype) -> IntegerProduct:
+def make_product(
+    quantizer: ActivationQuantizer, readers: Sequence[PackedLinear], dtype: torch.dtype, name: str | None = None
+) -> IntegerProduct:
     """What `readers` compute, side by side, of the codes that `quantizer` passes on from now on."""
     quantizer.emit_codes_()
     integers, constants = [], []
@@ -106,7 +108,7 @@ def make_product(quantizer: ActivationQuantizer, readers: Sequence[PackedLinear]
         constants.append(constant.float())
     weight_scale = torch.cat([linear.weight_scale[:, 0] for linear in readers])
     product = torch.cat(integers), weight_scale, quantizer.scale.item(), quantizer.code_of_zero, torch.cat(constants)
-    return IntegerProduct(*product, dtype)
+    return IntegerProduct(*product, dtype, name)
 
 
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 try:
     from fast_hadamard_transform import hadamard_transform as _cuda_hadamard_transform
@@ -132,35 +133,51 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
         [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` where
         that package is installed.
     """
-    shape = x.shape
-    n = shape[-1] if block_size == -1 else block_size
-    plan = plan_hadamard(n)
-    y = x.reshape(-1, n)
-    after = n // plan.blocks
-    for order in plan.paley:
-        after //= order
-        # Columns of a row-vector transform: y[.., i, c] -> sum_i y[.., i, c] H[i, j].
-        matrix = _factor(order, True, x.dtype, x.device)
-        y = (matrix if inverse else matrix.mT) @ y.reshape(-1, order, after)
-    if plan.power_of_two > 1:
-        y = _sylvester_transform(y.reshape(-1, plan.power_of_two))
-    return y.reshape(shape)
+    plan = plan_hadamard(x.shape[-1] if block_size == -1 else block_size)
+    return _apply_factors(x, plan, [_factor(*factor, x.dtype, x.device) for factor in _list_factors(plan)], inverse)
 
 
-def _sylvester_transform(y: torch.Tensor) -> torch.Tensor:
-    """y [N, 2^k] @ the Sylvester matrix / sqrt(2^k); the matrix is symmetric, hence its own inverse."""
-    size = y.shape[-1]
-    if y.is_cuda and _cuda_hadamard_transform is not None and y.dtype != torch.float64:
-        return _cuda_hadamard_transform(y.contiguous(), 1 / math.sqrt(size))
-    shape = y.shape
-    after = size
-    while after > 1:
-        order = min(after, _MAX_SYLVESTER_FACTOR)
+class HadamardTransform(nn.Module):
+    """`hadamard_transform` for one width and dtype that holds its matrices: what `torch.compile` can look into."""
+
+    def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1) -> None:
+        super().__init__()
+        self.plan = plan_hadamard(width if block_size == -1 else block_size)
+        for place, factor in enumerate(_list_factors(self.plan)):
+            self.register_buffer(f"factor_{place}", _factor(*factor, dtype, torch.device("cpu")), persistent=False)
+
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        return _apply_factors(x, self.plan, list(self.buffers()), inverse)
+
+
+def _list_factors(plan: HadamardPlan) -> list[tuple[int, bool]]:
+    """(order, whether it is Paley's) of the matrices whose Kronecker product a block's matrix is, in that order."""
+    factors, rest = [(order, True) for order in plan.paley], plan.power_of_two
+    while rest > 1:
+        factors.append((min(rest, _MAX_SYLVESTER_FACTOR), False))
+        rest //= factors[-1][0]
+    return factors
+
+
+def _apply_factors(x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tensor], inverse: bool) -> torch.Tensor:
+    """x times the Kronecker product of `factors`, each [order, order], Paley's first; every block by itself."""
+    after, y = plan.order, x
+    for place, matrix in enumerate(factors):
+        if place == len(plan.paley) and _has_kernel(x):
+            rows = y.reshape(-1, plan.power_of_two).contiguous()
+            y = _cuda_hadamard_transform(rows, 1 / math.sqrt(plan.power_of_two))
+            break
+        order, paley = matrix.shape[0], place < len(plan.paley)  # Sylvester's matrices are symmetric
         after //= order
-        y = y.reshape(-1, order, after)
-        matrix = _factor(order, False, y.dtype, y.device)
-        y = y.squeeze(-1) @ matrix if after == 1 else matrix @ y
-    return y.reshape(shape)
+        if after == 1:
+            y = y.reshape(-1, order) @ (matrix.mT if paley and inverse else matrix)
+        else:  # columns of a row-vector transform: y[.., i, c] -> sum_i y[.., i, c] H[i, j]
+            y = (matrix.mT if paley and not inverse else matrix) @ y.reshape(-1, order, after)
+    return y.reshape(x.shape)
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return x.is_cuda and _cuda_hadamard_transform is not None and x.dtype != torch.float64
 
 
 @functools.cache

@@ -6,7 +6,7 @@ oneDNN's kernel scales, adds the constant and casts while the sums are still in 
 once, when the product is made. Codes are uint8: with int8 ones the kernel of processors without AMX is thousands of
 times slower.
 
-`torch.compile` does not know repacked weights, so the product is an operator that looks them up by number.
+`torch.compile` does not know repacked weights, so the product is an operator that looks them up by name.
 """
 
 import itertools
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 _OPERATORS = torch.library.Library("prefixquant", "DEF")
-_OPERATORS.define("integer_product(Tensor codes, int number, int width, ScalarType dtype) -> Tensor")
-_PRODUCTS: dict[int, tuple] = {}
+_OPERATORS.define("integer_product(Tensor codes, str name, int width, ScalarType dtype) -> Tensor")
+_PRODUCTS: weakref.WeakValueDictionary[str, "IntegerProduct"] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -33,6 +33,7 @@ class IntegerProduct(nn.Module):
         zero_point: int,
         constant: torch.Tensor,
         dtype: torch.dtype,
+        name: str | None = None,
     ) -> None:
         """
         Args:
@@ -41,27 +42,35 @@ class IntegerProduct(nn.Module):
             scale, zero_point: of the codes.
             constant: float32 [out].
             dtype: of the output.
+            name: the same in every process, and no other product's, where compiled code outlives the process; default:
+                a number.
         """
         super().__init__()
         self.width, self.dtype = integers.shape[0], dtype
-        self.number = next(_NUMBERS)
+        self.name = str(next(_NUMBERS)) if name is None else name
         packed = torch.ops.onednn.qlinear_prepack(integers, None)
         zero_points = torch.zeros(self.width, dtype=torch.int64)
-        _PRODUCTS[self.number] = (scale, zero_point, packed, weight_scale.contiguous(), zero_points, constant)
-        weakref.finalize(self, _PRODUCTS.pop, self.number)
+        self.operands = scale, zero_point, packed, weight_scale.contiguous(), zero_points, constant
+        _PRODUCTS[self.name] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerProduct":
         return self  # it never changes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Repacked weights cannot be pickled: another process repacks them."""
+        scale, zero_point, packed, weight_scale, _, constant = self.operands
+        integers = packed.to_dense().T.contiguous()
+        return IntegerProduct, (integers, weight_scale, scale, zero_point, constant, self.dtype)
+
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.ops.prefixquant.integer_product(codes, self.number, self.width, self.dtype)
+        return torch.ops.prefixquant.integer_product(codes, self.name, self.width, self.dtype)
 
 
-def _multiply(codes: torch.Tensor, number: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ops.onednn.qlinear_pointwise(codes, *_PRODUCTS[number], 1.0, 0, dtype, "none", [], "")
+def _multiply(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ops.onednn.qlinear_pointwise(codes, *_PRODUCTS[name].operands, 1.0, 0, dtype, "none", [], "")
 
 
-def _describe(codes: torch.Tensor, number: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+def _describe(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
     return codes.new_empty((*codes.shape[:-1], width), dtype=dtype)
 
 

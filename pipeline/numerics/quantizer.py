@@ -261,7 +261,8 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.enabled or not self.calibrated:
             return x
-        self.fired += 1
+        if not torch.compiler.is_compiling():  # a count would make compiled code another at every call
+            self.fired += 1
         if self.code_of_zero is not None:
             return self.to_codes(x)
         grouped = group(self.center(x), self.spec.group_size)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.numerics.hadamard import HadamardTransform
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
@@ -26,9 +27,13 @@ class TurnedKeys(nn.Module):
         positions: of the tokens that come next, for `CachedValues`.
     """
 
-    def __init__(self, rope: nn.Module, quantizer: KeyQuantizer) -> None:
+    def __init__(self, rope: nn.Module, quantizer: KeyQuantizer, dtype: torch.dtype) -> None:
+        """`dtype`: in which the model computes."""
         super().__init__()
         self.rope, self.quantizer = rope, quantizer
+        if quantizer.rotate:
+            own = torch.float32 if quantizer.mean_taken_out else dtype
+            quantizer.transform = HadamardTransform(quantizer.head_dim, own)
         self.positions: torch.Tensor | None = None
 
     def forward(

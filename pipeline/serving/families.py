@@ -13,7 +13,7 @@ FAMILIES = {
 
 
 class ServingError(PipelineError, ValueError):
-    """vLLM is asked for what it cannot keep of an exported model; the message names it. A bad request to a server."""
+    """vLLM is asked for what it cannot keep of an exported model; the message names it."""
 
 
 def served_class(family: str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.export.packed_block import fits_integers, make_product
-from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.hadamard import HadamardTransform
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
@@ -27,6 +27,7 @@ class ServedLinear(nn.Module):
         quantizer: ActivationQuantizer,
         rotate: bool,
         dtype: torch.dtype,
+        name: str,
         block_size: int = -1,
     ) -> None:
         """
@@ -35,15 +36,16 @@ class ServedLinear(nn.Module):
             quantizer: of that input.
             rotate: a Hadamard transform stands in front of the quantizer.
             dtype: in which the model computes.
+            name: of the layer and its contents; no other one's.
             block_size: the transform acts on so many channels at a time; -1: on all.
         """
         super().__init__()
         self.quantizer = quantizer
-        self.rotate, self.block_size = rotate, block_size
+        self.transform = HadamardTransform(parts[0].in_features, dtype, block_size) if rotate else None
         self.width = sum(part.out_features for part in parts)
         self.product = self.weight = self.bias = None
         if fits_integers(quantizer, parts):
-            self.product = make_product(quantizer, parts, dtype)
+            self.product = make_product(quantizer, parts, dtype, name)
             return
         self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
         if any(part.bias is not None for part in parts):
@@ -51,8 +53,8 @@ class ServedLinear(nn.Module):
             self.bias = torch.cat([bias.to(dtype) for bias in own])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rotate:
-            x = hadamard_transform(x, block_size=self.block_size)
+        if self.transform is not None:
+            x = self.transform(x)
         if self.product is not None:
             return self.product(self.quantizer.to_codes(x))
         return nn.functional.linear(self.quantizer(x), self.weight, self.bias)

@@ -11,12 +11,13 @@ and dropped. Whatever else vLLM does (batching, paging, chunks, cached prefixes,
 """
 
 import copy
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -42,12 +43,11 @@ class PrefixQuantModel(nn.Module):
         del skeleton_config.quantization_config
         skeleton = build_skeleton(skeleton_config)
         stop_sliding_(vllm_config, skeleton, self.exported.prefix["tokens"])
-        run_eagerly_(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
                 module.bias = None  # what is put into it has its own
-        self.served_dtype = vllm_config.model_config.dtype
+        self.config_of_engine = vllm_config
         build_packed_(skeleton, self.exported)
         self._skeleton = (skeleton,)  # a tuple: no part of the model
 
@@ -62,13 +62,16 @@ class PrefixQuantModel(nn.Module):
                 f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
                 f"{unexpected[:3]}; get an intact copy"
             )
+        contents = describe_contents(tensors)
+        self.config_of_engine.additional_config["prefixquant"] = contents  # vLLM names the code it keeps by this
         own = {name for name, _ in self.named_parameters()}
         loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
         if own - loaded:
             raise ServingError(f"{len(own - loaded)} tensors were not loaded: {', '.join(sorted(own - loaded)[:3])}")
         for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
-            fill_layer_(layer, block, find_settings(self.exported.blocks, index), prefix_kv, self.served_dtype)
+            settings, dtype = find_settings(self.exported.blocks, index), self.config_of_engine.model_config.dtype
+            fill_layer_(layer, block, settings, prefix_kv, dtype, f"{contents}.{index}")
         self._skeleton = (None,)
         return loaded
 
@@ -96,10 +99,13 @@ def stop_sliding_(config: VllmConfig, skeleton: nn.Module, prefix: int) -> None:
     config.cache_config.sliding_window = None
 
 
-def run_eagerly_(config: VllmConfig) -> None:
-    """No `torch.compile`: it would build Hadamard matrices anew in every step. vLLM's own kernels take its place."""
-    config.compilation_config.mode = CompilationMode.NONE
-    config.compilation_config.custom_ops = ["all"]
+def describe_contents(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of every tensor: compiled code holds numbers of theirs, and must not be used for others."""
+    contents = hashlib.sha256()
+    for name in sorted(tensors):
+        contents.update(name.encode())
+        contents.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return contents.hexdigest()
 
 
 def rotated_sites(settings: BlockSettings) -> dict[str, bool]:
@@ -109,13 +115,19 @@ def rotated_sites(settings: BlockSettings) -> dict[str, bool]:
 
 
 def fill_layer_(
-    layer: nn.Module, block: nn.Module, settings: BlockSettings, prefix_kv: torch.Tensor | None, dtype: torch.dtype
+    layer: nn.Module,
+    block: nn.Module,
+    settings: BlockSettings,
+    prefix_kv: torch.Tensor | None,
+    dtype: torch.dtype,
+    name: str,
 ) -> None:
     """Put a block of transformers, quantized and loaded, into a decoder layer of vLLM, but for its norms.
 
     Args:
         prefix_kv: [2, kv_heads, P, d] or None.
         dtype: in which the model computes.
+        name: of the block and its contents; no other one's.
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
@@ -129,11 +141,11 @@ def fill_layer_(
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(name) for name in readers]
         block_size = settings.r4_block_size if site == "mlp_hidden" else -1
-        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, block_size)
+        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, f"{name}.{site}", block_size)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)
-    attention.rotary_emb = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer)
+    attention.rotary_emb = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer, dtype)
     attention.attn = CachedValues(attention.attn, attention.rotary_emb, block.self_attn.value_quantizer, prefix_kv)
 
 

@@ -12,11 +12,16 @@ import functools
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMClientError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from pipeline.export.transformers_quantizer import METHOD
 from pipeline.serving.families import ServingError
+
+
+class RefusedRequestError(ServingError, VLLMClientError):
+    """A request that cannot have the prefix in front; a server answers "bad request" (400)."""
 
 
 def insert_placeholders_() -> None:
@@ -41,7 +46,7 @@ def put_in_front_(request: EngineCoreRequest, config: VllmConfig) -> None:
     """P placeholders in front of a request's text.
 
     Raises:
-        ServingError: a request that cannot have them; it names what stands in the way.
+        RefusedRequestError: a request that cannot have them; it names what stands in the way.
     """
     model = config.model_config
     prefix, limit = model.hf_config.quantization_config["prefix"], model.max_model_len
@@ -49,20 +54,20 @@ def put_in_front_(request: EngineCoreRequest, config: VllmConfig) -> None:
     if not tokens:
         return
     if request.prompt_embeds is not None:
-        raise ServingError("prompt_embeds: a prefix stands in front of token ids only; send token ids")
+        raise RefusedRequestError("prompt_embeds: a prefix stands in front of token ids only; send token ids")
     if request.resumable:
-        raise ServingError("streamed input: the prefix would be put in front of every piece; send the text at once")
+        raise RefusedRequestError("streamed input: every piece would get the prefix in front; send the text at once")
     params = request.sampling_params
     if params is not None and params.prompt_logprob_token_ids is not None:
-        raise ServingError("prompt_logprob_token_ids: rows would not fit the placeholders; ask for prompt_logprobs")
+        raise RefusedRequestError("prompt_logprob_token_ids: rows do not count placeholders; ask for prompt_logprobs")
     text = list(request.prompt_token_ids)
     # A model whose texts begin with a start token of their own keeps it: `start_token_id` is null then.
     if prefix["start_token_id"] is not None and text[:1] == [prefix["start_token_id"]]:
         text = text[1:]
     if not text:
-        raise ServingError("the prompt is empty behind the start token, which the prefix has already")
+        raise RefusedRequestError("the prompt is empty behind the start token, which the prefix has already")
     if tokens + len(text) >= limit:
-        raise ServingError(
+        raise RefusedRequestError(
             f"the prompt has {len(text)} tokens, and {tokens} of max_model_len={limit} are the prefix's; send at most "
             f"{limit - tokens - 1}"
         )

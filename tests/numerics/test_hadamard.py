@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.numerics.hadamard import (
+    HadamardTransform,
     hadamard_matrix,
     hadamard_transform,
     plan_hadamard,
@@ -87,6 +88,18 @@ def test_random_orthogonal_is_orthogonal_and_repeats_with_its_seed():
     assert not torch.allclose(first, other)
     assert torch.allclose(first @ first.T, torch.eye(17, dtype=torch.float64), atol=1e-13)
     assert set(random_signs(100, torch.Generator().manual_seed(0)).tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize(("n", "block_size"), [(36, -1), (576, -1), (172, -1), (48, 16), (1, -1)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_held_matrices_transform_alike_and_are_no_part_of_compiled_code(n, block_size, inverse):
+    held = HadamardTransform(n, torch.float32, block_size)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(held(x, inverse), hadamard_transform(x, inverse, block_size))
+    assert held.state_dict() == {}
+    graph, _ = torch._dynamo.export(held)(x, inverse)
+    called = {node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method")}
+    assert not called & {torch.kron, torch.ones, torch.zeros, torch.eye, torch.tensor}
 
 
 def test_width_zero_is_refused():

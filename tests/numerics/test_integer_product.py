@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -36,13 +37,16 @@ def test_product_is_rounded_to_bfloat16_once():
 
 def test_product_is_described_without_being_computed_and_ends_with_its_last_user():
     product, codes, _ = make_product()
-    described = torch.ops.prefixquant.integer_product(codes.to("meta"), product.number, 24, torch.bfloat16)
+    described = torch.ops.prefixquant.integer_product(codes.to("meta"), product.name, 24, torch.bfloat16)
     assert described.shape == (5, 24)
     assert described.dtype == torch.bfloat16
-    again, number = copy.deepcopy(product), product.number
+    pickled = pickle.loads(pickle.dumps(product))
+    assert pickled.name != product.name
+    assert torch.equal(pickled(codes), product(codes))
+    again, name = copy.deepcopy(product), product.name
     del product
     gc.collect()
     assert again(codes).shape == (5, 24)
     del again
     gc.collect()
-    assert number not in integer_product._PRODUCTS
+    assert name not in integer_product._PRODUCTS

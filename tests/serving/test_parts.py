@@ -37,7 +37,7 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, fam
         x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
         own = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
         expected = torch.cat([part(own) for part in parts], dim=-1)
-        served = ServedLinear(parts, quantizers[site], site == "mlp_hidden" and settings.online_r4, torch.float32)
+        served = ServedLinear(parts, quantizers[site], site == "mlp_hidden" and settings.online_r4, torch.float32, site)
         assert (served.product is not None) == (kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
 
@@ -74,7 +74,7 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     queries, keys, values = (torch.randn(TOKENS, heads * WIDTH, generator=generator) for heads in (4, HEADS, HEADS))
     positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 40, 1])  # pieces of several texts, as they come in a batch
     rope, attention = Rope(), Attention()
-    turned = TurnedKeys(rope, keys_)
+    turned = TurnedKeys(rope, keys_, torch.float32)
     served = CachedValues(attention, turned, values_, prefix_kv)
     own_queries, own_keys = turned(positions, queries, keys)
     served(own_queries, own_keys, values)

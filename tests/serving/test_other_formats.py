@@ -1,0 +1,72 @@
+"""What `export.formats` writes in compressed-tensors, served by vLLM with its own kernels: our logits, in bfloat16."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pipeline.export.prefixed_model import assemble_model
+from pipeline.interop.other_formats import write_formats
+from pipeline.models.importing import import_model
+from pipeline.runtime.artifacts import make_header
+from tests.conftest import ROOT, make_tokenizer, randomize_
+from tests.export.test_prefixed_model import make_quantized
+from tests.interop.test_other_formats import PLAIN
+from tests.serving.test_vllm import ENVIRONMENT, OWN
+
+pytestmark = pytest.mark.serving
+KINDS = {
+    "W8A8 static asymmetric": {"weights.bits": 8, "activations.bits": 8, "activations.symmetric": False},
+    "W4A16 groups": {"weights.bits": 4, "weights.group_size": 32},
+}
+TEXTS = torch.randint(2, 320, (8, 32), generator=torch.Generator().manual_seed(3))
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from benchmarks.serving_parity import as_prompts, score_served
+texts = json.loads(sys.argv[2])
+llm = LLM(sys.argv[1], dtype=sys.argv[3], enforce_eager=True, max_model_len=64)
+outputs = llm.generate(as_prompts(texts), SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+print(json.dumps([score_served(text, output).tolist() for text, output in zip(texts, outputs)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model of widths and heads that vLLM has kernels for, with logits as wide apart as a trained model's."""
+    root = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    model = randomize_(AutoModelForCausalLM.from_config(LlamaConfig(**OWN)))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(root / "source")
+    make_tokenizer().save_pretrained(root / "source")
+    import_model(str(root / "source"), None, torch.float32, root / "wide")
+    return {"wide": root / "wide"}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("W8A8 static asymmetric", "float32"), ("W4A16 groups", "bfloat16")])
+@torch.no_grad()
+def test_vllm_serves_what_was_evaluated(wide, tmp_path, kind, dtype):
+    """In bfloat16, which is all its kernel for W4A16 knows, as nearly as transformers in bfloat16 does."""
+    checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
+    write_formats(checkpoint, None, tmp_path / "formats", ["compressed-tensors"], [], "5GB", make_header("export", {}))
+    folder = tmp_path / "formats" / "compressed-tensors"
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(TEXTS.tolist()), dtype]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    served = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    expected = find_log_p(assemble_model(checkpoint, None))
+    if dtype == "float32":
+        assert (served - expected).abs().mean() <= 1e-3  # measured: 6e-5
+    else:
+        own = find_log_p(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+        assert (served - expected).abs().mean() <= 1.2 * (own - expected).abs().mean()  # measured: 0.029 and 0.032
+
+
+def find_log_p(model):
+    log_p = model(TEXTS).logits[:, :-1].float().log_softmax(-1)
+    return log_p.gather(2, TEXTS[:, 1:, None]).squeeze(2)

@@ -1,0 +1,111 @@
+"""vLLM's HTTP server with a tiny exported model, asked by the `openai` client: what transformers generates."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pipeline.export.loading import load
+from tests.conftest import ROOT
+from tests.serving.test_vllm import ENVIRONMENT, MODELS, make_served
+
+pytestmark = pytest.mark.serving
+NAME, PREFIX, NEW = "llama, static", 3, 24
+PROMPTS = ["the river", "a theory of numbers was", "in the year of the city and the war, it was", "one two three"]
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_served(tmp_path_factory.mktemp("served"), *MODELS[NAME][:4])
+
+
+@pytest.fixture(scope="module")
+def client(folder, tmp_path_factory):
+    from openai import OpenAI
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    command += ["--chat-template", TEMPLATE, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_for(url, server, log):
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+@torch.no_grad()
+def continue_greedily(model, ids):
+    """Token ids and their log-probabilities, by transformers."""
+    made, chosen = list(ids), []
+    for _ in range(NEW):
+        log_p = model(torch.tensor([made])).logits[0, -1].log_softmax(-1)
+        made.append(int(log_p.argmax()))
+        chosen.append(log_p.max().item())
+    return made[len(ids) :], chosen
+
+
+EXTRA = {"ignore_eos": True, "return_token_ids": True}
+
+
+def test_completions_are_what_transformers_generates_alone_and_together(folder, client):
+    """As texts and as token ids, four requests at a time; tokens and log-probabilities."""
+    model, tokenizer = load(folder)
+    ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    expected = [continue_greedily(model, own) for own in ids]
+
+    def ask(prompt):
+        return client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=NEW, temperature=0, logprobs=0, extra_body=EXTRA
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(ask, PROMPTS), *pool.map(ask, ids)]
+    for answer, own, (tokens, log_p) in zip(answers, ids * 2, expected * 2, strict=True):
+        assert answer.choices[0].token_ids == tokens
+        assert answer.choices[0].logprobs.token_logprobs == pytest.approx(log_p, abs=1e-3)
+        assert answer.usage.prompt_tokens == len(own) + PREFIX
+
+
+def test_a_chat_goes_through_the_template_behind_the_prefix(folder, client):
+    model, tokenizer = load(folder)
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": PROMPTS[1]}],
+        max_tokens=NEW,
+        temperature=0,
+        extra_body=EXTRA,
+    )
+    tokens, _ = continue_greedily(model, tokenizer(f"user: {PROMPTS[1]}\n")["input_ids"])
+    assert answer.choices[0].token_ids == tokens
+
+
+def test_what_cannot_be_answered_is_a_bad_request_and_the_server_goes_on(folder, client):
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="of max_model_len=256 are the prefix's"):
+        client.completions.create(model="tiny", prompt=list(range(1, 255)), max_tokens=1)
+    assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=1).usage.completion_tokens == 1
