@@ -208,7 +208,7 @@ def _complete_tokenizer(source: str, folder: Path, rows: int) -> None:
             check_file(source, folder / name)
     with loading(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer("The first text.")  # some of its settings are looked at when it is used
+        tokenizer("")  # some of its settings are looked at when it is used
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():

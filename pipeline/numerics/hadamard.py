@@ -167,10 +167,10 @@ def _apply_factors(x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tens
             rows = y.reshape(-1, plan.power_of_two).contiguous()
             y = _cuda_hadamard_transform(rows, 1 / math.sqrt(plan.power_of_two))
             break
-        order, paley = matrix.shape[0], place < len(plan.paley)  # Sylvester's matrices are symmetric
+        order, paley = matrix.shape[0], place < len(plan.paley)
         after //= order
-        if after == 1:
-            y = y.reshape(-1, order) @ (matrix.mT if paley and inverse else matrix)
+        if after == 1 and not paley:
+            y = y.reshape(-1, order) @ matrix  # Sylvester's matrices are symmetric
         else:  # columns of a row-vector transform: y[.., i, c] -> sum_i y[.., i, c] H[i, j]
             y = (matrix.mT if paley and not inverse else matrix) @ y.reshape(-1, order, after)
     return y.reshape(x.shape)
