@@ -122,7 +122,7 @@ def score(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.
     ids = torch.tensor([text])
     embedded = model.get_input_embeddings()(ids)
     generator = torch.Generator().manual_seed(0)
-    embedded = embedded * (1 + noise * torch.randn(embedded.shape, generator=generator))
+    embedded = embedded * (1 + noise * torch.randn(embedded.shape, generator=generator)).to(embedded.dtype)
     log_p = model(inputs_embeds=embedded).logits[0, :-1].float().log_softmax(-1)
     return log_p.gather(1, ids[0, 1:, None]).squeeze(1)
 
