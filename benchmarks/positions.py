@@ -7,7 +7,6 @@ Windows are cut the field's way (`pipeline.evaluate`): of each text the first `-
 `less the first` is the mean difference of the loss on the same windows in nats a token, ± its standard error.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
+from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.text.calibration import cut_documents
 from pipeline.text.corpora import read_local_documents
@@ -30,12 +30,12 @@ Losses = dict[str, torch.Tensor]  # text -> [N, T - 1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--text", type=Path, action="append", required=True, help=".txt, .jsonl, .json, .csv, .parquet")
     parser.add_argument("--run", type=Path, action="append", help="folder with artifacts/ (default: this one)")
     parser.add_argument("--variant", action="append", help="quantizer_init, finetuning (default: both)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=5, help="of each text")
+    parser.add_argument("--length", type=whole(2), default=2048, help="tokens of a window")
+    parser.add_argument("--windows", type=whole(1), default=5, help="of each text")
     arguments = parser.parse_args()
     runs = [folder / "artifacts" for folder in arguments.run or [Path()]]
     original = Checkpoint(runs[0] / "model", "model")

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.quality import SIZES
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
+from pipeline.runtime.arguments import whole
 from pipeline.runtime.errors import run_main
 
 OUTLIER_LOSS = {
@@ -55,7 +56,7 @@ MAIN = ("none", "found", "trained, outlier loss", "trained", "discretised")
 def main() -> None:
     parser = make_parser(__doc__, ROWS, MAIN)
     parser.add_argument("--size", choices=SIZES, default="screening")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of calibration")
+    parser.add_argument("--seeds", nargs="*", type=whole(0), default=[0, 1, 2], help="of calibration")
     arguments = parser.parse_args()
     workspace = Workspace(arguments.work)
     # At the final size one pass is as many steps as three at the other.

@@ -10,7 +10,6 @@ fine-tuning also pairs each row with another one, window by window: the mean dif
 its standard error.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
+from pipeline.runtime.arguments import Parser
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.runtime.errors import run_main
 
@@ -140,7 +140,7 @@ TABLES = {"modes": ROWS, "ablations": ABLATIONS, "finetuning": FINETUNING}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--table", choices=TABLES, default="modes", help="bits and modes, choices of the default, or training"
     )

@@ -18,7 +18,6 @@ point runs as a user runs it, in a process of its own that is ended after 60 sec
 The last four are faults, and are listed with number and message.
 """
 
-import argparse
 import json
 import os
 import random
@@ -38,6 +37,7 @@ import torch
 
 from benchmarks.robustness_cases import KINDS, WEIGHTS, Bases, Trial
 from benchmarks.workspace import read_rows
+from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.files import write_json
 
@@ -47,10 +47,10 @@ PATIENCE = 60.0  # seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
-    parser.add_argument("--count", type=int, default=1000)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--first", type=whole(0), default=0, help="number of the first mutation")
+    parser.add_argument("--count", type=whole(1), default=1000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, help="keep every mutation there; what it has is not run again")
     arguments = parser.parse_args()

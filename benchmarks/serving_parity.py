@@ -14,7 +14,6 @@ figures for which every block of transformers gets the very input that vLLM's ha
 token's output relative to its size, and `rounded_otherwise`, the share of outputs in which it is above 1e-4.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from pipeline.export.loading import load
 from pipeline.export.prefixed_model import strip_start_token
+from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows
 
@@ -33,18 +33,17 @@ CONTINUED, NEW_TOKENS = 20, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
     parser.add_argument("--windows", type=Path, help="held-out token windows to read; default: random tokens")
-    parser.add_argument("--perplexity", type=int, default=0, metavar="N", help="of the first N windows, in both")
+    parser.add_argument("--perplexity", type=whole(0), default=0, metavar="N", help="of the first N windows, in both")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--chunk", type=int, default=96, help="tokens that vLLM reads at a time: texts come in chunks")
-    parser.add_argument("--max-model-len", type=int, help="default: the model's")
+    parser.add_argument(
+        "--chunk", type=whole(1), default=96, help="tokens that vLLM reads at a time: texts come in chunks"
+    )
+    parser.add_argument("--max-model-len", type=whole(1), help="default: the model's")
     parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, and what fails is seen
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     print(json.dumps(compare(**vars(arguments))))
 
 
@@ -58,6 +57,7 @@ def compare(
     eager: bool = False,
 ) -> dict[str, Any]:
     """What `main` prints. `chunk`: tokens that vLLM reads at a time."""
+    set_up_vllm()
     from vllm import LLM, SamplingParams
 
     model, _ = load(folder)
@@ -71,12 +71,11 @@ def compare(
         enforce_eager=eager,
     )
     tokens = cut_texts(model, windows, max_model_len)
-    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     values: dict[str, Any] = {"folder": folder.name, "dtype": dtype}
     differences = []
     for _ in range(2):  # the second time from cached prefixes, where prompt_logprobs allow it
-        for text, output in zip(tokens, llm.generate(as_prompts(tokens), scored, use_tqdm=False), strict=True):
-            differences.append((score_served(text, output) - score(model, text)).abs())
+        for text, served in zip(tokens, score_served(llm, tokens), strict=True):
+            differences.append((served - score(model, text)).abs())
     noise = torch.cat([(score(model, text, 1e-6) - score(model, text)).abs() for text in tokens])
     values["noise"] = noise.mean().item()
     values["median_difference"] = torch.cat(differences).median().item()
@@ -92,12 +91,16 @@ def compare(
     values |= {"continued": len(starts), "equal": len(starts) - len(gaps), "largest_tie": max(gaps, default=0.0)}
     if perplexity:
         texts = [strip_start_token(row.tolist(), model) for row in load_windows(windows).token_ids[:perplexity]]
-        outputs = llm.generate(as_prompts(texts), scored, use_tqdm=False)
-        pairs = zip(texts, outputs, strict=True)
-        losses = [-score_served(text, output).mean() for text, output in pairs]
-        values["perplexity_vllm"] = torch.stack(losses).mean().exp().item()
-        values["perplexity_transformers"] = torch.stack([-score(model, t).mean() for t in texts]).mean().exp().item()
+        values["perplexity_vllm"] = compute_perplexity(score_served(llm, texts))
+        values["perplexity_transformers"] = compute_perplexity([score(model, text) for text in texts])
     return values
+
+
+def set_up_vllm() -> None:
+    """Before vLLM is imported: one process, so that what fails is seen, no thread bound to a core, a cache of 1 GiB."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def cut_texts(model: PreTrainedModel, windows: Path | None, longest: int | None) -> list[list[int]]:
@@ -169,11 +172,22 @@ def compare_blocks(model: PreTrainedModel, llm: Any, text: list[int]) -> torch.T
     return torch.cat([(mine - its).norm(dim=-1) / mine.norm(dim=-1) for mine, its in pairs])
 
 
-def score_served(text: list[int], output: Any) -> torch.Tensor:
-    """The same of vLLM's output, which counts placeholders as the prompt's."""
-    assert output.prompt_token_ids[-len(text) :] == text
-    own = output.prompt_logprobs[-len(text) :]
-    return torch.tensor([found[token].logprob for token, found in zip(text[1:], own[1:], strict=True)])
+def score_served(llm: Any, texts: list[list[int]]) -> list[torch.Tensor]:
+    """The same in vLLM, of several texts at once; it counts placeholders as the prompt's."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    scores = []
+    for text, output in zip(texts, llm.generate(as_prompts(texts), sampling, use_tqdm=False), strict=True):
+        assert output.prompt_token_ids[-len(text) :] == text
+        own = output.prompt_logprobs[-len(text) :]
+        scores.append(torch.tensor([found[token].logprob for token, found in zip(text[1:], own[1:], strict=True)]))
+    return scores
+
+
+def compute_perplexity(scores: list[torch.Tensor]) -> float:
+    """Of texts that are equally long."""
+    return torch.stack([-score.mean() for score in scores]).mean().exp().item()
 
 
 @torch.no_grad()

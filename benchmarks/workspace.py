@@ -5,7 +5,6 @@ dvc.yaml; what comes from a stage that always runs (`sources`) counts by its con
 stages share their folders, and a benchmark that is started again continues.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from pipeline.params import parse_params
+from pipeline.runtime.arguments import Parser
 from pipeline.runtime.artifacts import fingerprint, fingerprint_file, write_json
 from pipeline.runtime.errors import PipelineError, reading
 
@@ -93,11 +93,9 @@ class Workspace:
         }
 
 
-def make_parser(
-    description: str | None, rows: Collection[str], default: Collection[str] | None = None
-) -> argparse.ArgumentParser:
+def make_parser(description: str | None, rows: Collection[str], default: Collection[str] | None = None) -> Parser:
     """The arguments every benchmark has: --rows (default: all), --json, --work."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     chosen = list(rows if default is None else default)
     parser.add_argument("--rows", nargs="*", choices=rows, default=chosen, help=f"default: {', '.join(chosen)}")
     parser.add_argument("--json", type=Path, help="keep rows in this file")

@@ -11,8 +11,7 @@ start token follows one that ends in it. Where texts begin with a start token, t
 import inspect
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.export.loading import load
 from pipeline.models.architectures import find_max_positions
 from pipeline.runtime.arguments import check_writable, find_problem
-from pipeline.runtime.errors import PipelineError, reading, summarise, was_raised_in
+from pipeline.runtime.errors import PipelineError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +67,10 @@ class PrefixedLM(HFLM):
         self.start_token = tokenizer.bos_token if replaced else None
         if prefix_kv is not None:
             longest = find_max_positions(pretrained.config) - prefix_kv.shape[-2]
-            kwargs["max_length"] = longest if kwargs.get("max_length") is None else kwargs["max_length"]
-            if not isinstance(kwargs["max_length"], int) or not 1 <= kwargs["max_length"] <= longest:
-                raise PipelineError(
-                    f"max_length={kwargs['max_length']!r} is none of the 1 to {longest} behind the prefix"
-                )
+            length = longest if kwargs.get("max_length") is None else kwargs["max_length"]
+            if not isinstance(length, int) or not 1 <= length <= longest:
+                raise PipelineError(f"max_length={length!r} is none of the 1 to {longest} behind the prefix")
+            kwargs["max_length"] = length
         if replaced:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
@@ -146,15 +144,9 @@ def run_tasks(
     return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
 
 
-@contextmanager
-def asking(what: str) -> Iterator[None]:
+def asking(what: str) -> AbstractContextManager[None]:
     """What lm-eval refuses, or what it reads tasks with, is one message; an error of ours or the model's stays one."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, PipelineError) or not was_raised_in(error, *_READERS):
-            raise
-        raise PipelineError(f"{what}: {summarise(error)}") from error
+    return reading(lambda why: PipelineError(f"{what}: {why}"), *_READERS)
 
 
 def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from pipeline.export.loading import load
 from pipeline.export.prefixed_model import strip_start_token
 from pipeline.models.architectures import find_max_positions
 from pipeline.runtime.arguments import ArgumentError, Parser, device, positive, text, whole
-from pipeline.runtime.errors import reading, summarise, was_raised_in
+from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
 
 _COLDEST = 1e-6  # logits divided by less overflow
@@ -74,12 +74,9 @@ def stream_text(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     mask = torch.ones_like(inputs)
-    try:
+    refused = "the folder's generation_config.json asks for what fails"
+    with reading(lambda why: ArgumentError(f"{refused} ({why})"), "transformers.generation"):
         output = model.generate(inputs, attention_mask=mask, pad_token_id=pad, streamer=streamer, **options)
-    except Exception as error:
-        if not was_raised_in(error, "transformers.generation"):
-            raise
-        raise ArgumentError(f"the folder's generation_config.json asks for what fails ({summarise(error)})") from error
     return tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
 
 

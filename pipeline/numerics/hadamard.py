@@ -134,7 +134,8 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
         that package is installed.
     """
     plan = plan_hadamard(x.shape[-1] if block_size == -1 else block_size)
-    return _apply_factors(x, plan, [_factor(*factor, x.dtype, x.device) for factor in _list_factors(plan)], inverse)
+    factors = [_factor(order, paley, x.dtype, x.device) for order, paley in _list_factors(plan)]
+    return _apply_factors(x, plan, factors, inverse)
 
 
 class HadamardTransform(nn.Module):
@@ -150,13 +151,14 @@ class HadamardTransform(nn.Module):
         return _apply_factors(x, self.plan, list(self.buffers()), inverse)
 
 
-def _list_factors(plan: HadamardPlan) -> list[tuple[int, bool]]:
+@functools.cache
+def _list_factors(plan: HadamardPlan) -> tuple[tuple[int, bool], ...]:
     """(order, whether it is Paley's) of the matrices whose Kronecker product a block's matrix is, in that order."""
     factors, rest = [(order, True) for order in plan.paley], plan.power_of_two
     while rest > 1:
         factors.append((min(rest, _MAX_SYLVESTER_FACTOR), False))
         rest //= factors[-1][0]
-    return factors
+    return tuple(factors)
 
 
 def _apply_factors(x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tensor], inverse: bool) -> torch.Tensor:

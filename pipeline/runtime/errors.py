@@ -28,10 +28,10 @@ class PipelineError(Exception):
 
 
 @contextmanager
-def reading(describe: Callable[[str], PipelineError]) -> Iterator[None]:
+def reading(describe: Callable[[str], PipelineError], *modules: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes `describe(reason)`, the reason being one line.
 
-    PipelineErrors pass, and so do a full disk and a want of memory.
+    PipelineErrors pass, and so do a full disk and a want of memory; with `modules`, what was not raised in one of them.
     """
     try:
         yield
@@ -40,9 +40,11 @@ def reading(describe: Callable[[str], PipelineError]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise
+        if modules and not was_raised_in(error, *modules):
+            raise
         raise describe(summarise(error)) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of libraries in Rust: an error, though it claims to be more
+        if modules or type(error).__name__ != "PanicException":  # of libraries in Rust: an error, though it claims more
             raise
         raise describe(summarise(error)) from error
 

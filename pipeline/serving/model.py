@@ -139,7 +139,7 @@ def fill_layer_(
         "mlp_hidden": layer.mlp.down_proj,
     }
     for site, readers in architecture.site_readers.items():
-        parts = [block.get_submodule(name) for name in readers]
+        parts = [block.get_submodule(reader) for reader in readers]
         block_size = settings.r4_block_size if site == "mlp_hidden" else -1
         served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, f"{name}.{site}", block_size)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:

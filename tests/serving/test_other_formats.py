@@ -1,4 +1,4 @@
-"""What `export.formats` writes in compressed-tensors, served by vLLM with its own kernels: our logits, in bfloat16."""
+"""What `export.formats` writes in compressed-tensors, served by vLLM with its own kernels: our logits."""
 
 import json
 import subprocess
@@ -25,12 +25,10 @@ KINDS = {
 TEXTS = torch.randint(2, 320, (8, 32), generator=torch.Generator().manual_seed(3))
 PROGRAM = """
 import json, sys
-from vllm import LLM, SamplingParams
-from benchmarks.serving_parity import as_prompts, score_served
-texts = json.loads(sys.argv[2])
+from vllm import LLM
+from benchmarks.serving_parity import score_served
 llm = LLM(sys.argv[1], dtype=sys.argv[3], enforce_eager=True, max_model_len=64)
-outputs = llm.generate(as_prompts(texts), SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-print(json.dumps([score_served(text, output).tolist() for text, output in zip(texts, outputs)]))
+print(json.dumps([scores.tolist() for scores in score_served(llm, json.loads(sys.argv[2]))]))
 """
 
 
