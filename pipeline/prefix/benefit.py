@@ -24,10 +24,11 @@ from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.windows import put_in_front, start_behind
-from pipeline.training.divergence import mean_divergence
+from pipeline.training.divergence import mean_divergences
 
 _BITS, _SEED = 4, 0  # of the simulated quantizers; as `prefix_training` has them by default
-_CALIBRATED, _JUDGED = 4, 8  # windows
+_CALIBRATED, _JUDGED = 4, 4  # windows
+_EVERY = 2  # of every so many positions one is judged: logits of a large vocabulary cost as much as all blocks
 _CONTENT = 4  # tokens in front of the start token, at most
 MOST_CANDIDATES, MOST_WINDOWS = _CONTENT + 2, _CALIBRATED + _JUDGED
 
@@ -97,12 +98,12 @@ def simulate_costs(
         del block
     costs = torch.zeros(len(candidates), len(judged), dtype=torch.float64)
     norm, lm_head = checkpoint.load_final_norm().to(runner.device), checkpoint.load_lm_head().to(runner.device)
-    for window, states in enumerate(original):
-        exact = norm(states[-judged.shape[1] :].to(runner.device))
-        for number, stream in zip(own, streams, strict=True):
-            found = norm(stream.judged[window][-judged.shape[1] :].to(runner.device))
-            cost = mean_divergence(found, exact, lm_head)
-            costs[number, window] = cost if torch.isfinite(cost) else torch.inf
+    content = slice(-judged.shape[1], None, _EVERY)
+    for window, states in enumerate(original if streams else ()):
+        exact = norm(states[content].to(runner.device))
+        found = norm(torch.stack([stream.judged[window][content] for stream in streams]).to(runner.device))
+        cost = mean_divergences(found, exact, lm_head).cpu()
+        costs[list(own), window] = cost.where(cost.isfinite(), torch.inf)
     ranks.sum_(costs)
     return costs
 

@@ -34,7 +34,7 @@ from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.start_token import choose_start_token
 from pipeline.text.windows import put_in_front, start_behind
 
-_AFTER_WINDOWS = 8
+_AFTER_WINDOWS = 4
 _EXPLAIN_BENEFIT = "the shortest candidate within a standard error of the least divergence behind simulated quantizers"
 
 

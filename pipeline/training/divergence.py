@@ -27,6 +27,25 @@ def mean_divergence(
     return _MeanDivergence.apply(ours.flatten(0, -2), exact.flatten(0, -2), lm_head, exact_lm_head)
 
 
+@torch.no_grad()
+def mean_divergences(ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
+    """`mean_divergence` of several streams from one, [C] float64: its logits are made once. No gradients.
+
+    Args:
+        ours: [C, T, D] behind the final norm.
+        exact: [T, D].
+    """
+    totals = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
+    for start in range(0, len(exact), _POSITIONS):
+        rows = slice(start, start + _POSITIONS)
+        log_p = lm_head.logits(exact[rows]).log_softmax(-1)
+        p = log_p.exp()
+        for number, states in enumerate(ours):
+            log_q = lm_head.logits(states[rows]).log_softmax(-1)
+            totals[number] += log_q.neg_().add_(log_p).mul_(p).sum(dtype=torch.float64)
+    return totals / len(exact)
+
+
 class _MeanDivergence(torch.autograd.Function):
     @staticmethod
     def forward(

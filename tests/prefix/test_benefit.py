@@ -75,8 +75,9 @@ def test_what_diverges_is_never_taken():
 
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2"])
 @torch.no_grad()
-def test_the_walk_costs_what_the_whole_model_with_simulated_quantizers_does(family, imported):
+def test_the_walk_costs_what_the_whole_model_with_simulated_quantizers_does(family, imported, monkeypatch):
     """Against prefix training's own forward, through all blocks at once; scales of the judged windows themselves."""
+    monkeypatch.setattr(benefit, "_EVERY", 1)
     checkpoint, runner = open_model(imported[family], batch_size=4)
     judged, candidate = WINDOWS[:4], [5, 9, 0]
     found = simulate_costs(checkpoint, [candidate], judged, judged, runner)[0]
@@ -95,7 +96,7 @@ def test_ranks_share_candidates_and_find_what_one_process_finds(imported):
     assert len(alone.table) == 3
     for rank in range(2):
         shared = OneOfTwo(rank)
-        own = simulate_costs(checkpoint, [[], [0], [6, 0]], windows[:4], windows[4:], runner, shared)
+        own = simulate_costs(checkpoint, [[], [0], [6, 0]], windows[:4], windows[4:8], runner, shared)
         mine = [row["kl"] for row in alone.table][rank::2]
         assert own.mean(1)[rank::2].tolist() == pytest.approx(mine)
         assert own.mean(1)[1 - rank :: 2].eq(0).all()
@@ -130,17 +131,21 @@ def test_search_by_benefit_reports_its_table_and_the_prefix_it_takes(imported):
 @pytest.mark.parametrize("broken", [math.inf, math.nan])
 def test_one_window_that_diverges_is_enough_to_be_left_out(broken, imported, monkeypatch):
     checkpoint, runner = open_model(imported["llama_tied"])
-    divergence, calls = benefit.mean_divergence, []
+    divergences, calls = benefit.mean_divergences, []
 
     def diverge(*args):
         calls.append(1)
-        return divergence(*args) * (broken if len(calls) == 1 else 1)  # no prefix, first window
+        return divergences(*args) * torch.tensor(
+            [broken if len(calls) == 1 else 1, 1], dtype=torch.float64
+        )  # no prefix, first window
 
-    monkeypatch.setattr(benefit, "mean_divergence", diverge)
+    monkeypatch.setattr(benefit, "mean_divergences", diverge)
     choice = choose_by_benefit(checkpoint, [], 0, WINDOWS, runner)
     assert choice.token_ids == [0]
     assert choice.table[0] == {"token_ids": [], "kl": None, "chosen": False}
-    monkeypatch.setattr(benefit, "mean_divergence", lambda *args: torch.tensor(broken))
+    monkeypatch.setattr(
+        benefit, "mean_divergences", lambda ours, *args: torch.full((len(ours),), broken, dtype=torch.float64)
+    )
     with pytest.raises(PrefixSearchError, match="behind every candidate"):
         choose_by_benefit(checkpoint, [], 0, WINDOWS, runner)
 

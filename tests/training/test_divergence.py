@@ -5,7 +5,7 @@ import torch
 
 from pipeline.models.lm_head import LmHead
 from pipeline.training import divergence
-from pipeline.training.divergence import mean_divergence
+from pipeline.training.divergence import mean_divergence, mean_divergences
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -30,3 +30,11 @@ def test_value_and_gradient_equal_autograd_over_all_logits(other_head, cap, monk
 def test_it_is_zero_for_the_same_states_and_needs_no_gradient():
     states, head = torch.randn(6, 5), torch.randn(11, 5)
     assert mean_divergence(states, states, LmHead(head)).item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_several_streams_from_one_are_each_compared_with_it(cap, monkeypatch):
+    monkeypatch.setattr(divergence, "_POSITIONS", 3)
+    ours, exact, head = torch.randn(2, 7, 5), torch.randn(7, 5), LmHead(torch.randn(11, 5), cap)
+    expected = [mean_divergence(states, exact, head).item() for states in ours]
+    assert mean_divergences(ours, exact, head).tolist() == pytest.approx(expected, rel=1e-5)
