@@ -91,10 +91,14 @@ def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLin
     return one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs[1:])  # integer - zero_point fits int8
 
 
-def make_product(
-    quantizer: ActivationQuantizer, readers: Sequence[PackedLinear], dtype: torch.dtype, name: str | None = None
-) -> IntegerProduct:
-    """What `readers` compute, side by side, of the codes that `quantizer` passes on from now on."""
+def gather_operands(
+    quantizer: ActivationQuantizer, readers: Sequence[PackedLinear]
+) -> tuple[torch.Tensor, torch.Tensor, float, int, torch.Tensor]:
+    """What `IntegerProduct` takes to compute, side by side, what `readers` do of what `quantizer` passes on.
+
+    Their integers less zero points, int8 [out, in], and scales [out]; the input's scale and code of zero; the constant
+    [out]. From now on the quantizer passes on codes.
+    """
     quantizer.emit_codes_()
     integers, constants = [], []
     for linear in readers:
@@ -107,8 +111,7 @@ def make_product(
         integers.append((linear.unpack().to(torch.int16) - offset).to(torch.int8))
         constants.append(constant.float())
     weight_scale = torch.cat([linear.weight_scale[:, 0] for linear in readers])
-    product = torch.cat(integers), weight_scale, quantizer.scale.item(), quantizer.code_of_zero, torch.cat(constants)
-    return IntegerProduct(*product, dtype, name)
+    return torch.cat(integers), weight_scale, quantizer.scale.item(), quantizer.code_of_zero, torch.cat(constants)
 
 
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
@@ -118,4 +121,4 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
         if fits_integers(quantizer, linears):
             for linear in linears:
-                linear.product = make_product(quantizer, [linear], linear.compute_dtype)
+                linear.product = IntegerProduct(*gather_operands(quantizer, [linear]), linear.compute_dtype)

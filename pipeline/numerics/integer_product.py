@@ -33,7 +33,6 @@ class IntegerProduct(nn.Module):
         zero_point: int,
         constant: torch.Tensor,
         dtype: torch.dtype,
-        name: str | None = None,
     ) -> None:
         """
         Args:
@@ -42,12 +41,10 @@ class IntegerProduct(nn.Module):
             scale, zero_point: of the codes.
             constant: float32 [out].
             dtype: of the output.
-            name: the same in every process, and no other product's, where compiled code outlives the process; default:
-                a number.
         """
         super().__init__()
         self.width, self.dtype = integers.shape[0], dtype
-        self.name = str(next(_NUMBERS)) if name is None else name
+        self.name = str(next(_NUMBERS))
         packed = torch.ops.onednn.qlinear_prepack(integers, None)
         zero_points = torch.zeros(self.width, dtype=torch.int64)
         self.operands = scale, zero_point, packed, weight_scale.contiguous(), zero_points, constant

@@ -3,17 +3,17 @@
     q_proj, k_proj, v_proj -> qkv_proj      gate_proj, up_proj -> gate_up_proj      o_proj      down_proj
 
 Each output channel keeps its own scale, so nothing changes by putting them together. With static ranges and one scale a
-channel integers are multiplied (numerics/integer_product.py); everything else is computed as it was evaluated, with
-the input's quantizer acting and weights that are dequantized once, when they are loaded.
+channel integers are multiplied; everything else is computed as it was evaluated, with the input's quantizer acting and
+weights that are dequantized once, when they are loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear
-from pipeline.export.packed_block import fits_integers, make_product
+from pipeline.export.packed_block import fits_integers, gather_operands
 from pipeline.numerics.hadamard import HadamardTransform
 from pipeline.numerics.quantizer import ActivationQuantizer
 
@@ -27,7 +27,7 @@ class ServedLinear(nn.Module):
         quantizer: ActivationQuantizer,
         rotate: bool,
         dtype: torch.dtype,
-        name: str,
+        multiply: Callable[..., nn.Module],
         block_size: int = -1,
     ) -> None:
         """
@@ -36,7 +36,7 @@ class ServedLinear(nn.Module):
             quantizer: of that input.
             rotate: a Hadamard transform stands in front of the quantizer.
             dtype: in which the model computes.
-            name: of the layer and its contents; no other one's.
+            multiply: makes a product of integers of `gather_operands` and `dtype`: product.py's, where vLLM is.
             block_size: the transform acts on so many channels at a time; -1: on all.
         """
         super().__init__()
@@ -45,7 +45,7 @@ class ServedLinear(nn.Module):
         self.width = sum(part.out_features for part in parts)
         self.product = self.weight = self.bias = None
         if fits_integers(quantizer, parts):
-            self.product = make_product(quantizer, parts, dtype, name)
+            self.product = multiply(*gather_operands(quantizer, parts), dtype)
             return
         self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
         if any(part.bias is not None for part in parts):

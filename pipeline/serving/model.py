@@ -30,6 +30,7 @@ from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
+from pipeline.serving.product import ServedProduct
 from pipeline.serving.quantization import ServedLinearMethod, check_engine
 
 
@@ -62,8 +63,8 @@ class PrefixQuantModel(nn.Module):
                 f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
                 f"{unexpected[:3]}; get an intact copy"
             )
-        contents = describe_contents(tensors)
-        self.config_of_engine.additional_config["prefixquant"] = contents  # vLLM names the code it keeps by this
+        # vLLM names the code it keeps by this:
+        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors)
         own = {name for name, _ in self.named_parameters()}
         loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
         if own - loaded:
@@ -71,7 +72,7 @@ class PrefixQuantModel(nn.Module):
         for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
             settings, dtype = find_settings(self.exported.blocks, index), self.config_of_engine.model_config.dtype
-            fill_layer_(layer, block, settings, prefix_kv, dtype, f"{contents}.{index}")
+            fill_layer_(layer, block, settings, prefix_kv, dtype)
         self._skeleton = (None,)
         return loaded
 
@@ -120,14 +121,12 @@ def fill_layer_(
     settings: BlockSettings,
     prefix_kv: torch.Tensor | None,
     dtype: torch.dtype,
-    name: str,
 ) -> None:
     """Put a block of transformers, quantized and loaded, into a decoder layer of vLLM, but for its norms.
 
     Args:
         prefix_kv: [2, kv_heads, P, d] or None.
         dtype: in which the model computes.
-        name: of the block and its contents; no other one's.
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
@@ -141,7 +140,7 @@ def fill_layer_(
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(reader) for reader in readers]
         block_size = settings.r4_block_size if site == "mlp_hidden" else -1
-        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, f"{name}.{site}", block_size)
+        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, ServedProduct, block_size)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)

@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from pipeline.blocks.quantized import find_settings, find_site_quantizers
 from pipeline.export.loading import load
 from pipeline.models.architectures import find_architecture
+from pipeline.numerics.integer_product import IntegerProduct
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.linear import ServedLinear
 from tests.export.test_folder import make_export
@@ -37,7 +38,8 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, fam
         x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
         own = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
         expected = torch.cat([part(own) for part in parts], dim=-1)
-        served = ServedLinear(parts, quantizers[site], site == "mlp_hidden" and settings.online_r4, torch.float32, site)
+        rotate = site == "mlp_hidden" and settings.online_r4
+        served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct)
         assert (served.product is not None) == (kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
 
