@@ -3,12 +3,12 @@
     python -m benchmarks.formats --artifacts artifacts --json formats.json
     python -m benchmarks.formats --rows "NVFP4/none/none" "NVFP4/none/found"
 
-A row is FORMAT/ROTATION/PREFIX. Rotations: none; block (R1, R2, R4 of every 16 or 32 channels, the format's block);
-global. R4 is online: rows with a rotation are what this project runs, those without are what exported folders hold.
-Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched in the values themselves
-(of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are compared and not rounding; INT4
-is the headline's W4A4KV4, all others leave keys and values alone and center nothing. A finished row is kept in --json
-and skipped when restarted.
+A row is FORMAT/ROTATION/PREFIX; `original` has no quantizers. Rotations: none; block (R1, R2, R4 of every 16 or 32
+channels, the format's block); global. R4 is online: rows with a rotation are what this project runs, those without are
+what exported folders hold. Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched
+in the values themselves (of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are
+compared and not rounding; INT4 is the headline's W4A4KV4, all others leave keys and values alone and center nothing. A
+finished row is kept in --json and skipped when restarted.
 """
 
 import shutil
@@ -51,6 +51,7 @@ def ask_for(name: str) -> dict[str, object]:
 
 # Format -> bits per weight and activation with the scales of blocks, its block, what is changed in quantizer_init.
 FORMATS = {
+    "original": ("16 / 16", 32, PLAIN | {"weights.bits": 16, "activations.bits": 16}),
     "W4A16": ("4.5 / 16", 32, PLAIN | {"weights.group_size": 64, "activations.bits": 16}),
     "W8A8": ("8 / 8", 32, PLAIN | {"weights.bits": 8, "activations.bits": 8}),
     "FP8": ("8 / 8", 32, ask_for("fp8_e4m3")),
@@ -61,7 +62,12 @@ FORMATS = {
 SEARCHED = ("INT4", "W4A16")  # weights' ranges are searched
 ROTATIONS = {"none": ("identity",) * 4, "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard")}
 ROTATIONS["global"] = ("hadamard",) * 4
-ROWS = [f"{name}/{rotation}/{prefix}" for name in FORMATS for rotation in ROTATIONS for prefix in ("none", "found")]
+ROWS = [
+    f"{name}/{rotation}/{prefix}"
+    for name in FORMATS
+    for rotation in (ROTATIONS if name != "original" else ("none",))
+    for prefix in ("none", "found")
+]
 
 
 def main() -> None:
