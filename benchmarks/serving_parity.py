@@ -11,7 +11,8 @@ Quantizers round: a value on the edge between two integers falls to either side 
 sees the difference, and 30 blocks of 4 bits make a perturbation of 1e-6 as large as quantization itself. So beside the
 log-probabilities stand `noise`, what they change by in transformers when its embeddings are disturbed by 1e-6, and two
 figures for which every block of transformers gets the very input that vLLM's had: `median_block`, the difference of a
-token's output relative to its size, and `rounded_otherwise`, the share of outputs in which it is above 1e-4.
+token's output relative to its size, and `rounded_otherwise`, the share of outputs in which it is above 1e-4. They need
+--eager: nobody sees what passes between compiled blocks.
 """
 
 import json
@@ -81,7 +82,7 @@ def compare(
     values["median_difference"] = torch.cat(differences).median().item()
     values["mean_difference"] = torch.cat(differences).mean().item()
     values["largest_difference"] = torch.cat(differences).max().item()
-    if any(len(text) <= chunk - 16 for text in tokens):
+    if eager and any(len(text) <= chunk - 16 for text in tokens):
         own = torch.cat([compare_blocks(model, llm, text) for text in tokens if len(text) <= chunk - 16])
         values |= {"median_block": own.median().item(), "rounded_otherwise": (own > 1e-4).float().mean().item()}
     starts = [text[: 4 + 3 * place] for place, text in enumerate(tokens * 3)][:CONTINUED]
