@@ -27,7 +27,7 @@ class ServedLinear(nn.Module):
         quantizer: ActivationQuantizer,
         rotate: bool,
         dtype: torch.dtype,
-        multiply: Callable[..., nn.Module],
+        multiply: Callable[..., nn.Module] | None,
         block_size: int = -1,
     ) -> None:
         """
@@ -36,7 +36,8 @@ class ServedLinear(nn.Module):
             quantizer: of that input.
             rotate: a Hadamard transform stands in front of the quantizer.
             dtype: in which the model computes.
-            multiply: makes a product of integers of `gather_operands` and `dtype`: product.py's, where vLLM is.
+            multiply: makes a product of integers of `gather_operands` and `dtype` (product.py has vLLM's); None: none
+                is exact here.
             block_size: the transform acts on so many channels at a time; -1: on all.
         """
         super().__init__()
@@ -44,7 +45,7 @@ class ServedLinear(nn.Module):
         self.transform = HadamardTransform(parts[0].in_features, dtype, block_size) if rotate else None
         self.width = sum(part.out_features for part in parts)
         self.product = self.weight = self.bias = None
-        if fits_integers(quantizer, parts):
+        if multiply is not None and fits_integers(quantizer, parts):
             self.product = multiply(*gather_operands(quantizer, parts), dtype)
             return
         self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])

@@ -30,7 +30,7 @@ from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
-from pipeline.serving.product import ServedProduct
+from pipeline.serving.product import find_product
 from pipeline.serving.quantization import ServedLinearMethod, check_engine
 
 
@@ -140,7 +140,7 @@ def fill_layer_(
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(reader) for reader in readers]
         block_size = settings.r4_block_size if site == "mlp_hidden" else -1
-        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, ServedProduct, block_size)
+        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, find_product(), block_size)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)

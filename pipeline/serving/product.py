@@ -4,6 +4,8 @@ It keeps what oneDNN has prepared from call to call: of a few tokens it takes ha
 (numerics/integer_product.py), and `torch.compile` needs no name to find its weights.
 """
 
+import functools
+
 import torch
 from torch import nn
 from vllm import _custom_ops as kernels
@@ -46,3 +48,16 @@ class ServedProduct(nn.Module):
         signed = (codes ^ _SIGNED).view(torch.int8)  # code - 128
         torch.ops._C.onednn_scaled_mm(product, signed, self.one, self.zero, None, None, self.address)
         return (product.float() + self.constant).to(self.dtype)
+
+
+@functools.cache
+def find_product() -> type[ServedProduct] | None:
+    """`ServedProduct` where its kernel is exact, else None: layers multiply dequantized weights then.
+
+    Where a processor has no instructions for it (VNNI, AMX), oneDNN may halve weights to keep sums within 16 bits.
+    """
+    integers = torch.arange(1, 128, 2, dtype=torch.int8)[None]  # odd: half of it is no integer
+    codes = torch.arange(0, 256, 4, dtype=torch.uint8)[None]
+    one, zero = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+    found = ServedProduct(integers, one, 1.0, 0, zero, torch.float32)(codes).item()
+    return ServedProduct if found == (codes.long() * integers.long()).sum().item() else None

@@ -26,8 +26,9 @@ def load_block(imported, folder, family="llama_tied", kind="static"):
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases"])
+@pytest.mark.parametrize("integers", [True, False])
 @torch.no_grad()
-def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, family, kind):
+def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, integers, family, kind):
     """Side by side, each output channel with its own scale; integers where the settings allow it."""
     block, config, settings, _ = load_block(imported, tmp_path, family, kind)
     architecture = find_architecture(config)
@@ -39,8 +40,8 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, fam
         own = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
         expected = torch.cat([part(own) for part in parts], dim=-1)
         rotate = site == "mlp_hidden" and settings.online_r4
-        served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct)
-        assert (served.product is not None) == (kind in ("static", "keys before RoPE"))
+        served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct if integers else None)
+        assert (served.product is not None) == (integers and kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
 
 

@@ -25,3 +25,12 @@ def test_product_is_that_of_pytorch(bits, zero_point):
         rounded = ServedProduct(*operands, torch.bfloat16)(codes)
         product = (exact - constant).abs() + exact.abs()  # of these two, once each, and nothing of the constant
         assert ((rounded.float() - exact).abs() <= 2**-8 * product).all()
+
+
+def test_a_kernel_that_is_not_exact_is_left_out(monkeypatch):
+    from pipeline.serving import product
+
+    assert product.find_product() is product.ServedProduct
+    exact = product.ServedProduct.forward
+    monkeypatch.setattr(product.ServedProduct, "forward", lambda self, codes: exact(self, codes) + 1)
+    assert product.find_product.__wrapped__() is None
