@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.models.architectures import Architecture
 from pipeline.numerics.formats import INT
-from pipeline.numerics.integer_product import IntegerProduct
+from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 
@@ -91,14 +91,8 @@ def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLin
     return one_scale and all(spec.symmetric or spec.bits < 8 for spec in specs[1:])  # integer - zero_point fits int8
 
 
-def gather_operands(
-    quantizer: ActivationQuantizer, readers: Sequence[PackedLinear]
-) -> tuple[torch.Tensor, torch.Tensor, float, int, torch.Tensor]:
-    """What `IntegerProduct` takes to compute, side by side, what `readers` do of what `quantizer` passes on.
-
-    Their integers less zero points, int8 [out, in], and scales [out]; the input's scale and code of zero; the constant
-    [out]. From now on the quantizer passes on codes.
-    """
+def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLinear]) -> IntegerOperands:
+    """Of what `readers` compute, side by side, of the codes that `quantizer` passes on from now on."""
     quantizer.emit_codes_()
     integers, constants = [], []
     for linear in readers:
@@ -111,7 +105,8 @@ def gather_operands(
         integers.append((linear.unpack().to(torch.int16) - offset).to(torch.int8))
         constants.append(constant.float())
     weight_scale = torch.cat([linear.weight_scale[:, 0] for linear in readers])
-    return torch.cat(integers), weight_scale, quantizer.scale.item(), quantizer.code_of_zero, torch.cat(constants)
+    scale, zero_point = quantizer.scale.item(), quantizer.code_of_zero
+    return IntegerOperands(torch.cat(integers), weight_scale, scale, zero_point, torch.cat(constants))
 
 
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
@@ -121,4 +116,4 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
         if fits_integers(quantizer, linears):
             for linear in linears:
-                linear.product = IntegerProduct(*gather_operands(quantizer, [linear]), linear.compute_dtype)
+                linear.product = IntegerProduct(gather_operands(quantizer, [linear]), linear.compute_dtype)

@@ -11,6 +11,7 @@ times slower.
 
 import itertools
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +23,34 @@ _PRODUCTS: weakref.WeakValueDictionary[str, "IntegerProduct"] = weakref.WeakValu
 _NUMBERS = itertools.count()
 
 
+@dataclass(frozen=True)
+class IntegerOperands:
+    """What a product is made of, beside the codes.
+
+    Attributes:
+        integers: int8 [out, in], n_w.
+        weight_scale: float32 [out].
+        scale, zero_point: of the codes.
+        constant: float32 [out].
+    """
+
+    integers: torch.Tensor
+    weight_scale: torch.Tensor
+    scale: float
+    zero_point: int
+    constant: torch.Tensor
+
+
 class IntegerProduct(nn.Module):
     """codes uint8 [..., in] -> [..., out] in `dtype`."""
 
-    def __init__(
-        self,
-        integers: torch.Tensor,
-        weight_scale: torch.Tensor,
-        scale: float,
-        zero_point: int,
-        constant: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """
-        Args:
-            integers: int8 [out, in].
-            weight_scale: float32 [out].
-            scale, zero_point: of the codes.
-            constant: float32 [out].
-            dtype: of the output.
-        """
+    def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
-        self.width, self.dtype = integers.shape[0], dtype
+        self.width, self.dtype = len(operands.constant), dtype
         self.name = str(next(_NUMBERS))
-        packed = torch.ops.onednn.qlinear_prepack(integers, None)
-        zero_points = torch.zeros(self.width, dtype=torch.int64)
-        self.operands = scale, zero_point, packed, weight_scale.contiguous(), zero_points, constant
+        packed = torch.ops.onednn.qlinear_prepack(operands.integers, None)
+        weights = packed, operands.weight_scale.contiguous(), torch.zeros(self.width, dtype=torch.int64)
+        self.arguments = operands.scale, operands.zero_point, *weights, operands.constant
         _PRODUCTS[self.name] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerProduct":
@@ -55,16 +58,16 @@ class IntegerProduct(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Repacked weights cannot be pickled: another process repacks them."""
-        scale, zero_point, packed, weight_scale, _, constant = self.operands
+        scale, zero_point, packed, weight_scale, _, constant = self.arguments
         integers = packed.to_dense().T.contiguous()
-        return IntegerProduct, (integers, weight_scale, scale, zero_point, constant, self.dtype)
+        return IntegerProduct, (IntegerOperands(integers, weight_scale, scale, zero_point, constant), self.dtype)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.ops.prefixquant.integer_product(codes, self.name, self.width, self.dtype)
 
 
 def _multiply(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ops.onednn.qlinear_pointwise(codes, *_PRODUCTS[name].operands, 1.0, 0, dtype, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(codes, *_PRODUCTS[name].arguments, 1.0, 0, dtype, "none", [], "")
 
 
 def _describe(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:

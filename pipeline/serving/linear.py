@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.export.packed_block import fits_integers, gather_operands
 from pipeline.numerics.hadamard import HadamardTransform
+from pipeline.numerics.integer_product import IntegerOperands
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
@@ -27,7 +28,7 @@ class ServedLinear(nn.Module):
         quantizer: ActivationQuantizer,
         rotate: bool,
         dtype: torch.dtype,
-        multiply: Callable[..., nn.Module] | None,
+        multiply: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
         block_size: int = -1,
     ) -> None:
         """
@@ -36,8 +37,7 @@ class ServedLinear(nn.Module):
             quantizer: of that input.
             rotate: a Hadamard transform stands in front of the quantizer.
             dtype: in which the model computes.
-            multiply: makes a product of integers of `gather_operands` and `dtype` (product.py has vLLM's); None: none
-                is exact here.
+            multiply: makes a product of integers (product.py has vLLM's); None: none is exact here.
             block_size: the transform acts on so many channels at a time; -1: on all.
         """
         super().__init__()
@@ -46,7 +46,7 @@ class ServedLinear(nn.Module):
         self.width = sum(part.out_features for part in parts)
         self.product = self.weight = self.bias = None
         if multiply is not None and fits_integers(quantizer, parts):
-            self.product = multiply(*gather_operands(quantizer, parts), dtype)
+            self.product = multiply(gather_operands(quantizer, parts), dtype)
             return
         self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
         if any(part.bias is not None for part in parts):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from vllm import _custom_ops as kernels
 
+from pipeline.numerics.integer_product import IntegerOperands
+
 _SIGNED = 128
 
 
@@ -19,26 +21,18 @@ class ServedProduct(nn.Module):
     The constant is added behind the kernel, which takes it in `dtype` alone.
     """
 
-    def __init__(
-        self,
-        integers: torch.Tensor,
-        weight_scale: torch.Tensor,
-        scale: float,
-        zero_point: int,
-        constant: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """Args: as `gather_operands` gives them; `dtype`: of the output."""
+    def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.width = dtype, len(constant)
-        scales = (weight_scale * scale).unsqueeze(1)  # the kernel reads them where they lie
-        self.handler = kernels.create_onednn_scaled_mm(integers.T, scales, dtype, dynamic_quant=False, use_azp=True)
+        self.width, self.dtype = len(operands.constant), dtype
+        scales = (operands.weight_scale * operands.scale).unsqueeze(1)  # the kernel reads them where they lie
+        weight = operands.integers.T
+        self.handler = kernels.create_onednn_scaled_mm(weight, scales, dtype, dynamic_quant=False, use_azp=True)
         held = {
             "scales": scales,
             "address": self.handler.handler_tensor,
             "one": torch.ones(1, dtype=torch.float32),
-            "zero": torch.tensor([zero_point - _SIGNED], dtype=torch.int32),
-            "constant": constant,
+            "zero": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
+            "constant": operands.constant,
         }
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -59,5 +53,5 @@ def find_product() -> type[ServedProduct] | None:
     integers = torch.arange(1, 128, 2, dtype=torch.int8)[None]  # odd: half of it is no integer
     codes = torch.arange(0, 256, 4, dtype=torch.uint8)[None]
     one, zero = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
-    found = ServedProduct(integers, one, 1.0, 0, zero, torch.float32)(codes).item()
+    found = ServedProduct(IntegerOperands(integers, one, 1.0, 0, zero), torch.float32)(codes).item()
     return ServedProduct if found == (codes.long() * integers.long()).sum().item() else None

@@ -24,51 +24,37 @@ def mean_divergence(
         exact_lm_head: of `exact`, where it is another.
     """
     exact_lm_head = lm_head if exact_lm_head is None else exact_lm_head
-    return _MeanDivergence.apply(ours.flatten(0, -2), exact.flatten(0, -2), lm_head, exact_lm_head)
+    alone = ours.flatten(0, -2).unsqueeze(0)
+    return _MeanDivergences.apply(alone, exact.flatten(0, -2), lm_head, exact_lm_head)[0].float()
 
 
-@torch.no_grad()
 def mean_divergences(ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
-    """`mean_divergence` of several streams from one, [C] float64: its logits are made once. No gradients.
-
-    Args:
-        ours: [C, T, D] behind the final norm.
-        exact: [T, D].
-    """
-    totals = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
-    for start in range(0, len(exact), _POSITIONS):
-        rows = slice(start, start + _POSITIONS)
-        log_p = lm_head.logits(exact[rows]).log_softmax(-1)
-        p = log_p.exp()
-        for number, states in enumerate(ours):
-            log_q = lm_head.logits(states[rows]).log_softmax(-1)
-            totals[number] += log_q.neg_().add_(log_p).mul_(p).sum(dtype=torch.float64)
-    return totals / len(exact)
+    """`mean_divergence` of several streams [C, T, D] from one [T, D], whose logits are made once: [C] float64."""
+    return _MeanDivergences.apply(ours, exact, lm_head, lm_head)
 
 
-class _MeanDivergence(torch.autograd.Function):
+class _MeanDivergences(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead, exact_lm_head: LmHead
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=ours.device)
-        wanted = ours.requires_grad
-        gradient = torch.empty_like(ours) if wanted else None
-        for start in range(0, len(ours), _POSITIONS):
+        totals = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
+        gradient = torch.empty_like(ours) if ours.requires_grad else None
+        for start in range(0, len(exact), _POSITIONS):
             rows = slice(start, start + _POSITIONS)
             log_p = exact_lm_head.logits(exact[rows]).log_softmax(-1)
-            logits = lm_head.logits(ours[rows])
-            log_q = logits.log_softmax(-1)
             p = log_p.exp()
-            log_p -= log_q
-            if wanted:
-                excess = log_q.exp_().sub_(p)
-                gradient[rows] = lm_head.pull_back_(excess.div_(len(ours)), logits)
-            total += p.mul_(log_p).sum(dtype=torch.float64)
+            for number, states in enumerate(ours):
+                logits = lm_head.logits(states[rows])
+                log_q = logits.log_softmax(-1)
+                totals[number] += (log_p - log_q).mul_(p).sum(dtype=torch.float64)
+                if gradient is not None:
+                    excess = log_q.exp_().sub_(p)
+                    gradient[number, rows] = lm_head.pull_back_(excess.div_(len(exact)), logits)
         ctx.save_for_backward(gradient)
-        return (total / len(ours)).float()
+        return totals / len(exact)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        return gradient * upstream.to(gradient.dtype)[:, None, None], None, None, None

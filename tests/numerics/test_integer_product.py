@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.numerics import integer_product
-from pipeline.numerics.integer_product import IntegerProduct
+from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
 
 
 def make_product(dtype=torch.float32, zero_point=8):
@@ -18,7 +18,8 @@ def make_product(dtype=torch.float32, zero_point=8):
     codes = torch.randint(0, 16, (5, 36), generator=generator, dtype=torch.uint8)
     sums = (codes.int() - zero_point) @ integers.int().T
     expected = sums * (weight_scale.double() * 0.3) + constant
-    return IntegerProduct(integers, weight_scale, 0.3, zero_point, constant, dtype), codes, expected
+    operands = IntegerOperands(integers, weight_scale, 0.3, zero_point, constant)
+    return IntegerProduct(operands, dtype), codes, expected
 
 
 @pytest.mark.parametrize("zero_point", [0, 8, 15])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.numerics.integer_product import IntegerProduct
+from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
 
 pytestmark = pytest.mark.serving
 
@@ -16,13 +16,13 @@ def test_product_is_that_of_pytorch(bits, zero_point):
     generator = torch.Generator().manual_seed(0)
     integers = torch.randint(-128, 128, (24, 36), generator=generator, dtype=torch.int8)
     weight_scale, constant = torch.rand(24, generator=generator), 1000 * torch.randn(24, generator=generator)
-    operands = integers, weight_scale, 0.3, zero_point << (bits - 4), constant
+    operands = IntegerOperands(integers, weight_scale, 0.3, zero_point << (bits - 4), constant)
     for tokens in (1, 5):
         codes = torch.randint(0, 1 << bits, (tokens, 36), generator=generator, dtype=torch.uint8)
-        exact = IntegerProduct(*operands, torch.float32)(codes)
-        found = ServedProduct(*operands, torch.float32)(codes)
+        exact = IntegerProduct(operands, torch.float32)(codes)
+        found = ServedProduct(operands, torch.float32)(codes)
         assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
-        rounded = ServedProduct(*operands, torch.bfloat16)(codes)
+        rounded = ServedProduct(operands, torch.bfloat16)(codes)
         product = (exact - constant).abs() + exact.abs()  # of these two, once each, and nothing of the constant
         assert ((rounded.float() - exact).abs() <= 2**-8 * product).all()
 
