@@ -405,7 +405,7 @@ def write_rows(rows: list[Any], suffix: str) -> bytes:
 def compress(data: bytes, compression: str) -> bytes:
     if compression == ".zst":
         return pyarrow.compress(data, codec="zstd", asbytes=True)
-    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress}[compression](data)
+    return {"": bytes, ".gz": functools.partial(gzip.compress, mtime=0), ".bz2": bz2.compress}[compression](data)
 
 
 def keep_texts(rows: list[Any], suffix: str) -> list[Any]:
