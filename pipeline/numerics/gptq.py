@@ -74,7 +74,7 @@ def round_gptq(
             moved[middle:stop].addmm_(upper[start:middle, middle:stop].T, moved[start:middle], alpha=-1)
             round_rows(middle, stop)
             return
-        own = weight[:, order[start:stop]].T.contiguous()
+        own = weight.index_select(1, order[start:stop]).T.contiguous()  # plain indexing takes 5 times as long
         for row in range(start, stop):
             step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
             moved[row].addmv_(moved[start:row].T, upper[start:row, row], alpha=-1)

@@ -124,7 +124,8 @@ class _Chooser:
     def quantize_weight_(self, name: str, site: str) -> dict[str, Any]:
         """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
         linear: QuantizedLinear = self.block.get_submodule(name)
-        plan, spec, weight = self.plan[name.rpartition(".")[2]], linear.spec, linear.weight.float()
+        plan, spec = self.plan[name.rpartition(".")[2]], linear.spec
+        stored, weight = linear.weight.dtype, linear.weight.float()
         hessian = self._hessian(site, spec.centered)
         ends = measure_range(group(weight, spec.group_size))
         candidate = Candidate(spec, *ends, tuple(ends[0].shape))
@@ -154,7 +155,8 @@ class _Chooser:
         change = dequantize_weight(*kept, spec.grid).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
-        error, energy = (_output_energy(x, hessian) for x in (change, weight))
+        products = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+        error, energy = (_output_energy(x, hessian, products) for x in (change, weight))
         return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
 
     def _hessian(self, site: str, centered: bool) -> torch.Tensor:
@@ -246,14 +248,14 @@ def measure_block_error(
     return error.item()
 
 
-def _output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The sum of (W H) * W for a symmetric H, from its upper triangle, `_COLUMNS` at a time."""
-    total = 0.0
+def _output_energy(weight: torch.Tensor, hessian: torch.Tensor, dtype: torch.dtype) -> float:
+    """The sum of (W H) * W for a symmetric H, from its upper triangle, `_COLUMNS` at a time; products in `dtype`."""
+    total, narrow = 0.0, weight.to(dtype)
     for start in range(0, weight.shape[1], _COLUMNS):
         here = slice(start, start + _COLUMNS)
-        total += ((weight[:, here] @ hessian[here, here]) * weight[:, here]).sum().item()
+        total += ((narrow[:, here] @ hessian[here, here].to(dtype)) * weight[:, here]).sum().item()
         if start:
-            total += 2 * ((weight[:, :start] @ hessian[:start, here]) * weight[:, here]).sum().item()
+            total += 2 * ((narrow[:, :start] @ hessian[:start, here].to(dtype)) * weight[:, here]).sum().item()
     return total
 
 
