@@ -1,6 +1,7 @@
 """Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
 
 import copy
+import functools
 import importlib.util
 import json
 import shutil
@@ -198,6 +199,23 @@ def imported(model_folders, tmp_path_factory) -> dict[str, Path]:
     for family, folder in model_folders.items():
         import_model(str(folder), None, torch.float32, root / family)
     return {family: root / family for family in model_folders}
+
+
+@pytest.fixture(scope="session")
+def lm_eval_read_once():
+    """lm-eval's own tasks, 14,000 files, are parsed once in a test run, not with every command."""
+    from lm_eval.tasks import _index
+
+    root, load = Path(_index.__file__).parent, _index.load_yaml
+    kept = functools.cache(functools.partial(load, resolve_func=False, recursive=True))
+
+    def load_once(path: Path, **options: bool) -> dict:
+        own = root in path.parents and options == {"resolve_func": False, "recursive": True}
+        return copy.deepcopy(kept(path)) if own else load(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load_once)
+        yield
 
 
 @pytest.fixture

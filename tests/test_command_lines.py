@@ -19,6 +19,7 @@ from tests.conftest import ROOT, write_params
 from tests.evaluation.test_harness import local_task
 from tests.export.test_folder import make_export
 
+pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
 TEXT = ROOT / "tests" / "prose.txt"
 
 

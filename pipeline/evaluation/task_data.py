@@ -56,8 +56,11 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not as_path(folder).is_dir():
         raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
+    paths = [str(FOLDER), *([str(as_path(folder))] if folder else [])]
     with reading(lambda why: TaskError(f"evaluation.task_folder={folder!r}: cannot be read ({why})")):
-        manager = TaskManager(include_path=[str(FOLDER), *([str(as_path(folder))] if folder else [])])
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if not asked.keys() <= set(manager.all_subtasks):  # lm-eval's own are 14,000 files to read
+            manager = TaskManager(include_path=paths)
     problems = {}
     for name in asked:
         if name not in manager.task_index:

@@ -25,6 +25,7 @@ from tests.conftest import ROOT, make_model, open_model
 from tests.export.test_folder import make_export
 from tests.export.test_prefixed_model import PREFIX, prefixed, reference_greedy, reference_logits
 
+pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
 TEXT = "The house had stood empty for years before anyone came to look at it."
 
 
@@ -201,7 +202,8 @@ def test_what_cannot_be_had_is_named_before_the_work_or_skipped(tmp_path):
         ({"output_type": "nonsense"}, "evaluation.tasks.colours: Got invalid output_type 'nonsense'"),
     ],
 )
-def test_a_task_that_is_written_wrongly_is_named_before_the_work(change, message, tmp_path):
+def test_a_task_that_is_written_wrongly_is_named_before_the_work(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without data files datasets looks for some below
     local_task(tmp_path, "colours")
     task = yaml.safe_load((tmp_path / "colours.yaml").read_text()) | change
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump({key: value for key, value in task.items() if value}))
