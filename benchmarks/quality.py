@@ -134,7 +134,9 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "blocks and end to end, without norms": _end_to_end(norm_lr=0.0),
     "blocks and end to end, without the prefix": _end_to_end(prefix_lr=0.0),
     "blocks and end to end, rates of a third": _end_to_end(quant_lr=1e-3, norm_lr=1e-3, prefix_lr=3e-3),
-    "blocks and end to end, 6 epochs": _end_to_end(epochs=6),
+    "blocks and end to end, 3 epochs": _end_to_end(epochs=3),
+    "blocks and end to end, on 128 windows": _end_to_end() | {"calibration.end_to_end.windows": 128},
+    "blocks and end to end, 3 epochs on train": _end_to_end(epochs=3) | {"calibration.end_to_end": None},
 }
 TABLES = {"modes": ROWS, "ablations": ABLATIONS, "finetuning": FINETUNING}
 

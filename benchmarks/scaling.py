@@ -85,6 +85,7 @@ PARAMS = {
     "calibration.search.length": LENGTH,
     "calibration.train.windows": WINDOWS,
     "calibration.train.length": LENGTH,
+    "calibration.end_to_end": None,
     "calibration.validation.windows": 1,
     "calibration.validation.length": LENGTH,
     "calibration.evaluation.windows": WINDOWS // 2,  # of each of two corpora
@@ -284,7 +285,7 @@ def plan_whole_models(tflops: float) -> str:
             "rotation": plan_rotation(plain, torch.bfloat16),
             "prefix_search": plan_prefix_search(plain, Share.of([64], 512, runtime, True), params.prefix_search),
             "quantizer_init": plan_quantizer_init(plain, calibration, params.quantizer_init),
-            "finetuning": plan_finetuning(plain, trained, tuning, runtime),
+            "finetuning": plan_finetuning(plain, trained, trained, tuning, runtime),
             "evaluation": plan_evaluation(quantized, held_out, True, False, 0),
             "export": plan_export(quantized, 5 * 10**9),
         }

@@ -1,7 +1,7 @@
 """Cut the corpora into token windows: for the outlier search, calibration, validation and held-out evaluation.
 
 Reads   data/, artifacts/model/ (its tokenizer; the model itself where calibration.start_token is auto)
-Writes  artifacts/calibration/{search,train,validation}.safetensors and evaluation/CORPUS.safetensors,
+Writes  artifacts/calibration/{search,train,end_to_end,validation}.safetensors and evaluation/CORPUS.safetensors,
         metrics/calibration.json
 Says whether a start token belongs in front of every window. Packaged model: about 10 seconds, 0.7 GiB.
 """
@@ -21,7 +21,7 @@ from pipeline.text.calibration import (
     load_tokenizer,
 )
 from pipeline.text.corpora import SPLITS, read_documents
-from pipeline.text.params import SPLIT_GROUPS, find_misfits
+from pipeline.text.params import find_misfits
 from pipeline.text.windows import save_windows
 from stages.opening import Run, open_stage
 
@@ -36,8 +36,11 @@ def main(run: Run) -> None:
     calibration = run.params.calibration
     tokenizer, tokenizer_id = load_tokenizer(MODEL)
     cuts = {}
-    for name in ("search", "train", "validation"):
+    for name in ("search", "train", "end_to_end", "validation"):
         split = getattr(calibration, name)
+        if split is None:  # end_to_end
+            cuts[name] = cuts["train"]
+            continue
         cuts[name] = cut_calibration_windows(
             name, split.corpora, split.windows, split.length, calibration.seed, DATA, tokenizer, tokenizer_id
         )
@@ -59,7 +62,7 @@ def main(run: Run) -> None:
             save_windows(partial / f"{name}.safetensors", cut.begin_with(decision.token))
             run.metrics[f"{name.replace('/', '_')}_tokens"] = cut.token_ids.numel()
     run.metrics["start_token"] = decision.summary()
-    used = {corpus for split in SPLIT_GROUPS for corpus in getattr(calibration, split).corpora}
+    used = {corpus for split in calibration.splits().values() for corpus in split.corpora}
     files = (DATA / corpus / f"{split}.jsonl" for corpus in sorted(used) for split in SPLITS)
     if conversations := sum(count_conversations(read_documents(path)) for path in files):
         run.metrics["chat_template"] = f"the tokenizer's, for {conversations} conversations"

@@ -1,7 +1,7 @@
 """Fine-tune the quantized model block by block, and optionally end to end.
 
-Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use), artifacts/calibration/ (train and
-        validation); end to end also artifacts/model/
+Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use), artifacts/calibration/ (train,
+        end_to_end and validation); end to end also artifacts/model/
 Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.json and losses for dvc plots),
         metrics/finetuning.json
 `--plan` says what a run will take, without running. Finished blocks are kept in .work/finetuning/ until the end: a
@@ -16,7 +16,7 @@ from pipeline.runtime.memory import Need
 from pipeline.runtime.streams import Offload
 from pipeline.text.windows import load_windows
 from pipeline.training.block_wise import Models
-from pipeline.training.finetuning import finetune
+from pipeline.training.finetuning import FinetuningWindows, finetune
 from pipeline.training.place import Keeping, Place
 from pipeline.training.plan import plan_finetuning
 from stages.opening import Run, open_stage
@@ -25,6 +25,7 @@ MODEL = Path("artifacts/model")
 ROTATION = Path("artifacts/rotation")
 QUANTIZER_INIT = Path("artifacts/quantizer_init")
 TRAIN = Path("artifacts/calibration/train.safetensors")
+END_TO_END = Path("artifacts/calibration/end_to_end.safetensors")
 VALIDATION = Path("artifacts/calibration/validation.safetensors")
 WORK = Path(".work/finetuning")
 FINETUNING = Path("artifacts/finetuning")
@@ -34,21 +35,24 @@ def main(run: Run) -> None:
     own, need = run.params.finetuning, plan(run)
     original, rotated = Checkpoint(MODEL, "model"), Checkpoint(ROTATION, "rotation")
     initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
-    train, validation = load_windows(TRAIN), load_windows(VALIDATION)
+    train, end_to_end, validation = map(load_windows, (TRAIN, END_TO_END, VALIDATION))
     check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
     check_input(rotated.header, "model", original.header, ROTATION)
     inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
+    if own.end_to_end.enabled:
+        inputs["end_to_end"] = end_to_end.header
     header = make_header("finetuning", own.model_dump(), inputs)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(run.runner(rotated), offload, WORK, header, run.ranks, Keeping(need.recompute, need.stream))
         models = Models(original, rotated, initial)
-        windows = train.token_ids, validation.token_ids
-        run.metrics.update(finetune(models, *windows, own, place, FINETUNING, train.start_token))
+        windows = FinetuningWindows(train.token_ids, end_to_end.token_ids, validation.token_ids, train.start_token)
+        run.metrics.update(finetune(models, windows, own, place, FINETUNING))
 
 
 def plan(run: Run) -> Need:
-    share = run.share(load_windows(TRAIN).token_ids, load_windows(VALIDATION).token_ids)
-    return plan_finetuning(Checkpoint(ROTATION, "rotation"), share, run.params.finetuning, run.params.runtime)
+    train, end_to_end, validation = (load_windows(path).token_ids for path in (TRAIN, END_TO_END, VALIDATION))
+    shares = run.share(train, validation), run.share(end_to_end, validation)
+    return plan_finetuning(Checkpoint(ROTATION, "rotation"), *shares, run.params.finetuning, run.params.runtime)
 
 
 if __name__ == "__main__":

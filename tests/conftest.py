@@ -234,7 +234,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
     params["model"]["source"] = str(source)
     params["corpora"] = {"prose": {"source": str(corpus)}}
     params["prefix_search"]["choose"] = "threshold"  # tiny random models have no tokens that stand out
-    for name in ("search", "train", "validation"):
+    for name in ("search", "train", "end_to_end", "validation"):
         params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
     params["calibration"]["validation"]["windows"] = 1
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}

@@ -22,8 +22,11 @@ def keys_of(values, path=()):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_have_exactly_the_keys_there_are(name):
     params = load_params(PRESETS[name])
-    ours = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert set(keys_of(yaml.safe_load(PRESETS[name].read_text()))) == set(keys_of(ours))
+    own = set(keys_of(yaml.safe_load(PRESETS[name].read_text())))
+    ours = set(keys_of(yaml.safe_load((ROOT / "params.yaml").read_text())))
+    if params.calibration.end_to_end is None:
+        ours = {key for key in ours if key[:2] != ("calibration", "end_to_end") or len(key) == 2}
+    assert own == ours
     assert f"make preset NAME={name}" in PRESETS[name].read_text()
     bits = re.search(r"w(\d+)a(\d+)kv(\d+)", name)
     init = params.quantizer_init

@@ -45,6 +45,7 @@ ALL = (
 )
 
 
+COMPUTED = tuple(stage for stage in ALL if stage.split()[0] not in ("activation_plots", "report"))
 EVALUATED = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 
 
@@ -132,7 +133,7 @@ def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
     change(project, "quantizer_init.embedding_dtype", "float32")
     change(project, "finetuning.end_to_end.enabled", False)  # it would bring the prefixed model nearer to the original
     change(project, "prefix.use", use)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     assert read_json(project / "metrics/finetuning.json")["blocks_unchanged"] == 3
     assert (
         read_json(project / "metrics/evaluation/finetuning.json")["perplexity"]
@@ -162,7 +163,7 @@ def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, proj
     change(project, "quantizer_init.embedding_dtype", "float32")
     change(project, "finetuning.end_to_end.epochs", 1)
     change(project, "prefix.use", use)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     found = {name: read_json(project / f"metrics/evaluation/{name}.json") for name in EVALUATED}
     start, nothing = "start token (id 0) in front of each window", "none added"
     front = {name: metrics["settings"]["special_tokens"] for name, metrics in found.items()}
@@ -195,7 +196,7 @@ def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(pr
         change(project, f"quantizer_init.{site}.bits", 16)
     change(project, "quantizer_init.embedding_dtype", "float32")
     change(project, "finetuning.end_to_end.epochs", 1)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     assert read_json(project / "metrics/finetuning.json")["end_to_end"]["kl_before"] == pytest.approx(0, abs=1e-5)
     for variant in EVALUATED[1:3]:
         metrics = read_json(project / f"metrics/evaluation/{variant}.json")
@@ -277,7 +278,7 @@ def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         change(project, "model.dtype", dtype)
         change(project, "rotation.dtype", dtype)
-        run(*ALL, monkeypatch=monkeypatch)
+        run(*COMPUTED, monkeypatch=monkeypatch)
         metrics = read_json(project / "metrics/evaluation/original.json")
         perplexities.append(metrics["perplexity"]["prose"])
         assert read_json(project / "metrics/evaluation/quantizer_init.json")["quantizers_fired"] == 39
@@ -481,7 +482,7 @@ def test_every_mode_is_evaluated_as_it_was_chosen(mode, project, monkeypatch):
     change(project, "prefix_search.outlier_threshold", 1.5)
     for key, value in SEEDS[mode].items():
         change(project, f"quantizer_init.{key}", value)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     evaluated = read_json(project / "metrics/evaluation/quantizer_init.json")
     sites = 13 - (mode == "mixed precision by hand")
     assert evaluated["quantizers_fired"] == 3 * sites
@@ -515,7 +516,7 @@ def test_a_trained_prefix_from_end_to_end(use, project, monkeypatch):
     change(project, "quantizer_init.embedding_dtype", "float32")
     change(project, "prefix.use", use)
     change(project, "prefix.length", 3)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     variants = ("original_prefix", "quantizer_init")
     original, quantized = (read_json(project / f"metrics/evaluation/{v}.json") for v in variants)
     assert quantized["settings"]["prefix_tokens"] == original["settings"]["prefix_tokens"] == 3
@@ -552,7 +553,7 @@ def test_a_trained_prefix_that_is_not_there_is_an_error(project, monkeypatch):
 def test_keys_before_rope_from_end_to_end(project, monkeypatch):
     change(project, "rotation.r3", "identity")
     change(project, "quantizer_init.keys.before_rope", True)
-    run(*ALL, monkeypatch=monkeypatch)
+    run(*COMPUTED, monkeypatch=monkeypatch)
     assert read_json(project / "metrics/evaluation/quantizer_init.json")["quantizers_fired"] == 39
     assert read_json(project / "artifacts/quantizer_init/config.json")["prefixquant"]["block"]["key_before_rope"]
 
@@ -692,7 +693,7 @@ def test_broken_activations_are_reported_with_block_and_site(project, monkeypatc
     assert not (project / "artifacts/quantizer_init").exists()
 
 
-def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(project, monkeypatch):
+def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(project, monkeypatch, lm_eval_read_once):
     local_task(project, "colours")
     change(project, "evaluation.task_folder", str(project))
     change(project, "evaluation.tasks", {"colours": {"limit": 4}, "gone": {}})

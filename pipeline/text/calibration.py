@@ -1,8 +1,9 @@
 """Cut documents into token windows that never overlap, one artifact per split.
 
-Search and training windows come from a corpus's train documents, dealt apart document by document, validation windows
-from its validation documents: no two splits share text. Documents are shuffled by seed, tokenized, joined by blank
-lines and cut in order. Held-out evaluation windows are cut the field's way: the whole test split, joined by blank
+Search and training windows come from a corpus's train documents, dealt apart document by document, those for training
+end to end from the same as training windows, last documents first, validation windows from its validation documents:
+no two splits share text, where there is enough of it. Documents are shuffled by seed, tokenized, joined by blank lines
+and cut in order. Held-out evaluation windows are cut the field's way: the whole test split, joined by blank
 lines, in consecutive windows. No special tokens are among them: what stands in front of each window, if anything, is
 told apart (`windows.py`), and every variant of a model is judged on exactly these ids. Documents that are conversations
 become text by the tokenizer's own chat template.
@@ -75,7 +76,7 @@ def _identify(documents: list[Document], tokenizer: Any, tokenizer_id: str) -> s
 def cut_calibration_windows(
     split: str, corpora: list[str], windows: int, length: int, seed: int, data: Path, tokenizer: Any, tokenizer_id: str
 ) -> Windows:
-    """Windows for `search`, `train` or `validation`, dealt evenly over the corpora, in turn.
+    """Windows for `search`, `train`, `end_to_end` or `validation`, dealt evenly over the corpora, in turn.
 
     Args:
         split: which documents to use, see the module's docstring.
@@ -98,8 +99,10 @@ def cut_calibration_windows(
         documents = _shuffle(render_documents(documents, tokenizer, what), seed)
         if split == "search":
             documents = documents[::_SEARCH_SHARE]
-        elif split == "train":
+        elif source == "train":
             documents = [text for place, text in enumerate(documents) if place % _SEARCH_SHARE]
+        if split == "end_to_end":
+            documents = documents[::-1]
         parts.append(_cut(_tokenize(documents, tokenizer), share, length, what))
     order = [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]
     values = {

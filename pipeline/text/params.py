@@ -7,7 +7,7 @@ from pydantic import Field
 from pipeline.runtime.params import Group, check_packaged
 
 PACKAGED_CORPORA = ("packaged:wikipedia", "packaged:news")
-SPLIT_GROUPS = ("search", "train", "validation", "evaluation")  # of `calibration`
+SPLIT_GROUPS = ("search", "train", "end_to_end", "validation", "evaluation")  # of `calibration`
 
 
 class CorpusParams(Group):
@@ -33,15 +33,20 @@ class CalibrationParams(Group):
     start_token: Literal["auto", "never", "always"]
     search: SplitParams
     train: SplitParams
+    end_to_end: SplitParams | None
     validation: SplitParams
     evaluation: EvaluationSplitParams
+
+    def splits(self) -> dict[str, SplitParams | EvaluationSplitParams]:
+        """Those that are cut, by name."""
+        named = {name: getattr(self, name) for name in SPLIT_GROUPS}
+        return {name: split for name, split in named.items() if split is not None}
 
 
 def find_contradictions(corpora: dict[str, CorpusParams], calibration: CalibrationParams) -> list[str]:
     """Splits of corpora that are not there, or named twice, and names that cannot be folders: a line for each."""
     problems = []
-    for name in SPLIT_GROUPS:
-        split = getattr(calibration, name)
+    for name, split in calibration.splits().items():
         for corpus in split.corpora:
             if corpus not in corpora:
                 problems.append(
@@ -63,9 +68,9 @@ def find_misfits(calibration: CalibrationParams, max_positions: int, in_front: i
     """Windows longer than the model was made for, behind a prefix and a start token of `in_front` tokens together."""
     allowed = max_positions - in_front
     return [
-        f"calibration.{name}.length={getattr(calibration, name).length} exceeds the {max_positions} positions of this "
+        f"calibration.{name}.length={split.length} exceeds the {max_positions} positions of this "
         f"model (max_position_embeddings, or where its RoPE changes) less {in_front} for what stands in front; use at "
         f"most {allowed}"
-        for name in SPLIT_GROUPS
-        if getattr(calibration, name).length > allowed
+        for name, split in calibration.splits().items()
+        if split.length > allowed
     ]

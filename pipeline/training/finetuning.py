@@ -7,6 +7,7 @@ artifact holds beside the checkpoint are losses for `dvc plots` and a report by 
 import logging
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,42 @@ BLOCK_LOSSES = "plots/blocks.json"
 END_TO_END_LOSSES = "plots/end_to_end.json"
 
 
+@dataclass(frozen=True)
+class FinetuningWindows:
+    """Token ids of content alone.
+
+    Attributes:
+        train: [N, T], which blocks are trained on.
+        end_to_end: [K, T'], which all are together.
+        validation: [M, T"], which choose the epoch, in both phases.
+        start_token: what the original reads in front of each, or None; the quantized checkpoint knows its own.
+    """
+
+    train: torch.Tensor
+    end_to_end: torch.Tensor
+    validation: torch.Tensor
+    start_token: int | None = None
+
+
 def finetune(
-    models: Models,
-    train: torch.Tensor,
-    validation: torch.Tensor,
-    params: FinetuningParams,
-    place: Place,
-    folder: Path,
-    start_token: int | None = None,
+    models: Models, windows: FinetuningWindows, params: FinetuningParams, place: Place, folder: Path
 ) -> dict[str, Any]:
     """From a quantized checkpoint to a better one.
 
     Args:
-        train, validation: all windows [N, T] and [M, T], content alone.
         folder: replaced by the checkpoint at the end.
-        start_token: what the original reads in front of each window, or None; the quantized checkpoint knows its own.
 
     Returns:
         The stage's metrics.
     """
-    blocks = finetune_blocks(models, train, validation, params, place)
+    blocks = finetune_blocks(models, windows.train, windows.validation, params, place)
     report: dict[str, Any] = {"blocks": blocks}
     metrics = summarise_blocks(blocks)
     prefix, _ = load_tensors(models.initial.folder / PREFIX, models.initial.stage)
     finished = place.work
     if params.end_to_end.enabled:
         finished = place.work / "end_to_end"
-        windows = {"train": train, "validation": validation}
-        outcome, kv = _finetune_end_to_end(models, prefix, windows, start_token, params, place, finished)
+        outcome, kv = _finetune_end_to_end(models, prefix, windows, params, place, finished)
         prefix |= {} if kv is None else {"kv": kv}
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
@@ -72,17 +81,17 @@ def finetune(
 def _finetune_end_to_end(
     models: Models,
     prefix: dict[str, torch.Tensor],
-    windows: dict[str, torch.Tensor],
-    start_token: int | None,
+    windows: FinetuningWindows,
     params: FinetuningParams,
     place: Place,
     finished: Path,
 ) -> tuple[Outcome, torch.Tensor | None]:
     """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
     data = []
-    for name, ids in windows.items():
+    for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
         own = ids[place.ranks.own(len(ids))]
-        exact = place.offload.keep(f"original-{name}", run_original(models.original, own, place.runner, start_token))
+        exact = run_original(models.original, own, place.runner, windows.start_token)
+        exact = place.offload.keep(f"original-{name}", exact)
         read = put_in_front(own, unpack_start_token(prefix))
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
         data.append(ModelData(embedded, exact, len(ids)))

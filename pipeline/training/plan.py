@@ -9,16 +9,21 @@ from pipeline.runtime.params import RuntimeParams
 from pipeline.training.params import FinetuningParams
 
 
-def plan_finetuning(checkpoint: Checkpoint, share: Share, params: FinetuningParams, runtime: RuntimeParams) -> Need:
+def plan_finetuning(
+    checkpoint: Checkpoint, share: Share, whole: Share, params: FinetuningParams, runtime: RuntimeParams
+) -> Need:
     """What fine-tuning takes.
 
     Args:
         checkpoint: the rotated model.
-        share: training and validation windows together.
+        share: windows to train blocks on and validation windows together.
+        whole: those to train all blocks on, together with validation windows.
     """
     sizes = Sizes.of(checkpoint)
     kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.target]
     streams = sizes.stream(share.tokens) * kept
+    if params.end_to_end.enabled:  # what goes in, and what should come out
+        streams = max(streams, sizes.stream(whole.tokens) * 2)
     trained = params.weight_lr > 0 or params.start == "full_precision"
     # Integers; float weights, their gradients, two moments, best state, and what rounding leaves.
     state = sizes.numbers * (1 + (4 * 6 if trained else 4))
@@ -32,7 +37,7 @@ def plan_finetuning(checkpoint: Checkpoint, share: Share, params: FinetuningPara
     def put_together(recompute: bool, stream: bool = False) -> Need:
         own, states = [], 0.0
         if params.end_to_end.enabled:
-            batch = params.end_to_end.batch_size * share.length
+            batch = params.end_to_end.batch_size * whole.length
             states = sizes.blocks * batch * sizes.hidden * (sizes.item if stream else 4)
             heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
             graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)

@@ -23,7 +23,7 @@ from pipeline.runtime.streams import Offload
 from pipeline.training import block_wise as finetuning
 from pipeline.training.block_wise import BlockData, BlockTrainer, Models, finetune_blocks
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
-from pipeline.training.finetuning import finetune, summarise_blocks
+from pipeline.training.finetuning import FinetuningWindows, finetune, summarise_blocks
 from pipeline.training.params import EndToEndParams, FinetuningParams
 from pipeline.training.place import HIDDEN_STATES, Keeping, Place
 from pipeline.training.state import TrainingError
@@ -77,7 +77,8 @@ def run_whole(quantized, folder, keeping=HIDDEN_STATES, offload=None, **changes)
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     with Offload(offload) as streams:
         place = Place(runner, streams, folder / "work", HEADER, keeping=keeping)
-        metrics = finetune(models, train, validation, settings(**changes), place, folder / "out")
+        windows = FinetuningWindows(train, train, validation)
+        metrics = finetune(models, windows, settings(**changes), place, folder / "out")
     return metrics, Checkpoint(folder / "out", "finetuning")
 
 
