@@ -304,6 +304,20 @@ def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):
     assert torch.allclose(kv[0, 1], values.view(-1, 2, 12).transpose(0, 1), atol=1e-5)
 
 
+def test_all_blocks_are_trained_on_windows_of_their_own_or_on_trains(project, monkeypatch):
+    change(project, "calibration.end_to_end", {"corpora": ["prose"], "windows": 4, "length": 24})
+    run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
+    path = project / "artifacts/calibration/end_to_end.safetensors"
+    assert load_windows(path).token_ids.shape == (4, 24)
+    first = contents(project / "artifacts/finetuning")
+    change(project, "calibration.end_to_end", None)
+    run("calibration", "finetuning", monkeypatch=monkeypatch)
+    assert path.read_bytes() == (project / "artifacts/calibration/train.safetensors").read_bytes()
+    second = contents(project / "artifacts/finetuning")
+    assert first["plots/blocks.json"] == second["plots/blocks.json"]
+    assert first["plots/end_to_end.json"] != second["plots/end_to_end.json"]
+
+
 def test_no_outliers_found_goes_on_with_an_empty_prefix(project, monkeypatch, caplog):
     change(project, "prefix_search.outlier_threshold", 1e6)
     run(*ALL, monkeypatch=monkeypatch)

@@ -150,7 +150,7 @@ def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0):
 def test_windows_of_different_purposes_share_no_document(data):
     tokenizer = make_tokenizer()
     seen = {}
-    for split in ("search", "train", "validation"):
+    for split in ("search", "train", "end_to_end", "validation"):
         text = tokenizer.decode(cut(data, split, windows=9, length=24).token_ids.flatten().tolist())
         seen[split] = {word for word in text.split() if word.isdigit()}
     seen["evaluation"] = {
@@ -174,10 +174,11 @@ def test_windows_follow_seed_and_fingerprints_follow_what_determines_them(data):
     others = [
         cut(data, "train", seed=1),
         cut(data, "search"),
+        cut(data, "end_to_end"),
         cut(data, "train", windows=3),
         cut(data, "train", ("b",)),
     ]
-    assert len({windows.header.fingerprint for windows in [base, *others]}) == 5
+    assert len({windows.header.fingerprint for windows in [base, *others]}) == 6
 
 
 def test_more_windows_begin_with_the_same_ones(data):

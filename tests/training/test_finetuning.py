@@ -72,12 +72,13 @@ def run(quantized, work, ranks=None, offload=None, **changes):
         return finetune_blocks(models, train, validation, settings(**changes), place)
 
 
-def run_whole(quantized, folder, keeping=HIDDEN_STATES, offload=None, **changes):
+def run_whole(quantized, folder, keeping=HIDDEN_STATES, offload=None, together=None, **changes):
+    """`together`: windows to train all blocks on; None: those that each is trained on."""
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     with Offload(offload) as streams:
         place = Place(runner, streams, folder / "work", HEADER, keeping=keeping)
-        windows = FinetuningWindows(train, train, validation)
+        windows = FinetuningWindows(train, train if together is None else together, validation)
         metrics = finetune(models, windows, settings(**changes), place, folder / "out")
     return metrics, Checkpoint(folder / "out", "finetuning")
 
@@ -525,6 +526,22 @@ def test_a_run_killed_in_a_streamed_backward_pass_ends_with_the_same_bytes(quant
     assert calls == [2, 1, 0, 2, 1, 0, 2, 1]
     run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], epochs=0, end_to_end=ALL_MOVE)
     assert bytes_of(tmp_path / "b/out") == bytes_of(tmp_path / "a/out")
+
+
+def test_all_blocks_are_trained_on_windows_of_their_own(quantized, tmp_path):
+    """Of another number and length; blocks before that are not touched by them."""
+    together = torch.randint(0, 320, (6, 9), generator=torch.Generator().manual_seed(3))
+    end = {"end_to_end": ALL_MOVE}
+    found = []
+    for name, own in (("a", None), ("b", together)):
+        metrics, checkpoint = run_whole(quantized, tmp_path / name, together=own, **end)
+        report = json.loads((checkpoint.folder / "report.json").read_text())
+        found.append(
+            (report["blocks"], metrics["end_to_end"]["kl_before"], report["end_to_end"]["history"][1]["train"])
+        )
+    (blocks, before, train), (other_blocks, other_before, other_train) = found
+    assert (other_blocks, other_before) == (blocks, before)
+    assert other_train != train
 
 
 def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized, tmp_path):
