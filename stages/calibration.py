@@ -35,15 +35,14 @@ CALIBRATION = Path("artifacts/calibration")
 def main(run: Run) -> None:
     calibration = run.params.calibration
     tokenizer, tokenizer_id = load_tokenizer(MODEL)
-    cuts = {}
-    for name in ("search", "train", "end_to_end", "validation"):
-        split = getattr(calibration, name)
-        if split is None:  # end_to_end
-            cuts[name] = cuts["train"]
-            continue
-        cuts[name] = cut_calibration_windows(
+    cuts = {
+        name: cut_calibration_windows(
             name, split.corpora, split.windows, split.length, calibration.seed, DATA, tokenizer, tokenizer_id
         )
+        for name, split in calibration.splits().items()
+        if name != "evaluation"
+    }
+    cuts.setdefault("end_to_end", cuts["train"])
     held_out = calibration.evaluation
     for corpus in held_out.corpora:
         cuts[f"evaluation/{corpus}"] = cut_evaluation_windows(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.text.params import SPLIT_GROUPS
 from pipeline.text.windows import load_windows
 from tests.conftest import (
     FAMILIES,
@@ -48,8 +49,7 @@ def family(request, model_folders, tmp_path_factory):
         params["rotation"]["r1"] = "hadamard"  # merged; the others: online
     params["calibration"]["start_token"] = "always" if request.param.startswith("gemma") else "never"
     params["prefix_search"]["outlier_threshold"] = 1.2
-    params["finetuning"]["end_to_end"]["epochs"] = 1
-    lengths = [params["calibration"][split]["length"] for split in ("search", "train", "validation", "evaluation")]
+    lengths = [params["calibration"][split]["length"] for split in SPLIT_GROUPS]
     assert min(lengths) > WINDOW
     write_params(folder, params)
     with pytest.MonkeyPatch.context() as patch:

@@ -161,7 +161,6 @@ def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, proj
     for site in ("weights", "activations", "keys", "values"):
         change(project, f"quantizer_init.{site}.bits", 16)
     change(project, "quantizer_init.embedding_dtype", "float32")
-    change(project, "finetuning.end_to_end.epochs", 1)
     change(project, "prefix.use", use)
     run(*COMPUTED, monkeypatch=monkeypatch)
     found = {name: read_json(project / f"metrics/evaluation/{name}.json") for name in EVALUATED}
@@ -195,7 +194,6 @@ def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(pr
     for site in ("weights", "activations", "keys", "values"):
         change(project, f"quantizer_init.{site}.bits", 16)
     change(project, "quantizer_init.embedding_dtype", "float32")
-    change(project, "finetuning.end_to_end.epochs", 1)
     run(*COMPUTED, monkeypatch=monkeypatch)
     assert read_json(project / "metrics/finetuning.json")["end_to_end"]["kl_before"] == pytest.approx(0, abs=1e-5)
     for variant in EVALUATED[1:3]:

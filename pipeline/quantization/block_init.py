@@ -27,6 +27,7 @@ from pipeline.quantization.scale_search import (
     attention_error,
     attention_output_error,
     keep_range,
+    product_dtype,
     search_factors,
     tensor_error,
     weight_error,
@@ -125,7 +126,7 @@ class _Chooser:
         """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
         linear: QuantizedLinear = self.block.get_submodule(name)
         plan, spec = self.plan[name.rpartition(".")[2]], linear.spec
-        stored, weight = linear.weight.dtype, linear.weight.float()
+        products, weight = product_dtype(linear.weight), linear.weight.float()
         hessian = self._hessian(site, spec.centered)
         ends = measure_range(group(weight, spec.group_size))
         candidate = Candidate(spec, *ends, tuple(ends[0].shape))
@@ -155,7 +156,6 @@ class _Chooser:
         change = dequantize_weight(*kept, spec.grid).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
-        products = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
         error, energy = (_output_energy(x, hessian, products) for x in (change, weight))
         return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
 

@@ -173,6 +173,11 @@ def _keep_better(
     return torch.where(better.unsqueeze(-1), factor, best), torch.where(better, tried, error)
 
 
+def product_dtype(weights: torch.Tensor) -> torch.dtype:
+    """Of products with weights that only serve to compare errors: bfloat16 where they are, otherwise float32."""
+    return torch.bfloat16 if weights.dtype == torch.bfloat16 else torch.float32
+
+
 def tensor_error(samples: torch.Tensor, candidate: Candidate) -> tuple[ErrorOf, torch.Tensor]:
     """The values' own squared error per scale, and their energy.
 
@@ -199,7 +204,7 @@ def activation_error(
             that the same factor wins.
     """
     stacked = torch.cat(weights)
-    dtype = torch.bfloat16 if stacked.dtype == torch.bfloat16 else torch.float32
+    dtype = product_dtype(stacked)
     stacked = stacked.to(dtype)
     size = group(samples, candidate.spec.group_size).shape[-1]
     if size == samples.shape[-1] and len(stacked) <= size:  # ||e W^T||^2 directly is cheaper than e (W^T W) e^T
