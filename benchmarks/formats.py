@@ -4,11 +4,11 @@
     python -m benchmarks.formats --rows "NVFP4/none/none" "NVFP4/none/found"
 
 A row is FORMAT/ROTATION/PREFIX; `original` has no quantizers. Rotations: none; block (R1, R2, R4 of every 16 or 32
-channels, the format's block); global. R4 is online: rows with a rotation are what this project runs, those without are
-what exported folders hold. Reads model, calibration and prefixes of a finished run in --artifacts. Ranges are searched
-in the values themselves (of weights only in INT4 and W4A16) and weights rounded to nearest, so that formats are
-compared and not rounding; INT4 is the headline's W4A4KV4, all others leave keys and values alone and center nothing. A
-finished row is kept in --json and skipped when restarted.
+channels, the format's block); global. R4 and R5 are online: rows with a rotation are what this project runs, those
+without are what exported folders hold. Reads model, calibration and prefixes of a finished run in --artifacts. Ranges
+are searched in the values themselves (of weights only in INT4 and W4A16) and weights rounded to nearest, so that
+formats are compared and not rounding; INT4 is the headline's W4A4KV4, all others leave keys and values alone and center
+nothing. A finished row is kept in --json and skipped when restarted.
 """
 
 import shutil
@@ -60,8 +60,11 @@ FORMATS = {
     "INT4": ("4 / 4", 32, {}),
 }
 SEARCHED = ("INT4", "W4A16")  # weights' ranges are searched
-ROTATIONS = {"none": ("identity",) * 4, "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard")}
-ROTATIONS["global"] = ("hadamard",) * 4
+ROTATIONS = {
+    "none": ("identity",) * 5,
+    "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard", "identity"),
+    "global": ("hadamard",) * 5,
+}
 ROWS = [
     f"{name}/{rotation}/{prefix}"
     for name in FORMATS

@@ -144,6 +144,7 @@ def _contradictions(params: Params) -> list[str]:
     for name, acts, instead in (
         ("r1", own.r1 == "online", "hadamard"),
         ("r4", own.r4 != "identity", "identity"),
+        ("r5", own.r5 != "identity", "identity"),
     ):
         if others and acts:
             problems.append(

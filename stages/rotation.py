@@ -1,4 +1,4 @@
-"""Rotate the model: norms folded, embeddings untied, R1 and R2 merged, the inverse of R4 merged into down_proj.
+"""Rotate the model: norms folded, embeddings untied, R2 and a merged R1 in the weights, and the inverses of R4 and R5.
 
 Reads   artifacts/model/
 Writes  artifacts/rotation/ (a checkpoint; config.json says which rotations are online), metrics/rotation.json
@@ -22,7 +22,7 @@ ROTATION = Path("artifacts/rotation")
 
 def main(run: Run) -> None:
     own = run.params.rotation
-    modes = (own.r1, own.r2, own.r3, own.r4)
+    modes = (own.r1, own.r2, own.r3, own.r4, own.r5)
     checkpoint, dtype = Checkpoint(MODEL, "model"), getattr(torch, own.dtype)
     run.metrics.update(rotate_model(checkpoint, ROTATION, *modes, own.seed, dtype, run.device, own.block_size))
 

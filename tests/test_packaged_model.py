@@ -102,6 +102,7 @@ def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, toke
     init_quantizers(checkpoint, empty, token_ids, init, runner, tmp_path / "work", tmp_path / "out", header)
     quantized = Checkpoint(tmp_path / "out", "quantizer_init")
     assert block_settings(quantized, 0).online_r4
+    assert block_settings(quantized, 0).online_r5
     with torch.no_grad():
         expected = original(token_ids).logits
     assert_close(walked_logits(quantized, BlockRunner(quantized, torch.device("cpu"), 4), token_ids), expected, 1e-4)

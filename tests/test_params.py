@@ -147,10 +147,13 @@ def test_windows_leave_room_for_the_prefix(changes, room):
             check_against_model(parse_params(raw), {}, 4, 2048)
 
 
-@pytest.mark.parametrize(("name", "value", "instead"), [("r1", "online", "hadamard"), ("r4", "hadamard", "identity")])
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("r1", "online", "hadamard"), ("r4", "hadamard", "identity"), ("r5", "hadamard", "identity")],
+)
 def test_formats_of_others_and_online_rotations_are_refused_at_once(name, value, instead):
     raw = changed("export.formats", ["gguf"])
-    raw["rotation"] |= {"r1": "hadamard", "r4": "identity"}
+    raw["rotation"] |= {"r1": "hadamard", "r4": "identity", "r5": "identity"}
     parse_params(raw)
     raw["rotation"][name] = value
     message = rf"gguf cannot carry rotation\.{name}='{value}', which acts online; set rotation\.{name}: {instead}"
@@ -160,7 +163,7 @@ def test_formats_of_others_and_online_rotations_are_refused_at_once(name, value,
 
 def test_an_adapter_of_a_model_that_slides_is_refused_at_once():
     raw = changed("export.formats", ["compressed-tensors", "peft"])
-    raw["rotation"] |= {"r1": "hadamard", "r4": "identity"}
+    raw["rotation"] |= {"r1": "hadamard", "r4": "identity", "r5": "identity"}
     params = parse_params(raw)
     check_against_model(params, {}, 4, 2048)
     with pytest.raises(ParamsError, match=r"export\.formats: .*\(sliding_window=512\).*remove peft"):

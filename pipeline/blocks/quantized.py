@@ -3,13 +3,13 @@
     the attention's norm      + quantizer          R1 where it is online, then site attention_input (shared by q, k, v)
     self_attn                 + key_quantizer      site key   (applied by the cache, after RoPE)
                               + value_quantizer    site value (applied by the cache)
-    self_attn.o_proj          -> QuantizedLinear   site attention_output
+    self_attn.o_proj          -> QuantizedLinear   R5 online, then site attention_output
     the MLP's norm            + quantizer          R1 where it is online, then site mlp_input (shared by gate, up)
     mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
     the other linears         -> QuantizedLinear   weights only
 
 Where there is no norm in front, attention and MLP themselves carry the quantizer of what they read.
-The same structure serves three lives of a block: rotated in full precision (nothing calibrated, R4 online), under
+The same structure serves three lives of a block: rotated in full precision (nothing calibrated, R4, R5 online), under
 calibration (hooks on its quantizers), and quantized. Its state dict is what the artifact of a block holds.
 """
 
@@ -38,7 +38,7 @@ class BlockSettings:
     """What one block is asked for; kept in config.json beside the weights it belongs to.
 
     Attributes:
-        online_r3, online_r4: the online rotations the weights count on.
+        online_r3, online_r4, online_r5: the online rotations the weights count on.
         r4_block_size: R4 acts on so many consecutive channels at a time; -1: on all.
         key_before_rope: keys are quantized before RoPE, without R3.
         sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
@@ -52,14 +52,16 @@ class BlockSettings:
     sites: dict[str, QuantizerSpec] = field(default_factory=dict)
     online_r1: bool = False
     r4_block_size: int = -1
+    online_r5: bool = False
 
     def spec(self, site: str) -> QuantizerSpec:
         return self.sites.get(site, QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
         values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
-        if self.r4_block_size == -1:  # as written before there were blocks
-            del values["r4_block_size"]
+        for name, absent in (("r4_block_size", -1), ("online_r5", False)):  # as written before there were those
+            if values[name] == absent:
+                del values[name]
         return values
 
     @classmethod
@@ -146,12 +148,12 @@ class QuantizedLinear(nn.Module):
         return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input behind R4 and the layer's own quantizer, where it has them."""
+        """The input behind R4 or R5 and the layer's own quantizer, where it has them."""
         x = self.rotate(x)
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def rotate(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """x [..., in] behind R4, where the layer has it, or R4 undone."""
+        """x [..., in] behind R4 or R5, where the layer has it, or that undone."""
         return hadamard_transform(x, inverse, self.rotation_block_size) if self.rotate_input else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,14 +226,16 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         module.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
         module.rotate_input = settings.online_r1
         architecture.watch_input_(block, site, _quantize_input)
+    rotated = {
+        architecture.attention_output: (settings.online_r5, -1),
+        architecture.mlp_output: (settings.online_r4, settings.r4_block_size),
+    }
     own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
     for short, name in architecture.linear_sites.items():
         site = own_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
-        rotate = settings.online_r4 and name == architecture.mlp_output
-        linear = QuantizedLinear(
-            block.get_submodule(name), settings.spec(short), rotate, quantizer, settings.r4_block_size
-        )
+        rotate, blocks = rotated.get(name, (False, -1))
+        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer, blocks)
         block.set_submodule(name, linear)
     attention = block.self_attn
     before_rope = settings.key_before_rope

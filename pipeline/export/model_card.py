@@ -31,7 +31,7 @@ def write_model_card(
     settings = block_settings(checkpoint, 0)
     tokens = [repr(checkpoint.tokenizer.decode([token])) for token in prefix["token_ids"]]
     described = ", ".join(tokens) if tokens else f"{prefix['tokens']} continuous embeddings"
-    online = {"R1": settings.online_r1, "R3": settings.online_r3, "R4": settings.online_r4}
+    online = {name: getattr(settings, f"online_{name.lower()}") for name in ("R1", "R3", "R4", "R5")}
     rotations = [name for name, on in online.items() if on]
     lines = [
         "---",

@@ -175,6 +175,11 @@ def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> l
             "rotation.r4=hadamard: down_proj counts on a rotation of its input that transformers would not apply; "
             "set rotation.r4: identity"
         )
+    if any(own.online_r5 for own in described):
+        problems.append(
+            "rotation.r5=hadamard: o_proj counts on a rotation of its input that transformers would not apply; "
+            "set rotation.r5: identity"
+        )
     homeless = find_homeless_biases(checkpoint)
     if homeless:
         problems.append(

@@ -17,8 +17,8 @@ is given by how much the model's predictions depend on each channel, b_c: sum of
 
     s_c = sqrt(b_c / a_c),   where it is (sum of a_c b_c)^2 instead of (sum of a_c^2) (sum of b_c^2)
 
-Both are measured by `sensitivity.py`. Values are scaled for the quantizer behind attention, which loses most, and each
-head by itself. Nothing is left to do at inference.
+Both are measured by `sensitivity.py`. Values are scaled for the quantizer behind attention, which loses most: each head
+by itself, or all together where R5 spreads them over each other. Nothing is left to do at inference.
 """
 
 from collections.abc import Callable, Iterator
@@ -132,7 +132,7 @@ class Equalizer:
             keys = self.block.self_attn.key_quantizer
             x = keys.split_heads(x, self.architecture.heads_first).transpose(1, 2).flatten(2)
         else:
-            _, undo = self._basis("value" if site == "attention_output" else site)
+            _, undo = self._basis(site)
             x = undo(x)
         return x.flatten(0, 1)
 
@@ -175,7 +175,9 @@ class Equalizer:
                 energy, slope = (x.view(self.kv_heads, -1, self.head_dim).sum(1) for x in (energy, slope))
             if place == "key":
                 energy, slope = (self._pair(x) for x in (energy, slope))
-            scales[place] = choose_scales(energy, slope)
+            together = place == "value" and self.settings.online_r5
+            own = choose_scales(energy.flatten(), slope.flatten()) if together else choose_scales(energy, slope)
+            scales[place] = own.view(energy.shape)
         return scales
 
     def _pair(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +204,8 @@ class Equalizer:
                 output = find(architecture.attention_output)
                 _scale_rows_(find(architecture.value), s.flatten(), basis)
                 readers = output.in_features // s.numel()  # heads that read a value
-                _scale_columns_(output, 1 / s.repeat_interleave(readers, dim=0).flatten(), basis)
+                for_output = s.repeat_interleave(readers, dim=0).flatten()
+                _scale_columns_(output, 1 / for_output, self._basis("attention_output"))
             else:
                 self._scale_keys_(s)
 
@@ -213,10 +216,12 @@ class Equalizer:
                 lambda x, change=change: change_heads(x, change, self.head_dim)
                 for change in (self.r2.apply, self.r2.undo)
             )
-        if place == "mlp_hidden":
-            down: QuantizedLinear = self.block.get_submodule(self.architecture.mlp_output)
-            return down.rotate, lambda x: down.rotate(x, inverse=True)
-        return _HADAMARD
+        writers = {"attention_output": self.architecture.attention_output, "mlp_hidden": self.architecture.mlp_output}
+        if place not in writers:
+            return _HADAMARD
+        linear: QuantizedLinear = self.block.get_submodule(writers[place])
+        inner, outer = self._basis("value") if place == "attention_output" else _SAME
+        return lambda x: linear.rotate(inner(x)), lambda x: outer(linear.rotate(x, inverse=True))
 
     def _scale_keys_(self, pairs: torch.Tensor) -> None:
         attention = self.block.self_attn

@@ -8,6 +8,7 @@ of the norm before it:
     embedding  E' = E R1            readers  W' = (W · g) R1         writers  W' = R1^T W,  b' = b R1
     v_proj     per head: W' = R2^T W, b' = b R2                      o_proj   per head of its input: W' = W R2
     down_proj  W' = W R4, and its input is multiplied by R4 online   R3 acts on keys online (see blocks/kv_cache.py)
+    o_proj     W'' = W' R5, and its input, all heads together, is multiplied by R5 online
 
 Where norms stand between what a block writes and the residual stream (post-norms), R1 cannot pass their weights:
 merged, it is the identity there, and no norm is folded. Online, it stands behind the norms in front of attention and
@@ -18,7 +19,9 @@ MLP, where every family has room for it, and leaves the residual stream as it is
 Then nothing is left of R1 in the embedding, lm_head and the writers, and the norm's weight is free to scale channels in
 front of H (quantization/equalization.py).
 
-R4 and R3 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
+R2 spreads channels within their head; R5 also evens out what differs from head to head (QuaRot's "Hadamard heads").
+
+R3, R4 and R5 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
 identity. A block Hadamard (R1, R2, R4) acts on every few consecutive channels by themselves: of the size of a number
 format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64
 and cast once.
@@ -47,7 +50,7 @@ def rotate_block(
     settings: BlockSettings,
     head_dim: int,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Fold norms and merge R1, R2 and the inverse of R4 into one block, one tensor in float64 at a time.
+    """Fold norms and merge R1, R2 and the inverses of R4 and R5 into one block, one tensor in float64 at a time.
 
     Args:
         tensors: of the original block, named as inside it; not changed.
@@ -85,6 +88,8 @@ def rotate_block(
                 _change_rows_(rotated.T, lambda rows: change_heads(rows, r2.apply, head_dim))
             if linear == architecture.attention_output:
                 _change_rows_(rotated, lambda rows: change_heads(rows, r2.apply, head_dim))
+                if settings.online_r5:
+                    _change_rows_(rotated, hadamard_transform)
             if linear == architecture.mlp_output and settings.online_r4:
                 _change_rows_(rotated, lambda rows: hadamard_transform(rows, block_size=settings.r4_block_size))
         yield name, rotated
@@ -109,6 +114,7 @@ def rotate_model(
     r2_mode: str,
     r3_mode: str,
     r4_mode: str,
+    r5_mode: str,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -123,8 +129,8 @@ def rotate_model(
     Args:
         checkpoint: the original model.
         folder: replaced as a whole when the gate is passed.
-        r1_mode: online, hadamard, block_hadamard, random or identity; r2_mode: the same but online; r3_mode, r4_mode:
-            hadamard or identity, R4 also block_hadamard.
+        r1_mode: online, hadamard, block_hadamard, random or identity; r2_mode: the same but online; r3_mode, r4_mode,
+            r5_mode: hadamard or identity, R4 also block_hadamard.
         seed: of the random signs and matrices.
         dtype: of the tensors written.
         block_size: of those that are block_hadamard.
@@ -143,7 +149,7 @@ def rotate_model(
         raise UnsupportedModelError(
             f"rotation.r1={r1_mode}: model_type={config.model_type!r} has norms behind attention and MLP "
             f"({', '.join(architecture.post_norms)}), whose weights R1 cannot pass; set rotation.r1: online "
-            "(or identity; r2, r3 and r4 stay)"
+            "(or identity; all others stay)"
         )
     generator = torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -154,9 +160,10 @@ def rotate_model(
         online_r3=r3_mode != "identity",
         online_r4=r4_mode != "identity",
         online_r1=online_r1,
+        online_r5=r5_mode != "identity",
         r4_block_size=block_size if r4_mode == "block_hadamard" else -1,
     )
-    modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode}
+    modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode, "r5": r5_mode}
     modes |= {"block_size": block_size} if "block_hadamard" in modes.values() else {}
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})

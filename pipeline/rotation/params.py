@@ -15,6 +15,7 @@ class RotationParams(Group):
     r2: OfflineRotation
     r3: OnlineRotation
     r4: Literal["hadamard", "block_hadamard", "identity"]
+    r5: OnlineRotation
     block_size: Annotated[int, Field(ge=2)]
     seed: Annotated[int, Field(ge=0)]
     dtype: FloatDtype

@@ -112,7 +112,7 @@ def describe_contents(tensors: dict[str, torch.Tensor]) -> str:
 def rotated_sites(settings: BlockSettings) -> dict[str, bool]:
     """Sites with a Hadamard transform in front of their quantizer."""
     inputs = dict.fromkeys(("attention_input", "mlp_input"), settings.online_r1)
-    return inputs | {"mlp_hidden": settings.online_r4}
+    return inputs | {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}
 
 
 def fill_layer_(

@@ -39,7 +39,7 @@ def settings_of(weights=16, activations=16, key=16, value=16, online=False, befo
         if number < 16:
             own = {name: v for name, v in mode.items() if not (site in WEIGHTS and name == "dynamic")}
             sites[site] = QuantizerSpec(number, **own)
-    return BlockSettings(online and not before_rope, online, before_rope, sites)
+    return BlockSettings(online and not before_rope, online, before_rope, sites, online_r5=online)
 
 
 def quantized_block(checkpoint, settings, dtype=torch.float32):
@@ -127,7 +127,8 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(torch.ones(9, 11, dtype=torch.bool).triu(3), -torch.inf)
     attention = (scores.softmax(-1) @ v).transpose(0, 1).reshape(9, heads * d)
-    x = x + norm(linear("self_attn.o_proj", quantize(attention)), behind_attention)
+    mixed = attention @ hadamard_matrix(heads * d)
+    x = x + norm(linear("self_attn.o_proj", quantize(mixed)), behind_attention)
     inputs = quantize(norm(x, before_mlp))
     gate, up = linear("mlp.gate_proj", inputs), linear("mlp.up_proj", inputs)
     gate = nn.functional.gelu(gate, approximate="tanh") if gemma else gate * gate.sigmoid()

@@ -239,6 +239,7 @@ def test_sizes_shards_and_what_is_in_the_folder(imported, tmp_path):
     quantization = config["quantization_config"]
     assert quantization["quant_method"] == "prefixquant"
     assert quantization["blocks"]["block"]["online_r4"] is True
+    assert quantization["blocks"]["block"]["online_r5"] is True
     assert quantization["blocks"]["block"]["sites"]["key"]["bits"] == 4
     assert quantization["prefix"] == {"tokens": 3, "token_ids": [7, 9, 0], "start_token_id": 0}
     card = (folder / "README.md").read_text()

@@ -51,8 +51,8 @@ KINDS = {
 READ = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"]
 
 
-def write(imported, folder, family, changes, formats=("compressed-tensors",), drop=(), prefix=(), r4="identity"):
-    checkpoint, _ = make_quantized(imported, folder, family, PLAIN | changes, prefix, r4=r4)
+def write(imported, folder, family, changes, formats=("compressed-tensors",), drop=(), prefix=(), **rotation):
+    checkpoint, _ = make_quantized(imported, folder, family, PLAIN | changes, prefix, **{"r4": "identity"} | rotation)
     kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
     place = folder / "formats", list(formats), list(drop)
     plans = write_formats(checkpoint, kv, *place, "5GB", make_header("export", {}))
@@ -172,7 +172,9 @@ def test_what_would_be_lost_is_refused_all_at_once_or_named_in_the_manifest(impo
 def test_what_cannot_be_left_out_is_refused_whatever_may_be_dropped(imported, tmp_path):
     drop = ["activations", "keys", "values", "prefix"]
     with pytest.raises(FormatError, match=r"rotation\.r4=hadamard.*\n?.*set rotation\.r4: identity"):
-        write(imported, tmp_path / "r4", "llama_tied", {}, drop=drop, r4="hadamard")
+        write(imported, tmp_path / "r4", "llama_tied", {}, drop=drop, r4="hadamard", r5="identity")
+    with pytest.raises(FormatError, match=r"rotation\.r5=hadamard.*\n?.*set rotation\.r5: identity"):
+        write(imported, tmp_path / "r5", "llama_tied", {}, drop=drop, r5="hadamard")
     with pytest.raises(FormatError, match=r"biases of o_proj, gate_proj, up_proj, down_proj: qwen2 models have none"):
         write(imported, tmp_path / "bias", "qwen2", {"weights.centered": True, "activations.bits": 8}, drop=drop)
     with pytest.raises(FormatError, match=r"weights: none are quantized"):

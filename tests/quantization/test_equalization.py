@@ -38,9 +38,9 @@ def measure(equalizer: Equalizer, runner, hidden, derivative) -> dict[str, torch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("r1", ["online", None])
-def test_the_block_computes_what_it_computed(family, r1, imported, tmp_path):
-    checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1=r1)
+@pytest.mark.parametrize(("r1", "r5"), [("online", "hadamard"), (None, "identity")])
+def test_the_block_computes_what_it_computed(family, r1, r5, imported, tmp_path):
+    checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1=r1, r5=r5)
     hidden, derivative = draw(checkpoint, 3, 8), draw(checkpoint, 3, 8)
     block, equalizer = open_block(checkpoint)
     prefix_kv = torch.randn(2, equalizer.kv_heads, 3, equalizer.head_dim, dtype=torch.float64, generator=GENERATOR)
@@ -53,6 +53,8 @@ def test_the_block_computes_what_it_computed(family, r1, imported, tmp_path):
     for place, own in scales.items():
         assert own.log().mean().abs() < 0.05, place
         assert own.max() / own.min() > 1.1, place
+    heads = scales["value"].log().mean(1)
+    assert (heads.abs().max() < 0.05) == (r5 == "identity")  # heads differ where they are spread over each other
     compute_exactly_(block)  # of the norms as they are now
     scaled = scale_prefix(prefix_kv, scales, equalizer.r2)
     with torch.no_grad():

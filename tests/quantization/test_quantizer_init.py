@@ -43,14 +43,14 @@ def watch(block, name, runner, hidden, prefix_kv=None):
 
 @torch.no_grad()
 def test_statistics_are_of_what_each_quantizer_will_see(rotated):
-    """Gram matrices, extrema and means over all tokens; mlp_hidden behind R4, whatever the batches."""
+    """Gram matrices, extrema and means over all tokens, behind R5 and R4, whatever the batches."""
     checkpoint, runner = rotated
     hidden = torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(0))
     _, statistics = record(checkpoint, runner, hidden, mse_samples=5)
     plain = load_block(checkpoint, 1)
     for site, name, change in (
         ("attention_input", "self_attn.q_proj", lambda x: x),
-        ("attention_output", "self_attn.o_proj", lambda x: x),
+        ("attention_output", "self_attn.o_proj", hadamard_transform),
         ("mlp_input", "mlp.up_proj", lambda x: x),
         ("mlp_hidden", "mlp.down_proj", hadamard_transform),
     ):
@@ -101,7 +101,7 @@ def test_recording_attention_is_causal_and_sees_the_prefix(rotated):
     block, statistics = record(checkpoint, runner, hidden, prefix_kv)
     plain = load_block(checkpoint, 1)
     expected = watch(plain, "self_attn.o_proj", runner, hidden, prefix_kv).flatten(0, 1)
-    assert torch.allclose(statistics.sites["attention_output"].sample, expected, atol=1e-5)
+    assert torch.allclose(statistics.sites["attention_output"].sample, hadamard_transform(expected), atol=1e-5)
     assert statistics.queries.shape == (2, 4, 12, 12)
     assert torch.allclose(hadamard_transform(statistics.keys), statistics.sites["key"].sample, atol=1e-5)
     assert block.self_attn.config._attn_implementation == "sdpa"
@@ -181,6 +181,7 @@ def test_plans_combine_bits_modes_and_overrides_with_the_models_online_rotations
     settings, own = plan_block(init, checkpoint, 1)
     assert settings.online_r3
     assert settings.online_r4
+    assert settings.online_r5
     assert "key" not in own
     assert not settings.spec("key").enabled
     assert settings.spec("value").dynamic

@@ -24,12 +24,22 @@ CPU = torch.device("cpu")
 
 
 def rotate(
-    source, folder, r1=None, r2="hadamard", r3="hadamard", r4="hadamard", dtype=torch.float32, seed=0, blocks=-1
+    source,
+    folder,
+    r1=None,
+    r2="hadamard",
+    r3="hadamard",
+    r4="hadamard",
+    r5=None,
+    dtype=torch.float32,
+    seed=0,
+    blocks=-1,
 ):
-    """`r1` None: hadamard where the family can have it."""
+    """`r1` None: hadamard where the family can have it; `r5` None: identity where r4 is."""
+    r5 = r5 or ("identity" if r4 == "identity" else "hadamard")
     checkpoint = Checkpoint(source, "model")
     r1 = r1 or ("hadamard" if checkpoint.architecture.rotates_residual else "identity")
-    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, seed, dtype, CPU, blocks)
+    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, r5, seed, dtype, CPU, blocks)
     rotated = Checkpoint(folder, "rotation")
     return rotated, BlockRunner(rotated, CPU, 2), metrics
 
@@ -38,10 +48,11 @@ def rotate(
 @pytest.mark.parametrize(
     "modes",
     [
-        ("hadamard",) * 4,
-        ("random", "random", "identity", "hadamard"),
-        ("identity",) * 4,
-        ("online", "hadamard", "hadamard", "hadamard"),
+        ("hadamard",) * 5,
+        ("random", "random", "identity", "hadamard", "identity"),
+        ("identity",) * 5,
+        ("online", "hadamard", "hadamard", "hadamard", "hadamard"),
+        ("identity", "identity", "identity", "identity", "hadamard"),
     ],
 )
 def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids):
@@ -59,7 +70,7 @@ def test_rotation_preserves_logits(family, modes, imported, tmp_path, token_ids)
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2"])
 def test_rotations_in_blocks_preserve_logits_and_mix_within_blocks_alone(family, imported, tmp_path, token_ids):
     r1 = "identity" if family in POST_NORMS else "block_hadamard"
-    modes = (r1, "block_hadamard", "identity", "block_hadamard")
+    modes = (r1, "block_hadamard", "identity", "block_hadamard", "identity")
     rotated, runner, metrics = rotate(imported[family], tmp_path / "out", *modes, blocks=4)
     with torch.no_grad():
         expected = make_model(family)(token_ids).logits
@@ -94,15 +105,15 @@ def test_r1_is_refused_where_norms_stand_behind_the_blocks(family, mode, importe
 
 
 def test_rotation_really_rotates(imported, tmp_path):
-    """All of R1, R2 and R4 reach the weights: against a float64 product written out here."""
+    """All of R1, R2, R4 and R5 reach the weights: against a float64 product written out here."""
     rotated, _, _ = rotate(imported["llama_tied"], tmp_path / "out")
     original = Checkpoint(imported["llama_tied"], "model").load_block_tensors(1)
     found = rotated.load_block_tensors(1)
     eye = torch.eye(48, dtype=torch.float64)
     r1 = load_rotation(tmp_path / "out", "r1").apply(eye)
     r2 = load_rotation(tmp_path / "out", "r2").apply(torch.eye(12, dtype=torch.float64))
-    r4 = rotation.hadamard_transform(torch.eye(96, dtype=torch.float64))
-    for matrix in (r1, r2, r4):
+    r4, r5 = (rotation.hadamard_transform(torch.eye(width, dtype=torch.float64)) for width in (96, 48))
+    for matrix in (r1, r2, r4, r5):
         assert (matrix @ matrix.T - torch.eye(len(matrix), dtype=torch.float64)).abs().max() < 1e-12
         assert not torch.allclose(matrix, torch.eye(len(matrix), dtype=torch.float64))
     heads = lambda count: torch.block_diag(*[r2] * count)  # noqa: E731
@@ -110,7 +121,7 @@ def test_rotation_really_rotates(imported, tmp_path):
     expected = {
         "self_attn.q_proj.weight": original["self_attn.q_proj.weight"].double() * norm @ r1,
         "self_attn.v_proj.weight": heads(2).T @ (original["self_attn.v_proj.weight"].double() * norm) @ r1,
-        "self_attn.o_proj.weight": r1.T @ original["self_attn.o_proj.weight"].double() @ heads(4),
+        "self_attn.o_proj.weight": r1.T @ original["self_attn.o_proj.weight"].double() @ heads(4) @ r5,
         "mlp.down_proj.weight": r1.T @ original["mlp.down_proj.weight"].double() @ r4,
     }
     for name, tensor in expected.items():
@@ -137,12 +148,13 @@ def test_r1_online_stands_behind_the_norms_alone(family, imported, tmp_path):
 
 
 def test_settings_record_exactly_the_online_rotations(imported, tmp_path):
-    rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="hadamard", r4="identity")
-    settings = block_settings(rotated, 0)
-    assert (settings.online_r3, settings.online_r4) == (True, False)
-    rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", r3="identity", r4="hadamard")
-    settings = block_settings(rotated, 0)
-    assert (settings.online_r3, settings.online_r4) == (False, True)
+    for modes in ({"r3": "hadamard"}, {"r4": "hadamard"}, {"r5": "hadamard"}):
+        asked = dict.fromkeys(("r3", "r4", "r5"), "identity") | modes
+        rotated, _, _ = rotate(imported["qwen2"], tmp_path / "out", **asked)
+        settings = block_settings(rotated, 0)
+        assert {name for name in asked if getattr(settings, f"online_{name}")} == set(modes)
+        assert BlockSettings.from_dict(settings.to_dict()) == settings
+        assert ("online_r5" in settings.to_dict()) == settings.online_r5
 
 
 def test_continuous_prefix_goes_through_r1(imported, tmp_path, token_ids):
@@ -204,7 +216,7 @@ def test_rounding_of_massive_activations_is_no_error(model_folders, tmp_path):
     tensors["model.norm.weight"][5] = 1e-6  # the massive channel is not what is said
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     import_model(str(folder), None, torch.float32, tmp_path / "model")
-    _, _, metrics = rotate(tmp_path / "model", tmp_path / "out")
+    _, _, metrics = rotate(tmp_path / "model", tmp_path / "out", r5="identity")
     assert metrics["float32_logit_deviation"] > 1e-4  # measured: 6e-4
     assert metrics["float32_original_deviation"] < metrics["float32_logit_deviation"]
     assert metrics["max_logit_deviation"] < 1e-9

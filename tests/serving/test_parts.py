@@ -39,7 +39,7 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, int
         x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
         own = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
         expected = torch.cat([part(own) for part in parts], dim=-1)
-        rotate = site == "mlp_hidden" and settings.online_r4
+        rotate = {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}.get(site, False)
         served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct if integers else None)
         assert (served.product is not None) == (integers and kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
