@@ -82,7 +82,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "not equalized": {"quantizer_init.equalize": []},
     "neither centered nor equalized": TEXTBOOK,
     "weights: rtn": NEAREST,
-    "weights: gptq": _each("rounding", "gptq", "weights"),
     "weights: damping 0.01": _each("damping", 0.01, "weights"),
     "weights: damping 0.3": _each("damping", 0.3, "weights"),
     "weights: asymmetric": _each("symmetric", False, "weights"),

@@ -17,7 +17,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
-from pipeline.numerics.descent import descend
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.scale_search import (
@@ -145,13 +144,10 @@ class _Chooser:
         else:
             search = search_factors(error_of, reference, two_sided=not spec.symmetric)
         report = {}
-        if plan["rounding"] != "rtn":
+        if plan["rounding"] == "gptq":
             scale, zero_point = candidate.parameters(search.factor)
             factor = self._factor_inverse(site, spec.centered, plan["damping"])
-            codes = round_gptq(weight, factor, scale, zero_point, spec.grid)
-            if plan["rounding"] == "descent":
-                codes = descend(weight, codes, hessian, factor.damping, scale, zero_point, spec.grid)
-            linear.set_integers_(codes, scale, zero_point)
+            linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.grid), scale, zero_point)
             report = {"damping": factor.damping}
         else:
             apply(search.factor)

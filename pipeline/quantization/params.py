@@ -24,7 +24,7 @@ class QuantizerParams(Group):
 
 class WeightParams(QuantizerParams):
     range: Literal["max", "tensor", "layer", "block"]
-    rounding: Literal["rtn", "gptq", "descent"]
+    rounding: Literal["rtn", "gptq"]
     damping: Annotated[Number, Field(gt=0, le=1)]
 
 
@@ -51,7 +51,7 @@ class OverrideParams(Group):
     group_size: int | None = None
     centered: bool | None = None
     range: Literal["max", "percentile", "tensor", "layer", "block"] | None = None
-    rounding: Literal["rtn", "gptq", "descent"] | None = None
+    rounding: Literal["rtn", "gptq"] | None = None
 
 
 class QuantizerInitParams(Group):

@@ -53,7 +53,6 @@ MODES = {
     "percentile": {f"{group}.range": "percentile" for group in GROUPS[1:]} | everywhere(percentile=99.0),
     "max": everywhere(range="max"),
     "rtn": {"weights.rounding": "rtn"},
-    "gptq": {"weights.rounding": "gptq"},
     "values by the attention output": {"values.range": "layer"},
 }
 
