@@ -1,9 +1,10 @@
 """Static quantizers that a rotated model would have, simulated at the sites of the original one.
 
 What passes a site is rotated on the fly, centered, quantized with a scale searched on the first batch that passes and
-held from then on, and rotated back. Weights stay as they are. Rotations, R5 included, are Hadamard matrices of a seed
-of their own, norms' weights are folded. With the seed of `rotation` the signs of R1 are the very ones the model will
-get. Families that R1 cannot rotate are left as they are at attention_input and mlp_input.
+held from then on, and rotated back. Weights stay as they are. Rotations are Hadamard matrices of a seed of their own,
+norms' weights are folded. With the seed of `rotation` the signs of R1 are the very ones the model will get. Families
+that R1 cannot rotate are left as they are at attention_input and mlp_input. R5 is left out: with it the candidates of the
+prefix search lie closer together, and it chose worse (docs/ablations.md).
 
 Keys are seen before RoPE, where a bias is a constant that centering takes out, as the quantizers of keys do (they
 quantize RoPE(k - m)); behind RoPE, which only turns pairs of channels, what varies is as large.
@@ -55,7 +56,7 @@ class SimulatedQuantizers:
         if site in _RESIDUAL_READERS:
             return x
         if site == "attention_output":
-            return hadamard_transform(hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2))
+            return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
         return hadamard_transform(x)
 
     def _signs_and_norm(self, index: int, site: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +71,7 @@ class SimulatedQuantizers:
         if site in _RESIDUAL_READERS:
             return x
         if site == "attention_output":
-            heads = hadamard_transform(x, inverse=True).unflatten(-1, (self.heads, -1))
-            return hadamard_transform(heads, inverse=True).flatten(-2)
+            return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)
         return hadamard_transform(x, inverse=True)
 
     def quantize(

@@ -1,0 +1,91 @@
+"""What each kind of quantizer costs: a run's quantized model with some of its activation quantizers switched off.
+
+    python -m benchmarks.sites --text wiki.txt --text c4.jsonl              # artifacts/quantizer_init of this folder
+    python -m benchmarks.sites --text wiki.txt --run FOLDER --variant finetuning
+
+Rows: everything; weights alone; everything but one site; weights and one site alone. Columns: how much more a token
+costs than in the original, in nats, ± the standard error over windows. Costs do not add up: what one quantizer costs
+depends on what the others leave. All rows are walked together, one block in memory at a time.
+"""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.positions import measure_losses, score_targets
+from benchmarks.quality import mean_and_error
+from benchmarks.workspace import format_markdown
+from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
+from pipeline.blocks.quantized import find_site_quantizers
+from pipeline.blocks.walk import BlockRunner, load_blocks
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.prefix.simulation import QUANTIZED_SITES
+from pipeline.runtime.arguments import Parser, whole
+from pipeline.runtime.errors import run_main
+from pipeline.runtime.progress import show_progress
+from pipeline.text.calibration import cut_documents
+from pipeline.text.corpora import read_local_documents
+from pipeline.text.windows import load_start_token, load_windows, put_in_front
+
+_CPU = torch.device("cpu")
+EVERY = frozenset(QUANTIZED_SITES)
+ROWS = {"everything": EVERY, "weights alone": frozenset()}  # row -> sites that are quantized
+ROWS |= {f"all but {site}": EVERY - {site} for site in QUANTIZED_SITES}
+ROWS |= {f"weights and {site}": frozenset({site}) for site in QUANTIZED_SITES}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--text", type=Path, action="append", required=True, help=".txt, .jsonl, .json, .csv, .parquet")
+    parser.add_argument("--run", type=Path, default=Path(), help="folder with artifacts/ (default: this one)")
+    parser.add_argument("--variant", default="quantizer_init", choices=("quantizer_init", "finetuning"))
+    parser.add_argument("--length", type=whole(2), default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=whole(2), default=8, help="of each text")
+    arguments = parser.parse_args()
+    artifacts = arguments.run / "artifacts"
+    original = Checkpoint(artifacts / "model", "model")
+    quantized = Checkpoint(artifacts / arguments.variant, arguments.variant)
+    size = arguments.windows, arguments.length
+    windows = {
+        path.stem: cut_documents(read_local_documents(path, "text"), *size, original.tokenizer, str(path))
+        for path in arguments.text
+    }
+    start_token = load_windows(artifacts / "calibration/train.safetensors").start_token
+    exact = measure_losses(original, windows, None, start_token)
+    lines = []
+    for row, losses in measure_rows(quantized, windows).items():
+        pairs = [mean_and_error((losses[text] - exact[text]).mean(1)) for text in windows]
+        lines.append([row, *(f"{mean:.3f} ± {error:.3f}" for mean, error in pairs)])
+    print(format_markdown(["quantized", *windows], lines, titles=1))
+
+
+@torch.no_grad()
+def measure_rows(checkpoint: Checkpoint, windows: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Row -> text -> -log p of every target in nats, [N, T - 1] from token ids [N, T]."""
+    architecture, runner = checkpoint.architecture, BlockRunner(checkpoint, _CPU, 1)
+    prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
+    start_token = load_start_token(checkpoint.folder / PREFIX, checkpoint.stage)
+    embedded = {text: checkpoint.embed(put_in_front(ids, start_token)) for text, ids in windows.items()}
+    hidden = {row: {text: states.clone() for text, states in embedded.items()} for row in ROWS}
+    blocks = load_blocks(checkpoint, runner.device)
+    for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "sites"):
+        block, own_prefix = next(blocks), runner.take_prefix(prefix_kv, index)
+        for row, sites in ROWS.items():
+            for site, quantizer in find_site_quantizers(block, architecture).items():
+                quantizer.calibrated = quantizer.spec.enabled and site in sites
+            for states in hidden[row].values():
+                runner.advance_(block, states, own_prefix)
+        del block
+    lm_head, losses = checkpoint.load_lm_head(), {}
+    for row, texts in hidden.items():
+        losses[row] = {}
+        for text, states in texts.items():
+            states = states[:, -windows[text].shape[1] :]
+            checkpoint.apply_final_norm_(states)
+            pairs = zip(states, windows[text], strict=True)
+            losses[row][text] = torch.stack([score_targets(*pair, lm_head) for pair in pairs])
+    return losses
+
+
+if __name__ == "__main__":
+    run_main(main)
