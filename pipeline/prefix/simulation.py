@@ -3,8 +3,8 @@
 What passes a site is rotated on the fly, centered, quantized with a scale searched on the first batch that passes and
 held from then on, and rotated back. Weights stay as they are. Rotations are Hadamard matrices of a seed of their own,
 norms' weights are folded. With the seed of `rotation` the signs of R1 are the very ones the model will get. Families
-that R1 cannot rotate are left as they are at attention_input and mlp_input. R5 is left out: with it the candidates of the
-prefix search lie closer together, and it chose worse (docs/ablations.md).
+that R1 cannot rotate are left as they are at attention_input and mlp_input. R5 is left out: with it the candidates of
+the prefix search lie closer together, and it chose worse (docs/ablations.md).
 
 Keys are seen before RoPE, where a bias is a constant that centering takes out, as the quantizers of keys do (they
 quantize RoPE(k - m)); behind RoPE, which only turns pairs of channels, what varies is as large.
