@@ -56,4 +56,4 @@ def plan(run: Run) -> Need:
 
 
 if __name__ == "__main__":
-    open_stage("finetuning", main, __doc__, plan, shared=True)
+    open_stage("finetuning", main, __doc__, plan, shared=True, work=WORK)

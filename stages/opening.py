@@ -10,6 +10,7 @@ A mistake the user can act on becomes one message and exit code 1.
 """
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.runtime.memory import Need, Share
 from pipeline.runtime.params import ParamsError
 from pipeline.runtime.progress import return_freed_memory, run_stage, select_device
 from pipeline.runtime.ranks import ALONE, Ranks
+from pipeline.runtime.unfinished import work_of_this_code
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -67,6 +69,7 @@ def open_stage(
     plan: Callable[[Run], Need] | None = None,
     variants: Collection[str] | Callable[[Params], Collection[str]] = (),
     shared: bool = False,
+    work: Path | None = None,
 ) -> None:
     """Run a stage as its command line says; see the module's docstring.
 
@@ -74,8 +77,9 @@ def open_stage(
         name: of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json.
         variants: those it has, or what says so of params.yaml; then one is asked for on the command line.
         shared: whether `runtime.processes` of them share the work.
+        work: where it keeps what is finished, so that a killed run continues there.
     """
-    run_main(lambda: _open_stage(name, main, description, plan, variants, shared))
+    run_main(lambda: _open_stage(name, main, description, plan, variants, shared, work))
 
 
 def _open_stage(
@@ -85,6 +89,7 @@ def _open_stage(
     plan: Callable[[Run], Need] | None,
     variants: Collection[str] | Callable[[Params], Collection[str]],
     shared: bool,
+    work: Path | None,
 ) -> None:
     parser = Parser(description=description)
     if variants:
@@ -103,5 +108,9 @@ def _open_stage(
         return
     return_freed_memory()
     title, file = (f"{name}@{variant}", f"{name}/{variant}.json") if variant else (name, f"{name}.json")
-    with join_ranks(params.runtime) as (ranks, device), run_stage(title, METRICS / file, params.runtime) as metrics:
+    with (
+        join_ranks(params.runtime) as (ranks, device),
+        run_stage(title, METRICS / file, params.runtime) as metrics,
+        nullcontext() if work is None else work_of_this_code(work, ranks),
+    ):
         main(Run(params, device, variant, ranks, metrics))

@@ -53,4 +53,4 @@ def plan(run: Run) -> Need:
 
 
 if __name__ == "__main__":
-    open_stage("prefix_training", main, __doc__, plan, shared=True)
+    open_stage("prefix_training", main, __doc__, plan, shared=True, work=WORK)

@@ -63,4 +63,4 @@ def plan(run: Run) -> Need:
 
 
 if __name__ == "__main__":
-    open_stage("quantizer_init", main, __doc__, plan, shared=True)
+    open_stage("quantizer_init", main, __doc__, plan, shared=True, work=WORK)

@@ -21,6 +21,7 @@ from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.quantization.equalization import scale_prefix, select_block
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.runtime.unfinished import describe_code
 from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
 from pipeline.training.streamed import TrainedBlocks
@@ -687,6 +688,23 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypat
     resumed = contents(project / "artifacts/quantizer_init")
     run("quantizer_init", monkeypatch=monkeypatch)
     assert contents(project / "artifacts/quantizer_init") == resumed
+
+
+def test_an_unfinished_run_of_other_code_is_not_continued(project, monkeypatch, caplog):
+    """What it left need not fit what the code of today makes of the same settings and inputs."""
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    process = start(project, slow_block=1)
+    wait_for(project / ".work/quantizer_init/block-00000.safetensors")
+    process.kill()
+    process.wait()
+    stamp = project / ".work/quantizer_init/code"
+    assert stamp.read_text() == describe_code()
+    stamp.write_text("another")
+    with caplog.at_level("INFO"):
+        run("quantizer_init", monkeypatch=monkeypatch)
+    assert "the unfinished run in .work/quantizer_init is of another version of the code" in caplog.text
+    assert "continuing at block" not in caplog.text
+    assert not (project / ".work/quantizer_init").exists()
 
 
 def test_broken_activations_are_reported_with_block_and_site(project, monkeypatch):

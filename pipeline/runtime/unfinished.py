@@ -3,19 +3,53 @@
 Written behind everything else a block leaves, and with the number of finished blocks inside: whatever a kill leaves,
 these files are the truth. Of several ranks one may be killed before the others have written; so they keep two
 generations, and continue behind the last block that all of them have finished.
+
+What one version of the code has begun another one must not finish: a work folder says which it is of.
 """
 
+import functools
+import hashlib
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import pipeline
 from pipeline.runtime.artifacts import Header, load_unfinished, save_tensors
 from pipeline.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 _STREAMS = "streams-{rank:05d}-{generation}.safetensors"
+_CODE = "code"
+
+
+@functools.cache
+def describe_code() -> str:
+    """A hash of this project's Python files: pipeline/ and, where they are beside it, stages/."""
+    found, root = hashlib.sha256(), Path(pipeline.__file__).parent.parent
+    for path in sorted(path for folder in ("pipeline", "stages") for path in (root / folder).rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+@contextmanager
+def work_of_this_code(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """A stage's work folder: without what other code left there, kept if the stage fails, gone once it is through."""
+    if ranks.first:
+        stamp = folder / _CODE
+        if folder.is_dir() and not (stamp.is_file() and stamp.read_text(encoding="utf-8") == describe_code()):
+            logger.warning("starting over: the unfinished run in %s is of another version of the code", folder)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(describe_code(), encoding="utf-8")
+    ranks.wait()
+    yield
+    if ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_generation(work: Path, streams: dict[str, torch.Tensor], finished: int, header: Header, ranks: Ranks) -> None:
