@@ -12,7 +12,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,18 +38,27 @@ def describe_code() -> str:
 
 @contextmanager
 def work_of_this_code(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """A stage's work folder: without what other code left there, kept if the stage fails, gone once it is through."""
+    """A stage's work folder: without what other code left there, gone once the stage is through.
+
+    What a stage that fails has finished is kept; where that is nothing, no folder is left.
+    """
+    stamp = folder / _CODE
     if ranks.first:
-        stamp = folder / _CODE
         if folder.is_dir() and not (stamp.is_file() and stamp.read_text(encoding="utf-8") == describe_code()):
             logger.warning("starting over: the unfinished run in %s is of another version of the code", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(describe_code(), encoding="utf-8")
     ranks.wait()
-    yield
-    if ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)
+    through = False
+    try:
+        yield
+        through = True
+    finally:
+        if ranks.first and (through or [*folder.glob("*")] == [stamp]):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # there are others' folders
+                folder.parent.rmdir()
 
 
 def save_generation(work: Path, streams: dict[str, torch.Tensor], finished: int, header: Header, ranks: Ranks) -> None:
