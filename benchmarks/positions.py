@@ -39,12 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [folder / "artifacts" for folder in arguments.run or [Path()]]
     original = Checkpoint(runs[0] / "model", "model")
-    windows = {
-        path.stem: cut_documents(
-            read_local_documents(path, "text"), arguments.windows, arguments.length, original.tokenizer, str(path)
-        )
-        for path in arguments.text
-    }
+    windows = cut_texts(arguments.text, arguments.windows, arguments.length, original)
     start_token = load_windows(runs[0] / "calibration/train.safetensors").start_token
     exact = measure_losses(original, windows, None, start_token)
     rows = {}
@@ -59,6 +54,14 @@ def main() -> None:
     print(format_table(exact, rows))
 
 
+def cut_texts(paths: list[Path], count: int, length: int, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Name of a text's file -> its first windows, token ids [count, length]."""
+    return {
+        path.stem: cut_documents(read_local_documents(path, "text"), count, length, checkpoint.tokenizer, str(path))
+        for path in paths
+    }
+
+
 @torch.no_grad()
 def measure_losses(
     checkpoint: Checkpoint, windows: dict[str, torch.Tensor], prefix_kv: torch.Tensor | None, start_token: int | None
@@ -66,10 +69,12 @@ def measure_losses(
     """-log p of every target, in nats: text -> [N, T - 1] from token ids [N, T]."""
     hidden, _, _ = compute_final_hidden(checkpoint, windows, BlockRunner(checkpoint, _CPU, 1), prefix_kv, start_token)
     lm_head = checkpoint.load_lm_head()
-    return {
-        text: torch.stack([score_targets(*pair, lm_head) for pair in zip(hidden[text], ids, strict=True)])
-        for text, ids in windows.items()
-    }
+    return {text: score_windows(hidden[text], ids, lm_head) for text, ids in windows.items()}
+
+
+def score_windows(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
+    """-log p of every target, [N, T - 1], from final hidden states [N, T, D] and token ids [N, T]."""
+    return torch.stack([score_targets(*pair, lm_head) for pair in zip(hidden, token_ids, strict=True)])
 
 
 def score_targets(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead) -> torch.Tensor:

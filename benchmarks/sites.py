@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.positions import measure_losses, score_targets
+from benchmarks.positions import cut_texts, measure_losses, score_windows
 from benchmarks.quality import mean_and_error
 from benchmarks.workspace import format_markdown
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
@@ -23,8 +23,6 @@ from pipeline.prefix.simulation import QUANTIZED_SITES
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import show_progress
-from pipeline.text.calibration import cut_documents
-from pipeline.text.corpora import read_local_documents
 from pipeline.text.windows import load_start_token, load_windows, put_in_front
 
 _CPU = torch.device("cpu")
@@ -45,11 +43,7 @@ def main() -> None:
     artifacts = arguments.run / "artifacts"
     original = Checkpoint(artifacts / "model", "model")
     quantized = Checkpoint(artifacts / arguments.variant, arguments.variant)
-    size = arguments.windows, arguments.length
-    windows = {
-        path.stem: cut_documents(read_local_documents(path, "text"), *size, original.tokenizer, str(path))
-        for path in arguments.text
-    }
+    windows = cut_texts(arguments.text, arguments.windows, arguments.length, original)
     start_token = load_windows(artifacts / "calibration/train.safetensors").start_token
     exact = measure_losses(original, windows, None, start_token)
     lines = []
@@ -82,8 +76,7 @@ def measure_rows(checkpoint: Checkpoint, windows: dict[str, torch.Tensor]) -> di
         for text, states in texts.items():
             states = states[:, -windows[text].shape[1] :]
             checkpoint.apply_final_norm_(states)
-            pairs = zip(states, windows[text], strict=True)
-            losses[row][text] = torch.stack([score_targets(*pair, lm_head) for pair in pairs])
+            losses[row][text] = score_windows(states, windows[text], lm_head)
     return losses
 
 

@@ -6,7 +6,6 @@ After each epoch the state is kept in .work/prefix_training/: a killed run conti
 Packaged model: a second when disabled; when enabled about six plain forwards of the tokens trained on, 2.9 GiB.
 """
 
-import shutil
 from pathlib import Path
 
 from pipeline.models.checkpoint import Checkpoint
@@ -43,7 +42,6 @@ def main(run: Run) -> None:
         candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
-        shutil.rmtree(WORK, ignore_errors=True)
     run.metrics.update(candidates.summary())
 
 

@@ -656,16 +656,21 @@ def wait_for(path, seconds=60):
     time.sleep(0.5)
 
 
+def kill_before(block, project):
+    """Leave a quantizer_init that was killed with `block` blocks finished."""
+    process = start(project, slow_block=block)
+    wait_for(project / f".work/quantizer_init/block-{block - 1:05d}.safetensors")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.parametrize("block", [1, 2])
 def test_a_killed_quantizer_init_continues_and_ends_with_the_same_bytes(block, project, monkeypatch, caplog):
     run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
     undisturbed = contents(project / "artifacts/quantizer_init")
     shutil.rmtree(project / "artifacts/quantizer_init")
 
-    process = start(project, slow_block=block)
-    wait_for(project / f".work/quantizer_init/block-{block - 1:05d}.safetensors")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_before(block, project)
     assert not (project / "artifacts/quantizer_init").exists()
 
     with caplog.at_level("INFO"):
@@ -677,10 +682,7 @@ def test_a_killed_quantizer_init_continues_and_ends_with_the_same_bytes(block, p
 
 def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypatch, caplog):
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
-    process = start(project, slow_block=2)
-    wait_for(project / ".work/quantizer_init/block-00001.safetensors")
-    process.kill()
-    process.wait()
+    kill_before(2, project)
     change(project, "quantizer_init.weights.bits", 3)
     with caplog.at_level("INFO"):
         run("quantizer_init", monkeypatch=monkeypatch)
@@ -693,10 +695,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypat
 def test_an_unfinished_run_of_other_code_is_not_continued(project, monkeypatch, caplog):
     """What it left need not fit what the code of today makes of the same settings and inputs."""
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
-    process = start(project, slow_block=1)
-    wait_for(project / ".work/quantizer_init/block-00000.safetensors")
-    process.kill()
-    process.wait()
+    kill_before(1, project)
     stamp = project / ".work/quantizer_init/code"
     assert stamp.read_text() == describe_code()
     stamp.write_text("another")

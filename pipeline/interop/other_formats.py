@@ -170,16 +170,12 @@ def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> l
             "rotation.r1=online: q/k/v and gate/up count on a rotation of their input that transformers would not "
             "apply; set rotation.r1: hadamard (or identity)"
         )
-    if any(own.online_r4 for own in described):
-        problems.append(
-            "rotation.r4=hadamard: down_proj counts on a rotation of its input that transformers would not apply; "
-            "set rotation.r4: identity"
-        )
-    if any(own.online_r5 for own in described):
-        problems.append(
-            "rotation.r5=hadamard: o_proj counts on a rotation of its input that transformers would not apply; "
-            "set rotation.r5: identity"
-        )
+    for rotation, reader in (("r4", "down_proj"), ("r5", "o_proj")):
+        if any(getattr(own, f"online_{rotation}") for own in described):
+            problems.append(
+                f"rotation.{rotation}=hadamard: {reader} counts on a rotation of its input that transformers would not "
+                f"apply; set rotation.{rotation}: identity"
+            )
     homeless = find_homeless_biases(checkpoint)
     if homeless:
         problems.append(

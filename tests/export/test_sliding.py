@@ -147,9 +147,9 @@ def test_a_conversation_goes_on_in_its_cache(imported):
 @torch.no_grad()
 def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family, kind, prefix):
     r3 = "identity" if kind == "keys before RoPE" else "hadamard"
-    # Where a value tips early, all that follows differs: with these scales none does.
+    # Where a value tips early, all that follows differs: with these scales and this rotation none does.
     changes = QUANTIZERS[kind] | {"weights.range": "layer"}
-    checkpoint, runner = make_quantized(imported, tmp_path, family, changes, prefix, r3=r3)
+    checkpoint, runner = make_quantized(imported, tmp_path, family, changes, prefix, r3=r3, r5="identity")
     prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
     model = assemble_model(checkpoint, prefix_kv)
     text = torch.tensor(TEXTS[:1])
@@ -164,8 +164,8 @@ def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family
     assert agree(model(token_ids, attention_mask=mask).logits[0, 8:]) >= 0.7
     cache = model.make_cache()
     steps = [model(text[:, step : step + 1], past_key_values=cache).logits[0, 0] for step in range(72)]
-    # Measured: 1, and 0.69 where values tipped; with a window of one more, 0.39: none of the 44 positions beyond it.
-    assert agree(torch.stack(steps)) >= 0.6
+    # Measured: 1, and 0.85 where a value tipped; with a window of one more, 0.39: none of the 44 positions beyond it.
+    assert agree(torch.stack(steps)) >= 0.7
 
 
 def test_kernels_that_take_no_mask_are_refused(imported):
