@@ -36,7 +36,7 @@ ROUNDS = 5
 def main() -> None:
     arguments = make_parser(__doc__, ROWS).parse_args()
     rows = read_rows(arguments.json)
-    workspace, params = Workspace(arguments.work), read_params()
+    workspace, params = Workspace(arguments.work), override(read_params(), {"finetuning.epochs": 1})
     for name in arguments.rows:
         if name in rows:
             continue

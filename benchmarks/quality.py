@@ -103,10 +103,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def _blocks(**changes: Any) -> dict[str, Any]:
     """The first phase of fine-tuning alone."""
-    return {"finetuning.end_to_end.enabled": False} | {f"finetuning.{key}": value for key, value in changes.items()}
+    own = {"epochs": 1} | changes
+    return {"finetuning.end_to_end.enabled": False} | {f"finetuning.{key}": value for key, value in own.items()}
 
 
 def _end_to_end(**changes: Any) -> dict[str, Any]:
+    """The second phase, alone as in params.yaml."""
     return {"finetuning.end_to_end.enabled": True} | {
         f"finetuning.end_to_end.{key}": value for key, value in changes.items()
     }
@@ -128,16 +130,15 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "blocks, loss skip_mse": _blocks(loss_type="skip_mse"),
     "blocks, weights too, from full precision": _blocks(**WEIGHTS),
     "blocks, weights too, from GPTQ": _blocks(**WEIGHTS | {"start": "quantizer_init"}),
-    "end to end": _end_to_end() | {"finetuning.epochs": 0},
-    "blocks and end to end": _end_to_end(),
-    "blocks and end to end, target fp_input": _end_to_end() | {"finetuning.target": "fp_input"},
-    "blocks and end to end, quantizers only": _end_to_end(norm_lr=0.0, prefix_lr=0.0),
-    "blocks and end to end, without norms": _end_to_end(norm_lr=0.0),
-    "blocks and end to end, without the prefix": _end_to_end(prefix_lr=0.0),
-    "blocks and end to end, rates of a third": _end_to_end(quant_lr=1e-3, norm_lr=1e-3, prefix_lr=3e-3),
-    "blocks and end to end, 3 epochs": _end_to_end(epochs=3),
-    "blocks and end to end, on 128 windows": _end_to_end() | {"calibration.end_to_end.windows": 128},
-    "blocks and end to end, 3 epochs on train": _end_to_end(epochs=3) | {"calibration.end_to_end": None},
+    "end to end": _end_to_end(),
+    "blocks and end to end": _end_to_end() | {"finetuning.epochs": 1},
+    "end to end, quantizers only": _end_to_end(norm_lr=0.0, prefix_lr=0.0),
+    "end to end, without norms": _end_to_end(norm_lr=0.0),
+    "end to end, without the prefix": _end_to_end(prefix_lr=0.0),
+    "end to end, rates of a third": _end_to_end(quant_lr=1e-3, norm_lr=1e-3, prefix_lr=3e-3),
+    "end to end, 3 epochs": _end_to_end(epochs=3),
+    "end to end, on 64 windows": _end_to_end() | {"calibration.end_to_end.windows": 64},
+    "end to end, 3 epochs on train": _end_to_end(epochs=3) | {"calibration.end_to_end": None},
 }
 TABLES = {"modes": ROWS, "ablations": ABLATIONS, "finetuning": FINETUNING}
 

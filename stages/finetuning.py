@@ -1,11 +1,11 @@
-"""Fine-tune the quantized model block by block, and optionally end to end.
+"""Fine-tune the quantized model: each block by itself where asked for, then all together.
 
 Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use), artifacts/calibration/ (train,
         end_to_end and validation); end to end also artifacts/model/
 Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.json and losses for dvc plots),
         metrics/finetuning.json
 `--plan` says what a run will take, without running. Finished blocks are kept in .work/finetuning/ until the end: a
-killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 5 to 8 minutes for 16 + 64 windows of 512.
+killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 10 minutes for 128 windows of 512.
 """
 
 from pathlib import Path

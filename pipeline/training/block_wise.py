@@ -149,6 +149,9 @@ def finetune_blocks(
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
+            if split == "train" and not params.epochs:  # nothing is trained: only validation windows need a target
+                data[split] = BlockData(inputs, targets, counts[split])
+                continue
             if "fp_input" in wanted:
                 runner.advance_(exact_block, streams["exact"][split], exact_prefix)
                 targets.append(streams["exact"][split])
