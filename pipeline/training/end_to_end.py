@@ -106,7 +106,7 @@ class EndToEndTrainer(Trainer):
     def _load_tensors(self, index: int) -> dict[str, torch.Tensor]:
         return load_block_file(self.place.work, self.initial.architecture, index, self.place.header.stage)
 
-    def end_epoch(self) -> None:
+    def keep(self) -> None:
         self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
 
     def write_(self, blocks: Path) -> torch.Tensor | None:

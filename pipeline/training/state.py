@@ -1,6 +1,6 @@
-"""Where a training run stands, on disk behind every epoch: parameters, AdamW's moments, the best so far, the history.
+"""Where a training run stands, on disk from time to time: parameters, AdamW's moments, the best so far, the history.
 
-A killed run continues behind its last finished epoch and ends with the same bytes.
+A killed run continues behind the step that was kept last and ends with the same bytes.
 """
 
 import json
@@ -27,6 +27,8 @@ class TrainingState:
         history: a row per epoch, from epoch 0, the start, on; each has at least "validation". What is not finite, which
             JSON cannot say, is None.
         best, best_epoch: the parameters' values where that was least, and when.
+        losses: of the steps of the epoch that is under way, None where one failed.
+        failures: how many steps failed last, one after the other.
     """
 
     def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
@@ -34,6 +36,8 @@ class TrainingState:
         self.history: list[dict[str, Any]] = []
         self.best: list[torch.Tensor] = []
         self.best_epoch = 0
+        self.losses: list[float | None] = []
+        self.failures = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """End an epoch; its values are kept if none before did better on validation windows.
@@ -46,6 +50,7 @@ class TrainingState:
             raise TrainingError("the loss before training is not finite; the quantized model, or its prefix, is broken")
         best = self.history[self.best_epoch]["validation"] if self.history else None
         self.history.append(row)
+        self.losses = []
         if row["validation"] is not None and (best is None or row["validation"] < best):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
             self.best_epoch = len(self.history) - 1
@@ -63,7 +68,9 @@ class TrainingState:
         tensors = {
             "epochs": torch.tensor(len(self.history)),
             "best_epoch": torch.tensor(self.best_epoch),
+            "failures": torch.tensor(self.failures),
             "highest": torch.tensor([group["highest"] for group in groups], dtype=torch.float64),
+            "losses": torch.tensor([math.nan if loss is None else loss for loss in self.losses], dtype=torch.float64),
         }
         for number, parameter in enumerate(self.parameters):
             tensors[f"now.{number}"], tensors[f"best.{number}"] = parameter.detach(), self.best[number]
@@ -81,6 +88,8 @@ class TrainingState:
             return False
         history = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         self.history, self.best_epoch = history[: int(saved["epochs"])], int(saved["best_epoch"])
+        self.failures = int(saved["failures"])
+        self.losses = [None if math.isnan(loss) else loss for loss in saved["losses"].tolist()]
         groups = self.optimizer.param_groups if self.optimizer else []
         for group, highest in zip(groups, saved["highest"].tolist(), strict=True):
             group["highest"] = highest

@@ -17,6 +17,7 @@ from pipeline.runtime.ranks import Ranks, shuffle
 from pipeline.training.state import TrainingState
 
 _FAILURES = 3  # steps without a finite loss and gradient, one after the other, that end training
+_KEEP_EVERY = 8  # steps
 
 
 class Schedule(Protocol):
@@ -93,14 +94,13 @@ class Trainer:
         # One parameter after the other: all at once would take temporaries of the size of all of them.
         self.optimizer = torch.optim.AdamW(used, weight_decay=weight_decay, foreach=False) if used else None
         self.state = TrainingState(self.parameters, self.optimizer)
-        self._failures = 0
 
     def losses(self, data: Windows, rows: Any) -> torch.Tensor:
         """Of each of this rank's windows `rows`, [B]."""
         raise NotImplementedError
 
-    def end_epoch(self) -> None:
-        """Called behind each epoch, 0 included."""
+    def keep(self) -> None:
+        """Called behind each epoch, 0 included, and every few steps: keeps the state on disk, where it is kept."""
 
     def train_(self, train: Windows, validation: Windows, seed: int) -> Outcome:
         """Train, and leave the parameters in their best state.
@@ -113,32 +113,34 @@ class Trainer:
         epochs = self.schedule.epochs if self.parameters else 0
         if not state.history:
             state.add({"epoch": 0, "train": None, "validation": self.evaluate(validation)})
-            self.end_epoch()
+            self.keep()
         for epoch in range(len(state.history), epochs + 1):
             if epoch - state.best_epoch > self.schedule.early_stop:
                 break
             mean = self._train_epoch(train, seed, epoch)
-            if self._failures >= _FAILURES:
+            if state.failures >= _FAILURES:
                 failure = f"{_FAILURES} steps in a row without a finite loss and gradient, epoch {epoch}"
                 break
             state.add({"epoch": epoch, "train": mean, "validation": self.evaluate(validation)})
-            self.end_epoch()
+            self.keep()
         state.restore_best_()
         return Outcome(state.history, state.best_epoch, failure)
 
     def _train_epoch(self, train: Windows, seed: int, epoch: int) -> float | None:
         order = shuffle(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
         parts = list(batches(train.count, self.schedule.batch_size))
-        losses: list[float] = []
+        left, losses = parts[len(self.state.losses) :], self.state.losses
         title = f"{self.bar}, epoch {epoch}/{self.schedule.epochs}"
-        for number, rows in enumerate(show_progress(parts, len(parts), title) if self.bar else parts):
-            progress = ((epoch - 1) * len(parts) + number) / (self.schedule.epochs * len(parts))
-            loss = self.step(train, order[rows], progress)
-            losses += [] if loss is None else [loss]
-            note_progress(epoch=epoch, loss=loss, validation=self.state.history[-1]["validation"])
-            if self._failures >= _FAILURES:
+        for rows in show_progress(left, len(left), title) if self.bar else left:
+            progress = ((epoch - 1) * len(parts) + len(losses)) / (self.schedule.epochs * len(parts))
+            losses.append(self.step(train, order[rows], progress))
+            note_progress(epoch=epoch, loss=losses[-1], validation=self.state.history[-1]["validation"])
+            if self.state.failures >= _FAILURES:
                 break
-        return sum(losses) / len(losses) if losses else None
+            if len(losses) % _KEEP_EVERY == 0 and len(losses) < len(parts):
+                self.keep()
+        finite = [loss for loss in losses if loss is not None]
+        return sum(finite) / len(finite) if finite else None
 
     def step(self, data: Windows, windows: torch.Tensor, progress: float) -> float | None:
         """One update on a batch; None where loss or gradient were not finite: nothing moved, the rates are halved.
@@ -152,11 +154,11 @@ class Trainer:
         loss = self.differentiate(data, windows)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_grad)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._failures += 1
+            self.state.failures += 1
             for group in self.optimizer.param_groups:
                 group["highest"] /= 2
             return None
-        self._failures = 0
+        self.state.failures = 0
         self.optimizer.step()
         return loss
 

@@ -1,5 +1,6 @@
 """Fine-tuning: blocks get better and never worse, what is trained is what is frozen, killed runs continue."""
 
+import functools
 import json
 import math
 
@@ -21,6 +22,7 @@ from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.streams import Offload
 from pipeline.training import block_wise as finetuning
+from pipeline.training import trainer as trainer_module
 from pipeline.training.block_wise import BlockData, BlockTrainer, Models, finetune_blocks
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.training.finetuning import FinetuningWindows, finetune, summarise_blocks
@@ -408,6 +410,36 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(where, quantized, t
             run_whole(quantized, tmp_path / "b", **end)
     run_whole(quantized, tmp_path / "b", **end)
     assert bytes_of(tmp_path / "b" / "out") == bytes_of(tmp_path / "a" / "out")
+
+
+def test_a_killed_epoch_continues_behind_the_step_that_was_kept_last(quantized, tmp_path, monkeypatch):
+    """With a step that failed among those that were taken, and a rate that was halved for it."""
+    monkeypatch.setattr(trainer_module, "_KEEP_EVERY", 2)
+    end = {"epochs": 0, "end_to_end": ALL_MOVE | {"batch_size": 1}}
+    differentiate, seen = EndToEndTrainer.differentiate, []
+
+    def failing_second(self, data, windows, at=None):
+        seen.append(windows.tolist())
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        loss = differentiate(self, data, windows)
+        return math.nan if windows.tolist() == second else loss
+
+    second = None
+    monkeypatch.setattr(EndToEndTrainer, "differentiate", failing_second)
+    run_whole(quantized, tmp_path / "order", **end)
+    second, whole = seen[1], seen[:]
+    seen.clear()
+    run_whole(quantized, tmp_path / "a", **end)
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEndTrainer, "differentiate", functools.partialmethod(failing_second, at=4))
+        with pytest.raises(KeyboardInterrupt):
+            run_whole(quantized, tmp_path / "b", **end)
+    seen.clear()
+    run_whole(quantized, tmp_path / "b", **end)
+    assert seen == whole[2:]  # killed in the fourth step; two were kept
+    assert bytes_of(tmp_path / "b/out") == bytes_of(tmp_path / "a/out")
 
 
 def kill_at(where, patch):
