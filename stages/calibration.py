@@ -16,6 +16,7 @@ from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.params import ParamsError, list_problems
 from pipeline.text.calibration import (
     count_conversations,
+    count_shared,
     cut_calibration_windows,
     cut_evaluation_windows,
     load_tokenizer,
@@ -42,6 +43,8 @@ def main(run: Run) -> None:
         for name, split in calibration.splits().items()
         if name != "evaluation"
     }
+    if "end_to_end" in cuts and (shared := count_shared(cuts["end_to_end"].token_ids, cuts["train"].token_ids)):
+        logger.warning("%d windows of calibration.end_to_end share text with calibration.train", shared)
     cuts.setdefault("end_to_end", cuts["train"])
     held_out = calibration.evaluation
     for corpus in held_out.corpora:

@@ -227,7 +227,7 @@ def train_prefix(
     own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
     exact, exact_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
     own_train, own_validation = (put_in_front(own, start_token) for own in (own_train, own_validation))
-    if state.load_(state_file, place.header):
+    if state.load_(state_file, place.header, place.ranks):
         logger.info("continuing behind epoch %d", len(state.history) - 1)
     else:
         state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})

@@ -25,6 +25,7 @@ from pipeline.text.windows import Windows
 # Search windows take every fourth train document, training windows the rest.
 _SEARCH_SHARE = 4
 _SEPARATOR = "\n\n"
+_PIECE = 16  # tokens that two texts hardly have in common unless one is the other's
 
 
 class WindowsError(PipelineError):
@@ -115,6 +116,14 @@ def cut_calibration_windows(
         "length": length,
     }
     return Windows(torch.stack(order), make_header("calibration", values))
+
+
+def count_shared(windows: torch.Tensor, others: torch.Tensor) -> int:
+    """How many of `windows` [N, T] are mostly of the text of `others` [K, T']: as most of their pieces are."""
+    known = {tuple(piece) for other in others for piece in other.unfold(0, min(_PIECE, len(other)), 1).tolist()}
+    pieces = (window.split(_PIECE) for window in windows)
+    whole = [[tuple(piece.tolist()) for piece in own if len(piece) == _PIECE] for own in pieces]
+    return sum(2 * sum(piece in known for piece in own) > len(own) for own in whole)
 
 
 def cut_evaluation_windows(

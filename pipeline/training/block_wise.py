@@ -127,16 +127,18 @@ def finetune_blocks(
     start, saved = load_generation(place.work, place.header, ranks)
     if start:
         logger.info("continuing at block %d of %d", start, initial.block_count)
+    judged = [*windows] if params.epochs else ["validation"]  # what needs a target
     streams: dict[str, dict[str, Stream]] = {}
     for kind, checkpoint in ({"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})).items():
         streams[kind] = {
             split: place.offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
             for split, ids in windows.items()
+            if kind == "quantized" or split in judged
         }
     del saved
     own_target = {
-        split: place.offload.keep(f"target-{split}", torch.empty_like(as_tensor(stream)))
-        for split, stream in streams["quantized"].items()
+        split: place.offload.keep(f"target-{split}", torch.empty_like(as_tensor(streams["quantized"][split])))
+        for split in judged
         if "quant_input" in wanted
     }
     exact_blocks = load_blocks(rotated, runner.device, start)
@@ -149,13 +151,10 @@ def finetune_blocks(
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
-            if split == "train" and not params.epochs:  # nothing is trained: only validation windows need a target
-                data[split] = BlockData(inputs, targets, counts[split])
-                continue
-            if "fp_input" in wanted:
+            if split in judged and "fp_input" in wanted:
                 runner.advance_(exact_block, streams["exact"][split], exact_prefix)
                 targets.append(streams["exact"][split])
-            if "quant_input" in wanted:
+            if split in judged and "quant_input" in wanted:
                 runner.advance_(exact_block, inputs, exact_prefix, into=own_target[split])
                 targets.append(own_target[split])
             data[split] = BlockData(inputs, targets, counts[split])

@@ -83,7 +83,7 @@ class EndToEndTrainer(Trainer):
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
         super().__init__(groups, params, 0.0, device, place.ranks)
-        self.state.load_(place.work / _STATE, place.header)
+        self.state.load_(place.work / _STATE, place.header, place.ranks)
 
     def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
         """The divergence of each of this rank's windows `rows`, [B]."""

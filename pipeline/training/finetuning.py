@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: blocks one by one (`block_wise.py`), then all together (`end_to_end.py`), and the checkpoint.
+"""Fine-tuning as a whole: where asked for, blocks one by one (`block_wise.py`); all together (`end_to_end.py`).
 
 What is finished is kept in the place's work folder until the end, so that a killed run continues there; what the
 artifact holds beside the checkpoint are losses for `dvc plots` and a report by block and epoch.
@@ -96,6 +96,7 @@ def _finetune_end_to_end(
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
         data.append(ModelData(embedded, exact, len(ids)))
     trainer = EndToEndTrainer(models.initial, models.original, prefix.get("kv"), params.end_to_end, place)
+    place.ranks.wait()  # the first one may be through, and clear up, before another has read its blocks
     outcome = trainer.train_(*data, params.seed)
     if outcome.failure:
         logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)

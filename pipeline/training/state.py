@@ -4,6 +4,7 @@ A killed run continues behind the step that was kept last and ends with the same
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 from pipeline.runtime.artifacts import Header, load_unfinished, save_tensors, write_json
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(PipelineError):
@@ -69,6 +72,7 @@ class TrainingState:
             "epochs": torch.tensor(len(self.history)),
             "best_epoch": torch.tensor(self.best_epoch),
             "failures": torch.tensor(self.failures),
+            "ranks": torch.tensor(ranks.world),
             "highest": torch.tensor([group["highest"] for group in groups], dtype=torch.float64),
             "losses": torch.tensor([math.nan if loss is None else loss for loss in self.losses], dtype=torch.float64),
         }
@@ -81,9 +85,12 @@ class TrainingState:
         save_tensors(path, tensors, header)
 
     @torch.no_grad()
-    def load_(self, path: Path, header: Header) -> bool:
-        """Continue an unfinished run of the same header, if there is one."""
+    def load_(self, path: Path, header: Header, ranks: Ranks) -> bool:
+        """Continue an unfinished run of the same header and as many processes, if there is one."""
         saved = load_unfinished(path, header)
+        if saved is not None and int(saved["ranks"]) != ranks.world:
+            logger.warning("starting over: the unfinished run in %s had another number of processes", path.parent)
+            saved = None
         if saved is None:
             return False
         history = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -102,4 +109,5 @@ class TrainingState:
                 self.optimizer.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in adam.items()
                 }
+        logger.info("continuing epoch %d behind step %d", len(self.history), len(self.losses))
         return True

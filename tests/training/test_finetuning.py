@@ -412,32 +412,35 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(where, quantized, t
     assert bytes_of(tmp_path / "b" / "out") == bytes_of(tmp_path / "a" / "out")
 
 
-def test_a_killed_epoch_continues_behind_the_step_that_was_kept_last(quantized, tmp_path, monkeypatch):
-    """With a step that failed among those that were taken, and a rate that was halved for it."""
+@pytest.mark.parametrize("failing", [[1], [1, 2, 3]])
+def test_a_killed_epoch_continues_behind_the_step_that_was_kept_last(failing, quantized, tmp_path, monkeypatch):
+    """Steps that fail, the rates halved for them, and that three in a row are too many, are known on both sides."""
     monkeypatch.setattr(trainer_module, "_KEEP_EVERY", 2)
     end = {"epochs": 0, "end_to_end": ALL_MOVE | {"batch_size": 1}}
-    differentiate, seen = EndToEndTrainer.differentiate, []
+    differentiate, seen, order = EndToEndTrainer.differentiate, [], []
 
-    def failing_second(self, data, windows, at=None):
+    def watched(self, data, windows, at=None):
         seen.append(windows.tolist())
         if len(seen) == at:
             raise KeyboardInterrupt
         loss = differentiate(self, data, windows)
-        return math.nan if windows.tolist() == second else loss
+        return math.nan if windows.tolist() in [order[step] for step in failing if order] else loss
 
-    second = None
-    monkeypatch.setattr(EndToEndTrainer, "differentiate", failing_second)
-    run_whole(quantized, tmp_path / "order", **end)
-    second, whole = seen[1], seen[:]
-    seen.clear()
-    run_whole(quantized, tmp_path / "a", **end)
-    seen.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(EndToEndTrainer, "differentiate", functools.partialmethod(failing_second, at=4))
-        with pytest.raises(KeyboardInterrupt):
-            run_whole(quantized, tmp_path / "b", **end)
-    seen.clear()
-    run_whole(quantized, tmp_path / "b", **end)
+    def run_watched(name, at=None):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(EndToEndTrainer, "differentiate", functools.partialmethod(watched, at=at))
+            return run_whole(quantized, tmp_path / name, **end)[0]
+
+    run_watched("order")
+    order += seen
+    whole_metrics = run_watched("a")
+    whole = seen[:]
+    assert len(whole) == (8 if failing == [1] else 4)
+    with pytest.raises(KeyboardInterrupt):
+        run_watched("b", at=4)
+    assert run_watched("b") == whole_metrics
+    assert whole_metrics["end_to_end"]["failed"] == (len(failing) == 3)
     assert seen == whole[2:]  # killed in the fourth step; two were kept
     assert bytes_of(tmp_path / "b/out") == bytes_of(tmp_path / "a/out")
 
