@@ -11,4 +11,4 @@ def test_windows_of_the_same_text_are_counted_however_they_are_cut():
     assert count_shared(other, known) == 0
     assert count_shared(text[70:670].view(3, 200), known) == 3
     assert count_shared(text[720:1320].view(3, 200), known) == 0  # 80 of the first window's 200
-    assert count_shared(text[690:1290].view(3, 200), known) == 1  # 110 of them
+    assert count_shared(text[670:1270].view(3, 200), known) == 1  # 130 of them
