@@ -1,11 +1,11 @@
 """What fine-tuning a block costs, against a plain forward and backward of the same block on the same windows.
 
-    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, as in params.yaml
+    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, epochs: 1
     python -m benchmarks.finetuning --json finetuning.json
 
 First table: seconds of one epoch of one block (rounding of weights, quantizers, loss, AdamW) and of the plain one
 (rotated, full precision, all weights trained, mean squared error, no optimizer), taken in turn in one process; the
-medians and their ratio. Second table: peak memory of the whole stage with streams in memory and in files, beside what
+medians and their ratio. Second table: peak memory of the first phase with streams in memory and in files, beside what
 `--plan` says.
 """
 
@@ -88,7 +88,8 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
 
 def measure_memory(workspace: Workspace, values: dict[str, Any], offload: str) -> dict[str, float]:
     """Peak memory of the stage in GiB, and what it was planned to be."""
-    changed = override(values, {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0})
+    own = {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0}
+    changed = override(values, own | {"finetuning.end_to_end.enabled": False})
     peak = workspace.metrics("finetuning", changed)["peak_rss_gib"]
     return {"peak": peak, "planned": workspace.plan("finetuning", changed)}
 

@@ -108,8 +108,8 @@ def _blocks(**changes: Any) -> dict[str, Any]:
 
 
 def _end_to_end(**changes: Any) -> dict[str, Any]:
-    """The second phase, alone as in params.yaml."""
-    return {"finetuning.end_to_end.enabled": True} | {
+    """The second phase alone."""
+    return {"finetuning.end_to_end.enabled": True, "finetuning.epochs": 0} | {
         f"finetuning.end_to_end.{key}": value for key, value in changes.items()
     }
 
@@ -223,7 +223,8 @@ def format_table(rows: dict[str, Any]) -> str:
             cells.append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
         cells += [f"{metrics['tasks'][task]['acc']:.3f}" for task in tasks]
         if with_losses:
-            partner = "blocks" if name.startswith("blocks and") else UNTRAINED
+            partners = {"blocks and": "blocks", "end to end,": "end to end"}
+            partner = next((own for start, own in partners.items() if name.startswith(start)), UNTRAINED)
             known = "losses" in metrics and partner in rows and partner != name
             own, other = metrics.get("losses", {}), rows.get(partner, {}).get("losses", {})
             cells += (

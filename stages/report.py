@@ -75,6 +75,8 @@ def read_settings(params: Params) -> dict[str, Any]:
 def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
     """Curves of fine-tuning and of how well ranges fit; what was drawn."""
     blocks = read_rows(FINETUNING / "plots/blocks.json")
+    if all(row["before"] == row["after"] for row in blocks):  # none was trained by itself
+        blocks = []
     together = read_rows(FINETUNING / "plots/end_to_end.json")
     curves = {
         "finetuning_blocks": (blocks, "block", ("before", "after"), ("Loss of each block", "block", "validation loss")),

@@ -125,6 +125,20 @@ def test_export_before_the_evaluations_it_quotes_names_them(project, monkeypatch
     assert not [path for path in (project / "artifacts").iterdir() if "export" in path.name]
 
 
+def test_blocks_that_are_not_trained_by_themselves_are_trained_together(project, monkeypatch):
+    """As params.yaml comes: `epochs: 0`; the same bytes wherever hidden states are."""
+    change(project, "finetuning.epochs", yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"]["epochs"])
+    change(project, "calibration.end_to_end.windows", 6)
+    run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
+    metrics = read_json(project / "metrics/finetuning.json")
+    assert (metrics["blocks_unchanged"], metrics["changed_integers"], metrics["validation_ratio"]) == (3, 0, 1)
+    assert metrics["end_to_end"]["kl_after"] <= metrics["end_to_end"]["kl_before"]
+    first = contents(project / "artifacts/finetuning")
+    change(project, "runtime.offload", "always")
+    run("finetuning", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts/finetuning") == first
+
+
 @pytest.mark.parametrize("use", ["none", "found"])
 def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
     """Rotated, equalized, prefixed: still the same model."""

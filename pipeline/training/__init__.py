@@ -1,4 +1,4 @@
-"""Training of a quantized model: blocks one by one against their own output, then all together against the original.
+"""Training of a quantized model: where asked for, blocks one by one; all together, against the original.
 
 Read `finetuning.py` first, what the stage of that name calls, then `trainer.py`. May import from: runtime to
 quantization.

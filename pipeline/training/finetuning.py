@@ -37,8 +37,8 @@ class FinetuningWindows:
     """Token ids of content alone.
 
     Attributes:
-        train: [N, T], which blocks are trained on.
-        end_to_end: [K, T'], which all are together.
+        train: [N, T], which blocks are trained on one by one, and saturation is counted on.
+        end_to_end: [K, T'], which all are trained on together.
         validation: [M, T"], which choose the epoch, in both phases.
         start_token: what the original reads in front of each, or None; the quantized checkpoint knows its own.
     """
