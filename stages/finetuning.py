@@ -5,7 +5,7 @@ Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use),
 Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.json and losses for dvc plots),
         metrics/finetuning.json
 `--plan` says what a run will take, without running. Finished blocks are kept in .work/finetuning/ until the end: a
-killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 10 minutes for 128 windows of 512.
+killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 10 minutes for 96 windows of 512.
 """
 
 from pathlib import Path
