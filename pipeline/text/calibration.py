@@ -120,10 +120,12 @@ def cut_calibration_windows(
 
 def count_shared(windows: torch.Tensor, others: torch.Tensor) -> int:
     """How many of `windows` [N, T] are mostly of the text of `others` [K, T']: as most of their pieces are."""
-    known = {tuple(piece) for other in others for piece in other.unfold(0, min(_PIECE, len(other)), 1).tolist()}
-    pieces = (window.split(_PIECE) for window in windows)
-    whole = [[tuple(piece.tolist()) for piece in own if len(piece) == _PIECE] for own in pieces]
-    return sum(2 * sum(piece in known for piece in own) > len(own) for own in whole)
+    if min(windows.shape[1], others.shape[1]) < _PIECE:
+        return 0
+    factors = torch.randint(2**62, (_PIECE,), generator=torch.Generator().manual_seed(0))
+    known = (others.unfold(1, _PIECE, 1) * factors).sum(-1)  # a number for each piece, modulo 2^64
+    shared = torch.isin((windows.unfold(1, _PIECE, _PIECE) * factors).sum(-1), known)
+    return int((2 * shared.sum(1) > shared.shape[1]).sum())
 
 
 def cut_evaluation_windows(

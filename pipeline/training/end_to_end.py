@@ -7,6 +7,7 @@ what they keep for the backward pass does not fit beside them, only hidden state
 run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from pipeline.training.place import Place
 from pipeline.training.streamed import TrainedBlocks
 from pipeline.training.trainables import freeze_, unfreeze_
 from pipeline.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _STATE = "end-to-end.safetensors"
 
@@ -83,7 +86,8 @@ class EndToEndTrainer(Trainer):
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
         super().__init__(groups, params, 0.0, device, place.ranks)
-        self.state.load_(place.work / _STATE, place.header, place.ranks)
+        if self.state.load_(place.work / _STATE, place.header, place.ranks):
+            logger.info("continuing epoch %d behind step %d", len(self.state.history), len(self.state.losses))
 
     def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
         """The divergence of each of this rank's windows `rows`, [B]."""

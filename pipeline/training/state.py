@@ -109,5 +109,4 @@ class TrainingState:
                 self.optimizer.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in adam.items()
                 }
-        logger.info("continuing epoch %d behind step %d", len(self.history), len(self.losses))
         return True
