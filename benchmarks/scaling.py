@@ -20,7 +20,7 @@ throughout; clip factors' search, which depends on params, and reading the check
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from pipeline.quantization.plan import plan_quantizer_init
 from pipeline.rotation.plan import plan_rotation
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.memory import GIB, Share
+from pipeline.runtime.progress import select_device
 from pipeline.text.windows import load_windows
 from pipeline.training.plan import plan_finetuning
 
@@ -65,16 +66,40 @@ SHAPES = {
         "rope_theta": 500000.0,
     },
 }
-# Stage -> k, how many blocks in float32 it may take, and how many streams of hidden states it has.
-BLOCKS = {
-    "rotation": 3,
-    "prefix_search": 3,
-    "quantizer_init": 4,
-    "evaluation@original": 3,
-    "evaluation@quantizer_init": 3,
-    "finetuning": 7,
-    "evaluation@finetuning": 3,
-    "export": 3,
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage, how many blocks in float32 it may take, and params of its own."""
+
+    stage: str
+    blocks: int
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+# What does not depend on how weights were rounded and ranges found need not wait for it.
+QUICK = {
+    "quantizer_init.weights.rounding": "rtn",
+    "quantizer_init.weights.range": "max",
+    "quantizer_init.activations.range": "max",
+    "quantizer_init.keys.range": "max",
+    "quantizer_init.values.range": "max",
+    "quantizer_init.equalize": [],
+    "finetuning.start": "quantizer_init",
+    "finetuning.weight_lr": 0.0,
+    "finetuning.epochs": 0,
+}
+END_TO_END = QUICK | {"finetuning.end_to_end.enabled": True, "finetuning.end_to_end.batch_size": 1}
+ROWS = {
+    "rotation": Row("rotation", 3),
+    "prefix_search": Row("prefix_search", 3),
+    "quantizer_init": Row("quantizer_init", 4),
+    "evaluation@original": Row("evaluation@original", 3),
+    "evaluation@quantizer_init": Row("evaluation@quantizer_init", 3),
+    "finetuning": Row("finetuning", 7),
+    "evaluation@finetuning": Row("evaluation@finetuning", 3),
+    "finetuning, end to end, streamed": Row("finetuning", 3, END_TO_END | {"runtime.max_memory": "1MiB"}),
+    "export": Row("export", 3, QUICK),
 }
 FIXED = 0.6  # GiB
 WINDOWS, LENGTH = 8, 512
@@ -102,20 +127,6 @@ PARAMS = {
     "finetuning.batch_size": 1,
 }
 
-# Packing takes the same whatever rounded the weights, so that it need not wait for GPTQ and fine-tuning.
-ROW_PARAMS = {
-    "export": {
-        "quantizer_init.weights.rounding": "rtn",
-        "quantizer_init.weights.range": "max",
-        "quantizer_init.activations.range": "max",
-        "quantizer_init.keys.range": "max",
-        "quantizer_init.values.range": "max",
-        "quantizer_init.equalize": [],
-        "finetuning.start": "quantizer_init",
-        "finetuning.weight_lr": 0.0,
-        "finetuning.epochs": 0,
-    }
-}
 # The official command line's: 512 x 1024 tokens, 20 epochs.
 WHOLE = {
     "calibration.train.windows": 512,
@@ -132,7 +143,7 @@ WHOLE = {
 
 
 def main() -> None:
-    parser = make_parser(__doc__, BLOCKS)
+    parser = make_parser(__doc__, ROWS)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--whole", action="store_true", help="print what whole models take, and stop")
     parser.add_argument("--tflops", type=float, default=200.0, help="of --whole: 10^12 operations a GPU does a second")
@@ -142,22 +153,21 @@ def main() -> None:
         return
     rows = read_rows(arguments.json)
     for name in arguments.models:
-        wanted = [stage for stage in arguments.rows if has_row(name, stage) and f"{name}/{stage}" not in rows]
+        wanted = [row for row in arguments.rows if has_row(name, row) and f"{name}/{row}" not in rows]
         if not wanted:
             continue
         workspace = Workspace(arguments.work / name)
         source = make_model(workspace.folder / "source", SHAPES[name])
         params = override(read_params(), PARAMS | {"model.source": str(source)})
-        for stage in wanted:
-            own = override(params, ROW_PARAMS.get(stage, {}))
-            append_row(arguments.json, rows, f"{name}/{stage}", measure(workspace, stage, own))
+        for row in wanted:
+            append_row(arguments.json, rows, f"{name}/{row}", measure(workspace, ROWS[row], params))
         shutil.rmtree(workspace.folder)
     print(format_table(rows))
 
 
-def has_row(model: str, stage: str) -> bool:
-    """A block of 70B is not fine-tuned here."""
-    return model != "llama-3-70b" or stage not in ("finetuning", "evaluation@finetuning")
+def has_row(model: str, row: str) -> bool:
+    """Weights of a block of 70B are not trained here."""
+    return model != "llama-3-70b" or row not in ("finetuning", "evaluation@finetuning")
 
 
 def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
@@ -171,7 +181,7 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
     for name in parameters:
         shard = f"block-{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
         names.setdefault(f"{shard}.safetensors", []).append(name)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     for shard, own in names.items():
         tensors = {name: make_tensor(parameters[name].shape, generator) for name in own}
         save_file(tensors, folder / shard, {"format": "pt"})
@@ -185,28 +195,32 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
 
 
 def make_tensor(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Norms are ones, everything else is small and random."""
+    """Norms are ones, everything else is small and random, drawn where `generator` is."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    drawn = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
+    return drawn.normal_(0, 0.02, generator=generator).cpu()
 
 
 def _byte_ids() -> dict[str, int]:
     return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def measure(workspace: Workspace, stage: str, params: dict[str, Any]) -> dict[str, float]:
+def measure(workspace: Workspace, row: Row, params: dict[str, Any]) -> dict[str, float]:
     """Peak memory of a stage in GiB, its limit, its plan, and its time in plain forwards."""
+    params = override(params, row.params)
     model = Checkpoint(workspace.run("model", params) / "artifacts/model", "model")
     windows = load_windows(workspace.run("calibration", params) / "artifacts/calibration/train.safetensors").token_ids
-    metrics = workspace.metrics(stage, params)
-    forward = model.block_count * time_block(model, windows)
-    need = workspace.need(stage, params)
+    metrics = workspace.metrics(row.stage, params)
+    forward = model.block_count * time_block(model, windows, select_device(parse_params(params).runtime))
+    need = workspace.need(row.stage, params)
     block = Sizes.of(model).numbers * 4 / GIB
     return {
         "peak_rss_gib": metrics["peak_rss_gib"],
-        "limit_gib": FIXED + need["hidden states"] + BLOCKS[stage] * block,
+        "peak_gpu_gib": metrics.get("peak_gpu_gib", 0.0),
+        "limit_gib": FIXED + need["hidden states"] + row.blocks * block,
         "planned_gib": need["memory"],
+        "planned_gpu_gib": need["GPU"],
         "hidden_gib": need["hidden states"],
         "disk_gib": need["disk"],
         "block_gib": block,
@@ -216,13 +230,13 @@ def measure(workspace: Workspace, stage: str, params: dict[str, Any]) -> dict[st
 
 
 @torch.no_grad()
-def time_block(model: Checkpoint, windows: torch.Tensor) -> float:
-    """Seconds of one block over all windows."""
-    block = load_block(model, 0)
-    runner, hidden = BlockRunner(model, torch.device("cpu"), 1), model.embed(windows)
+def time_block(model: Checkpoint, windows: torch.Tensor, device: torch.device) -> float:
+    """Seconds of one block over all windows, on `device`."""
+    block = load_block(model, 0, device)
+    runner, hidden = BlockRunner(model, device, 1), model.embed(windows)
     runner.advance_(block, hidden[:1].clone())
     start = time.perf_counter()
-    runner.advance_(block, hidden)
+    runner.advance_(block, hidden)  # its results are back on the CPU when it returns
     return time.perf_counter() - start
 
 
@@ -282,7 +296,7 @@ def plan_whole_models(tflops: float) -> str:
         plain, quantized = (Shape(SHAPES[name] | {"num_hidden_layers": blocks}, kind) for kind in (False, True))
         sizes = Sizes.of(plain)
         needs = {
-            "rotation": plan_rotation(plain, torch.bfloat16),
+            "rotation": plan_rotation(plain, torch.bfloat16, True),
             "prefix_search": plan_prefix_search(plain, Share.of([64], 512, runtime, True), params.prefix_search),
             "quantizer_init": plan_quantizer_init(plain, calibration, params.quantizer_init),
             "finetuning": plan_finetuning(plain, trained, trained, tuning, runtime),
@@ -309,25 +323,23 @@ def plan_whole_models(tflops: float) -> str:
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table, a line per model and stage."""
+    """A Markdown table, a line per model and stage; of a GPU's memory where one was used."""
     head = ["model", "stage", "peak RSS, GiB", "limit, GiB", "k", "--plan, GiB", "seconds", "in plain forwards"]
+    on_gpu = any(row["peak_gpu_gib"] for row in rows.values())
     lines = []
     for key, row in rows.items():
-        model, _, stage = key.partition("/")
+        model, _, name = key.partition("/")
         count = SHAPES[model]["num_hidden_layers"]
-        name = f"{model}, {count} block{'s' if count > 1 else ''} of {row['block_gib']:.2f} GiB"
-        lines.append(
-            [
-                name,
-                stage,
-                f"{row['peak_rss_gib']:.2f}",
-                f"{row['limit_gib']:.2f}",
-                f"{BLOCKS[stage]}",
-                f"{row['planned_gib']:.2f}",
-                f"{row['seconds']:.0f}",
-                f"{row['seconds'] / row['forward_seconds']:.1f}",
-            ]
-        )
+        sizes = [row["peak_rss_gib"], row["limit_gib"], row["planned_gib"]]
+        cells = [f"{size:.2f}" for size in sizes]
+        cells.insert(2, f"{ROWS[name].blocks}")
+        cells += [f"{row['seconds']:.0f}", f"{row['seconds'] / row['forward_seconds']:.1f}"]
+        if on_gpu:
+            cells += [f"{row['peak_gpu_gib']:.2f}", f"{row['planned_gpu_gib']:.2f}"]
+        blocks = f"{count} block{'s' if count > 1 else ''} of {row['block_gib']:.2f} GiB"
+        lines.append([f"{model}, {blocks}", name, *cells])
+    if on_gpu:
+        head += ["peak on the GPU, GiB", "--plan, GiB"]
     return format_markdown(head, lines, titles=2)
 
 

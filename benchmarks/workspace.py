@@ -60,9 +60,8 @@ class Workspace:
             for out in _list_written(stages[name]):
                 (folder / out).parent.mkdir(parents=True, exist_ok=True)
                 (folder / out).symlink_to(path / out)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, *spec["cmd"].split()[1:]]
-        subprocess.run(command, cwd=folder, env=environment, check=True)
+        subprocess.run(command, cwd=folder, env=_environment(), check=True)
         (folder / "done").touch()
         if _always_runs(spec):
             self._looked_at.add(folder)
@@ -85,8 +84,7 @@ class Workspace:
         folder = self.run(stage, params)
         name, _, variant = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{name}", *([variant] if variant else []), "--plan"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=folder, env=_environment(), check=True, stdout=subprocess.PIPE, text=True)
         return {
             name: float(size)
             for name, size in re.findall(r"(memory|GPU|disk|hidden states),? ([\d.]+) GiB", done.stdout)
@@ -157,6 +155,11 @@ def format_markdown(head: list[str], lines: list[list[str]], titles: int = 1) ->
     """A Markdown table: the first `titles` columns to the left, numbers to the right."""
     texts = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
     return "\n".join([texts[0], "|" + " --- |" * titles + " ---: |" * (len(head) - titles), *texts[1:]])
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the project in front of where else Python looks."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def _always_runs(stage: dict[str, Any]) -> bool:

@@ -28,7 +28,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    return plan_rotation(Checkpoint(MODEL, "model"), getattr(torch, run.params.rotation.dtype))
+    dtype = getattr(torch, run.params.rotation.dtype)
+    return plan_rotation(Checkpoint(MODEL, "model"), dtype, run.device.type == "cuda")
 
 
 if __name__ == "__main__":

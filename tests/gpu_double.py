@@ -128,6 +128,7 @@ class GpuDouble(TorchFunctionMode):
             for name, function in names.items():
                 self._patches.enter_context(mock.patch.object(torch.cuda, name, function))
             self._patches.enter_context(mock.patch("pipeline.blocks.prefetch.ThreadPoolExecutor", Pool))
+            self._patches.enter_context(mock.patch("pipeline.numerics.gptq.record_launches", self._record))
             before = torch.__future__.get_overwrite_module_params_on_conversion()
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
@@ -139,6 +140,16 @@ class GpuDouble(TorchFunctionMode):
             self._patches.close()
             _active = None
         return super().__exit__(*error)
+
+    def _record(self, run, device):
+        """`record_launches`: what is recorded must not wait."""
+
+        def replay():
+            before = self.waits.total()
+            run()
+            assert self.waits.total() == before, "a graph that waits for the GPU cannot be recorded"
+
+        return replay
 
     # --- Streams ---
 

@@ -94,6 +94,8 @@ class PrefixQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
+    update_tp_plan = update_attn_implementation  # what older versions call there
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:

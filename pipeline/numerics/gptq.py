@@ -13,7 +13,10 @@ group, so that the order does not touch them.
 """
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,33 +62,119 @@ def round_gptq(
     Returns:
         Codes [out, in], as `quantize_weight`.
     """
-    grid = as_grid(grid, zero_point is None)
-    width, order, upper = weight.shape[1], factor.order, factor.upper
-    # Inputs are rows below, so that what is taken one by one lies together in memory.
-    moved = torch.zeros(width, len(weight), device=weight.device)  # by rows in front; of those, what rounding changed
-    steps, offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
-    groups = (order * scale.shape[1] // width).tolist()
-    codes = torch.empty(moved.shape, dtype=grid.code_dtype, device=moved.device)
-
-    def round_rows(start: int, stop: int) -> None:
-        if stop - start > _INPUTS:
-            middle = start + (stop - start) // 2
-            round_rows(start, middle)
-            moved[middle:stop].addmm_(upper[start:middle, middle:stop].T, moved[start:middle], alpha=-1)
-            round_rows(middle, stop)
-            return
-        own = weight.index_select(1, order[start:stop]).T.contiguous()  # plain indexing takes 5 times as long
-        for row in range(start, stop):
-            step, offset = steps[groups[row]], None if offsets is None else offsets[groups[row]]
-            moved[row].addmv_(moved[start:row].T, upper[start:row, row], alpha=-1)
-            rounded = quantize(own[row - start] + moved[row], step, grid, offset)
-            codes[row] = grid.encode(rounded)
-            torch.sub(dequantize(rounded, step, offset), own[row - start], out=moved[row])
-
-    round_rows(0, width)
-    result = torch.empty_like(codes)
-    result[order] = codes
+    rounding = _Rounding(weight, factor, scale, zero_point, as_grid(grid, zero_point is None))
+    rounding.round_(0, weight.shape[1])
+    result = torch.empty_like(rounding.codes)
+    result[factor.order] = rounding.codes
     return result.T.contiguous()
+
+
+class _Rounding:
+    """Of one weight. Inputs are rows, in the factor's order, so that what is taken one by one lies together in memory.
+
+    Attributes:
+        moved: [in, out] what inputs in front add to each; of those that are done, what rounding changed.
+        codes: [in, out].
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        factor: InverseFactor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        grid: Grid,
+    ) -> None:
+        self.weight, self.factor, self.grid = weight, factor, grid
+        out, width = weight.shape
+        self.steps, self.offsets = (None if t is None else t.T.contiguous() for t in (scale, zero_point))
+        self.groups = factor.order * scale.shape[1] // width
+        self.moved = torch.zeros(width, out, device=weight.device)
+        self.codes = torch.empty(self.moved.shape, dtype=grid.code_dtype, device=weight.device)
+        self.replayed = _Replayed(out, grid, zero_point is not None, weight.device) if weight.is_cuda else None
+
+    def round_(self, start: int, stop: int) -> None:
+        """Round inputs start to stop; all in front are done, and `moved` has what they add."""
+        upper, moved, rows = self.factor.upper, self.moved, slice(start, stop)
+        if stop - start > _INPUTS:
+            half = (stop - start) // 2
+            if self.replayed is not None:  # as many as were recorded
+                half = _INPUTS * math.ceil(half / _INPUTS)
+            middle = start + half
+            self.round_(start, middle)
+            moved[middle:stop].addmm_(upper[start:middle, middle:stop].T, moved[start:middle], alpha=-1)
+            self.round_(middle, stop)
+            return
+        own = self.weight.index_select(1, self.factor.order[rows]).T.contiguous()  # plain indexing: 5 times as long
+        step, offset = (None if t is None else _take(t, self.groups[rows]) for t in (self.steps, self.offsets))
+        round_inputs_ = self.replayed or _round_inputs_
+        round_inputs_(own, moved[rows], upper[rows, rows], step, offset, self.grid)
+        self.codes[rows] = self.grid.encode(own)
+
+
+def _take(parameters: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Of parameters [G, out], those of some inputs' groups, [n, out]."""
+    if len(parameters) == 1:
+        return parameters.expand(len(groups), -1)
+    return parameters.index_select(0, groups)
+
+
+def _round_inputs_(
+    own: torch.Tensor,
+    moved: torch.Tensor,
+    upper: torch.Tensor,
+    step: torch.Tensor,
+    offset: torch.Tensor | None,
+    grid: Grid,
+) -> None:
+    """Round n inputs one by one.
+
+    Args:
+        own: [n, out] weights; become values of the grid.
+        moved: [n, out] what inputs in front add to them; becomes what rounding changed.
+        upper: [n, n] of the factor.
+        step, offset: [n, out].
+    """
+    for row in range(len(own)):
+        moved[row].addmv_(moved[:row].T, upper[:row, row], alpha=-1)
+        zero_point = None if offset is None else offset[row]
+        rounded = quantize(own[row] + moved[row], step[row], grid, zero_point)
+        torch.sub(dequantize(rounded.clone(), step[row], zero_point), own[row], out=moved[row])
+        own[row] = rounded
+
+
+class _Replayed:
+    """`_round_inputs_` on a GPU, recorded once as a CUDA graph: launched one by one, its small operations take 5 to 9
+    times as long."""
+
+    def __init__(self, out: int, grid: Grid, has_offset: bool, device: torch.device) -> None:
+        own, moved, step = (torch.zeros(_INPUTS, out, device=device) for _ in range(3))
+        upper = torch.zeros(_INPUTS, _INPUTS, device=device)
+        self.held = (own, moved, upper, step.fill_(1), torch.zeros_like(own) if has_offset else None)
+        self.replay = record_launches(lambda: _round_inputs_(*self.held, grid), device)
+
+    def __call__(self, *given: Any) -> None:
+        """As `_round_inputs_`, of at most as many inputs: those that are missing come last and touch nothing else."""
+        count = len(given[0])
+        for held, own in zip(self.held, given, strict=False):
+            if held is not None:
+                held[tuple(slice(size) for size in own.shape)] = own
+        self.replay()
+        for held, own in zip(self.held[:2], given, strict=False):
+            own.copy_(held[:count])
+
+
+def record_launches(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What launches again all that `run`, which is called here a few times, launches on a GPU: on the same memory."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # libraries set themselves up in a first call, which cannot be recorded
+        run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be fetching a block
+        run()
+    return graph.replay
 
 
 def factor_inverse(hessian: torch.Tensor, damping: float) -> InverseFactor:

@@ -27,8 +27,10 @@ try:
 except ImportError:
     _cuda_hadamard_transform = None
 
-# A Sylvester factor is applied as a few matrix products of at most this order: faster on a CPU than butterflies.
-_MAX_SYLVESTER_FACTOR = 128
+# A power of two is applied as a few matrix products of orders between these: faster on a CPU than butterflies, and than
+# products of a few columns, which take up to fifty times as long. On a GPU each product is a pass through memory, so
+# that what is beyond the largest order goes into Paley's matrix (`python -m benchmarks.hadamard`).
+_LEAST_ORDER, _LARGEST_ORDER, _LARGEST_PALEY = 16, 128, 1024
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
         that package is installed.
     """
     plan = plan_hadamard(x.shape[-1] if block_size == -1 else block_size)
-    factors = [_factor(order, paley, x.dtype, x.device) for order, paley in _list_factors(plan)]
+    factors = [_factor(*orders, x.dtype, x.device) for orders in list_factors(plan, x.is_cuda)]
     return _apply_factors(x, plan, factors, inverse)
 
 
@@ -144,20 +146,30 @@ class HadamardTransform(nn.Module):
     def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1) -> None:
         super().__init__()
         self.plan = plan_hadamard(width if block_size == -1 else block_size)
-        for place, factor in enumerate(_list_factors(self.plan)):
-            self.register_buffer(f"factor_{place}", _factor(*factor, dtype, torch.device("cpu")), persistent=False)
+        for place, orders in enumerate(list_factors(self.plan, False)):
+            self.register_buffer(f"factor_{place}", _factor(*orders, dtype, torch.device("cpu")), persistent=False)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return _apply_factors(x, self.plan, list(self.buffers()), inverse)
 
 
 @functools.cache
-def _list_factors(plan: HadamardPlan) -> tuple[tuple[int, bool], ...]:
-    """(order, whether it is Paley's) of the matrices whose Kronecker product a block's matrix is, in that order."""
-    factors, rest = [(order, True) for order in plan.paley], plan.power_of_two
-    while rest > 1:
-        factors.append((min(rest, _MAX_SYLVESTER_FACTOR), False))
-        rest //= factors[-1][0]
+def list_factors(plan: HadamardPlan, on_gpu: bool) -> tuple[tuple[int, int], ...]:
+    """The matrices whose Kronecker product a block's matrix is, in that order: Paley's order, and Sylvester's.
+
+    Each is the product of the two, one of which is 1, but for the last of Paley's.
+    """
+    factors, rest = [(order, 1) for order in plan.paley], plan.power_of_two
+    if factors:
+        paley = factors[-1][0]
+        taken = rest if rest < _LEAST_ORDER else max(1, rest // _LARGEST_ORDER) if on_gpu else 1
+        if paley * taken <= _LARGEST_PALEY:
+            factors[-1], rest = (paley, taken), rest // taken
+    doublings, largest = rest.bit_length() - 1, _LARGEST_ORDER.bit_length() - 1
+    for left in range(math.ceil(doublings / largest), 0, -1):  # of about the same order, larger ones first
+        own = math.ceil(doublings / left)
+        factors.append((1, 2**own))
+        doublings -= own
     return tuple(factors)
 
 
@@ -166,13 +178,12 @@ def _apply_factors(x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tens
     after, y = plan.order, x
     for place, matrix in enumerate(factors):
         if place == len(plan.paley) and _has_kernel(x):
-            rows = y.reshape(-1, plan.power_of_two).contiguous()
-            y = _cuda_hadamard_transform(rows, 1 / math.sqrt(plan.power_of_two))
+            y = _cuda_hadamard_transform(y.reshape(-1, after).contiguous(), 1 / math.sqrt(after))
             break
         order, paley = matrix.shape[0], place < len(plan.paley)
         after //= order
-        if after == 1 and not paley:
-            y = y.reshape(-1, order) @ matrix  # Sylvester's matrices are symmetric
+        if after == 1:  # Sylvester's matrices are symmetric
+            y = y.reshape(-1, order) @ (matrix.mT if paley and inverse else matrix)
         else:  # columns of a row-vector transform: y[.., i, c] -> sum_i y[.., i, c] H[i, j]
             y = (matrix.mT if paley and not inverse else matrix) @ y.reshape(-1, order, after)
     return y.reshape(x.shape)
@@ -183,9 +194,10 @@ def _has_kernel(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _factor(order: int, paley: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    matrix = _paley_matrix(order) if paley else _sylvester_matrix(order)
-    return (matrix / math.sqrt(order)).to(dtype=dtype, device=device)
+def _factor(paley: int, sylvester: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    matrix = _sylvester_matrix(sylvester)
+    matrix = torch.kron(_paley_matrix(paley), matrix) if paley > 1 else matrix
+    return (matrix / math.sqrt(len(matrix))).to(dtype=dtype, device=device)
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sizes import Sizes
 from pipeline.prefix.benefit import MOST_CANDIDATES, MOST_WINDOWS
 from pipeline.prefix.params import PrefixSearchParams, PrefixTrainingParams
-from pipeline.runtime.memory import GIB, Need, Share, fits, make_need, memory_limit
+from pipeline.runtime.memory import GIB, Need, Share, fits, make_need
 from pipeline.runtime.params import RuntimeParams
 from pipeline.runtime.progress import current_rss_gib
 
@@ -36,19 +36,18 @@ def plan_prefix_training(
     heads = sizes.table + 5 * sizes.logits if params.weights.kl else 0
     model = 2 * (sizes.blocks * sizes.numbers * sizes.item + sizes.table)  # measured: as read and as run
     streams = sizes.stream(share.tokens) if params.weights.kl else 0
-    limit = memory_limit(runtime)
     # Frozen weights need no inputs for the backward pass: less is kept than where scales are trained.
     kept = make_need(model + heads + 0.75 * sizes.kept_graphs(batch), streams, share.on_gpu)
-    if fits(kept, limit, share.on_gpu):
+    if fits(kept, runtime, share.on_gpu):
         return kept
     states, graph = sizes.blocks * batch * sizes.hidden * 4, 0.85 * sizes.graph(batch)
     again = make_need(model + heads + states + graph, streams, share.on_gpu)
-    if fits(again, limit, share.on_gpu):
+    if fits(again, runtime, share.on_gpu):
         return replace(again, recompute=True)
     block = sizes.numbers * sizes.item
     work = 2 * (block + sizes.table) + heads + graph
     need = make_need(work + states, streams, share.on_gpu, ahead=block)
-    if runtime.offload == "never" or (runtime.offload == "auto" and fits(need, limit, share.on_gpu)):
+    if runtime.offload == "never" or (runtime.offload == "auto" and fits(need, runtime, share.on_gpu)):
         return replace(need, recompute=True, stream=True)
     need = make_need(work, streams, share.on_gpu, disk=states, ahead=block)
     return replace(need, offload=True, recompute=True, stream=True)

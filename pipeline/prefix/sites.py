@@ -43,10 +43,12 @@ def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[s
 def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
     """Show what RoPE turns: the output of k_norm where the family has one, of k_proj otherwise."""
 
+    head_dim = attention.head_dim  # a hook that held the block would keep it until the garbage collector comes by
+
     def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if heads_first:
             return see("key", output)
-        keys = output.view(*output.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        keys = output.view(*output.shape[:2], -1, head_dim).transpose(1, 2)
         return see("key", keys).transpose(1, 2).reshape(output.shape)
 
     source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj

@@ -22,7 +22,8 @@ def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerI
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
     block = sizes.numbers * sizes.item
     recording = square + max(sizes.forward(share.batch), sizes.forward(sampled))
-    rounding = square + 5 * 4 * sizes.hidden * sizes.inner
+    # A matrix is factorised in place, but with four more of its size on a GPU (measured on an H100).
+    rounding = max(square + 5 * 4 * sizes.hidden * sizes.inner, 5 * square if share.on_gpu else 0)
     assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
     equalizing = block + sizes.blocks * sizes.stream(sampled) + max(sizes.graph(batch), 7 * sizes.logits)
     work = max(block + grams + samples + max(recording, rounding), assembling, equalizing if params.equalize else 0)

@@ -69,7 +69,7 @@ class SiteStatistics:
 
     @property
     def sample(self) -> torch.Tensor:
-        return torch.cat(self.samples)
+        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
 
     def combine_(self, ranks: Ranks) -> None:
         """Make them those of all ranks' windows, but for the histogram."""

@@ -19,6 +19,7 @@ from pipeline.runtime.progress import current_rss_gib
 
 GIB = 2**30
 _KERNELS = 0.1 * GIB  # what libraries allocate once they are used
+_CUDA = 1.1 * GIB  # what CUDA's libraries do, of the host's memory
 _UNITS = {"MiB": 2**20, "GiB": GIB}
 
 
@@ -78,22 +79,30 @@ class Share:
 def make_need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0) -> Need:
     """`ahead`: the block that is fetched while another one computes, on a GPU."""
     has = current_rss_gib() * GIB + _KERNELS
+    if on_gpu and not torch.cuda.is_initialized():
+        has += _CUDA
     return Need(has + streams + (ahead if on_gpu else work), work + ahead if on_gpu else 0, disk, streams)
 
 
-def fits(need: Need, limit: float, on_gpu: bool) -> bool:
-    """Whether there is room for what stays in memory, on the GPU or, within `limit` bytes, here."""
-    return need.gpu <= gpu_limit() if on_gpu else need.memory <= limit
+def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:
+    """Whether there is room for what stays in memory: on the GPU where one computes, else here."""
+    return need.gpu <= gpu_limit(runtime) if on_gpu else need.memory <= memory_limit(runtime)
 
 
-def gpu_limit() -> float:
-    """Bytes of GPU memory one process may use: three quarters of what is free."""
-    return 0.75 * torch.cuda.mem_get_info()[0]
+def gpu_limit(runtime: RuntimeParams) -> float:
+    """Bytes of GPU memory one process may use: `runtime.max_memory`, or three quarters of what is free."""
+    given = _given_limit(runtime)
+    return 0.75 * torch.cuda.mem_get_info()[0] if given is None else given
 
 
 def memory_limit(runtime: RuntimeParams) -> float:
     """Bytes one process may use: `runtime.max_memory`, or three quarters of what the machine has to spare."""
-    if runtime.max_memory is not None:
-        number, unit = runtime.max_memory[:-3], runtime.max_memory[-3:]
-        return float(number) * _UNITS[unit]
-    return 0.75 * psutil.virtual_memory().available / runtime.processes
+    given = _given_limit(runtime)
+    return 0.75 * psutil.virtual_memory().available / runtime.processes if given is None else given
+
+
+def _given_limit(runtime: RuntimeParams) -> float | None:
+    if runtime.max_memory is None:
+        return None
+    number, unit = runtime.max_memory[:-3], runtime.max_memory[-3:]
+    return float(number) * _UNITS[unit]

@@ -40,8 +40,8 @@ class DeviceError(PipelineError):
 def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Seed, set threads, time the body and write what it puts into the yielded dict, with `seconds` and `peak_rss_gib`.
 
-    The body adds its measurements to the dict; the metrics file appears only when the body ends well. Of several ranks
-    only the first one writes and logs.
+    Where a GPU was used, `peak_gpu_gib` is what tensors took of its memory at most. The body adds its measurements to
+    the dict; the metrics file appears only when the body ends well. Of several ranks the first one writes and logs.
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
@@ -60,6 +60,8 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
         return
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
+    if torch.cuda.is_initialized():
+        metrics["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     write_json(metrics_path, metrics)
     logger.info("%s: %s", name, ", ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
 

@@ -59,7 +59,7 @@ def plan_finetuning(
     if not params.end_to_end.enabled:
         return need
     # Who always asks for files wants memory for something else.
-    if fits(need, limit, share.on_gpu) and runtime.offload != "always":
+    if fits(need, runtime, share.on_gpu) and runtime.offload != "always":
         return need
     need = put_together(recompute=True)
-    return need if fits(need, limit, share.on_gpu) else put_together(recompute=True, stream=True)
+    return need if fits(need, runtime, share.on_gpu) else put_together(recompute=True, stream=True)

@@ -5,8 +5,11 @@ import torch
 
 from pipeline.numerics.hadamard import (
     HadamardTransform,
+    _apply_factors,
+    _factor,
     hadamard_matrix,
     hadamard_transform,
+    list_factors,
     plan_hadamard,
     random_orthogonal,
     random_signs,
@@ -115,3 +118,37 @@ def test_cuda_transform_equals_the_cpu_one(n):
     assert torch.allclose(
         hadamard_transform(x.cuda(), inverse=True).cpu(), hadamard_transform(x, inverse=True), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("n", [12, 36, 256, 576, 1024, 1536, 1904, 5120, 11008, 28672])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_however_the_matrix_is_factored_the_product_is_the_same(n, on_gpu):
+    plan, x = plan_hadamard(n), torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    orders = list_factors(plan, on_gpu)
+    factors = [_factor(*own, torch.float64, torch.device("cpu")) for own in orders]
+    # One of Paley's at a time, then the power of two whole.
+    plain = [_factor(order, 1, torch.float64, torch.device("cpu")) for order in plan.paley]
+    plain.append(_factor(1, plan.power_of_two, torch.float64, torch.device("cpu")))
+    for inverse in (False, True):
+        found, expected = (_apply_factors(x, plan, own, inverse) for own in (factors, plain))
+        assert (found - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("n", "on_gpu", "orders"),
+    [
+        (64, False, (64,)),
+        (256, False, (16, 16)),  # not 128 * 2
+        (4096, True, (64, 64)),
+        (32768, False, (32, 32, 32)),
+        (576, False, (36, 16)),
+        (1536, True, (12, 128)),
+        (144, False, (144,)),  # not 36 * 4
+        (14336, False, (28, 32, 16)),
+        (14336, True, (112, 128)),
+        (28672, True, (224, 128)),
+        (5120, False, (20, 16, 16)),
+    ],
+)
+def test_no_factor_is_too_small_to_be_fast(n, on_gpu, orders):
+    assert tuple(paley * power for paley, power in list_factors(plan_hadamard(n), on_gpu)) == orders
