@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from pipeline.blocks.prefetch import TensorFetcher, prefetch_blocks
-from pipeline.training import trainer
 from tests.conftest import ROOT, tiny_params, write_params
 from tests.gpu_double import CUDA, GpuDouble, MixedDevicesError, UnorderedError
 from tests.test_stages import ALL, contents, run
@@ -101,12 +100,12 @@ def run_on(device, folder, source, stages, monkeypatch):
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["prefix_training"] |= {"enabled": True, "epochs": 1, "length": 2}
     params["prefix"]["use"] = "trained"
+    params["finetuning"]["dtype"] = "float32"
     params["runtime"] |= {"device": device, "offload": "never"}
     write_params(folder, params)
     monkeypatch.chdir(folder)
     double = GpuDouble() if device == "cuda" else contextlib.nullcontext()
     with double as gpu, monkeypatch.context() as patch:
-        patch.setattr(trainer, "autocast", lambda device: contextlib.nullcontext())
         run(*stages, monkeypatch=patch)
     return contents(folder / "artifacts"), gpu
 

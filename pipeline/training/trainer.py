@@ -58,9 +58,11 @@ def learning_rate(progress: float, highest: float, min_lr_factor: float) -> floa
     return lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * progress))
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 arithmetic with float32 weights on a GPU, float32 throughout on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """What products are computed in, weights and scales staying as they are: float32, bfloat16, or, with "auto",
+    bfloat16 on a GPU."""
+    narrow = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
 
 
 class Trainer:
@@ -80,9 +82,11 @@ class Trainer:
         schedule: Schedule,
         weight_decay: float,
         device: torch.device,
+        dtype: str,
         ranks: Ranks,
     ) -> None:
-        self.schedule, self.device, self.ranks = schedule, device, ranks
+        """`dtype`: see `autocast`."""
+        self.schedule, self.device, self.dtype, self.ranks = schedule, device, dtype, ranks
         self.parameters: list[nn.Parameter] = []
         used = []
         for group, rate in groups:
@@ -169,7 +173,7 @@ class Trainer:
         own = self.ranks.locate(windows)
         total = torch.zeros((), device=self.device)
         if len(own):
-            with autocast(self.device):
+            with autocast(self.device, self.dtype):
                 loss = self.losses(data, own).sum() / len(windows)
             loss.backward()
             total += loss.detach()
@@ -181,7 +185,7 @@ class Trainer:
         """The mean loss over all windows of all ranks."""
         total = torch.zeros((), dtype=torch.float64)
         for rows in batches(len(data.inputs), self.schedule.batch_size):
-            with autocast(self.device):
+            with autocast(self.device, self.dtype):
                 total += self.losses(data, rows).double().sum().cpu()
         self.ranks.sum_(total)
         return total.item() / data.count
