@@ -339,7 +339,7 @@ def format_table(rows: dict[str, Any]) -> str:
         blocks = f"{count} block{'s' if count > 1 else ''} of {row['block_gib']:.2f} GiB"
         lines.append([f"{model}, {blocks}", name, *cells])
     if on_gpu:
-        head += ["peak on the GPU, GiB", "--plan, GiB"]
+        head += ["peak on the GPU, GiB", "--plan, GPU, GiB"]
     return format_markdown(head, lines, titles=2)
 
 

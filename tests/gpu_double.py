@@ -25,6 +25,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from pipeline.numerics import gptq
+
 CUDA = torch.device("cuda", 0)
 _ROOT = Path(__file__).parents[1]
 _WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique")
@@ -129,6 +131,8 @@ class GpuDouble(TorchFunctionMode):
                 self._patches.enter_context(mock.patch.object(torch.cuda, name, function))
             self._patches.enter_context(mock.patch("pipeline.blocks.prefetch.ThreadPoolExecutor", Pool))
             self._patches.enter_context(mock.patch("pipeline.numerics.gptq.record_launches", self._record))
+            gptq._find_replayed.cache_clear()  # of another double, or of a GPU
+            self._patches.callback(gptq._find_replayed.cache_clear)
             before = torch.__future__.get_overwrite_module_params_on_conversion()
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

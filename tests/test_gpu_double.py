@@ -100,7 +100,7 @@ def run_on(device, folder, source, stages, monkeypatch):
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["prefix_training"] |= {"enabled": True, "epochs": 1, "length": 2}
     params["prefix"]["use"] = "trained"
-    params["finetuning"]["dtype"] = "float32"
+    params["finetuning"]["autocast"] = "none"
     params["runtime"] |= {"device": device, "offload": "never"}
     write_params(folder, params)
     monkeypatch.chdir(folder)

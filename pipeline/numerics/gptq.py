@@ -12,6 +12,7 @@ matter most are rounded while most others can still compensate. Scales are fixed
 group, so that the order does not touch them.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -91,7 +92,7 @@ class _Rounding:
         self.groups = factor.order * scale.shape[1] // width
         self.moved = torch.zeros(width, out, device=weight.device)
         self.codes = torch.empty(self.moved.shape, dtype=grid.code_dtype, device=weight.device)
-        self.replayed = _Replayed(out, grid, zero_point is not None, weight.device) if weight.is_cuda else None
+        self.replayed = _find_replayed(out, grid, zero_point is not None, weight.device) if weight.is_cuda else None
 
     def round_(self, start: int, stop: int) -> None:
         """Round inputs start to stop; all in front are done, and `moved` has what they add."""
@@ -144,8 +145,7 @@ def _round_inputs_(
 
 
 class _Replayed:
-    """`_round_inputs_` on a GPU, recorded once as a CUDA graph: launched one by one, its small operations take 5 to 9
-    times as long."""
+    """`_round_inputs_` as a CUDA graph: launched one by one, its small operations take 5 to 9 times as long."""
 
     def __init__(self, out: int, grid: Grid, has_offset: bool, device: torch.device) -> None:
         own, moved, step = (torch.zeros(_INPUTS, out, device=device) for _ in range(3))
@@ -164,15 +164,27 @@ class _Replayed:
             own.copy_(held[:count])
 
 
+@functools.lru_cache(maxsize=16)
+def _find_replayed(out: int, grid: Grid, has_offset: bool, device: torch.device) -> _Replayed:
+    """Recorded once for all weights of a shape: recording waits for the GPU."""
+    return _Replayed(out, grid, has_offset, device)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is recorded: libraries keep memory for every stream they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def record_launches(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What launches again all that `run`, which is called here a few times, launches on a GPU: on the same memory."""
-    side = torch.cuda.Stream(device)
+    """What launches again all that `run`, called twice here, launches on the current GPU, on the same memory."""
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, which cannot be recorded
         run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be fetching a block
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # another thread may fetch a block
         run()
     return graph.replay
 

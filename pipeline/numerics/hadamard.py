@@ -14,6 +14,7 @@ transform is block-diagonal with the largest Hadamard factor that divides n, so 
 Everything here acts on the last dimension and treats vectors as rows: transform(x) = x @ H.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -136,18 +137,24 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
         that package is installed.
     """
     plan = plan_hadamard(x.shape[-1] if block_size == -1 else block_size)
-    factors = [_factor(*orders, x.dtype, x.device) for orders in list_factors(plan, x.is_cuda)]
-    return _apply_factors(x, plan, factors, inverse)
+    factors = [_factor(*pair, x.dtype, x.device) for pair in list_factors(plan, x.is_cuda and not _has_kernel(x))]
+    # autocast would round the matrices: lengths would be kept to 0.2 % only, and differently when it is off.
+    narrowed = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if narrowed else contextlib.nullcontext():
+        return _apply_factors(x, plan, factors, inverse)
 
 
 class HadamardTransform(nn.Module):
-    """`hadamard_transform` for one width and dtype that holds its matrices: what `torch.compile` can look into."""
+    """`hadamard_transform` for one width and dtype that holds its matrices: what `torch.compile` can look into.
+
+    The matrices are those that a CPU is fast with.
+    """
 
     def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1) -> None:
         super().__init__()
         self.plan = plan_hadamard(width if block_size == -1 else block_size)
-        for place, orders in enumerate(list_factors(self.plan, False)):
-            self.register_buffer(f"factor_{place}", _factor(*orders, dtype, torch.device("cpu")), persistent=False)
+        for place, pair in enumerate(list_factors(self.plan, False)):
+            self.register_buffer(f"factor_{place}", _factor(*pair, dtype, torch.device("cpu")), persistent=False)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return _apply_factors(x, self.plan, list(self.buffers()), inverse)
@@ -155,9 +162,10 @@ class HadamardTransform(nn.Module):
 
 @functools.cache
 def list_factors(plan: HadamardPlan, on_gpu: bool) -> tuple[tuple[int, int], ...]:
-    """The matrices whose Kronecker product a block's matrix is, in that order: Paley's order, and Sylvester's.
+    """(p, s) of the matrices whose Kronecker product a block's matrix is, in that order.
 
-    Each is the product of the two, one of which is 1, but for the last of Paley's.
+    Each is Paley's of order p times Sylvester's of order s. 14,336: (28, 1), (1, 32), (1, 16) on a CPU, and
+    (28, 4), (1, 128) on a GPU.
     """
     factors, rest = [(order, 1) for order in plan.paley], plan.power_of_two
     if factors:

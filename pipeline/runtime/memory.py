@@ -78,9 +78,7 @@ class Share:
 
 def make_need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0) -> Need:
     """`ahead`: the block that is fetched while another one computes, on a GPU."""
-    has = current_rss_gib() * GIB + _KERNELS
-    if on_gpu and not torch.cuda.is_initialized():
-        has += _CUDA
+    has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0)
     return Need(has + streams + (ahead if on_gpu else work), work + ahead if on_gpu else 0, disk, streams)
 
 
@@ -90,9 +88,9 @@ def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:
 
 
 def gpu_limit(runtime: RuntimeParams) -> float:
-    """Bytes of GPU memory one process may use: `runtime.max_memory`, or three quarters of what is free."""
-    given = _given_limit(runtime)
-    return 0.75 * torch.cuda.mem_get_info()[0] if given is None else given
+    """Bytes of GPU memory one process may use: three quarters of what is free, at most `runtime.max_memory`."""
+    free, given = 0.75 * torch.cuda.mem_get_info()[0], _given_limit(runtime)
+    return free if given is None else min(free, given)
 
 
 def memory_limit(runtime: RuntimeParams) -> float:

@@ -79,7 +79,7 @@ class BlockTrainer(Trainer):
         ranks: Ranks,
     ) -> None:
         groups = [(trainables.quantizers, params.quant_lr), (trainables.weights, params.weight_lr)]
-        super().__init__(groups, params, params.weight_decay, runner.device, params.dtype, ranks)
+        super().__init__(groups, params, params.weight_decay, runner.device, params.autocast, ranks)
         self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
         self.loss_of = LOSSES[params.loss_type]
 

@@ -58,7 +58,7 @@ class EndToEndTrainer(Trainer):
         original: Checkpoint,
         prefix_kv: torch.Tensor | None,
         params: EndToEndParams,
-        dtype: str,
+        autocast: str,
         place: Place,
     ) -> None:
         """The blocks in `place.work`, and how far an unfinished run with the same header has trained them.
@@ -67,7 +67,7 @@ class EndToEndTrainer(Trainer):
             initial: the quantized checkpoint the blocks are of: final norm, lm_head, settings.
             original: the model whose logits are the target.
             prefix_kv: [L, 2, kv_heads, P, d] or None.
-            dtype: see `trainer.autocast`.
+            autocast: the kind of it, as in params.yaml.
         """
         self.initial, self.runner, self.place = initial, place.runner, place
         architecture, device = initial.architecture, self.runner.device
@@ -87,7 +87,7 @@ class EndToEndTrainer(Trainer):
             (norms, params.norm_lr),
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
-        super().__init__(groups, params, 0.0, device, dtype, place.ranks)
+        super().__init__(groups, params, 0.0, device, autocast, place.ranks)
         if self.state.load_(place.work / _STATE, place.header, place.ranks):
             logger.info("continuing epoch %d behind step %d", len(self.state.history), len(self.state.losses))
 

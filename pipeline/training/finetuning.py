@@ -95,7 +95,9 @@ def _finetune_end_to_end(
         read = put_in_front(own, unpack_start_token(prefix))
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
         data.append(ModelData(embedded, exact, len(ids)))
-    trainer = EndToEndTrainer(models.initial, models.original, prefix.get("kv"), params.end_to_end, params.dtype, place)
+    trainer = EndToEndTrainer(
+        models.initial, models.original, prefix.get("kv"), params.end_to_end, params.autocast, place
+    )
     place.ranks.wait()  # the first one may be through, and clear up, before another has read its blocks
     outcome = trainer.train_(*data, params.seed)
     if outcome.failure:

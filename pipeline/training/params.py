@@ -23,7 +23,7 @@ class FinetuningParams(Group):
     start: Literal["quantizer_init", "full_precision"]
     epochs: Annotated[int, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=1)]
-    dtype: Literal["auto", "float32", "bfloat16"]
+    autocast: Literal["auto", "none", "bfloat16"]
     quant_lr: Annotated[Number, Field(ge=0)]
     weight_lr: Annotated[Number, Field(ge=0)]
     min_lr_factor: Annotated[Number, Field(ge=1)]

@@ -58,10 +58,9 @@ def learning_rate(progress: float, highest: float, min_lr_factor: float) -> floa
     return lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * progress))
 
 
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """What products are computed in, weights and scales staying as they are: float32, bfloat16, or, with "auto",
-    bfloat16 on a GPU."""
-    narrow = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+def autocast(device: torch.device, kind: str) -> torch.autocast:
+    """Products in bfloat16, weights and scales staying as they are; "none": in the model's dtype; "auto": on a GPU."""
+    narrow = kind == "bfloat16" or (kind == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
 
 
@@ -82,11 +81,11 @@ class Trainer:
         schedule: Schedule,
         weight_decay: float,
         device: torch.device,
-        dtype: str,
+        autocast: str,
         ranks: Ranks,
     ) -> None:
-        """`dtype`: see `autocast`."""
-        self.schedule, self.device, self.dtype, self.ranks = schedule, device, dtype, ranks
+        """`autocast`: the kind of it, as in params.yaml."""
+        self.schedule, self.device, self.autocast, self.ranks = schedule, device, autocast, ranks
         self.parameters: list[nn.Parameter] = []
         used = []
         for group, rate in groups:
@@ -173,7 +172,7 @@ class Trainer:
         own = self.ranks.locate(windows)
         total = torch.zeros((), device=self.device)
         if len(own):
-            with autocast(self.device, self.dtype):
+            with autocast(self.device, self.autocast):
                 loss = self.losses(data, own).sum() / len(windows)
             loss.backward()
             total += loss.detach()
@@ -185,7 +184,7 @@ class Trainer:
         """The mean loss over all windows of all ranks."""
         total = torch.zeros((), dtype=torch.float64)
         for rows in batches(len(data.inputs), self.schedule.batch_size):
-            with autocast(self.device, self.dtype):
+            with autocast(self.device, self.autocast):
                 total += self.losses(data, rows).double().sum().cpu()
         self.ranks.sum_(total)
         return total.item() / data.count

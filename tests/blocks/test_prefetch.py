@@ -96,7 +96,7 @@ def test_the_whole_pipeline_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(dtype, m
         params["prefix_training"] |= {"enabled": True, "epochs": 1, "length": 2}
         params["prefix"]["use"] = "trained"
         if dtype == "float32":  # trained in bfloat16 a random model ends elsewhere
-            params["finetuning"]["dtype"] = "float32"
+            params["finetuning"]["autocast"] = "none"
         params["runtime"]["device"] = device
         write_params(folder, params)
         monkeypatch.chdir(folder)

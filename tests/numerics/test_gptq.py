@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pipeline.numerics.gptq import factor_inverse, round_gptq
+from pipeline.numerics.grids import find_grid
 from pipeline.numerics.quantizer import choose_parameters, dequantize_weight, group, measure_range, quantize_weight
 from tests.gpu_double import GpuDouble
 
@@ -92,26 +93,34 @@ def test_a_singular_or_empty_hessian_never_crashes(caplog):
     assert torch.isfinite(dequantize_weight(found, scale)).all()
 
 
-def round_on(device, width, bits, groups, symmetric):
-    """Integers [24, width], and what they err at the output."""
+def round_on(device, width, grid, groups):
+    """Codes [24, width], and what they err at the output."""
     weight, hessian = layer(24, width)
-    scale, zero_point = parameters(weight, bits, width // groups, symmetric, 0.8)
+    ends = measure_range(group(weight, width // groups))
+    scale, zero_point = choose_parameters(*(0.8 * end for end in ends), grid)
     moved = (None if x is None else x.to(device) for x in (weight, hessian, scale, zero_point))
     weight, hessian, scale, zero_point = moved
-    integers = round_gptq(weight, factor_inverse(hessian, 0.01), scale, zero_point, bits)
-    change = dequantize_weight(integers, scale, zero_point) - weight
-    return integers.cpu(), ((change @ hessian) * change).sum().item()
+    codes = round_gptq(weight, factor_inverse(hessian, 0.01), scale, zero_point, grid)
+    change = dequantize_weight(codes, scale, zero_point, grid) - weight
+    return codes.cpu(), ((change @ hessian) * change).sum().item()
 
 
-CASES = [(100, 4, 1, True), (96, 4, 3, False), (7, 3, 1, True), (256, 8, 1, True)]
+CASES = [
+    (100, find_grid("int", 4), 1),
+    (96, find_grid("int", 4, symmetric=False), 3),
+    (7, find_grid("int", 3), 1),
+    (256, find_grid("int", 8), 1),
+    (128, find_grid("fp8_e4m3", 8), 1),
+    (128, find_grid("mxfp4", 4), 4),
+]
 
 
-def check_replayed(width, bits, groups, symmetric):
+def check_replayed(width, grid, groups):
     state = GENERATOR.get_state()
-    integers, error = round_on("cuda", width, bits, groups, symmetric)
+    codes, error = round_on("cuda", width, grid, groups)
     GENERATOR.set_state(state)
-    expected, expected_error = round_on("cpu", width, bits, groups, symmetric)
-    assert (integers == expected).double().mean() > 0.99  # sums in another order: ties fall to the other side
+    expected, expected_error = round_on("cpu", width, grid, groups)
+    assert (codes == expected).double().mean() > 0.99  # measured on the double: 1.0; on a GPU sums have another order
     assert error == pytest.approx(expected_error, rel=0.02)
 
 

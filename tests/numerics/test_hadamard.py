@@ -152,3 +152,11 @@ def test_however_the_matrix_is_factored_the_product_is_the_same(n, on_gpu):
 )
 def test_no_factor_is_too_small_to_be_fast(n, on_gpu, orders):
     assert tuple(paley * power for paley, power in list_factors(plan_hadamard(n), on_gpu)) == orders
+
+
+def test_autocast_leaves_it_alone():
+    x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x.T).dtype == torch.bfloat16
+        found = hadamard_transform(x)
+    assert torch.equal(found, hadamard_transform(x))

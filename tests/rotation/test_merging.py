@@ -218,7 +218,7 @@ def test_rounding_of_massive_activations_is_no_error(model_folders, tmp_path):
     import_model(str(folder), None, torch.float32, tmp_path / "model")
     _, _, metrics = rotate(tmp_path / "model", tmp_path / "out", r5="identity")
     assert metrics["float32_logit_deviation"] > 1e-4  # measured: 6e-4
-    assert metrics["float32_original_deviation"] > 0.1 * metrics["float32_logit_deviation"]  # it does as much to both
+    assert metrics["float32_original_deviation"] > 0.1 * metrics["float32_logit_deviation"]  # measured: 1.1 times it
     assert metrics["max_logit_deviation"] < 1e-9
 
 

@@ -503,11 +503,11 @@ KEEPINGS = {"graphs": Keeping(recompute=False), "hidden states": HIDDEN_STATES, 
 ALL_MOVE = {"enabled": True, "epochs": 2, "quant_lr": 0.01, "norm_lr": 0.01, "prefix_lr": 0.01}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(dtype, quantized, tmp_path):
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(autocast, quantized, tmp_path):
     models, train, _ = quantized
     same = models, train, train  # so that the best epoch is a trained one
-    values = {"epochs": 0, "end_to_end": ALL_MOVE, "dtype": dtype}
+    values = {"epochs": 0, "end_to_end": ALL_MOVE, "autocast": autocast}
     for name, keeping in KEEPINGS.items():
         metrics, _ = run_whole(same, tmp_path / name, keeping, **values)
         assert metrics["end_to_end"]["best_epoch"] == 2
@@ -526,7 +526,7 @@ def test_weights_of_one_streamed_block_are_in_memory_at_a_time(quantized, tmp_pa
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
     place = Place(runner, Offload(None), tmp_path, HEADER, keeping=KEEPINGS["streamed"])
     params = settings(end_to_end=ALL_MOVE).end_to_end
-    trainer = EndToEndTrainer(models.initial, models.original, kv, params, "float32", place)
+    trainer = EndToEndTrainer(models.initial, models.original, kv, params, "none", place)
     data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
     blocks, read, present = trainer.blocks, [], []
     load, run_block = blocks._load, runner.run
@@ -611,14 +611,14 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
                 assert torch.equal(tensor, models.initial.load_block_tensors(index)[name])
 
 
-def test_products_are_computed_in_what_dtype_says(quantized, tmp_path):
-    """`auto` is float32 on a CPU; bfloat16 is nearly as good, and what is trained stays in float32."""
+def test_products_are_computed_in_what_autocast_says(quantized, tmp_path):
+    """`auto` is none on a CPU; bfloat16 is nearly as good, and what is trained stays in float32."""
     found = {}
-    for dtype in ("auto", "float32", "bfloat16"):
-        found[dtype], _ = run_whole(quantized, tmp_path / dtype, dtype=dtype, epochs=1, end_to_end=ALL_MOVE)
-    paths = {dtype: bytes_of(tmp_path / dtype / "out") for dtype in found}
-    assert paths["auto"] == paths["float32"] != paths["bfloat16"]
-    exact, narrow = (found[dtype]["end_to_end"] for dtype in ("float32", "bfloat16"))
+    for kind in ("auto", "none", "bfloat16"):
+        found[kind], _ = run_whole(quantized, tmp_path / kind, autocast=kind, epochs=1, end_to_end=ALL_MOVE)
+    paths = {kind: bytes_of(tmp_path / kind / "out") for kind in found}
+    assert paths["auto"] == paths["none"] != paths["bfloat16"]
+    exact, narrow = (found[kind]["end_to_end"] for kind in ("none", "bfloat16"))
     assert narrow["kl_after"] < narrow["kl_before"]
     assert narrow["kl_after"] == pytest.approx(exact["kl_after"], rel=0.1)
     for name, tensor in Checkpoint(tmp_path / "bfloat16/out", "finetuning").load_block_tensors(0).items():
@@ -634,7 +634,7 @@ def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_pat
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
     place = Place(runner, Offload(None), tmp_path, HEADER)
     params = EndToEndParams.model_validate(values)
-    trainer = EndToEndTrainer(models.initial, models.original, kv, params, "float32", place)
+    trainer = EndToEndTrainer(models.initial, models.original, kv, params, "none", place)
     data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
     trainer.step(data, torch.arange(4), 0.0)
     (tmp_path / "out").mkdir()
