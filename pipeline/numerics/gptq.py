@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -153,15 +152,23 @@ class _Replayed:
         self.held = (own, moved, upper, step.fill_(1), torch.zeros_like(own) if has_offset else None)
         self.replay = record_launches(lambda: _round_inputs_(*self.held, grid), device)
 
-    def __call__(self, *given: Any) -> None:
+    def __call__(
+        self,
+        own: torch.Tensor,
+        moved: torch.Tensor,
+        upper: torch.Tensor,
+        step: torch.Tensor,
+        offset: torch.Tensor | None,
+        grid: Grid,
+    ) -> None:
         """As `_round_inputs_`, of at most as many inputs: those that are missing come last and touch nothing else."""
-        count = len(given[0])
-        for held, own in zip(self.held, given, strict=False):
-            if held is not None:
-                held[tuple(slice(size) for size in own.shape)] = own
+        count = len(own)
+        for held, given in zip(self.held, (own, moved, upper, step, offset), strict=True):
+            if given is not None:
+                held[:count, : given.shape[1]] = given
         self.replay()
-        for held, own in zip(self.held[:2], given, strict=False):
-            own.copy_(held[:count])
+        own.copy_(self.held[0][:count])
+        moved.copy_(self.held[1][:count])
 
 
 @functools.lru_cache(maxsize=16)

@@ -170,7 +170,11 @@ def list_factors(plan: HadamardPlan, on_gpu: bool) -> tuple[tuple[int, int], ...
     factors, rest = [(order, 1) for order in plan.paley], plan.power_of_two
     if factors:
         paley = factors[-1][0]
-        taken = rest if rest < _LEAST_ORDER else max(1, rest // _LARGEST_ORDER) if on_gpu else 1
+        taken = 1
+        if rest < _LEAST_ORDER:
+            taken = rest
+        elif on_gpu:
+            taken = max(1, rest // _LARGEST_ORDER)
         if paley * taken <= _LARGEST_PALEY:
             factors[-1], rest = (paley, taken), rest // taken
     doublings, largest = rest.bit_length() - 1, _LARGEST_ORDER.bit_length() - 1

@@ -1,7 +1,5 @@
 """What rotating a model will take."""
 
-from dataclasses import replace
-
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
@@ -19,5 +17,4 @@ def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype, on_gpu: bool) -> N
     tables = entries * (sources * sizes.item + 2 * dtype.itemsize) + ENTRIES * 8
     # The original as stored and in float64, or the rotated one growing beside it; then float64 gives way to float32.
     block = sizes.numbers * (sizes.item + 8) + ENTRIES * 8
-    need = make_need(max(block, tables), 0, on_gpu, ahead=max(block, tables))
-    return replace(need, gpu=sizes.numbers * 8 if on_gpu else 0)
+    return make_need(sizes.numbers * 8 if on_gpu else 0, 0, on_gpu, here=max(block, tables))

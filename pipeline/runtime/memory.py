@@ -76,9 +76,9 @@ class Share:
         return cls(tokens, length, min(tokens, runtime.batch_size * length), on_gpu)
 
 
-def make_need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0) -> Need:
-    """`ahead`: the block that is fetched while another one computes, on a GPU."""
-    has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0)
+def make_need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0, here: float = 0) -> Need:
+    """`work`: where one computes. `ahead`: the block that is fetched meanwhile, on a GPU. `here`: always the host's."""
+    has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0) + here
     return Need(has + streams + (ahead if on_gpu else work), work + ahead if on_gpu else 0, disk, streams)
 
 

@@ -217,8 +217,9 @@ def test_rounding_of_massive_activations_is_no_error(model_folders, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     import_model(str(folder), None, torch.float32, tmp_path / "model")
     _, _, metrics = rotate(tmp_path / "model", tmp_path / "out", r5="identity")
-    assert metrics["float32_logit_deviation"] > 1e-4  # measured: 6e-4
-    assert metrics["float32_original_deviation"] > 0.1 * metrics["float32_logit_deviation"]  # measured: 1.1 times it
+    assert metrics["float32_logit_deviation"] > 1e-4  # measured: 1.7e-4
+    # It does as much to the original: measured 1.15 times.
+    assert 0.5 < metrics["float32_original_deviation"] / metrics["float32_logit_deviation"] < 2
     assert metrics["max_logit_deviation"] < 1e-9
 
 
