@@ -2,6 +2,7 @@
 
     runtime       what every run has: errors, artifacts, progress, ranks, memory. Computes nothing
     numerics      what is done to one tensor: Hadamard transforms, quantizers, GPTQ, packing
+    kernels       what an exported model computes faster on a CPU than torch's operators do
     models        families, checkpoints, importing
     text          corpora and token windows
     blocks        one decoder block at work: quantized, cached, walked through

@@ -149,8 +149,9 @@ class QuantizedLinear(nn.Module):
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input behind R4 or R5 and the layer's own quantizer, where it has them."""
-        x = self.rotate(x)
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        if self.input_quantizer is None:
+            return self.rotate(x)
+        return quantize_rotated(self.input_quantizer, x, self.rotate_input, self.rotation_block_size)
 
     def rotate(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """x [..., in] behind R4 or R5, where the layer has it, or that undone."""
@@ -208,7 +209,17 @@ class _MultiplyScaled(torch.autograd.Function):
 
 
 def _quantize_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module.quantizer(hadamard_transform(x) if module.rotate_input else x)
+    return quantize_rotated(module.quantizer, x, module.rotate_input)
+
+
+def quantize_rotated(
+    quantizer: ActivationQuantizer, x: torch.Tensor, rotate: bool, block_size: int = -1
+) -> torch.Tensor:
+    """x behind an online rotation, if there is one, and its quantizer; in one pass unless a hook watches that."""
+    if quantizer.one_pass is not None and not quantizer._forward_hooks:
+        quantizer.count_()
+        return quantizer.one_pass(x)
+    return quantizer(hadamard_transform(x, block_size=block_size) if rotate else x)
 
 
 def read_input(block: nn.Module, architecture: Architecture, site: str, residual: torch.Tensor) -> torch.Tensor:

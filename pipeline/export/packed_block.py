@@ -2,9 +2,10 @@
 
     float     unpacked and dequantized when the layer is reached, dropped behind it: the same numbers, in the same
               order, as the block that was evaluated
-    integer   integers times integers, summed exactly in int32, scaled once (numerics/integer_product.py):
+    integer   integers times integers, summed exactly in int32, scaled once (kernels/integer_product.py):
                   y = scale_x scale_w (n_x n_w) + bias + W shift
-              the same product, up to where float32 would have rounded it; faster on CPUs with int8 instructions
+              the same product, up to where float32 would have rounded it; faster on CPUs with int8 instructions. Its
+              codes come in one pass with the rotation in front (kernels/rotated_codes.py)
 
 The second needs integers, static ranges and one scale a tensor and output channel; layers that have others stay with
 the first. Scales of formats that round them are packed as well: bytes, and a common factor (`weight_common`) in nvfp4.
@@ -16,9 +17,12 @@ import torch
 from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
+from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.integer_product import IntegerProduct
+from pipeline.kernels.operands import IntegerOperands
+from pipeline.kernels.rotated_codes import RotatedCodes
 from pipeline.models.architectures import Architecture
 from pipeline.numerics.formats import INT
-from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 
@@ -114,6 +118,20 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
     quantizers = find_site_quantizers(block, architecture)
     for site, readers in architecture.site_readers.items():
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
-        if fits_integers(quantizer, linears):
-            for linear in linears:
-                linear.product = IntegerProduct(gather_operands(quantizer, [linear]), linear.compute_dtype)
+        if not fits_integers(quantizer, linears):
+            continue
+        for linear in linears:
+            linear.product = IntegerProduct(gather_operands(quantizer, [linear]), linear.compute_dtype)
+        if find_kernels():
+            quantizer.one_pass = RotatedCodes(
+                quantizer, linears[0].in_features, *find_rotation(block, architecture, site)
+            )
+
+
+def find_rotation(block: nn.Module, architecture: Architecture, site: str) -> tuple[bool, int]:
+    """Whether an online rotation stands in front of a site's quantizer, and of how many channels (-1: all)."""
+    if site in ("attention_input", "mlp_input"):
+        return architecture.input_module(block, site).rotate_input, -1
+    (reader,) = architecture.site_readers[site]
+    linear = block.get_submodule(reader)
+    return linear.rotate_input, linear.rotation_block_size

@@ -119,7 +119,7 @@ def hadamard_matrix(n: int) -> torch.Tensor:
     """
     plan = plan_hadamard(n)
     matrix = torch.eye(plan.blocks, dtype=torch.float64)
-    for factor in (*map(_paley_matrix, plan.paley), _sylvester_matrix(plan.power_of_two)):
+    for factor in (*map(paley_matrix, plan.paley), _sylvester_matrix(plan.power_of_two)):
         matrix = torch.kron(matrix, factor)
     return matrix / math.sqrt(plan.order)
 
@@ -153,11 +153,13 @@ class HadamardTransform(nn.Module):
     def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1) -> None:
         super().__init__()
         self.plan = plan_hadamard(width if block_size == -1 else block_size)
-        for place, pair in enumerate(list_factors(self.plan, False)):
-            self.register_buffer(f"factor_{place}", _factor(*pair, dtype, torch.device("cpu")), persistent=False)
+        factors = list_factors(self.plan, False)
+        self.names = [f"factor_{place}" for place in range(len(factors))]  # two of them may be one matrix
+        for place, pair in enumerate(factors):
+            self.register_buffer(self.names[place], _factor(*pair, dtype, torch.device("cpu")), persistent=False)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        return _apply_factors(x, self.plan, list(self.buffers()), inverse)
+        return _apply_factors(x, self.plan, [getattr(self, name) for name in self.names], inverse)
 
 
 @functools.cache
@@ -208,7 +210,7 @@ def _has_kernel(x: torch.Tensor) -> bool:
 @functools.cache
 def _factor(paley: int, sylvester: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     matrix = _sylvester_matrix(sylvester)
-    matrix = torch.kron(_paley_matrix(paley), matrix) if paley > 1 else matrix
+    matrix = torch.kron(paley_matrix(paley), matrix) if paley > 1 else matrix
     return (matrix / math.sqrt(len(matrix))).to(dtype=dtype, device=device)
 
 
@@ -234,7 +236,7 @@ def _sylvester_matrix(n: int) -> torch.Tensor:
 
 
 @functools.cache
-def _paley_matrix(order: int) -> torch.Tensor:
+def paley_matrix(order: int) -> torch.Tensor:
     """Paley's Hadamard matrix [order, order] with entries ±1, float64 (Paley 1933)."""
     q = _paley_field(order)
     if q is None:

@@ -218,6 +218,7 @@ class ActivationQuantizer(nn.Module):
         fired: how many times it has quantized, so that an evaluation can check that every quantizer took part.
         code_of_zero: what passes on is `to_codes`, for layers that multiply integers, and zero's code is this; None:
             what passes on is what the integers stand for.
+        one_pass: gives `to_codes` of what comes before the rotation in front, with that in it; None: there is none.
     """
 
     def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
@@ -227,6 +228,7 @@ class ActivationQuantizer(nn.Module):
         self.fired = 0
         self.calibrated = False
         self.code_of_zero: int | None = None
+        self.one_pass: nn.Module | None = None
         if not spec.enabled:
             return
         if spec.centered:
@@ -261,14 +263,18 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.enabled or not self.calibrated:
             return x
-        if not torch.compiler.is_compiling():  # a count would make compiled code another at every call
-            self.fired += 1
+        self.count_()
         if self.code_of_zero is not None:
             return self.to_codes(x)
         grouped = group(self.center(x), self.spec.group_size)
         scale, zero_point = self.find_parameters(grouped)
         quantized = fake_quantize(grouped, scale, self.spec.grid, zero_point).flatten(-2)
         return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
+
+    def count_(self) -> None:
+        """Once more it has quantized."""
+        if not torch.compiler.is_compiling():  # a count would make compiled code another at every call
+            self.fired += 1
 
     def emit_codes_(self) -> None:
         """From now on pass on `to_codes`: integers less the lowest one. Static, one scale."""

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer
-from pipeline.numerics.hadamard import HadamardTransform
-from pipeline.numerics.quantizer import ActivationQuantizer
+from pipeline.kernels.compiler import find_kernels
+from pipeline.numerics.formats import INT
+from pipeline.numerics.hadamard import HadamardTransform, plan_hadamard
+from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
 
 
 class TurnedKeys(nn.Module):
@@ -34,6 +36,7 @@ class TurnedKeys(nn.Module):
         if quantizer.rotate:
             own = torch.float32 if quantizer.mean_taken_out else dtype
             quantizer.transform = HadamardTransform(quantizer.head_dim, own)
+        self.in_one_pass = fits_one_pass(quantizer) and find_kernels()
         self.positions: torch.Tensor | None = None
 
     def forward(
@@ -42,6 +45,9 @@ class TurnedKeys(nn.Module):
         self.positions = positions
         if self.quantizer.before_rope:
             return self.rope(positions, queries, self.quantize(keys))
+        if self.in_one_pass:
+            queries, keys = self.rope(positions, queries, keys)
+            return queries, self.quantize_in_one_pass(keys, positions)
         if self.quantizer.mean_taken_out:
             table = self.rope.cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
             cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
@@ -51,6 +57,24 @@ class TurnedKeys(nn.Module):
 
     def quantize(self, keys: torch.Tensor) -> torch.Tensor:
         return as_rows(self.quantizer(as_heads(keys, self.quantizer.heads)))
+
+    def quantize_in_one_pass(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What `KeyQuantizer` does behind RoPE, in float32, with R3 and what undoes it."""
+        own, inner = self.quantizer, self.quantizer.quantizer
+        ends = integer_range(inner.spec.bits, inner.spec.symmetric)
+        mean = own.mean if own.mean_taken_out else None
+        zero_point = None if inner.spec.symmetric else inner.zero_point
+        table = self.rope.cos_sin_cache.to(keys.dtype)
+        order = own.head_dim if own.rotate else 1
+        return torch.ops.prefixquant.cached_keys(keys, positions, table, mean, inner.scale, zero_point, order, *ends)
+
+
+def fits_one_pass(quantizer: KeyQuantizer) -> bool:
+    """Static integers behind RoPE, a scale a head, a head's width with a transform of Sylvester's alone."""
+    spec = quantizer.quantizer.spec
+    static = spec.enabled and spec.format == INT and not spec.dynamic and spec.group_size == -1
+    plan = plan_hadamard(quantizer.head_dim)
+    return static and not quantizer.before_rope and (not quantizer.rotate or plan.power_of_two == quantizer.head_dim)
 
 
 class CachedValues(nn.Module):

@@ -14,8 +14,9 @@ from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.export.packed_block import fits_integers, gather_operands
+from pipeline.kernels.operands import IntegerOperands
+from pipeline.kernels.rotated_codes import make_codes
 from pipeline.numerics.hadamard import HadamardTransform
-from pipeline.numerics.integer_product import IntegerOperands
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
@@ -41,21 +42,22 @@ class ServedLinear(nn.Module):
             block_size: the transform acts on so many channels at a time; -1: on all.
         """
         super().__init__()
-        self.quantizer = quantizer
-        self.transform = HadamardTransform(parts[0].in_features, dtype, block_size) if rotate else None
-        self.width = sum(part.out_features for part in parts)
-        self.product = self.weight = self.bias = None
+        self.width, width = sum(part.out_features for part in parts), parts[0].in_features
+        self.codes = self.product = self.weight = self.bias = None
         if multiply is not None and fits_integers(quantizer, parts):
             self.product = multiply(gather_operands(quantizer, parts), dtype)
+            self.codes = make_codes(quantizer, width, rotate, dtype, block_size)
             return
+        self.quantizer = quantizer
+        self.transform = HadamardTransform(width, dtype, block_size) if rotate else None
         self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
         if any(part.bias is not None for part in parts):
             own = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
             self.bias = torch.cat([bias.to(dtype) for bias in own])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is not None:
+            return self.product(self.codes(x))
         if self.transform is not None:
             x = self.transform(x)
-        if self.product is not None:
-            return self.product(self.quantizer.to_codes(x))
         return nn.functional.linear(self.quantizer(x), self.weight, self.bias)

@@ -25,6 +25,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from pipeline.blocks.quantized import BlockSettings, find_settings, find_site_quantizers
 from pipeline.export.transformers_quantizer import ExportError, build_packed_, find_missing
+from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.serving.attention import CachedValues, TurnedKeys
@@ -64,7 +65,7 @@ class PrefixQuantModel(nn.Module):
                 f"{unexpected[:3]}; get an intact copy"
             )
         # vLLM names the code it keeps by this:
-        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors)
+        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors, find_kernels())
         own = {name for name, _ in self.named_parameters()}
         loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
         if own - loaded:
@@ -100,9 +101,10 @@ def stop_sliding_(config: VllmConfig, skeleton: nn.Module, prefix: int) -> None:
     config.cache_config.sliding_window = None
 
 
-def describe_contents(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of every tensor: compiled code holds numbers of theirs, and must not be used for others."""
-    contents = hashlib.sha256()
+def describe_contents(tensors: dict[str, torch.Tensor], kernels: bool) -> str:
+    """A hash of every tensor and of what they are multiplied by: compiled code holds numbers of theirs and names
+    operators, and must not be used for others."""
+    contents = hashlib.sha256(b"kernels" if kernels else b"")
     for name in sorted(tensors):
         contents.update(name.encode())
         contents.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())

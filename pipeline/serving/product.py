@@ -1,7 +1,7 @@
 """Integers times integers by the oneDNN kernel of vLLM for CPUs.
 
 It keeps what oneDNN has prepared from call to call: of a few tokens it takes half the time of PyTorch's
-(numerics/integer_product.py), and `torch.compile` needs no name to find its weights.
+(kernels/integer_product.py), and `torch.compile` needs no name to find its weights.
 """
 
 import functools
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from vllm import _custom_ops as kernels
 
-from pipeline.numerics.integer_product import IntegerOperands
+from pipeline.kernels.nibble_product import FEW, pack_nibbles
+from pipeline.kernels.operands import IntegerOperands
 
 _SIGNED = 128
 
@@ -34,10 +35,16 @@ class ServedProduct(nn.Module):
             "zero": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
             "constant": operands.constant,
         }
+        self.has_nibbles = (nibbles := pack_nibbles(operands)) is not None
+        if nibbles is not None:
+            held |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.has_nibbles:
+            own = self.nibbles, self.scale, self.offset, self.constant, self.dtype, FEW
+            return torch.ops.prefixquant.served_product(codes, *own, self.one, self.zero, self.address)
         product = torch.empty(len(codes), self.width, dtype=self.dtype)
         signed = (codes ^ _SIGNED).view(torch.int8)  # code - 128
         torch.ops._C.onednn_scaled_mm(product, signed, self.one, self.zero, None, None, self.address)

@@ -93,7 +93,9 @@ def test_random_orthogonal_is_orthogonal_and_repeats_with_its_seed():
     assert set(random_signs(100, torch.Generator().manual_seed(0)).tolist()) == {-1.0, 1.0}
 
 
-@pytest.mark.parametrize(("n", "block_size"), [(36, -1), (576, -1), (172, -1), (48, 16), (1, -1)])
+@pytest.mark.parametrize(
+    ("n", "block_size"), [(36, -1), (576, -1), (172, -1), (48, 16), (1, -1), (256, -1), (4096, -1), (14336, -1)]
+)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_held_matrices_transform_alike_and_are_no_part_of_compiled_code(n, block_size, inverse):
     held = HadamardTransform(n, torch.float32, block_size)

@@ -5,10 +5,14 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from pipeline.blocks.kv_cache import KeyQuantizer
 from pipeline.blocks.quantized import find_settings, find_site_quantizers
 from pipeline.export.loading import load
+from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.models.architectures import find_architecture
-from pipeline.numerics.integer_product import IntegerProduct
+from pipeline.numerics.quantizer import QuantizerSpec
+from pipeline.serving import attention
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.linear import ServedLinear
 from tests.export.test_folder import make_export
@@ -48,16 +52,17 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, int
 class Rope(nn.Module):
     """vLLM's interface over transformers' function."""
 
-    def __init__(self):
+    def __init__(self, width=WIDTH, dtype=torch.float32):
         super().__init__()
-        angles = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
-        self.register_buffer("cos_sin_cache", torch.cat((angles.cos(), angles.sin()), dim=-1))
+        self.width = width
+        angles = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+        self.register_buffer("cos_sin_cache", torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
 
     def tables(self, positions):
         return (half.repeat(1, 1, 2) for half in self.cos_sin_cache[positions][None].chunk(2, dim=-1))
 
     def forward(self, positions, queries, keys):
-        split = (x.unflatten(-1, (-1, WIDTH)).transpose(0, 1)[None] for x in (queries, keys))
+        split = (x.unflatten(-1, (-1, self.width)).transpose(0, 1)[None] for x in (queries, keys))
         turned = apply_rotary_pos_emb(*split, *self.tables(positions))
         return tuple(x[0].transpose(0, 1).flatten(1) for x in turned)
 
@@ -76,9 +81,10 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     generator = torch.Generator().manual_seed(6)
     queries, keys, values = (torch.randn(TOKENS, heads * WIDTH, generator=generator) for heads in (4, HEADS, HEADS))
     positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 40, 1])  # pieces of several texts, as they come in a batch
-    rope, attention = Rope(), Attention()
+    rope, engine = Rope(), Attention()
     turned = TurnedKeys(rope, keys_, torch.float32)
-    served = CachedValues(attention, turned, values_, prefix_kv)
+    assert not turned.in_one_pass  # a head of 12 channels has no transform of Sylvester's
+    served = CachedValues(engine, turned, values_, prefix_kv)
     own_queries, own_keys = turned(positions, queries, keys)
     served(own_queries, own_keys, values)
 
@@ -95,6 +101,61 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     for row, position in enumerate(positions.tolist()):
         if position < len(PREFIX):
             expected[:, :, row] = prefix_kv[:, :, position]
-    found = torch.stack([split(x)[0] for x in attention.seen])
+    found = torch.stack([split(x)[0] for x in engine.seen])
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(own_queries, rope(positions, queries, keys)[0])
+
+
+def make_keys(width, spec, rotate, dtype):
+    """A calibrated key quantizer of `HEADS` heads, with a scale of its own in each, and its RoPE."""
+    generator = torch.Generator().manual_seed(7)
+    keys = KeyQuantizer(spec, HEADS, width, rotate, before_rope=False)
+    values = {"scale": torch.tensor([0.25, 0.4])}
+    if not spec.symmetric:
+        values["zero_point"] = torch.tensor([6.0, 9.0])
+    keys.quantizer.calibrate_(**values)
+    if spec.centered:
+        keys.mean = 20 * torch.randn(HEADS, width, generator=generator)
+    return keys, TurnedKeys(Rope(width, dtype), keys, dtype)
+
+
+@pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("width", "rotate"), [(8, True), (64, True), (128, True), (12, False)])
+@torch.no_grad()
+def test_keys_in_one_pass_are_those_of_their_quantizer(width, rotate, symmetric, centered, dtype):
+    spec = QuantizerSpec(4, symmetric, centered=centered)
+    keys, turned = make_keys(width, spec, rotate, dtype)
+    assert turned.in_one_pass
+    generator = torch.Generator().manual_seed(8)
+    tokens = 200  # several threads
+    queries, states = (torch.randn(tokens, HEADS * width, generator=generator).to(dtype) for _ in range(2))
+    positions = torch.randint(0, 64, (tokens,), generator=generator)
+    own_queries, found = turned(positions, queries, states)
+    keys.positions = tuple(turned.rope.tables(positions))
+    plain_queries, behind = turned.rope(positions, queries, states)
+    expected = turned.quantize(behind)
+    assert torch.equal(own_queries, plain_queries)
+    assert found.dtype == dtype
+    # A value on the edge between two integers changes its head: few do, and by one step of one channel.
+    step = 0.4 + 0.02 * expected.abs().max().item() * (dtype == torch.bfloat16)
+    difference = (found - expected).float().abs().view(tokens, HEADS, width)
+    assert difference.amax() <= 1.01 * step
+    same = difference.amax(-1) <= (1e-5 if dtype == torch.float32 else 2**-7) * expected.abs().max()
+    assert same.float().mean() >= (0.99 if dtype == torch.float32 or centered else 0.5)
+
+
+def test_keys_of_other_settings_take_the_long_way():
+    specs = [
+        (QuantizerSpec(4), True),
+        (QuantizerSpec(16), False),
+        (QuantizerSpec(4, dynamic=True), False),
+        (QuantizerSpec(4, group_size=4), False),
+        (QuantizerSpec(8, format="fp8_e4m3"), False),
+    ]
+    for spec, fits in specs:
+        assert attention.fits_one_pass(KeyQuantizer(spec, HEADS, 8, True, before_rope=False)) == fits
+        assert not attention.fits_one_pass(KeyQuantizer(spec, HEADS, 8, False, before_rope=True))
+        assert not attention.fits_one_pass(KeyQuantizer(spec, HEADS, 12, True, before_rope=False))

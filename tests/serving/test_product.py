@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
+from pipeline.kernels.integer_product import IntegerProduct
+from pipeline.kernels.operands import IntegerOperands
 
 pytestmark = pytest.mark.serving
 

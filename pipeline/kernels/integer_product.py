@@ -3,42 +3,26 @@
     y = scale_x scale_w (n_x n_w) + constant      n_x = code - zero_point, n_w int8, summed exactly in int32
 
 oneDNN's kernel scales, adds the constant and casts while the sums are still in registers. Its weights are repacked
-once, when the product is made. Codes are uint8: with int8 ones the kernel of processors without AMX is thousands of
-times slower.
+once, when the product is made; those of 4 bits a second time, for a few tokens (nibble_product.py). Codes are uint8:
+with int8 ones the kernel of processors without AMX is thousands of times slower.
 
 `torch.compile` does not know repacked weights, so the product is an operator that looks them up by name.
 """
 
 import itertools
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.kernels.nibble_product import FEW, pack_nibbles
+from pipeline.kernels.operands import IntegerOperands
+
 _OPERATORS = torch.library.Library("prefixquant", "DEF")
 _OPERATORS.define("integer_product(Tensor codes, str name, int width, ScalarType dtype) -> Tensor")
 _PRODUCTS: weakref.WeakValueDictionary[str, "IntegerProduct"] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True)
-class IntegerOperands:
-    """What a product is made of, beside the codes.
-
-    Attributes:
-        integers: int8 [out, in], n_w.
-        weight_scale: float32 [out].
-        scale, zero_point: of the codes.
-        constant: float32 [out].
-    """
-
-    integers: torch.Tensor
-    weight_scale: torch.Tensor
-    scale: float
-    zero_point: int
-    constant: torch.Tensor
 
 
 class IntegerProduct(nn.Module):
@@ -51,6 +35,7 @@ class IntegerProduct(nn.Module):
         packed = torch.ops.onednn.qlinear_prepack(operands.integers, None)
         weights = packed, operands.weight_scale.contiguous(), torch.zeros(self.width, dtype=torch.int64)
         self.arguments = operands.scale, operands.zero_point, *weights, operands.constant
+        self.nibbles = pack_nibbles(operands)
         _PRODUCTS[self.name] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerProduct":
@@ -67,7 +52,10 @@ class IntegerProduct(nn.Module):
 
 
 def _multiply(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ops.onednn.qlinear_pointwise(codes, *_PRODUCTS[name].arguments, 1.0, 0, dtype, "none", [], "")
+    product = _PRODUCTS[name]
+    if product.nibbles is not None and codes.shape[:-1].numel() <= FEW:
+        return product.nibbles.multiply(codes, dtype)
+    return torch.ops.onednn.qlinear_pointwise(codes, *product.arguments, 1.0, 0, dtype, "none", [], "")
 
 
 def _describe(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 
-from pipeline.numerics import integer_product
-from pipeline.numerics.integer_product import IntegerOperands, IntegerProduct
+from pipeline.kernels import integer_product
+from pipeline.kernels.integer_product import IntegerProduct
+from pipeline.kernels.operands import IntegerOperands
 
 
 def make_product(dtype=torch.float32, zero_point=8):

@@ -1,0 +1,101 @@
+"""kernels.cpp as operators of torch, `torch.ops.prefixquant.*`: compiled for this machine when first asked for.
+
+What was compiled is kept where PyTorch keeps extensions (~/.cache/torch_extensions on Linux), under a name that knows
+the source, PyTorch's version and the processor. It takes ten seconds, and a C++ compiler (`c++`, or what CXX names);
+where there is none, or it fails, everything runs without these operators, slower.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+logger = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# Compiled and linked apart: OpenMP is to be the one that PyTorch brings along, not another with threads of its own.
+_COMPILED = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
+_DEFINED = ("-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+_LINKED = ("-shared", "-ltorch_cpu", "-lc10")
+
+
+@functools.cache
+def find_kernels() -> bool:
+    """Whether the operators of kernels.cpp are there; tries once, and says why not."""
+    try:
+        torch.ops.load_library(build(SOURCE, Path(cpp_extension.get_default_build_root()) / "prefixquant"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            "kernels for this processor cannot be compiled, slower ones are used: %s", why[0] if why else error
+        )
+        return False
+    _describe_operators()
+    return True
+
+
+def build(source: Path, folder: Path) -> Path:
+    """Compile `source` into a library in `folder`, unless it is there already.
+
+    Raises:
+        OSError: there is no compiler, or `folder` cannot be written.
+        subprocess.CalledProcessError: the compiler fails; its `stderr` says why.
+    """
+    library = folder / f"{describe_build(source)}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = cpp_extension.get_cxx_compiler()
+    headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+    found = [f"-L{path}" for path in cpp_extension.library_paths()]
+    # Beside its place, then moved there in one step: others may be compiling, or be killed while they do.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
+        _call([compiler, *_COMPILED, *_DEFINED, *headers, str(source), "-o", compiled])
+        _call([compiler, compiled, *found, *_LINKED, "-o", linked])
+        os.replace(linked, library)
+    return library
+
+
+def describe_build(source: Path) -> str:
+    """A name for what `build` makes: other sources, versions of PyTorch and processors have others."""
+    parts = [source.read_text(encoding="utf-8"), torch.__version__, *_COMPILED, *_DEFINED, *_LINKED]
+    contents = hashlib.sha256("\n".join([*parts, _describe_processor()]).encode())
+    return f"kernels-{contents.hexdigest()[:16]}"
+
+
+def _describe_processor() -> str:
+    """What `-march=native` goes by, as far as it can be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return torch.backends.cpu.get_cpu_capability()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
+
+
+def _describe_operators() -> None:
+    """Shapes and dtypes, for `torch.compile`."""
+
+    def describe_rows(codes: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return codes.new_empty((*codes.shape[:-1], len(scale)), dtype=rest[2])
+
+    descriptions = {
+        "rotated_codes": lambda x, *rest: x.new_empty(x.shape, dtype=torch.uint8),
+        "cached_keys": lambda keys, *rest: keys.new_empty(keys.shape),
+        "nibble_product": describe_rows,
+        "served_product": describe_rows,
+    }
+    for name, describe in descriptions.items():
+        torch.library.register_fake(f"prefixquant::{name}", describe)
+
+
+def _call(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,0 +1,434 @@
+// Passes over a few rows of activations that torch would take many operators for. What each computes is said, and its
+// arguments are explained, in the Python module that calls it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;        // floats that are handled side by side
+constexpr int64_t GRAIN = 1 << 14;   // values a thread should have at least
+constexpr int TILE = 4;              // outputs that are computed one after the other
+constexpr int64_t PAIRED = 32;       // bytes that hold 64 weights of 4 bits: number j in the low half of byte j, 32 + j
+                                     // in the high one
+
+// ---- Hadamard transforms --------------------------------------------------------------------------------------------
+
+using Lanes = float __attribute__((vector_size(LANES * sizeof(float))));
+
+Lanes load(const float* from) {
+  Lanes values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+void store(float* to, Lanes values) { std::memcpy(to, &values, sizeof values); }
+
+// Sylvester's matrix of order LANES, entries 1 and -1.
+struct Sylvester {
+  float rows[LANES][LANES];
+  Sylvester() {
+    for (int i = 0; i < LANES; ++i)
+      for (int j = 0; j < LANES; ++j) rows[i][j] = __builtin_popcount(i & j) % 2 ? -1.f : 1.f;
+  }
+};
+const Sylvester SYLVESTER;
+
+// values[order] times Sylvester's matrix of that order, in place.
+void transform_sylvester(float* values, int64_t order) {
+  int64_t step = 1;
+  if (order >= LANES) {
+    for (int64_t start = 0; start < order; start += LANES) {
+      Lanes sums{};
+      for (int64_t i = 0; i < LANES; ++i) sums += values[start + i] * load(SYLVESTER.rows[i]);
+      store(values + start, sums);
+    }
+    step = LANES;
+  }
+  for (; step < order; step *= 2) {
+    for (int64_t start = 0; start < order; start += 2 * step) {
+      float *low = values + start, *high = low + step;
+      if (step >= LANES) {
+        for (int64_t i = 0; i < step; i += LANES) {
+          const Lanes one = load(low + i), other = load(high + i);
+          store(low + i, one + other);
+          store(high + i, one - other);
+        }
+      } else {
+        for (int64_t i = 0; i < step; ++i) {
+          const float one = low[i], other = high[i];
+          low[i] = one + other;
+          high[i] = one - other;
+        }
+      }
+    }
+  }
+}
+
+// to[j, c] = sum over i of from[i, c] matrix[i, j] for columns c … c + COLUMNS LANES of `width`, i and j below `order`.
+template <int COLUMNS>
+void transform_tile(const float* from, float* to, const float* matrix, int64_t order, int64_t width) {
+  constexpr int ROWS = 4;  // orders of Paley's matrices are multiples of 4
+  for (int64_t j = 0; j < order; j += ROWS) {
+    Lanes sums[ROWS][COLUMNS] = {};
+    for (int64_t i = 0; i < order; ++i) {
+      Lanes values[COLUMNS];
+      for (int column = 0; column < COLUMNS; ++column) values[column] = load(from + i * width + column * LANES);
+      const float* entries = matrix + i * order + j;
+      for (int row = 0; row < ROWS; ++row)
+        for (int column = 0; column < COLUMNS; ++column) sums[row][column] += values[column] * entries[row];
+    }
+    for (int row = 0; row < ROWS; ++row)
+      for (int column = 0; column < COLUMNS; ++column)
+        store(to + (j + row) * width + column * LANES, sums[row][column]);
+  }
+}
+
+// The same for all columns.
+void transform_columns(const float* from, float* to, const float* matrix, int64_t order, int64_t width) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= width; c += 4 * LANES) transform_tile<4>(from + c, to + c, matrix, order, width);
+  for (; c + LANES <= width; c += LANES) transform_tile<1>(from + c, to + c, matrix, order, width);
+  for (; c < width; ++c) {
+    for (int64_t j = 0; j < order; ++j) {
+      float sum = 0;
+      for (int64_t i = 0; i < order; ++i) sum += from[i * width + c] * matrix[i * order + j];
+      to[j * width + c] = sum;
+    }
+  }
+}
+
+// A Hadamard matrix: Paley's, [order, order] each, and Sylvester's of order `sylvester`, as a Kronecker product.
+struct Transform {
+  std::vector<const float*> paley;
+  std::vector<int64_t> orders;
+  int64_t sylvester, order;
+
+  Transform(const std::vector<at::Tensor>& matrices, int64_t power) : sylvester(power), order(power) {
+    for (const at::Tensor& matrix : matrices) {
+      TORCH_CHECK(matrix.scalar_type() == at::kFloat && matrix.is_contiguous() && matrix.size(0) % 4 == 0);
+      paley.push_back(matrix.data_ptr<float>());
+      orders.push_back(matrix.size(0));
+      order *= matrix.size(0);
+    }
+  }
+
+  // values[order] times the matrix; returns where the result is: `values` or `other`.
+  float* apply(float* values, float* other) const {
+    if (sylvester > 1)
+      for (int64_t start = 0; start < order; start += sylvester) transform_sylvester(values + start, sylvester);
+    int64_t width = sylvester;
+    for (int64_t place = static_cast<int64_t>(paley.size()) - 1; place >= 0; --place) {
+      const int64_t size = orders[place] * width;
+      for (int64_t start = 0; start < order; start += size)
+        transform_columns(values + start, other + start, paley[place], orders[place], width);
+      std::swap(values, other);
+      width = size;
+    }
+    return values;
+  }
+};
+
+template <typename scalar_t>
+void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t last, int64_t width,
+                   const Transform& transform, const float* shift, float norm, float scale, float zero, float largest) {
+  const int64_t order = transform.order;
+  std::vector<float> buffer(2 * order);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t start = 0; start < width; start += order) {
+      float* values = buffer.data();
+      const scalar_t* from = x + row * width + start;
+      uint8_t* to = codes + row * width + start;
+      for (int64_t i = 0; i < order; ++i) values[i] = static_cast<float>(from[i]);
+      values = transform.apply(values, values + order);
+      for (int64_t i = 0; i < order; ++i) {
+        const float own = values[i] * norm - (shift ? shift[start + i] : 0.f);
+        const float code = std::nearbyint(own / scale) + zero;
+        to[i] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(code, 0.f), largest)));
+      }
+    }
+  }
+}
+
+at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& paley, int64_t sylvester,
+                         const std::optional<at::Tensor>& shift, double scale, int64_t zero_point, int64_t largest) {
+  const at::Tensor own = x.contiguous();
+  const Transform transform(paley, sylvester);
+  const int64_t width = own.size(-1), rows = own.numel() / std::max<int64_t>(width, 1);
+  TORCH_CHECK(width % transform.order == 0, "a transform of order ", transform.order, " for a width of ", width);
+  at::Tensor codes = at::empty(own.sizes(), own.options().dtype(at::kByte));
+  const float* mean = shift ? shift->const_data_ptr<float>() : nullptr;
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(transform.order)));
+  auto run = [&](const auto* values) {
+    uint8_t* to = codes.data_ptr<uint8_t>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / width), [&](int64_t first, int64_t last) {
+      quantize_rows(values, to, first, last, width, transform, mean, norm, scale, zero_point, largest);
+    });
+  };
+  if (own.scalar_type() == at::kBFloat16)
+    run(own.const_data_ptr<at::BFloat16>());
+  else
+    run(own.const_data_ptr<float>());
+  return codes;
+}
+
+// ---- Keys -----------------------------------------------------------------------------------------------------------
+
+at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, const at::Tensor& table,
+                       const std::optional<at::Tensor>& mean, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest,
+                       int64_t highest) {
+  const at::Tensor own = keys.contiguous(), places = positions.contiguous(), turns = table.contiguous();
+  const int64_t heads = scale.numel(), width = own.size(-1) / heads, half = width / 2, rows = own.size(0);
+  TORCH_CHECK(width % sylvester == 0 && turns.size(-1) == width && turns.scalar_type() == own.scalar_type());
+  at::Tensor result = at::empty_like(own);
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(sylvester)));
+  const float* scales = scale.const_data_ptr<float>();
+  const float* zeros = zero_point ? zero_point->const_data_ptr<float>() : nullptr;
+  const float* means = mean ? mean->const_data_ptr<float>() : nullptr;
+  const int64_t* position = places.const_data_ptr<int64_t>();
+  auto run = [&](const auto* from, auto* to) {
+    using scalar_t = std::decay_t<decltype(*to)>;
+    const scalar_t* cosines = turns.const_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (heads * width)), [&](int64_t first, int64_t last) {
+      std::vector<float> buffer(width), constant(width, 0.f);
+      for (int64_t row = first; row < last; ++row) {
+        const scalar_t *cosine = cosines + position[row] * width, *sine = cosine + half;
+        for (int64_t head = 0; head < heads; ++head) {
+          const scalar_t* key = from + (row * heads + head) * width;
+          scalar_t* target = to + (row * heads + head) * width;
+          if (means) {
+            const float *low = means + head * width, *high = low + half;
+            for (int64_t i = 0; i < half; ++i) {
+              const float own_cosine = cosine[i], own_sine = sine[i];
+              constant[i] = low[i] * own_cosine - high[i] * own_sine;
+              constant[half + i] = high[i] * own_cosine + low[i] * own_sine;
+            }
+          }
+          float* values = buffer.data();
+          for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(key[i]) - constant[i];
+          const float factor = scales[head], zero = zeros ? zeros[head] : 0.f;
+          for (int64_t start = 0; start < width; start += sylvester) transform_sylvester(values + start, sylvester);
+          for (int64_t i = 0; i < width; ++i) {
+            const float code = std::nearbyint(values[i] * norm / factor) + zero;
+            values[i] = (std::min(std::max(code, static_cast<float>(lowest)), static_cast<float>(highest)) - zero) *
+                        factor * norm;
+          }
+          for (int64_t start = 0; start < width; start += sylvester) transform_sylvester(values + start, sylvester);
+          for (int64_t i = 0; i < width; ++i) target[i] = static_cast<scalar_t>(values[i] + constant[i]);
+        }
+      }
+    });
+  };
+  if (own.scalar_type() == at::kBFloat16)
+    run(own.const_data_ptr<at::BFloat16>(), result.data_ptr<at::BFloat16>());
+  else
+    run(own.const_data_ptr<float>(), result.data_ptr<float>());
+  return result;
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// The sums over each of four vectors.
+void add_up(const __m512i vectors[4], int32_t sums[4]) {
+  auto interleave = [](__m512i one, __m512i other) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
+  };
+  const __m512i first = interleave(vectors[0], vectors[1]), second = interleave(vectors[2], vectors[3]);
+  const __m512i quarters =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64(quarters, 1));
+  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), total);
+}
+#endif
+
+// sums[output][row] = codes[row] · weights[output], of TILE outputs and ROWS rows; weights 0 … 15.
+template <int ROWS>
+void multiply_tile(const uint8_t* codes, int64_t width, const uint8_t* packed, int32_t* sums) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  __m512i totals[TILE * ROWS];
+  for (__m512i& total : totals) total = _mm512_setzero_si512();
+  const __m512i mask = _mm512_set1_epi8(0x0F);
+  for (int64_t place = 0; place < width; place += 2 * PAIRED) {
+    __m512i values[ROWS];
+    for (int row = 0; row < ROWS; ++row) values[row] = _mm512_loadu_si512(codes + row * width + place);
+    for (int output = 0; output < TILE; ++output) {
+      const uint8_t* from = packed + output * (width / 2) + place / 2;
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+      const __m512i weights = _mm512_and_si512(both, mask);
+      for (int row = 0; row < ROWS; ++row) {
+        __m512i& total = totals[row * TILE + output];
+        total = _mm512_dpbusd_epi32(total, values[row], weights);
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) add_up(totals + row * TILE, sums + row * TILE);
+#else
+  for (int output = 0; output < TILE; ++output) {
+    for (int row = 0; row < ROWS; ++row) {
+      int32_t total = 0;
+      for (int64_t place = 0; place < width; place += 2 * PAIRED) {
+        const uint8_t* bytes = packed + output * (width / 2) + place / 2;
+        const uint8_t* values = codes + row * width + place;
+        for (int64_t j = 0; j < PAIRED; ++j)
+          total += values[j] * (bytes[j] & 0x0F) + values[PAIRED + j] * (bytes[j] >> 4);
+      }
+      sums[row * TILE + output] = total;
+    }
+  }
+#endif
+}
+
+struct Product {
+  const uint8_t *codes, *packed;
+  const int32_t *totals, *offset;
+  const float *scale, *constant;
+  int64_t width, outputs;
+};
+
+// Finite values, to nearest, half to even.
+void round_to(float value, float* to) { *to = value; }
+void round_to(float value, at::BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to->x = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// ROWS rows from `row` on times TILE outputs from `output` on, which may lie behind the last one.
+template <typename scalar_t, int ROWS>
+void multiply_rows(const Product& given, int64_t output, int64_t row, scalar_t* to) {
+  int32_t sums[ROWS * TILE];
+  multiply_tile<ROWS>(given.codes + row * given.width, given.width, given.packed + output * (given.width / 2), sums);
+  for (int64_t j = 0; j < ROWS; ++j) {
+    auto write = [&](int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t exact = sums[j * TILE + i] - given.totals[row + j] - given.offset[output + i];
+        const float value = static_cast<float>(exact) * given.scale[output + i] + given.constant[output + i];
+        round_to(value, to + (row + j) * given.outputs + output + i);
+      }
+    };
+    if (output + TILE <= given.outputs)
+      write(TILE);
+    else
+      write(given.outputs - output);
+  }
+}
+
+template <typename scalar_t>
+void multiply_all_rows(const Product& given, int64_t output, int64_t rows, scalar_t* to) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) multiply_rows<scalar_t, 4>(given, output, row, to);
+  if (rows - row >= 2) {
+    multiply_rows<scalar_t, 2>(given, output, row, to);
+    row += 2;
+  }
+  if (row < rows) multiply_rows<scalar_t, 1>(given, output, row, to);
+}
+
+at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
+                          const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype) {
+  const int64_t outputs = scale.size(0), width = 2 * packed.size(1), inputs = codes.size(-1);
+  const int64_t rows = codes.numel() / inputs;
+  TORCH_CHECK(packed.size(0) % TILE == 0 && packed.size(0) >= outputs && inputs <= width);
+  at::Tensor own = codes.contiguous();
+  if (inputs != width) {
+    at::Tensor padded = at::empty({rows, width}, own.options());
+    for (int64_t row = 0; row < rows; ++row) {
+      uint8_t* to = padded.data_ptr<uint8_t>() + row * width;
+      std::memcpy(to, own.const_data_ptr<uint8_t>() + row * inputs, inputs);
+      std::memset(to + inputs, 0, width - inputs);
+    }
+    own = padded;
+  }
+  std::vector<int32_t> totals(rows);
+  const uint8_t* bytes = own.const_data_ptr<uint8_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < width; ++i) total += bytes[row * width + i];
+    totals[row] = 8 * total;
+  }
+  auto shape = codes.sizes().vec();
+  shape.back() = outputs;
+  at::Tensor result = at::empty(shape, codes.options().dtype(dtype));
+  const Product given{bytes,
+                      packed.const_data_ptr<uint8_t>(),
+                      totals.data(),
+                      offset.const_data_ptr<int32_t>(),
+                      scale.const_data_ptr<float>(),
+                      constant.const_data_ptr<float>(),
+                      width,
+                      outputs};
+  auto run = [&](auto* to) {
+    const int64_t tiles = (outputs + TILE - 1) / TILE;
+    at::parallel_for(0, tiles, std::max<int64_t>(1, 2 * GRAIN / width), [&](int64_t first, int64_t last) {
+      for (int64_t tile = first; tile < last; ++tile) multiply_all_rows(given, tile * TILE, rows, to);
+    });
+  };
+  if (dtype == at::kBFloat16)
+    run(result.data_ptr<at::BFloat16>());
+  else
+    run(result.data_ptr<float>());
+  return result;
+}
+
+// Of more rows than `few` by vLLM's oneDNN kernel, which has the same weights in a form of its own.
+at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
+                          const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype, int64_t few,
+                          const at::Tensor& one, const at::Tensor& zero, const at::Tensor& address) {
+  if (codes.size(0) <= few) return nibble_product(codes, packed, scale, offset, constant, dtype);
+  using Optional = const std::optional<at::Tensor>&;
+  static const auto multiply =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("_C::onednn_scaled_mm", "")
+          .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, Optional, Optional, Optional,
+                      const at::Tensor&)>();
+  const at::Tensor own = codes.contiguous();
+  at::Tensor centered = at::empty(own.sizes(), own.options().dtype(at::kChar));
+  const uint8_t* from = own.const_data_ptr<uint8_t>();
+  int8_t* to = centered.data_ptr<int8_t>();
+  for (int64_t i = 0; i < own.numel(); ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
+  at::Tensor result = at::empty({codes.size(0), scale.size(0)}, codes.options().dtype(dtype));
+  multiply.call(result, centered, one, zero, std::nullopt, std::nullopt, address);
+  return result.add_(constant);
+}
+
+TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
+  library.def(
+      "rotated_codes(Tensor x, Tensor[] paley, int sylvester, Tensor? shift, float scale, int zero_point, int largest) "
+      "-> Tensor");
+  library.def(
+      "cached_keys(Tensor keys, Tensor positions, Tensor table, Tensor? mean, Tensor scale, Tensor? zero_point, "
+      "int sylvester, int lowest, int highest) -> Tensor");
+  library.def(
+      "nibble_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype) "
+      "-> Tensor");
+  library.def(
+      "served_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype, "
+      "int few, Tensor one, Tensor zero, Tensor address) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {
+  library.impl("rotated_codes", &rotated_codes);
+  library.impl("cached_keys", &cached_keys);
+  library.impl("nibble_product", &nibble_product);
+  library.impl("served_product", &served_product);
+}
+
+}  // namespace

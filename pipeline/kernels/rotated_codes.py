@@ -1,0 +1,64 @@
+"""What a layer that multiplies integers reads of its input, in one pass: rotated, centered, rounded to codes.
+
+    code = clip(round((x H - shift) / scale) + zero_point, 0, 2^b - 1)
+
+as `ActivationQuantizer.to_codes` behind `HadamardTransform`, for which torch takes eight passes or more. Sums are in
+float32 whatever the dtype of x, in an order of their own: a value on the edge between two codes may fall to either.
+"""
+
+import torch
+from torch import nn
+
+from pipeline.kernels.compiler import find_kernels
+from pipeline.numerics.hadamard import HadamardTransform, paley_matrix, plan_hadamard
+from pipeline.numerics.quantizer import ActivationQuantizer
+
+
+class RotatedCodes(nn.Module):
+    """x [..., width], float32 or bfloat16 -> codes uint8 of the same shape."""
+
+    def __init__(self, quantizer: ActivationQuantizer, width: int, rotate: bool, block_size: int = -1) -> None:
+        """
+        Args:
+            quantizer: static, one scale, set to emit codes.
+            rotate: a Hadamard transform stands in front of it.
+            block_size: that acts on so many channels at a time; -1: on all.
+        """
+        super().__init__()
+        plan = plan_hadamard((width if block_size == -1 else block_size) if rotate else 1)
+        self.sylvester, self.count = plan.power_of_two, len(plan.paley)
+        for place, order in enumerate(plan.paley):
+            self.register_buffer(f"paley_{place}", paley_matrix(order).float().contiguous(), persistent=False)
+        shift = quantizer.shift.clone() if quantizer.spec.centered else None
+        self.register_buffer("shift", shift, persistent=False)
+        self.scale, self.zero_point = quantizer.scale.item(), quantizer.code_of_zero
+        self.largest = (1 << quantizer.spec.bits) - 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        paley = [getattr(self, f"paley_{place}") for place in range(self.count)]
+        return torch.ops.prefixquant.rotated_codes(
+            x, paley, self.sylvester, self.shift, self.scale, self.zero_point, self.largest
+        )
+
+
+class CodesByTorch(nn.Module):
+    """`RotatedCodes` where there are no kernels; in the dtype of x."""
+
+    def __init__(
+        self, quantizer: ActivationQuantizer, width: int, rotate: bool, dtype: torch.dtype, block_size: int = -1
+    ) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.transform = HadamardTransform(width, dtype, block_size) if rotate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.to_codes(x if self.transform is None else self.transform(x))
+
+
+def make_codes(
+    quantizer: ActivationQuantizer, width: int, rotate: bool, dtype: torch.dtype, block_size: int = -1
+) -> nn.Module:
+    """The faster of the two that this machine has; `dtype`: of x."""
+    if find_kernels():
+        return RotatedCodes(quantizer, width, rotate, block_size)
+    return CodesByTorch(quantizer, width, rotate, dtype, block_size)

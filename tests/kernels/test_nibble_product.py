@@ -1,0 +1,81 @@
+"""Products of weights of 4 bits: sums are exact whatever the shape, and scaled once."""
+
+import pytest
+import torch
+
+from pipeline.kernels import nibble_product
+from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.integer_product import IntegerProduct
+from pipeline.kernels.nibble_product import FEW, pack_nibbles
+from pipeline.kernels.operands import IntegerOperands
+
+needs_kernels = pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+
+
+def make_operands(out, width, low=-8, high=8, zero_point=7, exact=False):
+    generator = torch.Generator().manual_seed(out + width)
+    integers = torch.randint(low, high, (out, width), generator=generator, dtype=torch.int8)
+    integers[0] = low  # the ends, everywhere
+    integers[-1] = high - 1
+    scale = torch.ones(out) if exact else torch.rand(out, generator=generator)
+    constant = torch.zeros(out) if exact else torch.randn(out, generator=generator)
+    return IntegerOperands(integers, scale, 1.0 if exact else 0.3, zero_point, constant)
+
+
+def multiply_exactly(operands, codes):
+    sums = (codes.long() - operands.zero_point) @ operands.integers.long().T
+    return sums * (operands.weight_scale.double() * operands.scale) + operands.constant.double()
+
+
+@needs_kernels
+@pytest.mark.parametrize("zero_point", [0, 7, 128])
+@pytest.mark.parametrize(("out", "width"), [(1, 1), (3, 63), (4, 64), (5, 65), (37, 100), (24, 576), (64, 1536)])
+def test_sums_are_exact(out, width, zero_point):
+    operands = make_operands(out, width, zero_point=zero_point, exact=True)
+    nibbles = pack_nibbles(operands)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 11):
+        codes = torch.randint(0, 256, (tokens, width), dtype=torch.uint8)
+        codes[0] = 255
+        expected = multiply_exactly(operands, codes)
+        assert torch.equal(nibbles.multiply(codes, torch.float32).double(), expected)
+        rounded = expected.float().bfloat16()
+        assert torch.equal(nibbles.multiply(codes, torch.bfloat16), rounded)
+    assert nibbles.packed.numel() <= (out + 3) * (width + 63) / 2
+
+
+@needs_kernels
+def test_product_is_scaled_once_and_has_its_constant():
+    operands = make_operands(300, 576)  # several threads
+    codes = torch.randint(0, 16, (2, 3, 576), dtype=torch.uint8)
+    expected = multiply_exactly(operands, codes)
+    found = pack_nibbles(operands).multiply(codes, torch.float32)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.equal(pack_nibbles(operands).multiply(codes[:, ::2], torch.float32), found[:, ::2])
+
+
+@needs_kernels
+def test_a_layer_multiplies_by_them_for_a_few_tokens(monkeypatch):
+    operands, asked = make_operands(24, 36), []
+    product = IntegerProduct(operands, torch.float32)
+    plain = type(product.nibbles).multiply
+    monkeypatch.setattr(type(product.nibbles), "multiply", lambda *given: asked.append(1) or plain(*given))
+    for shape, few in [((FEW,), True), ((FEW + 1,), False), ((2, FEW // 2), True), ((2, FEW), False)]:
+        asked.clear()
+        codes = torch.randint(0, 16, (*shape, 36), dtype=torch.uint8)
+        expected = multiply_exactly(operands, codes)
+        assert (product(codes) - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert bool(asked) == few
+
+
+@pytest.mark.parametrize(("low", "high"), [(-9, 8), (-8, 9), (-128, 128)])
+def test_weights_of_more_bits_have_none(low, high):
+    operands = make_operands(24, 36, low, high)
+    assert pack_nibbles(operands) is None
+    codes = torch.randint(0, 16, (2, 36), dtype=torch.uint8)
+    expected = multiply_exactly(operands, codes)
+    assert (IntegerProduct(operands, torch.float32)(codes) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_without_kernels_there_are_none(monkeypatch):
+    monkeypatch.setattr(nibble_product, "find_kernels", lambda: False)
+    assert pack_nibbles(make_operands(24, 36)) is None

@@ -1,0 +1,110 @@
+"""Rotating, centering and rounding in one pass gives the codes that float64 does, but for values on an edge."""
+
+import pytest
+import torch
+
+from pipeline.kernels import rotated_codes
+from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.rotated_codes import CodesByTorch, RotatedCodes, make_codes
+from pipeline.numerics.hadamard import hadamard_matrix, plan_hadamard
+from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
+
+needs_kernels = pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+# Sylvester's alone, below and above the 16 that are handled side by side; Paley's with each; two of Paley's; blocks.
+WIDTHS = [1, 4, 8, 64, 256, 20, 48, 576, 1536, 1904, 156, 172]
+
+
+def make_quantizer(width, bits=4, symmetric=True, centered=True, scale=0.3):
+    generator = torch.Generator().manual_seed(width)
+    quantizer = ActivationQuantizer(QuantizerSpec(bits, symmetric, centered=centered), width)
+    values = {"scale": torch.tensor([scale])}
+    if centered:
+        values["shift"] = 0.2 * torch.randn(width, generator=generator)
+    if not symmetric:
+        values["zero_point"] = torch.tensor([5.0])
+    quantizer.calibrate_(**values)
+    quantizer.emit_codes_()
+    return quantizer
+
+
+def make_input(tokens, width, dtype):
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def code_exactly(quantizer, x, matrix):
+    """(codes, how far each value is from the edge between two of them), from float64."""
+    values = x.double() @ matrix
+    if quantizer.spec.centered:
+        values = values - quantizer.shift.double()
+    values = values / quantizer.scale.double() + quantizer.code_of_zero
+    return values.round().clamp(0, 2**quantizer.spec.bits - 1), (values - values.floor() - 0.5).abs()
+
+
+def check(codes, quantizer, x, matrix, tolerance):
+    exact, distance = code_exactly(quantizer, x, matrix)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == x.shape
+    wrong = codes != exact
+    assert (codes.double() - exact).abs().max() <= 1
+    assert (distance[wrong] <= tolerance).all()
+    assert wrong.double().mean() <= max(2 * tolerance, 1 / wrong.numel())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_codes_are_those_of_float64_for_every_plan(width, dtype):
+    quantizer = make_quantizer(width)
+    for tokens in (1, 3, 200):  # 200: several threads
+        x = make_input(tokens, width, dtype)
+        check(RotatedCodes(quantizer, width, True)(x), quantizer, x, hadamard_matrix(width), 1e-5)
+    plans = {width: plan_hadamard(width) for width in WIDTHS}
+    assert {len(plan.paley) for plan in plans.values()} == {0, 1, 2}
+    assert any(plan.blocks > 1 and plan.paley for plan in plans.values())
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("centered", [True, False])
+def test_codes_of_every_quantizer_that_has_integers(bits, symmetric, centered):
+    quantizer = make_quantizer(48, bits, symmetric, centered, scale=2.0 / 2**bits)
+    x = make_input(50, 48, torch.float32)
+    codes = RotatedCodes(quantizer, 48, True)(x)
+    check(codes, quantizer, x, hadamard_matrix(48), 1e-4)
+    assert codes.min() == 0  # beyond the range on both sides
+    assert codes.max() == 2**bits - 1
+    assert torch.equal(RotatedCodes(quantizer, 48, False)(x), quantizer.to_codes(x))
+    blocks = torch.block_diag(*[hadamard_matrix(16)] * 3)
+    check(RotatedCodes(quantizer, 48, True, 16)(x), quantizer, x, blocks, 1e-4)
+
+
+@needs_kernels
+def test_input_may_lie_anyhow_and_have_any_shape():
+    quantizer = make_quantizer(64)
+    codes = RotatedCodes(quantizer, 64, True)
+    x = make_input(64, 64, torch.float32)
+    assert torch.equal(codes(x.T), codes(x.T.contiguous()))
+    assert torch.equal(codes(x.reshape(2, 4, 8, 64)).reshape(64, 64), codes(x))
+    assert codes(x[:0]).shape == (0, 64)
+
+
+@needs_kernels
+def test_compiled_code_has_the_same_numbers():
+    quantizer = make_quantizer(576)
+    codes = RotatedCodes(quantizer, 576, True)
+    compiled = torch.compile(lambda x: codes(x * 2).float(), fullgraph=True, dynamic=True)
+    for tokens in (2, 5):
+        x = make_input(tokens, 576, torch.float32)
+        assert torch.equal(compiled(x), codes(x * 2).float())
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_without_kernels_torch_gives_the_codes(monkeypatch, found):
+    monkeypatch.setattr(rotated_codes, "find_kernels", lambda: found and find_kernels())
+    quantizer = make_quantizer(48)
+    codes = make_codes(quantizer, 48, True, torch.float32)
+    assert found == isinstance(codes, RotatedCodes) or not find_kernels()
+    assert isinstance(codes, RotatedCodes | CodesByTorch)
+    x = make_input(9, 48, torch.float32)
+    check(codes(x), quantizer, x, hadamard_matrix(48), 1e-5)
