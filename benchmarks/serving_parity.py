@@ -7,6 +7,9 @@ To be run where vLLM is installed (`make serve-setup`; docs/serving.md). Both re
 lengths, all at once in vLLM, one by one in transformers (`pipeline.quantized_model.load`), and continue them greedily.
 Where a continuation differs, what counts is how far apart transformers has the two tokens there: a tie, or not.
 
+Both multiply integers, where settings allow it, by kernels of their own; `--arithmetic float` compares with what
+`evaluation` computed.
+
 Quantizers round: a value on the edge between two integers falls to either side by the last bit of a sum, the next block
 sees the difference, and 30 blocks of 4 bits make a perturbation of 1e-6 as large as quantization itself. So beside the
 log-probabilities stand `noise`, what they change by in transformers when its embeddings are disturbed by 1e-6, and two
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.export.loading import load
+from pipeline.export.loading import Arithmetic, load
 from pipeline.export.prefixed_model import strip_start_token
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
@@ -43,6 +46,12 @@ def main() -> None:
         "--chunk", type=whole(1), default=96, help="tokens that vLLM reads at a time: texts come in chunks"
     )
     parser.add_argument("--max-model-len", type=whole(1), help="default: the model's")
+    parser.add_argument(
+        "--arithmetic",
+        choices=("integer", "float"),
+        default="integer",
+        help="of transformers: integers as vLLM multiplies them, or floats as `evaluation` does (default: integer)",
+    )
     parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
     print(json.dumps(compare(**vars(arguments))))
@@ -56,12 +65,13 @@ def compare(
     chunk: int = 96,
     max_model_len: int | None = None,
     eager: bool = False,
+    arithmetic: Arithmetic = "integer",
 ) -> dict[str, Any]:
     """What `main` prints. `chunk`: tokens that vLLM reads at a time."""
     set_up_vllm()
     from vllm import LLM, SamplingParams
 
-    model, _ = load(folder)
+    model, _ = load(folder, arithmetic=arithmetic)
     llm = LLM(
         str(folder),
         dtype=dtype,
@@ -72,7 +82,7 @@ def compare(
         enforce_eager=eager,
     )
     tokens = cut_texts(model, windows, max_model_len)
-    values: dict[str, Any] = {"folder": folder.name, "dtype": dtype}
+    values: dict[str, Any] = {"folder": folder.name, "dtype": dtype, "arithmetic": arithmetic}
     differences = []
     for _ in range(2):  # the second time from cached prefixes, where prompt_logprobs allow it
         for text, served in zip(tokens, score_served(llm, tokens), strict=True):
@@ -90,6 +100,10 @@ def compare(
     served = llm.generate(as_prompts(starts), greedy, use_tqdm=False)
     gaps = [gap for text, one in zip(starts, served, strict=True) if (gap := find_gap(model, text, one)) is not None]
     values |= {"continued": len(starts), "equal": len(starts) - len(gaps), "largest_tie": max(gaps, default=0.0)}
+    whole_texts = [text + list(one.outputs[0].token_ids)[:-1] for text, one in zip(starts, served, strict=True)]
+    values["noise_equal"] = sum(
+        continues_alike(model, text, len(start)) for text, start in zip(whole_texts, starts, strict=True)
+    )
     if perplexity:
         texts = [strip_start_token(row.tolist(), model) for row in load_windows(windows).token_ids[:perplexity]]
         values["perplexity_vllm"] = compute_perplexity(score_served(llm, texts))
@@ -120,15 +134,19 @@ def as_prompts(texts: list[list[int]]) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": text} for text in texts]
 
 
-@torch.no_grad()
 def score(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.Tensor:
     """Log-probabilities of a text's tokens but the first, in transformers; its embeddings disturbed by `noise`."""
+    return compute_log_p(model, text, noise)[:-1].gather(1, torch.tensor(text)[1:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def compute_log_p(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.Tensor:
+    """Of every token behind every one of `text`, [T, V]."""
     ids = torch.tensor([text])
     embedded = model.get_input_embeddings()(ids)
     generator = torch.Generator().manual_seed(0)
     embedded = embedded * (1 + noise * torch.randn(embedded.shape, generator=generator)).to(embedded.dtype)
-    log_p = model(inputs_embeds=embedded).logits[0, :-1].float().log_softmax(-1)
-    return log_p.gather(1, ids[0, 1:, None]).squeeze(1)
+    return model(inputs_embeds=embedded).logits[0].float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -191,16 +209,22 @@ def compute_perplexity(scores: list[torch.Tensor]) -> float:
     return torch.stack([-score.mean() for score in scores]).mean().exp().item()
 
 
-@torch.no_grad()
 def find_gap(model: PreTrainedModel, text: list[int], output: Any) -> float | None:
     """None where both continue alike; else how much likelier, in nats, transformers has its own token than vLLM's."""
     made = list(output.outputs[0].token_ids)
-    log_p = model(torch.tensor([text + made[:-1]])).logits[0, len(text) - 1 :].float().log_softmax(-1)
+    log_p = compute_log_p(model, text + made[:-1])[len(text) - 1 :]
     best = log_p.argmax(-1).tolist()
     for place, (mine, its) in enumerate(zip(best, made, strict=True)):
         if mine != its:
             return (log_p[place, mine] - log_p[place, its]).item()
     return None
+
+
+@torch.no_grad()
+def continues_alike(model: PreTrainedModel, text: list[int], start: int) -> bool:
+    """Whether transformers would choose the same tokens from `start` on if its embeddings were disturbed by 1e-6."""
+    chosen = [compute_log_p(model, text, noise)[start - 1 :].argmax(-1) for noise in (0.0, 1e-6)]
+    return torch.equal(*chosen)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,17 @@ from torch.utils import cpp_extension
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Compiled and linked apart: OpenMP is to be the one that PyTorch brings along, not another with threads of its own.
-_COMPILED = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
+_COMPILED = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-c",
+)
 _DEFINED = ("-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
 _LINKED = ("-shared", "-ltorch_cpu", "-lc10")
 

@@ -26,6 +26,14 @@ constexpr int TILE = 4;              // outputs that are computed one after the 
 constexpr int64_t PAIRED = 32;       // bytes that hold 64 weights of 4 bits: number j in the low half of byte j, 32 + j
                                      // in the high one
 
+// Finite values, to nearest, half to even.
+void round_to(float value, float* to) { *to = value; }
+void round_to(float value, at::BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to->x = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
 // ---- Hadamard transforms --------------------------------------------------------------------------------------------
 
 using Lanes = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -48,19 +56,29 @@ struct Sylvester {
 };
 const Sylvester SYLVESTER;
 
-// values[order] times Sylvester's matrix of that order, in place.
-void transform_sylvester(float* values, int64_t order) {
+// COUNT times LANES values times Sylvester's matrix of order LANES, in place.
+template <int COUNT>
+void transform_lanes(float* values) {
+  Lanes sums[COUNT] = {};
+  for (int64_t i = 0; i < LANES; ++i) {
+    const Lanes row = load(SYLVESTER.rows[i]);
+    for (int place = 0; place < COUNT; ++place) sums[place] += values[place * LANES + i] * row;
+  }
+  for (int place = 0; place < COUNT; ++place) store(values + place * LANES, sums[place]);
+}
+
+// Every `order` of values[width] times Sylvester's matrix of that order, in place.
+void transform_sylvester(float* values, int64_t width, int64_t order) {
   int64_t step = 1;
   if (order >= LANES) {
-    for (int64_t start = 0; start < order; start += LANES) {
-      Lanes sums{};
-      for (int64_t i = 0; i < LANES; ++i) sums += values[start + i] * load(SYLVESTER.rows[i]);
-      store(values + start, sums);
-    }
+    constexpr int TOGETHER = 8;  // sums that do not wait for each other
+    int64_t start = 0;
+    for (; start + TOGETHER * LANES <= width; start += TOGETHER * LANES) transform_lanes<TOGETHER>(values + start);
+    for (; start < width; start += LANES) transform_lanes<1>(values + start);
     step = LANES;
   }
   for (; step < order; step *= 2) {
-    for (int64_t start = 0; start < order; start += 2 * step) {
+    for (int64_t start = 0; start < width; start += 2 * step) {
       float *low = values + start, *high = low + step;
       if (step >= LANES) {
         for (int64_t i = 0; i < step; i += LANES) {
@@ -79,30 +97,33 @@ void transform_sylvester(float* values, int64_t order) {
   }
 }
 
-// to[j, c] = sum over i of from[i, c] matrix[i, j] for columns c … c + COLUMNS LANES of `width`, i and j below `order`.
-template <int COLUMNS>
-void transform_tile(const float* from, float* to, const float* matrix, int64_t order, int64_t width) {
-  constexpr int ROWS = 4;  // orders of Paley's matrices are multiples of 4
-  for (int64_t j = 0; j < order; j += ROWS) {
-    Lanes sums[ROWS][COLUMNS] = {};
-    for (int64_t i = 0; i < order; ++i) {
-      Lanes values[COLUMNS];
-      for (int column = 0; column < COLUMNS; ++column) values[column] = load(from + i * width + column * LANES);
-      const float* entries = matrix + i * order + j;
-      for (int row = 0; row < ROWS; ++row)
-        for (int column = 0; column < COLUMNS; ++column) sums[row][column] += values[column] * entries[row];
-    }
+// to[j, c] = sum over i of from[i, c] matrix[i, j], i and j below `order`, for COLUMNS LANES columns of `width` and rows
+// `first` … `first` + ROWS.
+template <int ROWS, int COLUMNS>
+void transform_tile(const float* from, float* to, const float* matrix, int64_t order, int64_t width, int64_t first) {
+  Lanes sums[ROWS][COLUMNS] = {};
+  for (int64_t i = 0; i < order; ++i) {
+    Lanes values[COLUMNS];
+    for (int column = 0; column < COLUMNS; ++column) values[column] = load(from + i * width + column * LANES);
+    const float* entries = matrix + i * order + first;
     for (int row = 0; row < ROWS; ++row)
-      for (int column = 0; column < COLUMNS; ++column)
-        store(to + (j + row) * width + column * LANES, sums[row][column]);
+      for (int column = 0; column < COLUMNS; ++column) sums[row][column] += values[column] * entries[row];
   }
+  for (int row = 0; row < ROWS; ++row)
+    for (int column = 0; column < COLUMNS; ++column)
+      store(to + (first + row) * width + column * LANES, sums[row][column]);
 }
 
-// The same for all columns.
+// The same for all rows and columns. Orders of Paley's matrices are multiples of 4.
 void transform_columns(const float* from, float* to, const float* matrix, int64_t order, int64_t width) {
   int64_t c = 0;
-  for (; c + 4 * LANES <= width; c += 4 * LANES) transform_tile<4>(from + c, to + c, matrix, order, width);
-  for (; c + LANES <= width; c += LANES) transform_tile<1>(from + c, to + c, matrix, order, width);
+  for (; c + 4 * LANES <= width; c += 4 * LANES)
+    for (int64_t j = 0; j < order; j += 4) transform_tile<4, 4>(from + c, to + c, matrix, order, width, j);
+  for (; c + LANES <= width; c += LANES) {
+    int64_t j = 0;
+    for (; j + 12 <= order; j += 12) transform_tile<12, 1>(from + c, to + c, matrix, order, width, j);
+    for (; j < order; j += 4) transform_tile<4, 1>(from + c, to + c, matrix, order, width, j);
+  }
   for (; c < width; ++c) {
     for (int64_t j = 0; j < order; ++j) {
       float sum = 0;
@@ -129,8 +150,7 @@ struct Transform {
 
   // values[order] times the matrix; returns where the result is: `values` or `other`.
   float* apply(float* values, float* other) const {
-    if (sylvester > 1)
-      for (int64_t start = 0; start < order; start += sylvester) transform_sylvester(values + start, sylvester);
+    if (sylvester > 1) transform_sylvester(values, order, sylvester);
     int64_t width = sylvester;
     for (int64_t place = static_cast<int64_t>(paley.size()) - 1; place >= 0; --place) {
       const int64_t size = orders[place] * width;
@@ -145,8 +165,8 @@ struct Transform {
 
 template <typename scalar_t>
 void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t last, int64_t width,
-                   const Transform& transform, const float* shift, float norm, float scale, float zero, float largest) {
-  const int64_t order = transform.order;
+                   const Transform& transform, const float* shift, float factor, float zero, float largest) {
+  const int64_t order = transform.order == 1 ? width : transform.order;
   std::vector<float> buffer(2 * order);
   for (int64_t row = first; row < last; ++row) {
     for (int64_t start = 0; start < width; start += order) {
@@ -154,10 +174,10 @@ void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t las
       const scalar_t* from = x + row * width + start;
       uint8_t* to = codes + row * width + start;
       for (int64_t i = 0; i < order; ++i) values[i] = static_cast<float>(from[i]);
-      values = transform.apply(values, values + order);
+      if (transform.order > 1) values = transform.apply(values, values + order);
+      const float* own = shift + start;
       for (int64_t i = 0; i < order; ++i) {
-        const float own = values[i] * norm - (shift ? shift[start + i] : 0.f);
-        const float code = std::nearbyint(own / scale) + zero;
+        const float code = std::nearbyint(values[i] * factor - own[i]) + zero;
         to[i] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(code, 0.f), largest)));
       }
     }
@@ -165,18 +185,18 @@ void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t las
 }
 
 at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& paley, int64_t sylvester,
-                         const std::optional<at::Tensor>& shift, double scale, int64_t zero_point, int64_t largest) {
+                         const at::Tensor& shift, double scale, int64_t zero_point, int64_t largest) {
   const at::Tensor own = x.contiguous();
   const Transform transform(paley, sylvester);
   const int64_t width = own.size(-1), rows = own.numel() / std::max<int64_t>(width, 1);
   TORCH_CHECK(width % transform.order == 0, "a transform of order ", transform.order, " for a width of ", width);
   at::Tensor codes = at::empty(own.sizes(), own.options().dtype(at::kByte));
-  const float* mean = shift ? shift->const_data_ptr<float>() : nullptr;
-  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(transform.order)));
+  const float* shifts = shift.const_data_ptr<float>();
+  const float factor = static_cast<float>(1 / (scale * std::sqrt(static_cast<double>(transform.order))));
   auto run = [&](const auto* values) {
     uint8_t* to = codes.data_ptr<uint8_t>();
     at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / width), [&](int64_t first, int64_t last) {
-      quantize_rows(values, to, first, last, width, transform, mean, norm, scale, zero_point, largest);
+      quantize_rows(values, to, first, last, width, transform, shifts, factor, zero_point, largest);
     });
   };
   if (own.scalar_type() == at::kBFloat16)
@@ -222,14 +242,14 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
           float* values = buffer.data();
           for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(key[i]) - constant[i];
           const float factor = scales[head], zero = zeros ? zeros[head] : 0.f;
-          for (int64_t start = 0; start < width; start += sylvester) transform_sylvester(values + start, sylvester);
+          transform_sylvester(values, width, sylvester);
           for (int64_t i = 0; i < width; ++i) {
             const float code = std::nearbyint(values[i] * norm / factor) + zero;
             values[i] = (std::min(std::max(code, static_cast<float>(lowest)), static_cast<float>(highest)) - zero) *
                         factor * norm;
           }
-          for (int64_t start = 0; start < width; start += sylvester) transform_sylvester(values + start, sylvester);
-          for (int64_t i = 0; i < width; ++i) target[i] = static_cast<scalar_t>(values[i] + constant[i]);
+          transform_sylvester(values, width, sylvester);
+          for (int64_t i = 0; i < width; ++i) round_to(values[i] + constant[i], target + i);
         }
       }
     });
@@ -302,14 +322,6 @@ struct Product {
   const float *scale, *constant;
   int64_t width, outputs;
 };
-
-// Finite values, to nearest, half to even.
-void round_to(float value, float* to) { *to = value; }
-void round_to(float value, at::BFloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  to->x = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
 
 // ROWS rows from `row` on times TILE outputs from `output` on, which may lie behind the last one.
 template <typename scalar_t, int ROWS>
@@ -400,18 +412,35 @@ at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, con
           .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, Optional, Optional, Optional,
                       const at::Tensor&)>();
   const at::Tensor own = codes.contiguous();
-  at::Tensor centered = at::empty(own.sizes(), own.options().dtype(at::kChar));
+  const int64_t rows = own.size(0), width = own.size(1), outputs = scale.size(0);
+  at::Tensor centered = at::empty(own.sizes(), own.options().dtype(at::kChar));  // code - 128
   const uint8_t* from = own.const_data_ptr<uint8_t>();
   int8_t* to = centered.data_ptr<int8_t>();
-  for (int64_t i = 0; i < own.numel(); ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
-  at::Tensor result = at::empty({codes.size(0), scale.size(0)}, codes.options().dtype(dtype));
+  at::parallel_for(0, rows * width, GRAIN, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
+  });
+  at::Tensor result = at::empty({rows, outputs}, codes.options().dtype(dtype));
   multiply.call(result, centered, one, zero, std::nullopt, std::nullopt, address);
-  return result.add_(constant);
+  const float* constants = constant.const_data_ptr<float>();
+  auto add = [&](auto* values) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / outputs), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        for (int64_t i = 0; i < outputs; ++i) {
+          auto* value = values + row * outputs + i;
+          round_to(static_cast<float>(*value) + constants[i], value);
+        }
+    });
+  };
+  if (dtype == at::kBFloat16)
+    add(result.data_ptr<at::BFloat16>());
+  else
+    add(result.data_ptr<float>());
+  return result;
 }
 
 TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
   library.def(
-      "rotated_codes(Tensor x, Tensor[] paley, int sylvester, Tensor? shift, float scale, int zero_point, int largest) "
+      "rotated_codes(Tensor x, Tensor[] paley, int sylvester, Tensor shift, float scale, int zero_point, int largest) "
       "-> Tensor");
   library.def(
       "cached_keys(Tensor keys, Tensor positions, Tensor table, Tensor? mean, Tensor scale, Tensor? zero_point, "

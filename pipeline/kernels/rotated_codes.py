@@ -29,8 +29,8 @@ class RotatedCodes(nn.Module):
         self.sylvester, self.count = plan.power_of_two, len(plan.paley)
         for place, order in enumerate(plan.paley):
             self.register_buffer(f"paley_{place}", paley_matrix(order).float().contiguous(), persistent=False)
-        shift = quantizer.shift.clone() if quantizer.spec.centered else None
-        self.register_buffer("shift", shift, persistent=False)
+        shift = quantizer.shift if quantizer.spec.centered else torch.zeros(width)
+        self.register_buffer("shift", shift / quantizer.scale, persistent=False)  # in steps
         self.scale, self.zero_point = quantizer.scale.item(), quantizer.code_of_zero
         self.largest = (1 << quantizer.spec.bits) - 1
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pipeline.hf
 from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.export.folder import export_model, parse_size, write_shards
 from pipeline.export.loading import check_folder, load, use_integers_
@@ -22,6 +23,8 @@ from pipeline.export.manifest import fingerprint_files
 from pipeline.export.packed_block import PackedLinear
 from pipeline.export.prefixed_model import assemble_model
 from pipeline.export.transformers_quantizer import ExportError
+from pipeline.kernels.compiler import find_kernels
+from pipeline.models.architectures import find_architecture
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
 from pipeline.text.start_token import find_added_token, set_start_token_
 from pipeline.text.windows import put_in_front
@@ -150,6 +153,28 @@ def test_integer_arithmetic_is_the_same_function(imported, tmp_path, changes):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert block.mlp.down_proj.product is not None
     assert torch.isfinite(model(TEXT).logits).all()
+
+
+@pytest.mark.parametrize("r4", ["hadamard", "block_hadamard", "identity"])
+@torch.no_grad()
+def test_codes_in_one_pass_are_those_that_a_watched_quantizer_makes(imported, tmp_path, r4):
+    """A hook on a quantizer sees what is behind the rotation in front of it, and changes nothing."""
+    online = {"r1": "online", "r5": "hadamard", "r4": r4, "blocks": 16}
+    folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", **online)
+    model, _ = load(folder, arithmetic="integer")
+    expected, seen = model(TEXT).logits, []
+    architecture = find_architecture(model.config)
+    for block in model.model.layers:
+        own = find_site_quantizers(block, architecture)
+        assert [site for site, one in own.items() if one.one_pass is None] == (
+            ["key", "value"] if find_kernels() else list(own)
+        )
+        assert all(quantizer.fired for quantizer in own.values())
+        for site, quantizer in own.items():
+            quantizer.register_forward_hook(lambda module, args, output, site=site: seen.append(site))
+    watched = model(TEXT).logits
+    assert len(seen) == 6 * len(model.model.layers)
+    assert (watched - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def model_sites(block):

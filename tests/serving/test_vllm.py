@@ -27,18 +27,25 @@ GROUPS = {
     for key, value in (("symmetric", False), ("group_size", 16))
 }
 DYNAMIC = {f"{group}.mode": "dynamic" for group in ("activations", "keys", "values")}
-# name -> config, changed params, prefix, the rotation of keys, and how long texts may be
+ONLINE = {"r1": "online"}  # as is the default
+# name -> config, changed params, prefix, rotations other than those of `rotate`, and how long texts may be
 MODELS = {
-    "llama, static": (LlamaConfig(**OWN), {}, [7, 9, 0], "hadamard", None),
-    "llama, no prefix": (LlamaConfig(**OWN, attention_bias=True, mlp_bias=True), {}, [], "hadamard", None),
-    "llama, continuous prefix": (LlamaConfig(**OWN, head_dim=64), {}, None, "hadamard", None),
-    "qwen2, dynamic": (Qwen2Config(**OWN), DYNAMIC, [7, 9, 0], "hadamard", None),
-    "qwen3, asymmetric groups": (Qwen3Config(**OWN, head_dim=32), GROUPS, [7, 9, 0], "hadamard", None),
+    "llama, static": (LlamaConfig(**OWN), {}, [7, 9, 0], ONLINE, None),
+    "llama, no prefix": (LlamaConfig(**OWN, attention_bias=True, mlp_bias=True), {}, [], {}, None),
+    "llama, continuous prefix": (LlamaConfig(**OWN, head_dim=64), {}, None, ONLINE, None),
+    "qwen2, dynamic": (Qwen2Config(**OWN), DYNAMIC, [7, 9, 0], ONLINE, None),
+    "qwen3, asymmetric groups": (
+        Qwen3Config(**OWN, head_dim=32),
+        GROUPS,
+        [7, 9, 0],
+        {"r4": "block_hadamard", "blocks": 16},
+        None,
+    ),
     "mistral, keys before RoPE, 8 bits": (
         MistralConfig(**OWN, head_dim=32, sliding_window=157),
         {"keys.before_rope": True, "activations.bits": 8, "activations.symmetric": False},
         [7, 9, 0],
-        "identity",
+        {"r3": "identity"},
         160,
     ),
 }
@@ -57,12 +64,12 @@ def exports(tmp_path_factory):
     return {name: make_served(root / str(place), *MODELS[name][:4]) for place, name in enumerate(MODELS)}
 
 
-def make_served(folder, config, changes, prefix, r3):
+def make_served(folder, config, changes, prefix, rotations):
     torch.manual_seed(0)
     randomize_(AutoModelForCausalLM.from_config(config)).save_pretrained(folder / "source")
     make_tokenizer().save_pretrained(folder / "source")
     import_model(str(folder / "source"), None, torch.float32, folder / "model")
-    rotated, runner, _ = rotate(folder / "model", folder / "rotation", r3=r3)
+    rotated, runner, _ = rotate(folder / "model", folder / "rotation", **rotations)
     plain, _ = open_model(folder / "model")
     ids = torch.tensor(prefix or [], dtype=torch.int64)
     embeddings = plain.embed(ids)
