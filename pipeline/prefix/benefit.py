@@ -27,10 +27,10 @@ from pipeline.text.windows import put_in_front, start_behind
 from pipeline.training.divergence import mean_divergences
 
 _BITS, _SEED = 4, 0  # of the simulated quantizers; as `prefix_training` has them by default
-_CALIBRATED, _JUDGED = 4, 4  # windows
+CALIBRATED, _JUDGED = 4, 4  # windows
 _EVERY = 2  # of every so many positions one is judged: logits of a large vocabulary cost as much as all blocks
 _CONTENT = 4  # tokens in front of the start token, at most
-MOST_CANDIDATES, MOST_WINDOWS = _CONTENT + 2, _CALIBRATED + _JUDGED
+MOST_CANDIDATES, MOST_WINDOWS = _CONTENT + 2, CALIBRATED + _JUDGED
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def choose_by_benefit(
             there are too few).
     """
     candidates = list_candidates(ranked, start_token)
-    calibrated, judged = token_ids[:_CALIBRATED], token_ids[_CALIBRATED : _CALIBRATED + _JUDGED]
+    calibrated, judged = token_ids[:CALIBRATED], token_ids[CALIBRATED : CALIBRATED + _JUDGED]
     if len(judged) < 2:
         calibrated = judged = token_ids
     costs = simulate_costs(checkpoint, candidates, calibrated, judged, runner, ranks, window_start)

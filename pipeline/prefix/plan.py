@@ -5,7 +5,7 @@ from dataclasses import replace
 from pipeline.blocks.plan import plan_walk
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sizes import Sizes
-from pipeline.prefix.benefit import MOST_CANDIDATES, MOST_WINDOWS
+from pipeline.prefix.benefit import CALIBRATED, MOST_CANDIDATES, MOST_WINDOWS
 from pipeline.prefix.params import PrefixSearchParams, PrefixTrainingParams
 from pipeline.runtime.memory import GIB, Need, Share, fits, make_need
 from pipeline.runtime.params import RuntimeParams
@@ -13,16 +13,18 @@ from pipeline.runtime.progress import current_rss_gib
 
 
 def plan_prefix_search(checkpoint: Checkpoint, share: Share, params: PrefixSearchParams) -> Need:
-    """What the walk takes that looks for outliers or, where it is more, the comparison of candidates behind it."""
+    """What the walk takes that looks for outliers or, each where it is more, the comparison of candidates behind it."""
     walked = plan_walk(checkpoint, share)
     if params.choose == "threshold":
         return walked
     sizes = Sizes.of(checkpoint)
     tokens, block = MOST_WINDOWS * share.length, sizes.numbers * sizes.item
-    # The windows that calibrate are one batch; a simulated quantizer holds its input a few times over.
-    work = max(block + 2 * sizes.forward(tokens), sizes.table + 5 * sizes.logits)
+    # The windows that calibrate are one batch; a GPU's allocator keeps more of what a block has done with.
+    batches = 2.6 if share.on_gpu else 1.0
+    work = max(block + batches * sizes.forward(CALIBRATED * share.length), sizes.table + 5 * sizes.logits)
     compared = make_need(work, (1 + MOST_CANDIDATES) * sizes.stream(tokens), share.on_gpu, ahead=block)
-    return compared if max(compared.memory, compared.gpu) > max(walked.memory, walked.gpu) else walked
+    larger = {name: max(getattr(walked, name), getattr(compared, name)) for name in ("memory", "gpu", "streams")}
+    return replace(walked, **larger)
 
 
 def plan_prefix_training(

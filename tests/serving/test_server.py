@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.serving.test_vllm import ENVIRONMENT, MODELS, make_served
 
 pytestmark = pytest.mark.serving
-NAME, PREFIX, NEW = "llama, static", 3, 24
+NAME, PREFIX, NEW = "llama, weights alone", 3, 24  # nothing is rounded on its way: no value tips from edge to edge
 PROMPTS = ["the river", "a theory of numbers was", "in the year of the city and the war, it was", "one two three"]
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
@@ -86,7 +86,7 @@ def test_completions_are_what_transformers_generates_alone_and_together(folder, 
         answers = [*pool.map(ask, PROMPTS), *pool.map(ask, ids)]
     for answer, own, (tokens, log_p) in zip(answers, ids * 2, expected * 2, strict=True):
         assert answer.choices[0].token_ids == tokens
-        assert answer.choices[0].logprobs.token_logprobs == pytest.approx(log_p, abs=1e-3)
+        assert answer.choices[0].logprobs.token_logprobs == pytest.approx(log_p, abs=1e-4)
         assert answer.usage.prompt_tokens == len(own) + PREFIX
 
 

@@ -31,6 +31,13 @@ ONLINE = {"r1": "online"}  # as is the default
 # name -> config, changed params, prefix, rotations other than those of `rotate`, and how long texts may be
 MODELS = {
     "llama, static": (LlamaConfig(**OWN), {}, [7, 9, 0], ONLINE, None),
+    "llama, weights alone": (
+        LlamaConfig(**OWN),
+        {f"{group}.bits": 16 for group in ("activations", "keys", "values")},
+        [7, 9, 0],
+        ONLINE,
+        None,
+    ),
     "llama, no prefix": (LlamaConfig(**OWN, attention_bias=True, mlp_bias=True), {}, [], {}, None),
     "llama, continuous prefix": (LlamaConfig(**OWN, head_dim=64), {}, None, ONLINE, None),
     "qwen2, dynamic": (Qwen2Config(**OWN), DYNAMIC, [7, 9, 0], ONLINE, None),
@@ -109,6 +116,9 @@ def compare(exports, name, *options):
     print(name, found)
     assert found["median_difference"] <= 1e-5
     assert found["equal"] >= 15
+    if name == "llama, weights alone":
+        assert found["largest_difference"] <= 1e-4
+        assert found["largest_tie"] <= 1e-4
     return found
 
 
