@@ -434,6 +434,63 @@ def test_a_streamed_run_is_the_resident_one(project, monkeypatch):
     assert list((project / ".work").glob("*/*")) == []
 
 
+# Read by every process at its start: the second rank ends in the step DIES_AT, without a word, as if killed.
+DYING = """
+import os
+from pipeline.training import end_to_end, trainer
+
+trainer._KEEP_EVERY = 2
+steps, plain = [], end_to_end.EndToEndTrainer.differentiate
+
+def differentiate(self, *args):
+    steps.append(1)
+    if os.environ.get("RANK") == "1" and len(steps) == int(os.environ["DIES_AT"]):
+        os._exit(9)
+    with open(f"steps-{os.environ.get('RANK')}", "a") as file:
+        file.write("step ")
+    return plain(self, *args)
+
+end_to_end.EndToEndTrainer.differentiate = differentiate
+"""
+
+
+def test_two_ranks_of_which_one_is_killed_continue_at_a_step_that_both_kept(project, monkeypatch):
+    change(project, "finetuning.epochs", 0)
+    change(project, "finetuning.end_to_end.epochs", 3)
+    change(project, "finetuning.end_to_end.batch_size", 2)
+    change(project, "calibration.validation.windows", 2)
+    run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
+    change(project, "runtime.processes", 2)
+    (project / "dying").mkdir()
+    (project / "dying/sitecustomize.py").write_text(DYING)
+
+    def train(dies_at):
+        for file in project.glob("steps-*"):
+            file.unlink()
+        paths = {"PYTHONPATH": f"{project / 'dying'}:{ROOT}", "DIES_AT": str(dies_at)}
+        command = [sys.executable, "-m", "stages.finetuning"]
+        done = subprocess.run(command, cwd=project, env=os.environ | paths, capture_output=True, text=True)
+        return done, [len((project / f"steps-{rank}").read_text().split()) for rank in range(2)]
+
+    done, steps = train(0)
+    assert done.returncode == 0, done.stderr
+    (count,) = set(steps)
+    assert count >= 5
+    whole, metrics = contents(project / "artifacts/finetuning"), read_json(project / "metrics/finetuning.json")
+    shutil.rmtree(project / "artifacts/finetuning")
+    done, steps = train(count - 1)
+    assert done.returncode != 0
+    assert not (project / "artifacts/finetuning/artifact.json").exists()
+    done, steps = train(0)
+    assert done.returncode == 0, done.stderr
+    assert len(set(steps)) == 1
+    assert 2 <= steps[0] < count - 2  # not from the beginning
+    assert contents(project / "artifacts/finetuning") == whole
+    again = read_json(project / "metrics/finetuning.json")
+    assert again["end_to_end"] == metrics["end_to_end"]
+    assert list((project / ".work").glob("*/*")) == []
+
+
 def test_a_plan_is_printed_and_nothing_is_run(project, monkeypatch, capsys):
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     change(project, "runtime.offload", "always")
