@@ -12,7 +12,8 @@ Both multiply integers, where settings allow it, by kernels of their own; `--ari
 
 Quantizers round: a value on the edge between two integers falls to either side by the last bit of a sum, the next block
 sees the difference, and 30 blocks of 4 bits make a perturbation of 1e-6 as large as quantization itself. So beside the
-log-probabilities stand `noise`, what they change by in transformers when its embeddings are disturbed by 1e-6, and two
+log-probabilities stand `noise`, what they change by in transformers when its embeddings are disturbed by 1e-6,
+`noise_equal`, at how many of the continued texts transformers would choose alike all along when so disturbed, and two
 figures for which every block of transformers gets the very input that vLLM's had: `median_block`, the difference of a
 token's output relative to its size, and `rounded_otherwise`, the share of outputs in which it is above 1e-4. They need
 --eager: nobody sees what passes between compiled blocks.

@@ -216,7 +216,8 @@ def quantize_rotated(
     quantizer: ActivationQuantizer, x: torch.Tensor, rotate: bool, block_size: int = -1
 ) -> torch.Tensor:
     """x behind an online rotation, if there is one, and its quantizer; in one pass unless a hook watches that."""
-    if quantizer.one_pass is not None and not quantizer._forward_hooks:
+    watched = quantizer._forward_hooks or quantizer._forward_pre_hooks
+    if quantizer.one_pass is not None and not watched and quantizer.one_pass.takes(x):
         quantizer.count_()
         return quantizer.one_pass(x)
     return quantizer(hadamard_transform(x, block_size=block_size) if rotate else x)

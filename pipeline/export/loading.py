@@ -38,7 +38,7 @@ def load(
 
     Args:
         device: where to put the model; None: the CPU, or what `device_map` in `options` says.
-        arithmetic: float computes what the pipeline evaluated; integer multiplies int8 by int8, see `packed_block.py`
+        arithmetic: float computes what the pipeline evaluated; integer multiplies integers, see `packed_block.py`
             (CPU).
         options: passed to `from_pretrained` (device_map, dtype, …).
 

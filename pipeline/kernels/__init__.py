@@ -1,5 +1,6 @@
 """What an exported model computes faster on a CPU than torch's operators do: integers, and few passes.
 
-Nothing here decides anything: each kernel computes what the module beside it in another room does, and where it cannot
-be had (`compiler.py`) that is what runs. Any room below may import from here.
+kernels.cpp holds the operators, compiler.py has them compiled; where they cannot be had, each module here says what
+runs in their place. One of them, `served_product`, calls vLLM's oneDNN kernel and is for pipeline/serving alone. Any
+room below may import from here.
 """

@@ -1,14 +1,15 @@
 """kernels.cpp as operators of torch, `torch.ops.prefixquant.*`: compiled for this machine when first asked for.
 
-What was compiled is kept where PyTorch keeps extensions (~/.cache/torch_extensions on Linux), under a name that knows
-the source, PyTorch's version and the processor. It takes ten seconds, and a C++ compiler (`c++`, or what CXX names);
-where there is none, or it fails, everything runs without these operators, slower.
+What was compiled is kept where PyTorch keeps extensions (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions on Linux),
+under a name that knows the source, the compiler, PyTorch's version and the processor. It takes ten seconds, and a C++
+compiler (`c++`, or what CXX names); where there is none, or it fails, everything runs without these operators, slower.
 """
 
 import functools
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
+DTYPES = (torch.float32, torch.bfloat16)  # of activations, in and out
 # Compiled and linked apart: OpenMP is to be the one that PyTorch brings along, not another with threads of its own.
 _COMPILED = (
     "-std=c++20",
@@ -37,17 +39,32 @@ _LINKED = ("-shared", "-ltorch_cpu", "-lc10")
 
 @functools.cache
 def find_kernels() -> bool:
-    """Whether the operators of kernels.cpp are there; tries once, and says why not."""
+    """Whether the operators of kernels.cpp are there; compiles them the first time, and says why not."""
     try:
-        torch.ops.load_library(build(SOURCE, Path(cpp_extension.get_default_build_root()) / "prefixquant"))
+        load_library(
+            SOURCE, Path(cpp_extension._get_build_directory("prefixquant", False))
+        )  # knows of TORCH_EXTENSIONS_DIR
     except (OSError, subprocess.CalledProcessError) as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        logger.warning(
-            "kernels for this processor cannot be compiled, slower ones are used: %s", why[0] if why else error
-        )
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
+        logger.warning("kernels for this processor cannot be had, slower ones are used: %s", why)
         return False
     _describe_operators()
     return True
+
+
+def load_library(source: Path, folder: Path) -> None:
+    """Have the operators of `source` in this process; what lies in `folder` and cannot be loaded is compiled anew.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: as `build`; OSError also where it cannot be loaded when it is new.
+    """
+    library = build(source, folder)
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        library.unlink()
+        torch.ops.load_library(build(source, folder))
 
 
 def build(source: Path, folder: Path) -> Path:
@@ -57,27 +74,27 @@ def build(source: Path, folder: Path) -> Path:
         OSError: there is no compiler, or `folder` cannot be written.
         subprocess.CalledProcessError: the compiler fails; its `stderr` says why.
     """
-    library = folder / f"{describe_build(source)}.so"
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    library = folder / f"{describe_build(source, compiler)}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = cpp_extension.get_cxx_compiler()
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
     found = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Beside its place, then moved there in one step: others may be compiling, or be killed while they do.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
-        _call([compiler, *_COMPILED, *_DEFINED, *headers, str(source), "-o", compiled])
-        _call([compiler, compiled, *found, *_LINKED, "-o", linked])
+        _call([*compiler, *_COMPILED, *_DEFINED, *headers, str(source), "-o", compiled])
+        _call([*compiler, compiled, *found, *_LINKED, "-o", linked])
         os.replace(linked, library)
     return library
 
 
-def describe_build(source: Path) -> str:
-    """A name for what `build` makes: other sources, versions of PyTorch and processors have others."""
+def describe_build(source: Path, compiler: list[str]) -> str:
+    """A name for what `build` makes: other sources, compilers, versions of PyTorch and processors have others."""
     parts = [source.read_text(encoding="utf-8"), torch.__version__, *_COMPILED, *_DEFINED, *_LINKED]
-    contents = hashlib.sha256("\n".join([*parts, _describe_processor()]).encode())
-    return f"kernels-{contents.hexdigest()[:16]}"
+    parts += [*compiler, _call([*compiler, "--version"]), _describe_processor()]
+    return f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
 
 
 def _describe_processor() -> str:
@@ -107,5 +124,5 @@ def _describe_operators() -> None:
         torch.library.register_fake(f"prefixquant::{name}", describe)
 
 
-def _call(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _call(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

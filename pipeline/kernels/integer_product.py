@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.kernels.compiler import DTYPES
 from pipeline.kernels.nibble_product import FEW, pack_nibbles
 from pipeline.kernels.operands import IntegerOperands
 
@@ -53,7 +54,7 @@ class IntegerProduct(nn.Module):
 
 def _multiply(codes: torch.Tensor, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
     product = _PRODUCTS[name]
-    if product.nibbles is not None and codes.shape[:-1].numel() <= FEW:
+    if product.nibbles is not None and codes.shape[:-1].numel() <= FEW and dtype in DTYPES:
         return product.nibbles.multiply(codes, dtype)
     return torch.ops.onednn.qlinear_pointwise(codes, *product.arguments, 1.0, 0, dtype, "none", [], "")
 

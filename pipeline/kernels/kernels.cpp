@@ -34,6 +34,18 @@ void round_to(float value, at::BFloat16* to) {
   to->x = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// Of as many values as are read.
+const float* read_values(const at::Tensor& tensor, int64_t count, const char* name) {
+  TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, " needs ", count, " values, side by side");
+  return tensor.const_data_ptr<float>();
+}
+
+void check_values(const at::Tensor& x) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "float32 or bfloat16, not ",
+              x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "no values to a row");
+}
+
 // ---- Hadamard transforms --------------------------------------------------------------------------------------------
 
 using Lanes = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -140,8 +152,11 @@ struct Transform {
   int64_t sylvester, order;
 
   Transform(const std::vector<at::Tensor>& matrices, int64_t power) : sylvester(power), order(power) {
+    TORCH_CHECK(power >= 1 && (power & (power - 1)) == 0, "sylvester=", power, " is no power of two");
     for (const at::Tensor& matrix : matrices) {
-      TORCH_CHECK(matrix.scalar_type() == at::kFloat && matrix.is_contiguous() && matrix.size(0) % 4 == 0);
+      TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) % 4 == 0 &&
+                      matrix.is_contiguous(),
+                  "a matrix of Paley's is square, of a multiple of 4");
       paley.push_back(matrix.data_ptr<float>());
       orders.push_back(matrix.size(0));
       order *= matrix.size(0);
@@ -186,12 +201,13 @@ void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t las
 
 at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& paley, int64_t sylvester,
                          const at::Tensor& shift, double scale, int64_t zero_point, int64_t largest) {
+  check_values(x);
   const at::Tensor own = x.contiguous();
   const Transform transform(paley, sylvester);
-  const int64_t width = own.size(-1), rows = own.numel() / std::max<int64_t>(width, 1);
+  const int64_t width = own.size(-1), rows = own.numel() / width;
   TORCH_CHECK(width % transform.order == 0, "a transform of order ", transform.order, " for a width of ", width);
   at::Tensor codes = at::empty(own.sizes(), own.options().dtype(at::kByte));
-  const float* shifts = shift.const_data_ptr<float>();
+  const float* shifts = read_values(shift, width, "shift");
   const float factor = static_cast<float>(1 / (scale * std::sqrt(static_cast<double>(transform.order))));
   auto run = [&](const auto* values) {
     uint8_t* to = codes.data_ptr<uint8_t>();
@@ -208,26 +224,38 @@ at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& pal
 
 // ---- Keys -----------------------------------------------------------------------------------------------------------
 
-at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, const at::Tensor& table,
+at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, const std::optional<at::Tensor>& table,
                        const std::optional<at::Tensor>& mean, const at::Tensor& scale,
                        const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest,
                        int64_t highest) {
-  const at::Tensor own = keys.contiguous(), places = positions.contiguous(), turns = table.contiguous();
-  const int64_t heads = scale.numel(), width = own.size(-1) / heads, half = width / 2, rows = own.size(0);
-  TORCH_CHECK(width % sylvester == 0 && turns.size(-1) == width && turns.scalar_type() == own.scalar_type());
+  check_values(keys);
+  TORCH_CHECK(keys.dim() == 2 && scale.numel() >= 1 && keys.size(1) % scale.numel() == 0, "keys of whole heads");
+  const at::Tensor own = keys.contiguous(), places = positions.contiguous();
+  const int64_t heads = scale.numel(), width = own.size(1) / heads, half = width / 2, rows = own.size(0);
+  TORCH_CHECK(Transform({}, sylvester).order == sylvester && width % sylvester == 0, "a head of ", width, " channels");
+  const float* scales = read_values(scale, heads, "scale");
+  const float* zeros = zero_point ? read_values(*zero_point, heads, "zero_point") : nullptr;
+  const float* means = mean ? read_values(*mean, heads * width, "mean") : nullptr;
+  TORCH_CHECK(!means || table, "a mean is turned by a table");
+  const at::Tensor turns = means ? table->contiguous() : own;
+  const int64_t* position = places.const_data_ptr<int64_t>();
+  if (means) {
+    TORCH_CHECK(turns.dim() == 2 && turns.size(1) == width && turns.scalar_type() == own.scalar_type(),
+                "a table of cosines and sines of half a head each, as keys");
+    TORCH_CHECK(places.numel() == rows, "a position a row");
+    for (int64_t row = 0; row < rows; ++row)
+      TORCH_CHECK(position[row] >= 0 && position[row] < turns.size(0), "position ", position[row], " of ", turns.size(0));
+  }
   at::Tensor result = at::empty_like(own);
   const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(sylvester)));
-  const float* scales = scale.const_data_ptr<float>();
-  const float* zeros = zero_point ? zero_point->const_data_ptr<float>() : nullptr;
-  const float* means = mean ? mean->const_data_ptr<float>() : nullptr;
-  const int64_t* position = places.const_data_ptr<int64_t>();
   auto run = [&](const auto* from, auto* to) {
     using scalar_t = std::decay_t<decltype(*to)>;
     const scalar_t* cosines = turns.const_data_ptr<scalar_t>();
     at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (heads * width)), [&](int64_t first, int64_t last) {
       std::vector<float> buffer(width), constant(width, 0.f);
       for (int64_t row = first; row < last; ++row) {
-        const scalar_t *cosine = cosines + position[row] * width, *sine = cosine + half;
+        const scalar_t* cosine = means ? cosines + position[row] * width : cosines;
+        const scalar_t* sine = cosine + half;
         for (int64_t head = 0; head < heads; ++head) {
           const scalar_t* key = from + (row * heads + head) * width;
           scalar_t* target = to + (row * heads + head) * width;
@@ -278,7 +306,7 @@ void add_up(const __m512i vectors[4], int32_t sums[4]) {
 }
 #endif
 
-// sums[output][row] = codes[row] · weights[output], of TILE outputs and ROWS rows; weights 0 … 15.
+// sums[row TILE + output] = codes[row] · weights[output], of TILE outputs and ROWS rows; weights 0 … 15.
 template <int ROWS>
 void multiply_tile(const uint8_t* codes, int64_t width, const uint8_t* packed, int32_t* sums) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -356,9 +384,13 @@ void multiply_all_rows(const Product& given, int64_t output, int64_t rows, scala
 
 at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype) {
-  const int64_t outputs = scale.size(0), width = 2 * packed.size(1), inputs = codes.size(-1);
+  TORCH_CHECK(codes.dim() >= 1 && codes.size(-1) >= 1 && packed.dim() == 2 && packed.is_contiguous());
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "float32 or bfloat16, not ", dtype);
+  const int64_t outputs = scale.numel(), width = 2 * packed.size(1), inputs = codes.size(-1);
   const int64_t rows = codes.numel() / inputs;
-  TORCH_CHECK(packed.size(0) % TILE == 0 && packed.size(0) >= outputs && inputs <= width);
+  TORCH_CHECK(packed.size(0) == (outputs + TILE - 1) / TILE * TILE, "weights of ", packed.size(0), " outputs");
+  TORCH_CHECK(width == (inputs + 2 * PAIRED - 1) / (2 * PAIRED) * (2 * PAIRED), "codes of ", inputs, " inputs");
+  TORCH_CHECK(offset.is_contiguous() && offset.numel() == outputs, "offset needs ", outputs, " values");
   at::Tensor own = codes.contiguous();
   if (inputs != width) {
     at::Tensor padded = at::empty({rows, width}, own.options());
@@ -383,8 +415,8 @@ at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, con
                       packed.const_data_ptr<uint8_t>(),
                       totals.data(),
                       offset.const_data_ptr<int32_t>(),
-                      scale.const_data_ptr<float>(),
-                      constant.const_data_ptr<float>(),
+                      read_values(scale, outputs, "scale"),
+                      read_values(constant, outputs, "constant"),
                       width,
                       outputs};
   auto run = [&](auto* to) {
@@ -400,10 +432,12 @@ at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, con
   return result;
 }
 
-// Of more rows than `few` by vLLM's oneDNN kernel, which has the same weights in a form of its own.
+// Of more rows than `few` by vLLM's oneDNN kernel (`handler`), which has the same weights in a form of its own, adds
+// up exactly too, and rounds to `dtype` before the constant is added.
 at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype, int64_t few,
-                          const at::Tensor& one, const at::Tensor& zero, const at::Tensor& address) {
+                          const at::Tensor& input_scale, const at::Tensor& input_zero_point,
+                          const at::Tensor& handler) {
   if (codes.size(0) <= few) return nibble_product(codes, packed, scale, offset, constant, dtype);
   using Optional = const std::optional<at::Tensor>&;
   static const auto multiply =
@@ -420,8 +454,8 @@ at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, con
     for (int64_t i = first; i < last; ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
   });
   at::Tensor result = at::empty({rows, outputs}, codes.options().dtype(dtype));
-  multiply.call(result, centered, one, zero, std::nullopt, std::nullopt, address);
-  const float* constants = constant.const_data_ptr<float>();
+  multiply.call(result, centered, input_scale, input_zero_point, std::nullopt, std::nullopt, handler);
+  const float* constants = read_values(constant, outputs, "constant");
   auto add = [&](auto* values) {
     at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / outputs), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row)
@@ -443,14 +477,14 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
       "rotated_codes(Tensor x, Tensor[] paley, int sylvester, Tensor shift, float scale, int zero_point, int largest) "
       "-> Tensor");
   library.def(
-      "cached_keys(Tensor keys, Tensor positions, Tensor table, Tensor? mean, Tensor scale, Tensor? zero_point, "
+      "cached_keys(Tensor keys, Tensor positions, Tensor? table, Tensor? mean, Tensor scale, Tensor? zero_point, "
       "int sylvester, int lowest, int highest) -> Tensor");
   library.def(
       "nibble_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype) "
       "-> Tensor");
   library.def(
       "served_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype, "
-      "int few, Tensor one, Tensor zero, Tensor address) -> Tensor");
+      "int few, Tensor input_scale, Tensor input_zero_point, Tensor handler) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {

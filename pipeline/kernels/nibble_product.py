@@ -17,6 +17,7 @@ from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.operands import IntegerOperands
 
 FEW = 8  # tokens up to which it is the faster one
+# As kernels.cpp has them:
 _TILE = 4  # outputs that are computed together
 _PAIRED = 32  # bytes that hold 64 weights: number j in the low half of byte j, 32 + j in the high one
 
@@ -30,15 +31,19 @@ class NibbleOperands:
         scale: float32 [out], of input and weights.
         offset: int32 [out], z sum of n_w.
         constant: float32 [out].
+        width: in.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
     constant: torch.Tensor
+    width: int
 
     def multiply(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """codes uint8 [..., in] -> [..., out] in `dtype`, float32 or bfloat16."""
+        if codes.shape[-1] != self.width:
+            raise ValueError(f"codes of {codes.shape[-1]} inputs for weights of {self.width}")
         arguments = self.packed, self.scale, self.offset, self.constant
         return torch.ops.prefixquant.nibble_product(codes, *arguments, dtype)
 
@@ -57,6 +62,7 @@ def pack_nibbles(operands: IntegerOperands) -> NibbleOperands | None:
         scale=operands.weight_scale * operands.scale,
         offset=integers.sum(1, dtype=torch.int32) * operands.zero_point,
         constant=operands.constant.contiguous(),
+        width=width,
     )
 
 

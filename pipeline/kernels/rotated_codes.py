@@ -6,10 +6,13 @@ as `ActivationQuantizer.to_codes` behind `HadamardTransform`, for which torch ta
 float32 whatever the dtype of x, in an order of their own: a value on the edge between two codes may fall to either.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
-from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.compiler import DTYPES, find_kernels
 from pipeline.numerics.hadamard import HadamardTransform, paley_matrix, plan_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer
 
@@ -33,6 +36,18 @@ class RotatedCodes(nn.Module):
         self.register_buffer("shift", shift / quantizer.scale, persistent=False)  # in steps
         self.scale, self.zero_point = quantizer.scale.item(), quantizer.code_of_zero
         self.largest = (1 << quantizer.spec.bits) - 1
+        self.found = find_kernels()
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `forward` can have x here."""
+        return self.found and x.device.type == "cpu" and x.dtype in DTYPES
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RotatedCodes":
+        return self  # it stays float32, and here, whatever the model is cast or moved to
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.found = find_kernels()  # another process, or machine
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         paley = [getattr(self, f"paley_{place}") for place in range(self.count)]
@@ -59,6 +74,6 @@ def make_codes(
     quantizer: ActivationQuantizer, width: int, rotate: bool, dtype: torch.dtype, block_size: int = -1
 ) -> nn.Module:
     """The faster of the two that this machine has; `dtype`: of x."""
-    if find_kernels():
+    if find_kernels() and dtype in DTYPES:
         return RotatedCodes(quantizer, width, rotate, block_size)
     return CodesByTorch(quantizer, width, rotate, dtype, block_size)

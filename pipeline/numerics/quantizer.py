@@ -244,7 +244,7 @@ class ActivationQuantizer(nn.Module):
 
     def calibrate_(self, **buffers: torch.Tensor) -> None:
         """Fix the buffers (any shape with the right number of elements); from now on the quantizer acts."""
-        expected = dict(self.named_buffers())
+        expected = dict(self.named_buffers(recurse=False))
         assert buffers.keys() == expected.keys(), (buffers.keys(), expected.keys())
         for name, value in buffers.items():
             setattr(self, name, value.detach().float().reshape(expected[name].shape).to(expected[name].device))

@@ -64,7 +64,7 @@ class TurnedKeys(nn.Module):
         ends = integer_range(inner.spec.bits, inner.spec.symmetric)
         mean = own.mean if own.mean_taken_out else None
         zero_point = None if inner.spec.symmetric else inner.zero_point
-        table = self.rope.cos_sin_cache.to(keys.dtype)
+        table = self.rope.cos_sin_cache.to(keys.dtype) if own.mean_taken_out else None
         order = own.head_dim if own.rotate else 1
         return torch.ops.prefixquant.cached_keys(keys, positions, table, mean, inner.scale, zero_point, order, *ends)
 

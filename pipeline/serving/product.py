@@ -19,7 +19,8 @@ _SIGNED = 128
 class ServedProduct(nn.Module):
     """What `IntegerProduct` computes: codes uint8 [T, in] -> [T, out] in `dtype`.
 
-    The constant is added behind the kernel, which takes it in `dtype` alone.
+    The constant is added behind vLLM's kernel, which takes it in `dtype` alone: in bfloat16 what is computed of many
+    tokens is rounded twice, what is computed of a few once.
     """
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
@@ -29,14 +30,14 @@ class ServedProduct(nn.Module):
         weight = operands.integers.T
         self.handler = kernels.create_onednn_scaled_mm(weight, scales, dtype, dynamic_quant=False, use_azp=True)
         held = {
-            "scales": scales,
+            "handler_scales": scales,
             "address": self.handler.handler_tensor,
-            "one": torch.ones(1, dtype=torch.float32),
-            "zero": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
+            "input_scale": torch.ones(1, dtype=torch.float32),
+            "input_zero_point": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
             "constant": operands.constant,
         }
         self.has_nibbles = (nibbles := pack_nibbles(operands)) is not None
-        if nibbles is not None:
+        if self.has_nibbles:
             held |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -44,10 +45,14 @@ class ServedProduct(nn.Module):
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         if self.has_nibbles:
             own = self.nibbles, self.scale, self.offset, self.constant, self.dtype, FEW
-            return torch.ops.prefixquant.served_product(codes, *own, self.one, self.zero, self.address)
+            return torch.ops.prefixquant.served_product(
+                codes, *own, self.input_scale, self.input_zero_point, self.address
+            )
         product = torch.empty(len(codes), self.width, dtype=self.dtype)
         signed = (codes ^ _SIGNED).view(torch.int8)  # code - 128
-        torch.ops._C.onednn_scaled_mm(product, signed, self.one, self.zero, None, None, self.address)
+        torch.ops._C.onednn_scaled_mm(
+            product, signed, self.input_scale, self.input_zero_point, None, None, self.address
+        )
         return (product.float() + self.constant).to(self.dtype)
 
 

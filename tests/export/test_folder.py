@@ -174,7 +174,31 @@ def test_codes_in_one_pass_are_those_that_a_watched_quantizer_makes(imported, tm
             quantizer.register_forward_hook(lambda module, args, output, site=site: seen.append(site))
     watched = model(TEXT).logits
     assert len(seen) == 6 * len(model.model.layers)
+    before, (block, *_) = [], model.model.layers
+    quantizer = find_site_quantizers(block, architecture)["mlp_hidden"]
+    quantizer._forward_hooks.clear()
+    quantizer.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    assert torch.equal(model(TEXT).logits, watched)
+    assert len(before) == 1
     assert (watched - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_integers_are_multiplied_in_dtypes_that_have_no_kernels(imported, tmp_path, dtype):
+    """Many tokens and one, loaded like that or cast later."""
+    folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", r1="online", r5="hadamard")
+    exact, _ = load(folder)
+    model, _ = load(folder, arithmetic="integer", **({"dtype": dtype} if dtype == torch.float16 else {}))
+    model = model.to(dtype)
+    for block, other in zip(model.model.layers, exact.model.layers, strict=True):
+        for tokens in (2, 40):
+            hidden = torch.randn(1, tokens, 96, generator=torch.Generator().manual_seed(2))
+            found, expected = block.mlp.down_proj(hidden.to(dtype)), other.mlp.down_proj(hidden)
+            error = (found.double() - expected).square().mean() / expected.double().square().mean()
+            assert error <= 1e-3  # a value in float16 tips from edge to edge now and then
+    assert torch.isfinite(model(TEXT).logits).all()
+    assert torch.isfinite(model(TEXT[:1, :2]).logits).all()
 
 
 def model_sites(block):

@@ -45,7 +45,7 @@ def test_sums_are_exact(out, width, zero_point):
 
 @needs_kernels
 def test_product_is_scaled_once_and_has_its_constant():
-    operands = make_operands(300, 576)  # several threads
+    operands = make_operands(300, 576)
     codes = torch.randint(0, 16, (2, 3, 576), dtype=torch.uint8)
     expected = multiply_exactly(operands, codes)
     found = pack_nibbles(operands).multiply(codes, torch.float32)
@@ -79,3 +79,40 @@ def test_weights_of_more_bits_have_none(low, high):
 def test_without_kernels_there_are_none(monkeypatch):
     monkeypatch.setattr(nibble_product, "find_kernels", lambda: False)
     assert pack_nibbles(make_operands(24, 36)) is None
+
+
+@needs_kernels
+def test_two_threads_multiply_as_one(two_threads):
+    operands = make_operands(1000, 576)  # enough for each
+    codes = torch.randint(0, 16, (5, 576), dtype=torch.uint8)
+    found = pack_nibbles(operands).multiply(codes, torch.float32)
+    torch.set_num_threads(1)
+    assert torch.equal(pack_nibbles(operands).multiply(codes, torch.float32), found)
+    assert (found - multiply_exactly(operands, codes)).abs().max() <= 1e-6 * found.abs().max()
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused():
+    nibbles = pack_nibbles(make_operands(24, 36))
+    for width in (20, 60, 100):
+        with pytest.raises(ValueError, match=f"codes of {width} inputs for weights of 36"):
+            nibbles.multiply(torch.zeros(1, width, dtype=torch.uint8), torch.float32)
+    codes = torch.zeros(1, 36, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        nibbles.multiply(codes, torch.float64)
+    operator = torch.ops.prefixquant.nibble_product
+    whole = [nibbles.packed, nibbles.scale, nibbles.offset, nibbles.constant]
+    for place in range(4):
+        with pytest.raises(RuntimeError):
+            operator(codes, *whole[:place], whole[place][:-1], *whole[place + 1 :], torch.float32)
+    with pytest.raises(RuntimeError):
+        operator(torch.zeros(1, 65, dtype=torch.uint8), *whole, torch.float32)
+
+
+@needs_kernels
+def test_other_dtypes_are_left_to_onednn():
+    operands = make_operands(24, 36)
+    product = IntegerProduct(operands, torch.float16)
+    codes = torch.randint(0, 16, (2, 36), dtype=torch.uint8)
+    expected = multiply_exactly(operands, codes)
+    assert (product(codes).double() - expected).abs().max() <= 2**-10 * expected.abs().max()

@@ -1,5 +1,7 @@
 """Rotating, centering and rounding in one pass gives the codes that float64 does, but for values on an edge."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def check(codes, quantizer, x, matrix, tolerance):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_codes_are_those_of_float64_for_every_plan(width, dtype):
     quantizer = make_quantizer(width)
-    for tokens in (1, 3, 200):  # 200: several threads
+    for tokens in (1, 3, 200):
         x = make_input(tokens, width, dtype)
         check(RotatedCodes(quantizer, width, True)(x), quantizer, x, hadamard_matrix(width), 1e-5)
     plans = {width: plan_hadamard(width) for width in WIDTHS}
@@ -108,3 +110,39 @@ def test_without_kernels_torch_gives_the_codes(monkeypatch, found):
     assert isinstance(codes, RotatedCodes | CodesByTorch)
     x = make_input(9, 48, torch.float32)
     check(codes(x), quantizer, x, hadamard_matrix(48), 1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [64, 576])
+def test_two_threads_make_the_codes_of_one(width, two_threads):
+    codes = RotatedCodes(make_quantizer(width), width, True)
+    x = make_input(2048, width, torch.float32)  # enough for each
+    assert torch.equal(codes(x), torch.cat([codes(row[None]) for row in x]))
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused():
+    quantizer = make_quantizer(48)
+    codes = RotatedCodes(quantizer, 48, True)
+    for shape, why in {(2, 96): "shift needs 96", (2, 0): "no values", (): "no values"}.items():
+        with pytest.raises(RuntimeError, match=why):
+            codes(torch.zeros(shape))
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        codes(torch.zeros(2, 48, dtype=torch.float64))
+    assert [codes.takes(torch.zeros(2, 48, dtype=dtype)) for dtype in (torch.float32, torch.float64)] == [True, False]
+    operator, x = torch.ops.prefixquant.rotated_codes, torch.zeros(2, 48)
+    for paley, sylvester in ([], 0), ([], 3), ([torch.ones(4, 8)], 4), ([torch.ones(6, 6)], 8):
+        with pytest.raises(RuntimeError):
+            operator(x, paley, sylvester, torch.zeros(48), 1.0, 7, 15)
+
+
+@needs_kernels
+def test_codes_stay_what_they_are_when_a_model_is_cast_or_another_process_has_them(monkeypatch):
+    codes = RotatedCodes(make_quantizer(576), 576, True)
+    x = make_input(3, 576, torch.float32)
+    expected = codes(x)
+    again = pickle.loads(pickle.dumps(torch.nn.Sequential(codes).double()))[0]
+    assert torch.equal(again(x), expected)
+    assert again.takes(x)
+    monkeypatch.setattr(rotated_codes, "find_kernels", lambda: False)
+    assert not pickle.loads(pickle.dumps(codes)).takes(x)

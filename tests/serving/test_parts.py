@@ -130,7 +130,7 @@ def test_keys_in_one_pass_are_those_of_their_quantizer(width, rotate, symmetric,
     keys, turned = make_keys(width, spec, rotate, dtype)
     assert turned.in_one_pass
     generator = torch.Generator().manual_seed(8)
-    tokens = 200  # several threads
+    tokens = 200
     queries, states = (torch.randn(tokens, HEADS * width, generator=generator).to(dtype) for _ in range(2))
     positions = torch.randint(0, 64, (tokens,), generator=generator)
     own_queries, found = turned(positions, queries, states)
@@ -159,3 +159,24 @@ def test_keys_of_other_settings_take_the_long_way():
         assert attention.fits_one_pass(KeyQuantizer(spec, HEADS, 8, True, before_rope=False)) == fits
         assert not attention.fits_one_pass(KeyQuantizer(spec, HEADS, 8, False, before_rope=True))
         assert not attention.fits_one_pass(KeyQuantizer(spec, HEADS, 12, True, before_rope=False))
+
+
+@pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+@torch.no_grad()
+def test_keys_that_do_not_fit_are_refused():
+    keys, turned = make_keys(64, QuantizerSpec(4, centered=True), True, torch.float32)
+    states, positions = torch.zeros(3, HEADS * 64), torch.arange(3)
+    expected = turned.quantize_in_one_pass(states, positions)
+    assert expected.shape == states.shape
+    for own in (positions[:1], positions + 62, positions - 1):
+        with pytest.raises(RuntimeError, match="position"):
+            turned.quantize_in_one_pass(states, own)
+    for wrong in (states[:, :-1], states.double(), states[None]):
+        with pytest.raises(RuntimeError):
+            turned.quantize_in_one_pass(wrong, positions)
+    keys.mean = keys.mean[:1]
+    with pytest.raises(RuntimeError, match="mean needs 128 values"):
+        turned.quantize_in_one_pass(states, positions)
+    turned.rope.cos_sin_cache = None  # nothing is turned without a mean
+    turned.quantizer = make_keys(64, QuantizerSpec(4), True, torch.float32)[0]
+    assert turned.quantize_in_one_pass(states, positions).shape == states.shape
