@@ -99,12 +99,10 @@ def compare(
     starts = [text[: 4 + 3 * place] for place, text in enumerate(tokens * 3)][:CONTINUED]
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     served = llm.generate(as_prompts(starts), greedy, use_tqdm=False)
-    gaps = [gap for text, one in zip(starts, served, strict=True) if (gap := find_gap(model, text, one)) is not None]
+    found = [compare_continuation(model, text, one) for text, one in zip(starts, served, strict=True)]
+    gaps = [gap for gap, _ in found if gap is not None]
     values |= {"continued": len(starts), "equal": len(starts) - len(gaps), "largest_tie": max(gaps, default=0.0)}
-    whole_texts = [text + list(one.outputs[0].token_ids)[:-1] for text, one in zip(starts, served, strict=True)]
-    values["noise_equal"] = sum(
-        continues_alike(model, text, len(start)) for text, start in zip(whole_texts, starts, strict=True)
-    )
+    values["noise_equal"] = sum(alike for _, alike in found)
     if perplexity:
         texts = [strip_start_token(row.tolist(), model) for row in load_windows(windows).token_ids[:perplexity]]
         values["perplexity_vllm"] = compute_perplexity(score_served(llm, texts))
@@ -210,22 +208,19 @@ def compute_perplexity(scores: list[torch.Tensor]) -> float:
     return torch.stack([-score.mean() for score in scores]).mean().exp().item()
 
 
-def find_gap(model: PreTrainedModel, text: list[int], output: Any) -> float | None:
-    """None where both continue alike; else how much likelier, in nats, transformers has its own token than vLLM's."""
+def compare_continuation(model: PreTrainedModel, text: list[int], output: Any) -> tuple[float | None, bool]:
+    """How much likelier, in nats, transformers has its own token than vLLM's where both part; None: they do not.
+
+    And whether transformers would choose alike all along vLLM's text if its embeddings were disturbed by 1e-6.
+    """
     made = list(output.outputs[0].token_ids)
-    log_p = compute_log_p(model, text + made[:-1])[len(text) - 1 :]
-    best = log_p.argmax(-1).tolist()
-    for place, (mine, its) in enumerate(zip(best, made, strict=True)):
+    log_p, disturbed = (compute_log_p(model, text + made[:-1], noise)[len(text) - 1 :] for noise in (0.0, 1e-6))
+    best = log_p.argmax(-1)
+    alike = torch.equal(best, disturbed.argmax(-1))
+    for place, (mine, its) in enumerate(zip(best.tolist(), made, strict=True)):
         if mine != its:
-            return (log_p[place, mine] - log_p[place, its]).item()
-    return None
-
-
-@torch.no_grad()
-def continues_alike(model: PreTrainedModel, text: list[int], start: int) -> bool:
-    """Whether transformers would choose the same tokens from `start` on if its embeddings were disturbed by 1e-6."""
-    chosen = [compute_log_p(model, text, noise)[start - 1 :].argmax(-1) for noise in (0.0, 1e-6)]
-    return torch.equal(*chosen)
+            return (log_p[place, mine] - log_p[place, its]).item(), alike
+    return None, alike
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def find_kernels() -> bool:
         load_library(
             SOURCE, Path(cpp_extension._get_build_directory("prefixquant", False))
         )  # knows of TORCH_EXTENSIONS_DIR
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, NotImplementedError, subprocess.CalledProcessError) as error:  # also: a folder without locks
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         why = next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
         logger.warning("kernels for this processor cannot be had, slower ones are used: %s", why)
@@ -79,10 +80,15 @@ def build(source: Path, folder: Path) -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # several processes may start at once; one compiles, and is let go when it dies
+        return library if library.is_file() else _compile(source, compiler, library)
+
+
+def _compile(source: Path, compiler: list[str], library: Path) -> Path:
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
     found = [f"-L{path}" for path in cpp_extension.library_paths()]
-    # Beside its place, then moved there in one step: others may be compiling, or be killed while they do.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # Beside its place, then moved there in one step: what is killed while it compiles leaves no library.
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
         _call([*compiler, *_COMPILED, *_DEFINED, *headers, str(source), "-o", compiled])
         _call([*compiler, compiled, *found, *_LINKED, "-o", linked])

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -108,7 +109,7 @@ class _Rounding:
         own = self.weight.index_select(1, self.factor.order[rows]).T.contiguous()  # plain indexing: 5 times as long
         step, offset = (None if t is None else _take(t, self.groups[rows]) for t in (self.steps, self.offsets))
         round_inputs_ = self.replayed or _round_inputs_
-        round_inputs_(own, moved[rows], upper[rows, rows], step, offset, self.grid)
+        round_inputs_(_Inputs(own, moved[rows], upper[rows, rows], step, offset), self.grid)
         self.codes[rows] = self.grid.encode(own)
 
 
@@ -119,22 +120,25 @@ def _take(parameters: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return parameters.index_select(0, groups)
 
 
-def _round_inputs_(
-    own: torch.Tensor,
-    moved: torch.Tensor,
-    upper: torch.Tensor,
-    step: torch.Tensor,
-    offset: torch.Tensor | None,
-    grid: Grid,
-) -> None:
-    """Round n inputs one by one.
+class _Inputs(NamedTuple):
+    """n inputs that are rounded one by one.
 
-    Args:
+    Attributes:
         own: [n, out] weights; become values of the grid.
         moved: [n, out] what inputs in front add to them; becomes what rounding changed.
         upper: [n, n] of the factor.
         step, offset: [n, out].
     """
+
+    own: torch.Tensor
+    moved: torch.Tensor
+    upper: torch.Tensor
+    step: torch.Tensor
+    offset: torch.Tensor | None
+
+
+def _round_inputs_(inputs: _Inputs, grid: Grid) -> None:
+    own, moved, upper, step, offset = inputs
     for row in range(len(own)):
         moved[row].addmv_(moved[:row].T, upper[:row, row], alpha=-1)
         zero_point = None if offset is None else offset[row]
@@ -149,26 +153,18 @@ class _Replayed:
     def __init__(self, out: int, grid: Grid, has_offset: bool, device: torch.device) -> None:
         own, moved, step = (torch.zeros(_INPUTS, out, device=device) for _ in range(3))
         upper = torch.zeros(_INPUTS, _INPUTS, device=device)
-        self.held = (own, moved, upper, step.fill_(1), torch.zeros_like(own) if has_offset else None)
-        self.replay = record_launches(lambda: _round_inputs_(*self.held, grid), device)
+        self.held = _Inputs(own, moved, upper, step.fill_(1), torch.zeros_like(own) if has_offset else None)
+        self.replay = record_launches(lambda: _round_inputs_(self.held, grid), device)
 
-    def __call__(
-        self,
-        own: torch.Tensor,
-        moved: torch.Tensor,
-        upper: torch.Tensor,
-        step: torch.Tensor,
-        offset: torch.Tensor | None,
-        grid: Grid,
-    ) -> None:
+    def __call__(self, inputs: _Inputs, grid: Grid) -> None:
         """As `_round_inputs_`, of at most as many inputs: those that are missing come last and touch nothing else."""
-        count = len(own)
-        for held, given in zip(self.held, (own, moved, upper, step, offset), strict=True):
+        count = len(inputs.own)
+        for held, given in zip(self.held, inputs, strict=True):
             if given is not None:
                 held[:count, : given.shape[1]] = given
         self.replay()
-        own.copy_(self.held[0][:count])
-        moved.copy_(self.held[1][:count])
+        inputs.own.copy_(self.held.own[:count])
+        inputs.moved.copy_(self.held.moved[:count])
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,7 +23,8 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from pipeline.blocks.quantized import BlockSettings, find_settings, find_site_quantizers
+from pipeline.blocks.quantized import find_site_quantizers
+from pipeline.export.packed_block import find_rotation
 from pipeline.export.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_narrowest_window
@@ -72,8 +73,7 @@ class PrefixQuantModel(nn.Module):
             raise ServingError(f"{len(own - loaded)} tensors were not loaded: {', '.join(sorted(own - loaded)[:3])}")
         for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
-            settings, dtype = find_settings(self.exported.blocks, index), self.config_of_engine.model_config.dtype
-            fill_layer_(layer, block, settings, prefix_kv, dtype)
+            fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype)
         self._skeleton = (None,)
         return loaded
 
@@ -111,16 +111,9 @@ def describe_contents(tensors: dict[str, torch.Tensor], kernels: bool) -> str:
     return contents.hexdigest()
 
 
-def rotated_sites(settings: BlockSettings) -> dict[str, bool]:
-    """Sites with a Hadamard transform in front of their quantizer."""
-    inputs = dict.fromkeys(("attention_input", "mlp_input"), settings.online_r1)
-    return inputs | {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}
-
-
 def fill_layer_(
     layer: nn.Module,
     block: nn.Module,
-    settings: BlockSettings,
     prefix_kv: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> None:
@@ -132,7 +125,7 @@ def fill_layer_(
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
-    attention, rotated = layer.self_attn, rotated_sites(settings)
+    attention = layer.self_attn
     places = {
         "attention_input": attention.qkv_proj,
         "attention_output": attention.o_proj,
@@ -141,8 +134,8 @@ def fill_layer_(
     }
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(reader) for reader in readers]
-        block_size = settings.r4_block_size if site == "mlp_hidden" else -1
-        served = ServedLinear(parts, quantizers[site], rotated.get(site, False), dtype, find_product(), block_size)
+        rotate, block_size = find_rotation(block, architecture, site)
+        served = ServedLinear(parts, quantizers[site], rotate, dtype, find_product(), block_size)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)

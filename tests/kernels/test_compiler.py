@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_a_source_is_compiled_once_and_again_when_it_or_torch_changes(tmp_path, 
 
 def calls_of(calls):
     return [command for command in calls if "--version" not in command]
+
+
+@pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
+def test_of_two_that_need_it_at_once_one_compiles(tmp_path, monkeypatch):
+    source, folder, calls = tmp_path / "one.cpp", tmp_path / "built", count_calls(monkeypatch)
+    source.write_text("int one() { return 1; }\n")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: compiler.build(source, folder), range(2))
+    assert first == second
+    assert len(calls_of(calls)) == 2
 
 
 @pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
