@@ -12,6 +12,7 @@ nothing. A finished row is kept in --json and skipped when restarted.
 """
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import evaluate_windows
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import parse_params
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers
@@ -28,6 +30,7 @@ from pipeline.rotation.merging import rotate_model
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.errors import run_main
+from pipeline.runtime.progress import select_device
 from pipeline.text.windows import load_windows, start_behind
 
 GROUPS = ("weights", "activations", "keys", "values")
@@ -81,10 +84,11 @@ def main() -> None:
     parser.add_argument("--length", type=whole(2), default=1024, help="tokens of a window that are read, at most")
     options = parser.parse_args()
     rows = read_rows(options.json)
+    bench = Bench(options.artifacts, options.work / "formats", options.windows, options.calibration, options.length)
     for row in options.rows:
         if row not in rows:
-            found = measure(row, options.artifacts, options.work, options.windows, options.calibration, options.length)
-            append_row(options.json, rows, row, found)
+            append_row(options.json, rows, row, bench.measure(row))
+    shutil.rmtree(bench.work, ignore_errors=True)
     lines = [
         [*row.split("/"), FORMATS[row.split("/")[0]][0], *(f"{value:.2f}" for value in rows[row].values())]
         for row in ROWS
@@ -94,36 +98,59 @@ def main() -> None:
     print(format_markdown(["format", "rotation", "prefix", "bits W / A", *corpora], lines, titles=4))
 
 
-def measure(row: str, artifacts: Path, work: Path, count: int, calibration: int, length: int) -> dict[str, float]:
-    """Corpus -> perplexity of a row."""
-    name, rotation, use = row.split("/")
-    _, block, changes = FORMATS[name]
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    model, device = Checkpoint(artifacts / "model", "model"), torch.device("cpu")
-    rotate_model(model, work / "rotation", *ROTATIONS[rotation], 0, torch.float32, device, block)
-    rotated = Checkpoint(work / "rotation", "rotation")
-    runner = BlockRunner(rotated, device, 4)
-    cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
-    cheap |= {} if name in SEARCHED else {"weights.range": "max"}
-    init = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
-    prefix = load_prefix(artifacts / "prefix_training" / "prefix.safetensors", use)
-    train = load_windows(artifacts / "calibration" / "train.safetensors")
-    start_token = start_behind(train.start_token, prefix.begun_from)
-    place = work / "blocks", work / "quantized", make_header("quantizer_init", {})
-    windows = train.token_ids[:calibration, :length]
-    init_quantizers(
-        rotated, (prefix.token_ids, prefix.embeddings), windows, init, runner, *place, start_token=start_token
-    )
-    quantized = Checkpoint(work / "quantized", "quantizer_init")
-    held_out = {
-        path.stem: load_windows(path).token_ids[:count, :length]
-        for path in sorted((artifacts / "calibration" / "evaluation").glob("*.safetensors"))
-    }
-    kv = load_prefix_kv(quantized.folder, quantized.stage)
-    metrics, _, _ = evaluate_windows(quantized, held_out, runner, kv, None, start_token=start_token)
-    shutil.rmtree(work)
-    return metrics["perplexity"]
+@dataclass
+class Bench:
+    """Where rows are measured, on how much text; rotated models are kept in `work` for the rows that share them."""
+
+    artifacts: Path
+    work: Path
+    windows: int
+    calibration: int
+    length: int
+    rotated: dict[tuple[str, int], Checkpoint] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: select_device(parse_params(read_params()).runtime))
+
+    def measure(self, row: str) -> dict[str, float]:
+        """Corpus -> perplexity of a row."""
+        name, rotation, use = row.split("/")
+        _, block, changes = FORMATS[name]
+        rotated = self.rotate(rotation, block)
+        runner = BlockRunner(rotated, self.device, 4)
+        cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
+        cheap |= {} if name in SEARCHED else {"weights.range": "max"}
+        init = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
+        prefix = load_prefix(self.artifacts / "prefix_training" / "prefix.safetensors", use)
+        train = load_windows(self.artifacts / "calibration" / "train.safetensors")
+        start_token = start_behind(train.start_token, prefix.begun_from)
+        folder = self.work / "quantized"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        place = folder / "blocks", folder / "model", make_header("quantizer_init", {})
+        windows = train.token_ids[: self.calibration, : self.length]
+        init_quantizers(
+            rotated, (prefix.token_ids, prefix.embeddings), windows, init, runner, *place, start_token=start_token
+        )
+        quantized = Checkpoint(folder / "model", "quantizer_init")
+        held_out = {
+            path.stem: load_windows(path).token_ids[: self.windows, : self.length]
+            for path in sorted((self.artifacts / "calibration" / "evaluation").glob("*.safetensors"))
+        }
+        kv = load_prefix_kv(quantized.folder, quantized.stage)
+        metrics, _, _ = evaluate_windows(quantized, held_out, runner, kv, None, start_token=start_token)
+        shutil.rmtree(folder)
+        return metrics["perplexity"]
+
+    def rotate(self, rotation: str, block: int) -> Checkpoint:
+        """The model with a rotation, in blocks of `block` channels where it has any."""
+        key = rotation, block if rotation == "block" else 0
+        if key not in self.rotated:
+            folder = self.work / f"{rotation}-{key[1]}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            model = Checkpoint(self.artifacts / "model", "model")
+            rotate_model(model, folder, *ROTATIONS[rotation], 0, torch.float32, self.device, block)
+            self.rotated[key] = Checkpoint(folder, "rotation")
+        return self.rotated[key]
 
 
 if __name__ == "__main__":

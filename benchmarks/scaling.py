@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -166,8 +167,11 @@ def main() -> None:
 
 
 def has_row(model: str, row: str) -> bool:
-    """Weights of a block of 70B are not trained here."""
-    return model != "llama-3-70b" or row not in ("finetuning", "evaluation@finetuning")
+    """Weights are trained, and evaluated then, where a block's fit into the memory there is."""
+    if row not in ("finetuning", "evaluation@finetuning"):
+        return True
+    block = Sizes.of(Shape(SHAPES[model], False)).numbers * 4
+    return ROWS["finetuning"].blocks * block + FIXED * GIB < psutil.virtual_memory().available
 
 
 def make_model(folder: Path, shapes: dict[str, Any]) -> Path:

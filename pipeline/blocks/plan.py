@@ -9,4 +9,5 @@ def plan_walk(checkpoint: Checkpoint, share: Share) -> Need:
     """What a walk in full precision takes."""
     sizes = Sizes.of(checkpoint)
     block = sizes.numbers * sizes.item
-    return make_need(block + sizes.forward(share.batch), sizes.stream(share.tokens), share.on_gpu, ahead=block)
+    work, streams = block + sizes.forward(share.batch), sizes.stream(share.tokens)
+    return make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=1.65 * sizes.table)

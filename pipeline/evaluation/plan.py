@@ -17,13 +17,14 @@ def plan_evaluation(checkpoint: Checkpoint, share: Share, compared: bool, in_mem
     """
     sizes = Sizes.of(checkpoint)
     quantized = bool(checkpoint.settings)
-    block = sizes.numbers * (1 + 4 if quantized else sizes.item)
+    block = sizes.numbers * (sizes.item + (1 if quantized else 0))
     scoring = (sizes.table + 9 * sizes.logits) if compared else 5 * sizes.logits
-    heads = sizes.table * (1.5 if quantized else 1)  # stored in bfloat16 and computed in float32
+    heads = sizes.table * (1.5 if quantized and sizes.item == 4 else 1)  # stored in bfloat16, computed in float32
     model = sizes.blocks * block + 2 * sizes.table
     asked = task_items * _TASK_TOKENS
-    phases = [block + sizes.forward(share.batch), heads + scoring]
+    ahead = (sizes.numbers if quantized else sizes.numbers * sizes.item) if sizes.blocks > 1 else 0
+    phases = [block + sizes.forward(share.batch), heads + scoring - ahead]  # nothing is fetched while one scores
     phases += [model + sizes.forward(share.batch), model + scoring] if in_memory else []
     phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
-    ahead = sizes.numbers * (1 if quantized else sizes.item)
-    return make_need(max(phases), sizes.stream(share.tokens) * (2 if compared else 1), share.on_gpu, ahead=ahead)
+    streams, tables = sizes.stream(share.tokens) * (2 if compared else 1), sizes.table * (2 if quantized else 1.65)
+    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=tables)

@@ -50,6 +50,11 @@ class Sizes:
         return self.vocabulary * self.hidden * self.item
 
     @property
+    def ahead(self) -> int:
+        """Bytes of the block that is fetched while the one before it computes."""
+        return self.numbers * self.item if self.blocks > 1 else 0
+
+    @property
     def logits(self) -> int:
         return _POSITIONS * self.vocabulary * 4
 

@@ -20,9 +20,10 @@ def plan_prefix_search(checkpoint: Checkpoint, share: Share, params: PrefixSearc
     sizes = Sizes.of(checkpoint)
     tokens, block = MOST_WINDOWS * share.length, sizes.numbers * sizes.item
     # The windows that calibrate are one batch; a GPU's allocator keeps more of what a block has done with.
-    batches = 2.6 if share.on_gpu else 1.0
+    batches = 1.8 if share.on_gpu else 1.0
     work = max(block + batches * sizes.forward(CALIBRATED * share.length), sizes.table + 5 * sizes.logits)
-    compared = make_need(work, (1 + MOST_CANDIDATES) * sizes.stream(tokens), share.on_gpu, ahead=block)
+    streams = (1 + MOST_CANDIDATES) * sizes.stream(tokens)
+    compared = make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=1.65 * sizes.table)
     larger = {name: max(getattr(walked, name), getattr(compared, name)) for name in ("memory", "gpu", "streams")}
     return replace(walked, **larger)
 

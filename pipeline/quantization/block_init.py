@@ -35,6 +35,7 @@ from pipeline.quantization.scale_search import (
 from pipeline.quantization.statistics import BlockStatistics
 
 _COLUMNS = 2048  # of a weight whose product with a Gram matrix is in memory
+_ROWS = 1024  # of a weight, evenly spread, on which the error is reported; up to twice as many are all taken
 SitePlan = dict[str, Any]  # the values of a site's params: bits, range, rounding, …
 
 
@@ -55,8 +56,8 @@ def choose_quantizers_(
 
     Returns:
         Site -> {"clip_factor", "relative_error", "at_grid_edge"} (weights also "damping", where GPTQ took it): the
-        mean factor, the error relative to the signal in the objective of the site, how many optima lie on the grid's
-        end.
+        mean factor, the error relative to the signal in the objective of the site (weights: in the layer's outputs, of
+        large ones on a part of them), how many optima lie on the grid's end.
     """
     chooser = _Chooser(block, architecture, statistics, prefix_kv, plan, runner)
     report = {}
@@ -156,7 +157,8 @@ class _Chooser:
         change = dequantize_weight(*kept, spec.grid).sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
-        error, energy = (_output_energy(x, hessian, products) for x in (change, weight))
+        rows = slice(None, None, max(1, len(weight) // _ROWS))
+        error, energy = (_output_energy(x[rows], hessian, products) for x in (change, weight))
         return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
 
     def _hessian(self, site: str, centered: bool) -> torch.Tensor:

@@ -26,6 +26,9 @@ def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerI
     rounding = max(square + 5 * 4 * sizes.hidden * sizes.inner, 5 * square if share.on_gpu else 0)
     assembling = sizes.table + 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
     equalizing = block + sizes.blocks * sizes.stream(sampled) + max(sizes.graph(batch), 7 * sizes.logits)
-    work = max(block + grams + samples + max(recording, rounding), assembling, equalizing if params.equalize else 0)
+    # Recording has all Gram matrices; by the widest weight's turn only its own is left.
+    choosing = block + samples + max(grams + recording, square + rounding)
+    work = max(choosing, assembling, equalizing if params.equalize else 0)
     disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(share.tokens)
-    return make_need(work, sizes.stream(share.tokens), share.on_gpu, disk, ahead=block)
+    streams, passing = sizes.stream(share.tokens), sizes.numbers * 5  # integers, and what they stand for
+    return make_need(work, streams, share.on_gpu, disk, ahead=sizes.ahead, passing=passing)

@@ -16,8 +16,9 @@ tokens, for all channels, heads and groups at the same time.
 
 Every search runs over one geometric grid of factors, from 1 (the whole range) down, then in finer steps around the
 best. A factor is always applied to the measured range, never to an earlier result. An asymmetric quantizer then gets
-its two ends refined in turn. The coarse walk ends where no scale can be expected to improve; an optimum at the very low
-end of the grid (0.04) means that something is wrong, and is counted and reported.
+its two ends refined in turn. The coarse walk ends where no scale can be expected to improve; a single scale, whose error
+is a sum over all values and so smooth, is refined only as long as it gets better. An optimum at the very low end of the
+grid (0.04) means that something is wrong, and is counted and reported.
 """
 
 import math
@@ -38,7 +39,7 @@ from pipeline.numerics.quantizer import (
 _COARSE = 0.85
 _STEPS = 20  # down to 0.85^20 = 0.039
 _FINE = tuple(_COARSE ** (fifth / 5) for fifth in (-4, -3, -2, -1, 1, 2, 3, 4))
-_WORSE = 4.0  # the coarse walk ends when every scale's error exceeds its best so many times
+_WORSE, _WORSE_ALONE = 4.0, 2.0  # the coarse walk ends when the errors exceed their best so many times
 _ENDS = tuple(_COARSE ** (fifth / 5) for fifth in (-6, -4, -2, -1, 1, 2, 4, 6))
 _QUERIES = 128  # per window, evenly spread, on which keys are judged
 
@@ -138,13 +139,18 @@ def search_factors(error_of: ErrorOf, reference: torch.Tensor, two_sided: bool =
     """
     best = torch.ones(len(reference), 2, device=reference.device)
     error = error_of(best)
+    alone = len(reference) == 1
+    worse = _WORSE_ALONE if alone else _WORSE
     for step in range(1, _STEPS + 1):
         factor = torch.full_like(best, _COARSE**step)
         tried = error_of(factor)
         best, error = _keep_better(best, error, factor, tried)
-        if (tried > _WORSE * error).all():
+        if (tried > worse * error).all():
             break
-    best, error = _improve(error_of, best, error, [(best * step).clamp_max(1.0) for step in _FINE])
+    if alone:
+        best, error = _walk(error_of, best, error)
+    else:
+        best, error = _improve(error_of, best, error, [(best * step).clamp_max(1.0) for step in _FINE])
     for end in (0, 1, 0, 1) if two_sided else ():
         moved = torch.tensor([end == 0, end == 1], device=best.device)
         candidates = [torch.where(moved, (best * step).clamp_max(1.0), best) for step in _ENDS]
@@ -163,6 +169,21 @@ def _improve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     for candidate in candidates:
         best, error = _keep_better(best, error, candidate, error_of(candidate))
+    return best, error
+
+
+def _walk(error_of: ErrorOf, start: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of `_FINE` steps around `start` where the error has one minimum: to the side on which it falls."""
+    best = start
+    for steps in (_FINE[3::-1], _FINE[4:]):
+        for step in steps:
+            factor = (start * step).clamp_max(1.0)
+            tried = error_of(factor)
+            if not (tried < error).item():
+                break
+            best, error = factor, tried
+        if best is not start:
+            break
     return best, error
 
 

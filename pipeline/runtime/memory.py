@@ -76,10 +76,21 @@ class Share:
         return cls(tokens, length, min(tokens, runtime.batch_size * length), on_gpu)
 
 
-def make_need(work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0, here: float = 0) -> Need:
-    """`work`: where one computes. `ahead`: the block that is fetched meanwhile, on a GPU. `here`: always the host's."""
+def make_need(
+    work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0, here: float = 0, passing: float = 0
+) -> Need:
+    """What a run needs.
+
+    Args:
+        work: where one computes.
+        ahead: the block that is fetched meanwhile, on a GPU.
+        here: on the host, wherever one computes.
+        passing: on the host of a GPU, what goes through it one after the other where that is more than a block: tables
+            on their way to the GPU, a block on its way to a file. The factors in the plans are those of an H200.
+    """
     has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0) + here
-    return Need(has + streams + (ahead if on_gpu else work), work + ahead if on_gpu else 0, disk, streams)
+    own = max(ahead, passing) if on_gpu else work
+    return Need(has + streams + own, work + ahead if on_gpu else 0, disk, streams)
 
 
 def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:

@@ -29,27 +29,35 @@ def plan_finetuning(
     state = sizes.numbers * (1 + (4 * 6 if trained else 4))
     training = state + sizes.graph(params.batch_size * share.length)
     forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * share.length)
-    phases = [training, forward, sizes.table]
+    phases = [training if params.epochs else 0, forward, sizes.table]
     model = sizes.blocks * sizes.numbers
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(share.tokens)
     limit = memory_limit(runtime)
+    # A block on its way to a file, as it is and as its best state; tables of both models end to end.
+    passing = 8.8 * sizes.numbers + sizes.table if params.epochs else 0
+    passing = max(passing, 3.2 * sizes.table if params.end_to_end.enabled else 0)
+    narrow = params.autocast == "bfloat16" or (params.autocast == "auto" and share.on_gpu)
 
     def put_together(recompute: bool, stream: bool = False) -> Need:
         own, states = [], 0.0
         if params.end_to_end.enabled:
             batch = params.end_to_end.batch_size * whole.length
             states = sizes.blocks * batch * sizes.hidden * (sizes.item if stream else 4)
-            heads = 2 * sizes.vocabulary * sizes.hidden * 4 + 5 * sizes.logits
-            graph = sizes.graph(batch) if recompute else sizes.kept_graphs(batch)
+            heads = 2 * sizes.table + 5 * sizes.logits
+            graph = sizes.graph(batch) * (0.64 if narrow else 1) if recompute else sizes.kept_graphs(batch)
             # Beside integers: scales and the optimizer's state of them, and what a block's integers stand for.
-            weights = model * 0.01 + sizes.numbers * (1 + 4 * 2) if stream else model * 1.05 + sizes.numbers * 4 * 3
+            weights = model * 1.05 + sizes.numbers * 4 * 3
+            if stream:
+                weights = model * 0.01 + sizes.numbers * (1 + sizes.item * 2)
+                weights -= max(0, sizes.ahead - sizes.numbers) if share.on_gpu else 0  # integers are fetched
             own.append(weights + states + graph + heads)
-        need = make_need(max(phases + own), streams, share.on_gpu, disk, ahead=sizes.numbers * sizes.item)
+        place = {"on_gpu": share.on_gpu, "ahead": sizes.ahead, "passing": passing}
+        need = make_need(max(phases + own), streams, disk=disk, **place)
         if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= limit):
             return replace(need, recompute=recompute, stream=stream)
         if stream:  # what is between blocks goes into files too
             work = max([*phases, *(size - states for size in own)])
-            need = make_need(work, streams, share.on_gpu, disk + states, ahead=sizes.numbers * sizes.item)
+            need = make_need(work, streams, disk=disk + states, **place)
         # Saving maps the files once, one stream at a time.
         in_memory = need.memory - streams * (1 - 1 / (2 * kept))
         on_disk = need.disk + streams
