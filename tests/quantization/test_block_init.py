@@ -183,6 +183,22 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
             assert same == (kind == centered), site
 
 
+def test_the_error_of_a_large_weight_is_reported_on_evenly_spread_rows(imported, tmp_path, monkeypatch):
+    """Integers and scales are of all rows, the error is that of every so many."""
+    measure, blocks, judged = block_init._output_energy, [], []
+    for rows in (1024, 12):
+        monkeypatch.setattr(block_init, "_ROWS", rows)
+        own = []
+        monkeypatch.setattr(block_init, "_output_energy", lambda x, *rest, own=own: own.append(x) or measure(x, *rest))
+        blocks.append(quantize_block(imported["llama_tied"], {}, tmp_path / str(rows))[0].state_dict())
+        judged.append(own)
+    assert all(torch.equal(blocks[1][name], tensor) for name, tensor in blocks[0].items())
+    assert len(judged[0]) == len(judged[1]) == 2 * 7
+    for every, part in zip(*judged, strict=True):
+        assert torch.equal(part, every[:: max(1, len(every) // 12)])
+    assert any(len(part) < len(every) for every, part in zip(*judged, strict=True))
+
+
 @pytest.mark.parametrize("columns", [5, 7, 40])
 def test_the_energy_of_an_output_is_the_same_from_slices_of_the_hessian(columns, monkeypatch):
     monkeypatch.setattr(block_init, "_COLUMNS", columns)
