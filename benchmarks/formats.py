@@ -107,7 +107,7 @@ class Bench:
     windows: int
     calibration: int
     length: int
-    rotated: dict[tuple[str, int], Checkpoint] = field(default_factory=dict)
+    models: dict[tuple[str, int], Checkpoint] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: select_device(parse_params(read_params()).runtime))
 
     def measure(self, row: str) -> dict[str, float]:
@@ -143,14 +143,14 @@ class Bench:
     def rotate(self, rotation: str, block: int) -> Checkpoint:
         """The model with a rotation, in blocks of `block` channels where it has any."""
         key = rotation, block if rotation == "block" else 0
-        if key not in self.rotated:
+        if key not in self.models:
             folder = self.work / f"{rotation}-{key[1]}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             model = Checkpoint(self.artifacts / "model", "model")
             rotate_model(model, folder, *ROTATIONS[rotation], 0, torch.float32, self.device, block)
-            self.rotated[key] = Checkpoint(folder, "rotation")
-        return self.rotated[key]
+            self.models[key] = Checkpoint(folder, "rotation")
+        return self.models[key]
 
 
 if __name__ == "__main__":

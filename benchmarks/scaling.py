@@ -154,7 +154,7 @@ def main() -> None:
         return
     rows = read_rows(arguments.json)
     for name in arguments.models:
-        wanted = [row for row in arguments.rows if has_row(name, row) and f"{name}/{row}" not in rows]
+        wanted = [row for row in arguments.rows if f"{name}/{row}" not in rows and has_room(name, row)]
         if not wanted:
             continue
         workspace = Workspace(arguments.work / name)
@@ -166,12 +166,17 @@ def main() -> None:
     print(format_table(rows))
 
 
-def has_row(model: str, row: str) -> bool:
-    """Weights are trained, and evaluated then, where a block's fit into the memory there is."""
-    if row not in ("finetuning", "evaluation@finetuning"):
+def has_room(model: str, row: str) -> bool:
+    """Weights are trained, and evaluated then, where a block's fit into the memory there is; says what is left out."""
+    if row not in ("finetuning", "evaluation@finetuning") or torch.cuda.is_available():
         return True
     block = Sizes.of(Shape(SHAPES[model], False)).numbers * 4
-    return ROWS["finetuning"].blocks * block + FIXED * GIB < psutil.virtual_memory().available
+    if ROWS["finetuning"].blocks * block + FIXED * GIB < psutil.virtual_memory().available:
+        return True
+    print(
+        f"{model}/{row}: left out, {ROWS['finetuning'].blocks} blocks in float32 do not fit into this machine's memory"
+    )
+    return False
 
 
 def make_model(folder: Path, shapes: dict[str, Any]) -> Path:

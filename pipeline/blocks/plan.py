@@ -10,4 +10,4 @@ def plan_walk(checkpoint: Checkpoint, share: Share) -> Need:
     sizes = Sizes.of(checkpoint)
     block = sizes.numbers * sizes.item
     work, streams = block + sizes.forward(share.batch), sizes.stream(share.tokens)
-    return make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=1.65 * sizes.table)
+    return make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=sizes.tables_passing)

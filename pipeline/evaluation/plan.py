@@ -17,14 +17,18 @@ def plan_evaluation(checkpoint: Checkpoint, share: Share, compared: bool, in_mem
     """
     sizes = Sizes.of(checkpoint)
     quantized = bool(checkpoint.settings)
-    block = sizes.numbers * (sizes.item + (1 if quantized else 0))
+    block = sizes.numbers * sizes.item
+    if quantized:  # integers, and one linear in float32 on its way to what they stand for
+        block += sizes.numbers + (4 * sizes.hidden * sizes.inner if sizes.item < 4 else 0)
     scoring = (sizes.table + 9 * sizes.logits) if compared else 5 * sizes.logits
     heads = sizes.table * (1.5 if quantized and sizes.item == 4 else 1)  # stored in bfloat16, computed in float32
     model = sizes.blocks * block + 2 * sizes.table
     asked = task_items * _TASK_TOKENS
-    ahead = (sizes.numbers if quantized else sizes.numbers * sizes.item) if sizes.blocks > 1 else 0
-    phases = [block + sizes.forward(share.batch), heads + scoring - ahead]  # nothing is fetched while one scores
+    ahead = sizes.ahead // sizes.item if quantized else sizes.ahead
+    fetched = ahead if share.on_gpu else 0  # but not while one scores
+    phases = [block + sizes.forward(share.batch), heads + scoring - fetched]
     phases += [model + sizes.forward(share.batch), model + scoring] if in_memory else []
     phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
-    streams, tables = sizes.stream(share.tokens) * (2 if compared else 1), sizes.table * (2 if quantized else 1.65)
-    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=tables)
+    streams = sizes.stream(share.tokens) * (2 if compared else 1)
+    passing = 2 * sizes.table if quantized else sizes.tables_passing
+    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=passing)

@@ -23,7 +23,7 @@ def plan_prefix_search(checkpoint: Checkpoint, share: Share, params: PrefixSearc
     batches = 1.8 if share.on_gpu else 1.0
     work = max(block + batches * sizes.forward(CALIBRATED * share.length), sizes.table + 5 * sizes.logits)
     streams = (1 + MOST_CANDIDATES) * sizes.stream(tokens)
-    compared = make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=1.65 * sizes.table)
+    compared = make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=sizes.tables_passing)
     larger = {name: max(getattr(walked, name), getattr(compared, name)) for name in ("memory", "gpu", "streams")}
     return replace(walked, **larger)
 
@@ -40,17 +40,18 @@ def plan_prefix_training(
     model = 2 * (sizes.blocks * sizes.numbers * sizes.item + sizes.table)  # measured: as read and as run
     streams = sizes.stream(share.tokens) if params.weights.kl else 0
     # Frozen weights need no inputs for the backward pass: less is kept than where scales are trained.
-    kept = make_need(model + heads + 0.75 * sizes.kept_graphs(batch), streams, share.on_gpu)
+    passing = sizes.tables_passing
+    kept = make_need(model + heads + 0.75 * sizes.kept_graphs(batch), streams, share.on_gpu, passing=passing)
     if fits(kept, runtime, share.on_gpu):
         return kept
     states, graph = sizes.blocks * batch * sizes.hidden * 4, 0.85 * sizes.graph(batch)
-    again = make_need(model + heads + states + graph, streams, share.on_gpu)
+    again = make_need(model + heads + states + graph, streams, share.on_gpu, passing=passing)
     if fits(again, runtime, share.on_gpu):
         return replace(again, recompute=True)
     block = sizes.numbers * sizes.item
     work = 2 * (block + sizes.table) + heads + graph
-    need = make_need(work + states, streams, share.on_gpu, ahead=block)
+    need = make_need(work + states, streams, share.on_gpu, ahead=sizes.ahead, passing=passing)
     if runtime.offload == "never" or (runtime.offload == "auto" and fits(need, runtime, share.on_gpu)):
         return replace(need, recompute=True, stream=True)
-    need = make_need(work, streams, share.on_gpu, disk=states, ahead=block)
+    need = make_need(work, streams, share.on_gpu, disk=states, ahead=sizes.ahead, passing=passing)
     return replace(need, offload=True, recompute=True, stream=True)

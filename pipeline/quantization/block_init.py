@@ -119,7 +119,9 @@ class _Chooser:
         if plan["range"] in ("max", "percentile") or (spec.dynamic and not clipping):
             search = keep_range(error_of, reference)
         else:
-            search = search_factors(error_of, reference, two_sided=clipping and not spec.symmetric)
+            two_sided = clipping and not spec.symmetric
+            smooth = plan["range"] == "tensor" or (plan["range"] == "layer" and site in self.readers)
+            search = search_factors(error_of, reference, two_sided, smooth)
         apply(search.factor)
         return _describe(search)
 

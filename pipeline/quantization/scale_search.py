@@ -16,9 +16,9 @@ tokens, for all channels, heads and groups at the same time.
 
 Every search runs over one geometric grid of factors, from 1 (the whole range) down, then in finer steps around the
 best. A factor is always applied to the measured range, never to an earlier result. An asymmetric quantizer then gets
-its two ends refined in turn. The coarse walk ends where no scale can be expected to improve. A single scale, whose
-error is a sum over all values and so smooth, is refined only as long as it gets better. An optimum at the very low end
-of the grid (0.04) means that something is wrong, and is counted and reported.
+its two ends refined in turn. The coarse walk ends where no scale can be expected to improve. A single scale, where its
+error is smooth (a sum over the values, of their own errors or of the outputs'), is refined only as long as it gets
+better. An optimum at the very low end of the grid (0.04) means that something is wrong, and is counted and reported.
 """
 
 import math
@@ -39,7 +39,10 @@ from pipeline.numerics.quantizer import (
 _COARSE = 0.85
 _STEPS = 20  # down to 0.85^20 = 0.039
 _FINE = tuple(_COARSE ** (fifth / 5) for fifth in (-4, -3, -2, -1, 1, 2, 3, 4))
-_WORSE, _WORSE_ALONE = 4.0, 2.0  # the coarse walk ends when the errors exceed their best so many times
+_WORSE = 4.0  # the coarse walk ends when every scale's error exceeds its best so many times
+# And that of one smooth error: clipping what stands out may cost as much as everything else together and still win by
+# the finer steps of that, not more.
+_WORSE_SMOOTH = 2.0
 _ENDS = tuple(_COARSE ** (fifth / 5) for fifth in (-6, -4, -2, -1, 1, 2, 4, 6))
 _QUERIES = 128  # per window, evenly spread, on which keys are judged
 
@@ -129,25 +132,28 @@ class Candidate:
         return fake_quantize(grouped, scale.unsqueeze(-1), self.spec.grid, zero_point).sub_(grouped)
 
 
-def search_factors(error_of: ErrorOf, reference: torch.Tensor, two_sided: bool = False) -> ClipSearch:
+def search_factors(
+    error_of: ErrorOf, reference: torch.Tensor, two_sided: bool = False, smooth: bool = False
+) -> ClipSearch:
     """Find the factors that minimise an error, every scale by itself.
 
     Args:
         error_of: [S, 2] factors -> [S] errors; called at most 29 times, and 32 more when `two_sided`.
         reference: [S], see `ClipSearch`.
         two_sided: refine the factors of the low and the high end one by one after their common one is found.
+        smooth: a single scale's error has one minimum within the grid's coarse step, so that fewer factors are tried.
     """
     best = torch.ones(len(reference), 2, device=reference.device)
     error = error_of(best)
-    alone = len(reference) == 1
-    worse = _WORSE_ALONE if alone else _WORSE
+    smooth = smooth and len(reference) == 1
+    worse = _WORSE_SMOOTH if smooth else _WORSE
     for step in range(1, _STEPS + 1):
         factor = torch.full_like(best, _COARSE**step)
         tried = error_of(factor)
         best, error = _keep_better(best, error, factor, tried)
         if (tried > worse * error).all():
             break
-    if alone:
+    if smooth:
         best, error = _walk(error_of, best, error)
     else:
         best, error = _improve(error_of, best, error, [(best * step).clamp_max(1.0) for step in _FINE])
@@ -173,7 +179,7 @@ def _improve(
 
 
 def _walk(error_of: ErrorOf, start: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of `_FINE` steps around `start` where the error has one minimum: to the side on which it falls."""
+    """The best of `_FINE` steps around `start` for a smooth error: to the side on which it falls."""
     best = start
     for steps in (_FINE[3::-1], _FINE[4:]):
         for step in steps:

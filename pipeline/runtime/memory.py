@@ -85,8 +85,9 @@ def make_need(
         work: where one computes.
         ahead: the block that is fetched meanwhile, on a GPU.
         here: on the host, wherever one computes.
-        passing: on the host of a GPU, what goes through it one after the other where that is more than a block: tables
-            on their way to the GPU, a block on its way to a file. The factors in the plans are those of an H200.
+        passing: on a GPU's host, the largest thing that passes through it, such as tables on their way to the GPU or a
+            block on its way to a file; the larger of it and `ahead` counts. Factors in the plans are fitted to what an
+            H200's host took (docs/scaling.md).
     """
     has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0) + here
     own = max(ahead, passing) if on_gpu else work

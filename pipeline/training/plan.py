@@ -33,10 +33,13 @@ def plan_finetuning(
     model = sizes.blocks * sizes.numbers
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(share.tokens)
     limit = memory_limit(runtime)
-    # A block on its way to a file, as it is and as its best state; tables of both models end to end.
-    passing = 8.8 * sizes.numbers + sizes.table if params.epochs else 0
-    passing = max(passing, 3.2 * sizes.table if params.end_to_end.enabled else 0)
-    narrow = params.autocast == "bfloat16" or (params.autocast == "auto" and share.on_gpu)
+    # A block on its way to a file, trained weights also as their best state; tables of both models end to end.
+    passing = sizes.tables_passing
+    if params.epochs:
+        passing = sizes.numbers * (8.8 if trained else 5) + sizes.table
+    if params.end_to_end.enabled:
+        passing = max(passing, 3.2 * sizes.table)
+    narrow = share.on_gpu and params.autocast != "none" and sizes.item < 4  # what autograd keeps is in bfloat16
 
     def put_together(recompute: bool, stream: bool = False) -> Need:
         own, states = [], 0.0
