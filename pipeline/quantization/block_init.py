@@ -35,6 +35,7 @@ from pipeline.quantization.scale_search import (
 from pipeline.quantization.statistics import BlockStatistics
 
 _COLUMNS = 2048  # of a weight whose product with a Gram matrix is in memory
+_MANY = 2**16  # values, over which a sum of errors is smooth
 _ROWS = 1024  # of a weight, evenly spread, on which the error is reported; up to twice as many are all taken
 SitePlan = dict[str, Any]  # the values of a site's params: bits, range, rounding, …
 
@@ -120,7 +121,8 @@ class _Chooser:
             search = keep_range(error_of, reference)
         else:
             two_sided = clipping and not spec.symmetric
-            smooth = plan["range"] == "tensor" or (plan["range"] == "layer" and site in self.readers)
+            summed = plan["range"] == "tensor" or (plan["range"] == "layer" and site in self.readers)
+            smooth = summed and samples.numel() >= _MANY
             search = search_factors(error_of, reference, two_sided, smooth)
         apply(search.factor)
         return _describe(search)

@@ -17,7 +17,7 @@ tokens, for all channels, heads and groups at the same time.
 Every search runs over one geometric grid of factors, from 1 (the whole range) down, then in finer steps around the
 best. A factor is always applied to the measured range, never to an earlier result. An asymmetric quantizer then gets
 its two ends refined in turn. The coarse walk ends where no scale can be expected to improve. A single scale, where its
-error is smooth (a sum over the values, of their own errors or of the outputs'), is refined only as long as it gets
+error is smooth (a sum over many values, of their own errors or of the outputs'), is refined only as long as it gets
 better. An optimum at the very low end of the grid (0.04) means that something is wrong, and is counted and reported.
 """
 

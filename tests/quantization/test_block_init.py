@@ -13,6 +13,8 @@ from tests.conftest import WINDOW, init_params, open_model
 from tests.rotation.test_merging import rotate
 
 GROUPS = ("weights", "activations", "keys", "values")
+INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
+SITES = (*INPUTS, "key", "value")
 GENERATOR = torch.Generator().manual_seed(9)
 
 
@@ -181,6 +183,28 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
         for site, kind in own.items():
             same = torch.equal(getattr(mixed.self_attn, site).weight, getattr(alike.self_attn, site).weight)
             assert same == (kind == centered), site
+
+
+@pytest.mark.parametrize(("ranges", "smooth"), [("tensor", set(SITES)), ("layer", set(INPUTS)), ("block", set())])
+def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
+    ranges, smooth, imported, tmp_path, monkeypatch
+):
+    """The activations' scales, of their own errors or of the outputs', in the order in which sites are calibrated."""
+    search, asked = block_init.search_factors, []
+
+    def watch(error_of, reference, two_sided=False, smooth=None):
+        asked.append(smooth)
+        return search(error_of, reference, two_sided, bool(smooth))
+
+    monkeypatch.setattr(block_init, "search_factors", watch)
+    changes = {f"{group}.range": ranges for group in GROUPS[1:]}
+    for many, expected in ((2**16, set()), (1, smooth)):
+        monkeypatch.setattr(block_init, "_MANY", many)
+        asked.clear()
+        report = quantize_block(imported["llama_tied"], changes, tmp_path / str(many))[1]
+        sites = [site for site in report if site in SITES]
+        assert len(sites) == 6
+        assert {site for site, own in zip(sites, asked, strict=False) if own} == expected
 
 
 def test_the_error_of_a_large_weight_is_reported_on_evenly_spread_rows(imported, tmp_path, monkeypatch):
