@@ -484,7 +484,8 @@ def test_two_ranks_of_which_one_is_killed_continue_at_a_step_that_both_kept(proj
     done, steps = train(0)
     assert done.returncode == 0, done.stderr
     assert len(set(steps)) == 1
-    assert 2 <= steps[0] < count - 2  # not from the beginning
+    # From the end of the second epoch, or of the first where a rank was still writing the second's when it ended.
+    assert steps[0] in (count // 3, 2 * count // 3)
     assert contents(project / "artifacts/finetuning") == whole
     again = read_json(project / "metrics/finetuning.json")
     assert again["end_to_end"] == metrics["end_to_end"]
