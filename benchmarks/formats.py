@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workspace import append_row, format_markdown, make_parser, override, read_params, read_rows
+from benchmarks.workspace import append_row, find_device, format_markdown, make_parser, override, read_params, read_rows
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import evaluate_windows
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.params import parse_params
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers
@@ -30,7 +29,6 @@ from pipeline.rotation.merging import rotate_model
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.errors import run_main
-from pipeline.runtime.progress import select_device
 from pipeline.text.windows import load_windows, start_behind
 
 GROUPS = ("weights", "activations", "keys", "values")
@@ -108,7 +106,7 @@ class Bench:
     calibration: int
     length: int
     models: dict[tuple[str, int], Checkpoint] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: select_device(parse_params(read_params()).runtime))
+    device: torch.device = field(default_factory=find_device)
 
     def measure(self, row: str) -> dict[str, float]:
         """Corpus -> perplexity of a row."""

@@ -13,16 +13,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import pair_losses
-from benchmarks.workspace import read_params
+from benchmarks.workspace import find_device
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
-from pipeline.params import parse_params
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
-from pipeline.runtime.progress import select_device
 from pipeline.text.calibration import cut_documents
 from pipeline.text.corpora import read_local_documents
 from pipeline.text.windows import load_start_token, load_windows
@@ -69,8 +67,7 @@ def measure_losses(
     checkpoint: Checkpoint, windows: dict[str, torch.Tensor], prefix_kv: torch.Tensor | None, start_token: int | None
 ) -> Losses:
     """-log p of every target, in nats: text -> [N, T - 1] from token ids [N, T]."""
-    device = select_device(parse_params(read_params()).runtime)
-    runner = BlockRunner(checkpoint, device, 1)
+    runner = BlockRunner(checkpoint, find_device(), 1)
     hidden, _, _ = compute_final_hidden(checkpoint, windows, runner, prefix_kv, start_token)
     lm_head = checkpoint.load_lm_head()
     return {text: score_windows(hidden[text], ids, lm_head) for text, ids in windows.items()}

@@ -170,12 +170,10 @@ def has_room(model: str, row: str) -> bool:
     """Weights are trained, and evaluated then, where a block's fit into the memory there is; says what is left out."""
     if row not in ("finetuning", "evaluation@finetuning") or torch.cuda.is_available():
         return True
-    block = Sizes.of(Shape(SHAPES[model], False)).numbers * 4
-    if ROWS["finetuning"].blocks * block + FIXED * GIB < psutil.virtual_memory().available:
+    blocks, size = ROWS["finetuning"].blocks, Sizes.of(Shape(SHAPES[model], False)).numbers * 4
+    if blocks * size + FIXED * GIB < psutil.virtual_memory().available:
         return True
-    print(
-        f"{model}/{row}: left out, {ROWS['finetuning'].blocks} blocks in float32 do not fit into this machine's memory"
-    )
+    print(f"{model}/{row}: left out, {blocks} blocks in float32 do not fit into this machine's memory")
     return False
 
 

@@ -16,12 +16,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pipeline.params import parse_params
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.artifacts import fingerprint, fingerprint_file, write_json
 from pipeline.runtime.errors import PipelineError, reading
+from pipeline.runtime.progress import select_device
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,6 +114,11 @@ def read_rows(path: Path | None) -> dict[str, Any]:
 def read_params() -> dict[str, Any]:
     """The project's params.yaml as a plain mapping."""
     return yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def find_device() -> torch.device:
+    """Where params.yaml's `runtime.device` computes."""
+    return select_device(parse_params(read_params()).runtime)
 
 
 def override(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,9 @@ def plan_evaluation(checkpoint: Checkpoint, share: Share, compared: bool, in_mem
     model = sizes.blocks * block + 2 * sizes.table
     asked = task_items * _TASK_TOKENS
     ahead = sizes.ahead // sizes.item if quantized else sizes.ahead
-    fetched = ahead if share.on_gpu else 0  # but not while one scores
-    phases = [block + sizes.forward(share.batch), heads + scoring - fetched]
+    phases = [block + sizes.forward(share.batch)]
     phases += [model + sizes.forward(share.batch), model + scoring] if in_memory else []
     phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
     streams = sizes.stream(share.tokens) * (2 if compared else 1)
     passing = 2 * sizes.table if quantized else sizes.tables_passing
-    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=passing)
+    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=passing, alone=heads + scoring)

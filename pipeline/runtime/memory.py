@@ -77,7 +77,14 @@ class Share:
 
 
 def make_need(
-    work: float, streams: float, on_gpu: bool, disk: float = 0, ahead: float = 0, here: float = 0, passing: float = 0
+    work: float,
+    streams: float,
+    on_gpu: bool,
+    disk: float = 0,
+    ahead: float = 0,
+    here: float = 0,
+    passing: float = 0,
+    alone: float = 0,
 ) -> Need:
     """What a run needs.
 
@@ -88,10 +95,11 @@ def make_need(
         passing: on a GPU's host, the largest thing that passes through it, such as tables on their way to the GPU or a
             block on its way to a file; the larger of it and `ahead` counts. Factors in the plans are fitted to what an
             H200's host took (docs/scaling.md).
+        alone: where one computes, in phases that fetch no block ahead.
     """
     has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0) + here
-    own = max(ahead, passing) if on_gpu else work
-    return Need(has + streams + own, work + ahead if on_gpu else 0, disk, streams)
+    own = max(ahead, passing) if on_gpu else max(work, alone)
+    return Need(has + streams + own, max(work + ahead, alone) if on_gpu else 0, disk, streams)
 
 
 def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:

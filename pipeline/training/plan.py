@@ -42,25 +42,23 @@ def plan_finetuning(
     narrow = share.on_gpu and params.autocast != "none" and sizes.item < 4  # what autograd keeps is in bfloat16
 
     def put_together(recompute: bool, stream: bool = False) -> Need:
-        own, states = [], 0.0
+        whole_model, states = 0.0, 0.0
         if params.end_to_end.enabled:
             batch = params.end_to_end.batch_size * whole.length
             states = sizes.blocks * batch * sizes.hidden * (sizes.item if stream else 4)
             heads = 2 * sizes.table + 5 * sizes.logits
             graph = sizes.graph(batch) * (0.64 if narrow else 1) if recompute else sizes.kept_graphs(batch)
             # Beside integers: scales and the optimizer's state of them, and what a block's integers stand for.
-            weights = model * 1.05 + sizes.numbers * 4 * 3
-            if stream:
-                weights = model * 0.01 + sizes.numbers * (1 + sizes.item * 2)
-                weights -= max(0, sizes.ahead - sizes.numbers) if share.on_gpu else 0  # integers are fetched
-            own.append(weights + states + graph + heads)
+            weights, ahead = model * 1.05 + sizes.numbers * 4 * 3, sizes.ahead
+            if stream:  # integers are what is fetched
+                weights, ahead = model * 0.01 + sizes.numbers * (1 + sizes.item * 2), min(sizes.ahead, sizes.numbers)
+            whole_model = weights + states + graph + heads + (ahead if share.on_gpu else 0)
         place = {"on_gpu": share.on_gpu, "ahead": sizes.ahead, "passing": passing}
-        need = make_need(max(phases + own), streams, disk=disk, **place)
+        need = make_need(max(phases), streams, disk=disk, alone=whole_model, **place)
         if runtime.offload == "never" or (runtime.offload == "auto" and need.memory <= limit):
             return replace(need, recompute=recompute, stream=stream)
         if stream:  # what is between blocks goes into files too
-            work = max([*phases, *(size - states for size in own)])
-            need = make_need(work, streams, disk=disk + states, **place)
+            need = make_need(max(phases), streams, disk=disk + states, alone=whole_model - states, **place)
         # Saving maps the files once, one stream at a time.
         in_memory = need.memory - streams * (1 - 1 / (2 * kept))
         on_disk = need.disk + streams
