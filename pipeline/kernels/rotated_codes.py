@@ -16,6 +16,8 @@ from pipeline.kernels.compiler import DTYPES, find_kernels
 from pipeline.numerics.hadamard import HadamardTransform, paley_matrix, plan_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer
 
+_CPU = torch.device("cpu")
+
 
 class RotatedCodes(nn.Module):
     """x [..., width], float32 or bfloat16 -> codes uint8 of the same shape."""
@@ -57,23 +59,34 @@ class RotatedCodes(nn.Module):
 
 
 class CodesByTorch(nn.Module):
-    """`RotatedCodes` where there are no kernels; in the dtype of x."""
+    """`RotatedCodes` where there are no kernels, and on other devices than CPUs; in the dtype of x."""
 
     def __init__(
-        self, quantizer: ActivationQuantizer, width: int, rotate: bool, dtype: torch.dtype, block_size: int = -1
+        self,
+        quantizer: ActivationQuantizer,
+        width: int,
+        rotate: bool,
+        dtype: torch.dtype,
+        block_size: int = -1,
+        device: torch.device = _CPU,
     ) -> None:
         super().__init__()
-        self.quantizer = quantizer
-        self.transform = HadamardTransform(width, dtype, block_size) if rotate else None
+        self.quantizer = quantizer.to(device)
+        self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quantizer.to_codes(x if self.transform is None else self.transform(x))
 
 
 def make_codes(
-    quantizer: ActivationQuantizer, width: int, rotate: bool, dtype: torch.dtype, block_size: int = -1
+    quantizer: ActivationQuantizer,
+    width: int,
+    rotate: bool,
+    dtype: torch.dtype,
+    block_size: int = -1,
+    device: torch.device = _CPU,
 ) -> nn.Module:
-    """The faster of the two that this machine has; `dtype`: of x."""
-    if find_kernels() and dtype in DTYPES:
+    """The faster of the two that there is for `dtype` and `device`, those of x."""
+    if device.type == "cpu" and dtype in DTYPES and find_kernels():
         return RotatedCodes(quantizer, width, rotate, block_size)
-    return CodesByTorch(quantizer, width, rotate, dtype, block_size)
+    return CodesByTorch(quantizer, width, rotate, dtype, block_size, device)

@@ -141,22 +141,24 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
     # autocast would round the matrices: lengths would be kept to 0.2 % only, and differently when it is off.
     narrowed = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if narrowed else contextlib.nullcontext():
-        return _apply_factors(x, plan, factors, inverse)
+        return _apply_factors(x, plan, factors, inverse, _has_kernel(x))
 
 
 class HadamardTransform(nn.Module):
-    """`hadamard_transform` for one width and dtype that holds its matrices: what `torch.compile` can look into.
+    """`hadamard_transform` for one width, dtype and device that holds its matrices: what `torch.compile` can look into.
 
-    The matrices are those that a CPU is fast with.
+    The matrices are those that the device is fast with.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1) -> None:
+    def __init__(
+        self, width: int, dtype: torch.dtype, block_size: int = -1, device: torch.device = torch.device("cpu")
+    ) -> None:
         super().__init__()
         self.plan = plan_hadamard(width if block_size == -1 else block_size)
-        factors = list_factors(self.plan, False)
+        factors = list_factors(self.plan, device.type == "cuda")
         self.names = [f"factor_{place}" for place in range(len(factors))]  # two of them may be one matrix
         for place, pair in enumerate(factors):
-            self.register_buffer(self.names[place], _factor(*pair, dtype, torch.device("cpu")), persistent=False)
+            self.register_buffer(self.names[place], _factor(*pair, dtype, device), persistent=False)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return _apply_factors(x, self.plan, [getattr(self, name) for name in self.names], inverse)
@@ -187,11 +189,16 @@ def list_factors(plan: HadamardPlan, on_gpu: bool) -> tuple[tuple[int, int], ...
     return tuple(factors)
 
 
-def _apply_factors(x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tensor], inverse: bool) -> torch.Tensor:
-    """x times the Kronecker product of `factors`, each [order, order], Paley's first; every block by itself."""
+def _apply_factors(
+    x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tensor], inverse: bool, kernel: bool = False
+) -> torch.Tensor:
+    """x times the Kronecker product of `factors`, each [order, order], Paley's first; every block by itself.
+
+    With `kernel` those of Sylvester go through `fast_hadamard_transform`.
+    """
     after, y = plan.order, x
     for place, matrix in enumerate(factors):
-        if place == len(plan.paley) and _has_kernel(x):
+        if place == len(plan.paley) and kernel:
             y = _cuda_hadamard_transform(y.reshape(-1, after).contiguous(), 1 / math.sqrt(after))
             break
         order, paley = matrix.shape[0], place < len(plan.paley)

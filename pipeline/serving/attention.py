@@ -21,6 +21,8 @@ from pipeline.numerics.formats import INT
 from pipeline.numerics.hadamard import HadamardTransform, plan_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
 
+_CPU = torch.device("cpu")
+
 
 class TurnedKeys(nn.Module):
     """In the place of a layer's RoPE: (positions [T], queries [T, H d], keys [T, K d]) -> queries and keys.
@@ -29,14 +31,16 @@ class TurnedKeys(nn.Module):
         positions: of the tokens that come next, for `CachedValues`.
     """
 
-    def __init__(self, rope: nn.Module, quantizer: KeyQuantizer, dtype: torch.dtype) -> None:
-        """`dtype`: in which the model computes."""
+    def __init__(
+        self, rope: nn.Module, quantizer: KeyQuantizer, dtype: torch.dtype, device: torch.device = _CPU
+    ) -> None:
+        """`dtype`, `device`: in and on which the model computes."""
         super().__init__()
-        self.rope, self.quantizer = rope, quantizer
+        self.rope, self.quantizer = rope, quantizer.to(device)
         if quantizer.rotate:
             own = torch.float32 if quantizer.mean_taken_out else dtype
-            quantizer.transform = HadamardTransform(quantizer.head_dim, own)
-        self.in_one_pass = fits_one_pass(quantizer) and find_kernels()
+            quantizer.transform = HadamardTransform(quantizer.head_dim, own, device=device)
+        self.in_one_pass = device.type == "cpu" and fits_one_pass(quantizer) and find_kernels()
         self.positions: torch.Tensor | None = None
 
     def forward(
@@ -81,14 +85,19 @@ class CachedValues(nn.Module):
     """In the place of a layer's attention: (queries [T, H d], keys, values [T, K d]) -> [T, H d]."""
 
     def __init__(
-        self, attention: nn.Module, turned: TurnedKeys, quantizer: ActivationQuantizer, prefix_kv: torch.Tensor | None
+        self,
+        attention: nn.Module,
+        turned: TurnedKeys,
+        quantizer: ActivationQuantizer,
+        prefix_kv: torch.Tensor | None,
+        device: torch.device = _CPU,
     ) -> None:
-        """`prefix_kv`: [2, K, P, d], keys behind RoPE and values of this layer, or None."""
+        """`prefix_kv`: [2, K, P, d], keys behind RoPE and values of this layer, or None; it goes to `device`."""
         super().__init__()
-        self.attention, self.quantizer = attention, quantizer
+        self.attention, self.quantizer = attention, quantizer.to(device)
         self._turned = (turned,)  # a tuple: it is a module of the layer already
         self.heads = turned.quantizer.heads
-        self.prefix = None if prefix_kv is None else prefix_kv.transpose(1, 2).flatten(2).contiguous()
+        self.prefix = None if prefix_kv is None else prefix_kv.transpose(1, 2).flatten(2).contiguous().to(device)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         values = as_rows(self.quantizer(as_heads(values, self.heads)))

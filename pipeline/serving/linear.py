@@ -4,7 +4,8 @@
 
 Each output channel keeps its own scale, so nothing changes by putting them together. With static ranges and one scale a
 channel integers are multiplied; everything else is computed as it was evaluated, with the input's quantizer acting and
-weights that are dequantized once, when they are loaded.
+weights that are dequantized once, when they are loaded. Exported linears lie on the CPU; what is made of them goes to
+the device of the engine.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ class ServedLinear(nn.Module):
         dtype: torch.dtype,
         multiply: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
         block_size: int = -1,
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         """
         Args:
@@ -40,20 +42,21 @@ class ServedLinear(nn.Module):
             dtype: in which the model computes.
             multiply: makes a product of integers (product.py has vLLM's); None: none is exact here.
             block_size: the transform acts on so many channels at a time; -1: on all.
+            device: where the model computes.
         """
         super().__init__()
         self.width, width = sum(part.out_features for part in parts), parts[0].in_features
         self.codes = self.product = self.weight = self.bias = None
         if multiply is not None and fits_integers(quantizer, parts):
-            self.product = multiply(gather_operands(quantizer, parts), dtype)
-            self.codes = make_codes(quantizer, width, rotate, dtype, block_size)
+            self.product = multiply(gather_operands(quantizer, parts), dtype).to(device)
+            self.codes = make_codes(quantizer, width, rotate, dtype, block_size, device)
             return
-        self.quantizer = quantizer
-        self.transform = HadamardTransform(width, dtype, block_size) if rotate else None
-        self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts])
+        self.quantizer = quantizer.to(device)
+        self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
+        self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]).to(device)
         if any(part.bias is not None for part in parts):
             own = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-            self.bias = torch.cat([bias.to(dtype) for bias in own])
+            self.bias = torch.cat([bias.to(dtype) for bias in own]).to(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.product is not None:

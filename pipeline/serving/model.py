@@ -44,21 +44,22 @@ class PrefixQuantModel(nn.Module):
         check_engine(vllm_config, self.exported.prefix["tokens"])
         skeleton_config = copy.deepcopy(vllm_config.model_config.hf_config)
         del skeleton_config.quantization_config
-        skeleton = build_skeleton(skeleton_config)
+        with torch.device("cpu"):  # vLLM has set the engine's
+            skeleton = build_skeleton(skeleton_config)
+            build_packed_(skeleton, self.exported)
         stop_sliding_(vllm_config, skeleton, self.exported.prefix["tokens"])
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
                 module.bias = None  # what is put into it has its own
         self.config_of_engine = vllm_config
-        build_packed_(skeleton, self.exported)
         self._skeleton = (skeleton,)  # a tuple: no part of the model
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         (skeleton,) = self._skeleton
         if skeleton is None:
             raise ServingError("weights cannot be loaded a second time into a served model: start it anew")
-        tensors = dict(weights)
+        tensors = {name: tensor.cpu() for name, tensor in weights}
         _, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
         if (missing := find_missing(skeleton, tensors)) or unexpected:
             raise ExportError(
@@ -66,7 +67,8 @@ class PrefixQuantModel(nn.Module):
                 f"{unexpected[:3]}; get an intact copy"
             )
         # vLLM names the code it keeps by this:
-        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors, find_kernels())
+        kernels = self.config_of_engine.device_config.device_type == "cpu" and find_kernels()
+        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors, kernels)
         own = {name for name, _ in self.named_parameters()}
         loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
         if own - loaded:
@@ -125,7 +127,7 @@ def fill_layer_(
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
-    attention = layer.self_attn
+    attention, device = layer.self_attn, layer.input_layernorm.weight.device
     places = {
         "attention_input": attention.qkv_proj,
         "attention_output": attention.o_proj,
@@ -135,12 +137,14 @@ def fill_layer_(
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(reader) for reader in readers]
         rotate, block_size = find_rotation(block, architecture, site)
-        served = ServedLinear(parts, quantizers[site], rotate, dtype, find_product(), block_size)
+        product = find_product(dtype, device, [parts[0].in_features, *(part.out_features for part in parts)])
+        served = ServedLinear(parts, quantizers[site], rotate, dtype, product, block_size, device)
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)
-    attention.rotary_emb = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer, dtype)
-    attention.attn = CachedValues(attention.attn, attention.rotary_emb, block.self_attn.value_quantizer, prefix_kv)
+    turned = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer, dtype, device)
+    attention.rotary_emb = turned
+    attention.attn = CachedValues(attention.attn, turned, block.self_attn.value_quantizer, prefix_kv, device)
 
 
 class PrefixQuantLlamaForCausalLM(PrefixQuantModel, LlamaForCausalLM):

@@ -91,7 +91,7 @@ def check_engine(config: VllmConfig, prefix: int) -> None:
     device, cache = config.device_config.device_type, config.cache_config.cache_dtype
     limit = find_rope_limit(model.hf_config)
     refused = {
-        f"device={device}": device != "cpu" and "its kernels are for CPUs so far",
+        f"device={device}": device not in ("cpu", "cuda") and "its products are for CPUs and NVIDIA's GPUs so far",
         f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1
         and "R4 and the ranges of a tensor need all channels in one place",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1

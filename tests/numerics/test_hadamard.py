@@ -14,6 +14,7 @@ from pipeline.numerics.hadamard import (
     random_orthogonal,
     random_signs,
 )
+from tests.gpu_double import CUDA, GpuDouble
 
 ORDERS = [1, 2, 4, 12, 20, 28, 36, 40, 52, 60, 64, 108, 140, 156, 172, 344, 576, 1536]
 LARGE = [4864, 9728, 11008, 13696, 14336, 18944, 25600, 28672, 29568]
@@ -105,6 +106,28 @@ def test_held_matrices_transform_alike_and_are_no_part_of_compiled_code(n, block
     graph, _ = torch._dynamo.export(held)(x, inverse)
     called = {node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method")}
     assert not called & {torch.kron, torch.ones, torch.zeros, torch.eye, torch.tensor}
+
+
+@pytest.mark.parametrize("n", [64, 576, 172, 4096])
+def test_on_a_gpu_the_package_transforms_by_the_power_of_two_and_is_no_part_of_compiled_code(monkeypatch, n):
+    """`fast_hadamard_transform(x, scale)` is F.linear(x, H) scale, as its documentation says, any power of two wide."""
+    calls = []
+
+    def transform(x, scale):
+        assert x.is_contiguous()
+        calls.append(x.shape)
+        return x @ _factor(1, x.shape[-1], x.dtype, x.device) * math.sqrt(x.shape[-1]) * scale
+
+    monkeypatch.setattr("pipeline.numerics.hadamard._cuda_hadamard_transform", transform)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
+    with GpuDouble():
+        for inverse in (False, True):
+            expected = hadamard_transform(x, inverse)
+            assert torch.allclose(hadamard_transform(x.to(CUDA), inverse).cpu(), expected, atol=1e-5)
+            assert len(calls) == 1 + inverse
+            held = HadamardTransform(n, torch.float32, device=CUDA)
+            assert torch.allclose(held(x.to(CUDA), inverse).cpu(), expected, atol=1e-5)
+            assert len(calls) == 1 + inverse
 
 
 def test_width_zero_is_refused():

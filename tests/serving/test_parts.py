@@ -1,5 +1,7 @@
 """What vLLM is given in place of its linears, RoPE and attention; these parts need no vLLM."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -17,8 +19,23 @@ from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.linear import ServedLinear
 from tests.export.test_folder import make_export
 from tests.export.test_prefixed_model import PREFIX, QUANTIZERS
+from tests.gpu_double import CUDA, GpuDouble
 
 HEADS, WIDTH, TOKENS = 2, 12, 9  # of the tiny Llama's keys
+
+
+class DenseProduct(nn.Module):
+    """What products of integers compute, in float64, on any device."""
+
+    def __init__(self, operands, dtype):
+        super().__init__()
+        self.dtype, self.scale, self.zero_point = dtype, operands.scale, operands.zero_point
+        for name in ("integers", "weight_scale", "constant"):
+            self.register_buffer(name, getattr(operands, name))
+
+    def forward(self, codes):
+        sums = (codes.double() - self.zero_point) @ self.integers.double().T
+        return (sums * self.weight_scale * self.scale + self.constant).to(self.dtype)
 
 
 def load_block(imported, folder, family="llama_tied", kind="static"):
@@ -47,6 +64,28 @@ def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, int
         served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct if integers else None)
         assert (served.product is not None) == (integers and kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("multiply", [None, DenseProduct])
+@torch.no_grad()
+def test_on_a_gpu_linears_compute_there(imported, tmp_path, multiply, kind):
+    """Everything lies on the engine's device, and the host waits for nothing."""
+    block, config, settings, _ = load_block(imported, tmp_path, "llama_untied_biases", kind)
+    architecture = find_architecture(config)
+    quantizers = find_site_quantizers(block, architecture)
+    block.self_attn.k_proj._forward_hooks.clear()
+    for site, readers in architecture.site_readers.items():
+        parts = [block.get_submodule(name) for name in readers]
+        x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
+        rotate = {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}.get(site, False)
+        expected = ServedLinear(parts, copy.deepcopy(quantizers[site]), rotate, torch.float32, multiply)(x)
+        with GpuDouble() as gpu:
+            served = ServedLinear(parts, quantizers[site], rotate, torch.float32, multiply, device=CUDA)
+            gpu.waits.clear()
+            found = served(x.to(CUDA))
+            assert not gpu.waits and found.device == CUDA
+            assert (found.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Rope(nn.Module):
@@ -104,6 +143,17 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     found = torch.stack([split(x)[0] for x in engine.seen])
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(own_queries, rope(positions, queries, keys)[0])
+    with GpuDouble() as gpu:
+        engine = Attention()
+        turned = TurnedKeys(Rope().to(CUDA), keys_, torch.float32, CUDA)
+        served = CachedValues(engine, turned, values_, prefix_kv, CUDA)
+        positions, queries, keys, values = (x.to(CUDA) for x in (positions, queries, keys, values))
+        gpu.waits.clear()
+        own_queries, own_keys = turned(positions, queries, keys)
+        assert served(own_queries, own_keys, values).device == CUDA
+        assert not gpu.waits
+        found = torch.stack([split(x.cpu())[0] for x in engine.seen])
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def make_keys(width, spec, rotate, dtype):

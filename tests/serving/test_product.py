@@ -1,12 +1,49 @@
-"""vLLM's kernel for integers: the same product as PyTorch's, and no more rounding."""
+"""vLLM's kernels for integers: the same product as PyTorch's, and no more rounding.
+
+That for GPUs is none of vLLM for CPUs: it is declared here as vLLM declares it, and what it stands for is computed.
+"""
 
 import pytest
 import torch
 
 from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.kernels.operands import IntegerOperands
+from tests.gpu_double import CUDA, GpuDouble
 
 pytestmark = pytest.mark.serving
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cutlass():
+    """csrc/torch_bindings.cpp of vLLM has the schema; out = scale_a scale_b (a b - azp_adj) is its documentation's."""
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define(
+        "cutlass_scaled_mm_azp(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor azp_adj, "
+        "Tensor? azp, Tensor? bias) -> ()"
+    )
+
+    def multiply(out, a, b, a_scales, b_scales, azp_adj, azp, bias):
+        assert (a.dtype, b.dtype, azp_adj.dtype) == (torch.int8, torch.int8, torch.int32)
+        assert a.is_contiguous() and b.T.is_contiguous() and azp is None and bias is None
+        assert all(tensor.is_contiguous() for tensor in (a_scales, b_scales, azp_adj))
+        assert (a_scales.numel(), b_scales.numel(), azp_adj.numel()) == (1, b.shape[1], b.shape[1])
+        sums = a.long() @ b.long() - azp_adj.flatten()
+        out.copy_(a_scales * b_scales.flatten() * sums)
+
+    library.impl("cutlass_scaled_mm_azp", multiply, "CPU")
+    torch.library.register_fake("_C::cutlass_scaled_mm_azp", lambda *operands: None, lib=library)
+    forget_kernels()
+    yield library
+    library._destroy()
+    forget_kernels()
+
+
+def forget_kernels():
+    from pipeline.serving import product
+
+    product.is_exact.cache_clear()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -14,24 +51,83 @@ pytestmark = pytest.mark.serving
 def test_product_is_that_of_pytorch(bits, zero_point):
     from pipeline.serving.product import ServedProduct
 
-    generator = torch.Generator().manual_seed(0)
-    integers = torch.randint(-128, 128, (24, 36), generator=generator, dtype=torch.int8)
-    weight_scale, constant = torch.rand(24, generator=generator), 1000 * torch.randn(24, generator=generator)
-    operands = IntegerOperands(integers, weight_scale, 0.3, zero_point << (bits - 4), constant)
-    for tokens in (1, 5):
-        codes = torch.randint(0, 1 << bits, (tokens, 36), generator=generator, dtype=torch.uint8)
+    operands, codes_of = make_operands(bits, zero_point, out=24, width=36)
+    for codes in codes_of:
         exact = IntegerProduct(operands, torch.float32)(codes)
         found = ServedProduct(operands, torch.float32)(codes)
         assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
         rounded = ServedProduct(operands, torch.bfloat16)(codes)
-        product = (exact - constant).abs() + exact.abs()  # of these two, once each, and nothing of the constant
-        assert ((rounded.float() - exact).abs() <= 2**-8 * product).all()
+        check_rounded(rounded, exact, operands.constant)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_point", [0, 7, 15])
+def test_product_on_a_gpu_is_that_of_pytorch(cutlass, bits, zero_point):
+    """Its tensors lie there, the host waits for nothing, and vLLM can compile it."""
+    from pipeline.serving.product import CutlassProduct
+
+    operands, codes_of = make_operands(bits, zero_point, out=48, width=32)
+    product = CutlassProduct(operands, torch.bfloat16)
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    for codes in codes_of:
+        found = product(codes)
+        check_rounded(found, IntegerProduct(operands, torch.float32)(codes), operands.constant)
+        assert torch.equal(compiled(codes), found)
+        with GpuDouble() as gpu:
+            there, sent = CutlassProduct(operands, torch.bfloat16).to(CUDA), codes.to(CUDA)
+            own = there(sent)
+            assert not gpu.waits and own.device == CUDA
+            assert torch.equal(own.cpu(), found)
+
+
+def make_operands(bits, zero_point, out, width):
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-128, 128, (out, width), generator=generator, dtype=torch.int8)
+    weight_scale, constant = torch.rand(out, generator=generator), 1000 * torch.randn(out, generator=generator)
+    operands = IntegerOperands(integers, weight_scale, 0.3, zero_point << (bits - 4), constant)
+    shapes = (1, width), (5, width)
+    return operands, [torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8) for shape in shapes]
+
+
+def check_rounded(rounded, exact, constant):
+    assert rounded.dtype == torch.bfloat16
+    product = (exact - constant).abs() + exact.abs()  # of these two, once each, and nothing of the constant
+    assert ((rounded.float() - exact).abs() <= 2**-8 * product).all()
 
 
 def test_a_kernel_that_is_not_exact_is_left_out(monkeypatch):
     from pipeline.serving import product
 
-    assert product.find_product() is product.ServedProduct
+    forget_kernels()
+    assert product.find_product(torch.bfloat16, CPU, [3]) is product.ServedProduct
     exact = product.ServedProduct.forward
     monkeypatch.setattr(product.ServedProduct, "forward", lambda self, codes: exact(self, codes) + 1)
-    assert product.find_product.__wrapped__() is None
+    forget_kernels()
+    assert product.find_product(torch.bfloat16, CPU, [3]) is None
+    forget_kernels()
+
+
+def test_a_gpu_multiplies_integers_where_its_kernel_can(cutlass, monkeypatch):
+    from pipeline.serving import product
+
+    with GpuDouble():
+        assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is product.CutlassProduct
+        assert product.find_product(torch.float32, CUDA, [32, 48]) is None
+        assert product.find_product(torch.bfloat16, CUDA, [32, 24]) is None
+        forget_kernels()
+
+        def refuse(*operands):
+            raise NotImplementedError("No compiled cutlass_scaled_mm_azp for CUDA device capability: 120")
+
+        monkeypatch.setattr(product.kernels, "cutlass_scaled_mm_azp", refuse)
+        assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
+        forget_kernels()
+
+
+def test_without_the_kernel_of_a_gpu_weights_are_dequantized():
+    from pipeline.serving import product
+
+    forget_kernels()
+    with GpuDouble():
+        assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
+    forget_kernels()
