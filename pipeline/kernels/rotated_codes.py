@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from pipeline.kernels.compiler import DTYPES, find_kernels
-from pipeline.numerics.hadamard import HadamardTransform, paley_matrix, plan_hadamard
+from pipeline.numerics.hadamard import CPU, HadamardTransform, paley_matrix, plan_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer
-
-_CPU = torch.device("cpu")
 
 
 class RotatedCodes(nn.Module):
@@ -68,7 +66,7 @@ class CodesByTorch(nn.Module):
         rotate: bool,
         dtype: torch.dtype,
         block_size: int = -1,
-        device: torch.device = _CPU,
+        device: torch.device = CPU,
     ) -> None:
         super().__init__()
         self.quantizer = quantizer.to(device)
@@ -84,7 +82,7 @@ def make_codes(
     rotate: bool,
     dtype: torch.dtype,
     block_size: int = -1,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> nn.Module:
     """The faster of the two that there is for `dtype` and `device`, those of x."""
     if device.type == "cpu" and dtype in DTYPES and find_kernels():

@@ -28,6 +28,7 @@ try:
 except ImportError:
     _cuda_hadamard_transform = None
 
+CPU = torch.device("cpu")
 # A power of two is applied as a few matrix products of orders between these: faster on a CPU than butterflies, and than
 # products of a few columns, which take up to fifty times as long. On a GPU each product is a pass through memory, so
 # that what is beyond the largest order goes into Paley's matrix (`python -m benchmarks.hadamard`).
@@ -150,9 +151,7 @@ class HadamardTransform(nn.Module):
     The matrices are those that the device is fast with.
     """
 
-    def __init__(
-        self, width: int, dtype: torch.dtype, block_size: int = -1, device: torch.device = torch.device("cpu")
-    ) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1, device: torch.device = CPU) -> None:
         super().__init__()
         self.plan = plan_hadamard(width if block_size == -1 else block_size)
         factors = list_factors(self.plan, device.type == "cuda")

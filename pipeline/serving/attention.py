@@ -18,10 +18,8 @@ from torch import nn
 from pipeline.blocks.kv_cache import KeyQuantizer
 from pipeline.kernels.compiler import find_kernels
 from pipeline.numerics.formats import INT
-from pipeline.numerics.hadamard import HadamardTransform, plan_hadamard
+from pipeline.numerics.hadamard import CPU, HadamardTransform, plan_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
-
-_CPU = torch.device("cpu")
 
 
 class TurnedKeys(nn.Module):
@@ -32,7 +30,7 @@ class TurnedKeys(nn.Module):
     """
 
     def __init__(
-        self, rope: nn.Module, quantizer: KeyQuantizer, dtype: torch.dtype, device: torch.device = _CPU
+        self, rope: nn.Module, quantizer: KeyQuantizer, dtype: torch.dtype, device: torch.device = CPU
     ) -> None:
         """`dtype`, `device`: in and on which the model computes."""
         super().__init__()
@@ -90,7 +88,7 @@ class CachedValues(nn.Module):
         turned: TurnedKeys,
         quantizer: ActivationQuantizer,
         prefix_kv: torch.Tensor | None,
-        device: torch.device = _CPU,
+        device: torch.device = CPU,
     ) -> None:
         """`prefix_kv`: [2, K, P, d], keys behind RoPE and values of this layer, or None; it goes to `device`."""
         super().__init__()

@@ -17,7 +17,7 @@ from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.export.packed_block import fits_integers, gather_operands
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import make_codes
-from pipeline.numerics.hadamard import HadamardTransform
+from pipeline.numerics.hadamard import CPU, HadamardTransform
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
@@ -32,7 +32,7 @@ class ServedLinear(nn.Module):
         dtype: torch.dtype,
         multiply: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
         block_size: int = -1,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = CPU,
     ) -> None:
         """
         Args:

@@ -84,7 +84,8 @@ def test_on_a_gpu_linears_compute_there(imported, tmp_path, multiply, kind):
             served = ServedLinear(parts, quantizers[site], rotate, torch.float32, multiply, device=CUDA)
             gpu.waits.clear()
             found = served(x.to(CUDA))
-            assert not gpu.waits and found.device == CUDA
+            assert not gpu.waits
+            assert found.device == CUDA
             assert (found.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

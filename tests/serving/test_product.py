@@ -25,8 +25,8 @@ def cutlass():
 
     def multiply(out, a, b, a_scales, b_scales, azp_adj, azp, bias):
         assert (a.dtype, b.dtype, azp_adj.dtype) == (torch.int8, torch.int8, torch.int32)
-        assert a.is_contiguous() and b.T.is_contiguous() and azp is None and bias is None
-        assert all(tensor.is_contiguous() for tensor in (a_scales, b_scales, azp_adj))
+        assert (azp, bias) == (None, None)
+        assert all(tensor.is_contiguous() for tensor in (a, b.T, a_scales, b_scales, azp_adj))
         assert (a_scales.numel(), b_scales.numel(), azp_adj.numel()) == (1, b.shape[1], b.shape[1])
         sums = a.long() @ b.long() - azp_adj.flatten()
         out.copy_(a_scales * b_scales.flatten() * sums)
@@ -76,7 +76,8 @@ def test_product_on_a_gpu_is_that_of_pytorch(cutlass, bits, zero_point):
         with GpuDouble() as gpu:
             there, sent = CutlassProduct(operands, torch.bfloat16).to(CUDA), codes.to(CUDA)
             own = there(sent)
-            assert not gpu.waits and own.device == CUDA
+            assert not gpu.waits
+            assert own.device == CUDA
             assert torch.equal(own.cpu(), found)
 
 
