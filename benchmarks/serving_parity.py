@@ -1,7 +1,7 @@
 """vLLM against transformers on one exported folder: log-probabilities, greedy continuations, perplexity.
 
-    W=artifacts/calibration/evaluation/wikipedia.safetensors
-    python -m benchmarks.serving_parity artifacts/export --windows $W --perplexity 4
+    W=artifacts/calibration/evaluation
+    python -m benchmarks.serving_parity artifacts/export --windows $W/*.safetensors --perplexity 4
 
 To be run where vLLM is installed (`make serve-setup`; docs/serving.md). Both read the same 8 texts of different
 lengths, all at once in vLLM, one by one in transformers (`pipeline.quantized_model.load`), and continue them greedily.
@@ -21,6 +21,7 @@ token's output relative to its size, and `rounded_otherwise`, the share of outpu
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ CONTINUED, NEW_TOKENS = 20, 64
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
-    parser.add_argument("--windows", type=Path, help="held-out token windows to read; default: random tokens")
-    parser.add_argument("--perplexity", type=whole(0), default=0, metavar="N", help="of the first N windows, in both")
+    parser.add_argument(
+        "--windows", type=Path, nargs="*", default=[], help="files of held-out token windows; default: random tokens"
+    )
+    parser.add_argument(
+        "--perplexity", type=whole(0), default=0, metavar="N", help="of N windows of each file, in both"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--chunk", type=whole(1), default=96, help="tokens that vLLM reads at a time: texts come in chunks"
@@ -55,12 +60,14 @@ def main() -> None:
     )
     parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
+    if arguments.perplexity and not arguments.windows:
+        parser.error("--perplexity needs --windows")
     print(json.dumps(compare(**vars(arguments))))
 
 
 def compare(
     folder: Path,
-    windows: Path | None = None,
+    windows: Sequence[Path] = (),
     perplexity: int = 0,
     dtype: str = "float32",
     chunk: int = 96,
@@ -104,9 +111,14 @@ def compare(
     values |= {"continued": len(starts), "equal": len(starts) - len(gaps), "largest_tie": max(gaps, default=0.0)}
     values["noise_equal"] = sum(alike for _, alike in found)
     if perplexity:
-        texts = [strip_start_token(row.tolist(), model) for row in load_windows(windows).token_ids[:perplexity]]
-        values["perplexity_vllm"] = compute_perplexity(score_served(llm, texts))
-        values["perplexity_transformers"] = compute_perplexity([score(model, text) for text in texts])
+        texts = {
+            path.stem: [strip_start_token(row.tolist(), model) for row in load_windows(path).token_ids[:perplexity]]
+            for path in windows
+        }
+        served = {name: score_served(llm, own) for name, own in texts.items()}
+        values["perplexity_vllm"] = compute_perplexities(served)
+        scored = {name: [score(model, text) for text in own] for name, own in texts.items()}
+        values["perplexity_transformers"] = compute_perplexities(scored)
     return values
 
 
@@ -117,11 +129,11 @@ def set_up_vllm() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def cut_texts(model: PreTrainedModel, windows: Path | None, longest: int | None) -> list[list[int]]:
-    """Token ids of 8 texts of different lengths."""
+def cut_texts(model: PreTrainedModel, windows: Sequence[Path], longest: int | None) -> list[list[int]]:
+    """Token ids of 8 texts of different lengths, from the first file of windows."""
     lengths = [min(length, (longest or 512) - NEW_TOKENS - 8) for length in LENGTHS]
-    if windows is not None:
-        rows = load_windows(windows).token_ids
+    if windows:
+        rows = load_windows(windows[0]).token_ids
         cut = [rows[place % len(rows), 97 * place :][:length] for place, length in enumerate(lengths)]
     else:
         generator = torch.Generator().manual_seed(0)
@@ -201,6 +213,12 @@ def score_served(llm: Any, texts: list[list[int]]) -> list[torch.Tensor]:
         own = output.prompt_logprobs[-len(text) :]
         scores.append(torch.tensor([found[token].logprob for token, found in zip(text[1:], own[1:], strict=True)]))
     return scores
+
+
+def compute_perplexities(scores: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """Of each file's texts, and of those of all files."""
+    together = {"all": [score for own in scores.values() for score in own]} if len(scores) > 1 else {}
+    return {name: compute_perplexity(own) for name, own in (scores | together).items()}
 
 
 def compute_perplexity(scores: list[torch.Tensor]) -> float:

@@ -57,23 +57,22 @@ class RotatedCodes(nn.Module):
 
 
 class CodesByTorch(nn.Module):
-    """`RotatedCodes` where there are no kernels, and on other devices than CPUs; in the dtype of x."""
+    """`RotatedCodes` where there are no kernels, and on other devices than CPUs; rotated in float32 as there."""
 
     def __init__(
         self,
         quantizer: ActivationQuantizer,
         width: int,
         rotate: bool,
-        dtype: torch.dtype,
         block_size: int = -1,
         device: torch.device = CPU,
     ) -> None:
         super().__init__()
         self.quantizer = quantizer.to(device)
-        self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
+        self.transform = HadamardTransform(width, torch.float32, block_size, device) if rotate else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantizer.to_codes(x if self.transform is None else self.transform(x))
+        return self.quantizer.to_codes(x if self.transform is None else self.transform(x.float()))
 
 
 def make_codes(
@@ -87,4 +86,4 @@ def make_codes(
     """The faster of the two that there is for `dtype` and `device`, those of x."""
     if device.type == "cpu" and dtype in DTYPES and find_kernels():
         return RotatedCodes(quantizer, width, rotate, block_size)
-    return CodesByTorch(quantizer, width, rotate, dtype, block_size, device)
+    return CodesByTorch(quantizer, width, rotate, block_size, device)

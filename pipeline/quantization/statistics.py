@@ -27,7 +27,7 @@ from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.streams import Stream
 
-_ROWS = 1024  # of a Hessian at a time
+_ROWS = 256  # of a Hessian at a time: what lies below the diagonal is not computed but near it
 _RECORDING = "prefixquant_recording_"
 _KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
 

@@ -55,7 +55,9 @@ class TurnedKeys(nn.Module):
             cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
             self.quantizer.positions = cos, sin
         queries, keys = self.rope(positions, queries, keys)
-        return queries, self.quantize(keys)
+        keys = self.quantize(keys)
+        self.quantizer.positions = None  # nobody reads them later: compiled code need not keep them
+        return queries, keys
 
     def quantize(self, keys: torch.Tensor) -> torch.Tensor:
         return as_rows(self.quantizer(as_heads(keys, self.quantizer.heads)))
@@ -95,7 +97,8 @@ class CachedValues(nn.Module):
         self.attention, self.quantizer = attention, quantizer.to(device)
         self._turned = (turned,)  # a tuple: it is a module of the layer already
         self.heads = turned.quantizer.heads
-        self.prefix = None if prefix_kv is None else prefix_kv.transpose(1, 2).flatten(2).contiguous().to(device)
+        own = None if prefix_kv is None else prefix_kv.transpose(1, 2).flatten(2).contiguous().to(device)
+        self.register_buffer("prefix", own, persistent=False)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         values = as_rows(self.quantizer(as_heads(values, self.heads)))

@@ -46,17 +46,19 @@ class ServedLinear(nn.Module):
         """
         super().__init__()
         self.width, width = sum(part.out_features for part in parts), parts[0].in_features
-        self.codes = self.product = self.weight = self.bias = None
+        self.codes = self.product = None
         if multiply is not None and fits_integers(quantizer, parts):
             self.product = multiply(gather_operands(quantizer, parts), dtype).to(device)
             self.codes = make_codes(quantizer, width, rotate, dtype, block_size, device)
             return
         self.quantizer = quantizer.to(device)
         self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
-        self.weight = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]).to(device)
+        weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]).to(device), None
         if any(part.bias is not None for part in parts):
             own = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-            self.bias = torch.cat([bias.to(dtype) for bias in own]).to(device)
+            bias = torch.cat([bias.to(dtype) for bias in own]).to(device)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.product is not None:

@@ -67,7 +67,8 @@ class PrefixQuantModel(nn.Module):
                 f"{unexpected[:3]}; get an intact copy"
             )
         # vLLM names the code it keeps by this:
-        kernels = self.config_of_engine.device_config.device_type == "cpu" and find_kernels()
+        device = torch.device(self.config_of_engine.device_config.device_type)
+        kernels = device.type == "cpu" and find_kernels()
         self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors, kernels)
         own = {name for name, _ in self.named_parameters()}
         loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
@@ -75,7 +76,7 @@ class PrefixQuantModel(nn.Module):
             raise ServingError(f"{len(own - loaded)} tensors were not loaded: {', '.join(sorted(own - loaded)[:3])}")
         for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
-            fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype)
+            fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype, device)
         self._skeleton = (None,)
         return loaded
 
@@ -118,16 +119,17 @@ def fill_layer_(
     block: nn.Module,
     prefix_kv: torch.Tensor | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Put a block of transformers, quantized and loaded, into a decoder layer of vLLM, but for its norms.
 
     Args:
         prefix_kv: [2, kv_heads, P, d] or None.
-        dtype: in which the model computes.
+        dtype, device: in and on which the model computes.
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
-    attention, device = layer.self_attn, layer.input_layernorm.weight.device
+    attention = layer.self_attn
     places = {
         "attention_input": attention.qkv_proj,
         "attention_output": attention.o_proj,

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from vllm import _custom_ops as kernels
+from vllm.platforms import current_platform
 
 from pipeline.kernels.nibble_product import FEW, pack_nibbles
 from pipeline.kernels.operands import IntegerOperands
 
 logger = logging.getLogger(__name__)
 _SIGNED = 128
+_FIRST, _BEYOND = 80, 100  # capabilities of GPUs with int8 kernels
 
 
 class ServedProduct(nn.Module):
@@ -61,7 +63,7 @@ class ServedProduct(nn.Module):
 
 
 class CutlassProduct(nn.Module):
-    """What `ServedProduct` computes, of widths that are multiples of 16, in bfloat16: others the kernel has not."""
+    """What `ServedProduct` computes, in bfloat16, of widths that are multiples of 16, as the kernel asks."""
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,8 +93,10 @@ def find_product(
     """What multiplies integers exactly for a layer of `widths`, if anything does; else weights are dequantized."""
     if device.type == "cpu":
         return ServedProduct if is_exact(ServedProduct, torch.float32, device) else None
-    fits = dtype == torch.bfloat16 and all(width % 16 == 0 for width in widths)
-    return CutlassProduct if fits and is_exact(CutlassProduct, dtype, device) else None
+    if dtype != torch.bfloat16 or any(width % 16 for width in widths):
+        _say_once(f"in {dtype}, of widths {tuple(widths)}, which it does not multiply")
+        return None
+    return CutlassProduct if is_exact(CutlassProduct, dtype, device) else None
 
 
 @functools.cache
@@ -100,15 +104,36 @@ def is_exact(product: type[nn.Module], dtype: torch.dtype, device: torch.device)
     """Whether this machine has the kernel, and it computes what it should.
 
     Where a processor has no instructions for it (VNNI, AMX), oneDNN may halve weights to keep sums within 16 bits; of
-    NVIDIA's GPUs the older ones and Blackwell have no int8 kernel.
+    NVIDIA's GPUs those from Ampere to Hopper have int8 kernels, another one for a few tokens than for many.
     """
-    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd: half of it is no integer
-    codes = torch.arange(0, 256, 4, dtype=torch.uint8)[None]
-    one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.float32)
-    try:
-        found = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)(codes.to(device))
-    except (AttributeError, RuntimeError) as error:  # vLLM has no such kernel, or not for this GPU
-        logger.warning("vLLM has no exact int8 kernel here, weights are dequantized: %s", error)
+    if product is CutlassProduct and not _FIRST <= find_capability() < _BEYOND:
+        _say_once(f"on a GPU of capability {find_capability() / 10}, for which vLLM has none")
         return False
-    exact = (codes.long() * integers.long()).sum(1)  # below 2^24: float32 sums it exactly, and rounds once
-    return torch.equal(found.cpu()[0], exact.to(dtype))
+    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd: half of it is no integer
+    one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.float32)
+    codes = torch.arange(0, 256, 4, dtype=torch.uint8)
+    for tokens in (1, 64, 1024):
+        try:
+            own = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)
+            found = own(codes.repeat(tokens, 1).to(device))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError) as error:  # vLLM was built without it
+            _say_once(f"here: {error}")
+            return False
+        exact = (codes.long() * integers.long()).sum(1)  # below 2^24: float32 sums it exactly, and rounds once
+        if not torch.equal(found.cpu(), exact.to(dtype).expand(tokens, -1)):
+            _say_once("here that is exact")
+            return False
+    return True
+
+
+def find_capability() -> int:
+    """Of the GPU: 90 for a Hopper."""
+    capability = current_platform.get_device_capability()
+    return 0 if capability is None else capability.to_int()
+
+
+@functools.cache
+def _say_once(where: str) -> None:
+    logger.warning("weights are dequantized: vLLM has no kernel for integers %s", where)

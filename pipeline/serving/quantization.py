@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 from pipeline.export.transformers_quantizer import METHOD, PrefixQuantConfig
 from pipeline.models.architectures import find_rope_limit
@@ -90,8 +91,10 @@ def check_engine(config: VllmConfig, prefix: int) -> None:
     parallel, model = config.parallel_config, config.model_config
     device, cache = config.device_config.device_type, config.cache_config.cache_dtype
     limit = find_rope_limit(model.hf_config)
+    known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's say cuda, too
     refused = {
-        f"device={device}": device not in ("cpu", "cuda") and "its products are for CPUs and NVIDIA's GPUs so far",
+        f"device={current_platform.device_name}": not known
+        and "only CPUs and NVIDIA's GPUs have been thought of so far",
         f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1
         and "R4 and the ranges of a tensor need all channels in one place",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1

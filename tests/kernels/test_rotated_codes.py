@@ -101,14 +101,16 @@ def test_compiled_code_has_the_same_numbers():
         assert torch.equal(compiled(x), codes(x * 2).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("found", [True, False])
-def test_without_kernels_torch_gives_the_codes(monkeypatch, found):
+def test_without_kernels_torch_gives_the_codes(monkeypatch, found, dtype):
+    """In float32 whatever the dtype of x, as the kernel: rounded to bfloat16 in between codes would be others."""
     monkeypatch.setattr(rotated_codes, "find_kernels", lambda: found and find_kernels())
     quantizer = make_quantizer(48)
-    codes = make_codes(quantizer, 48, True, torch.float32)
+    codes = make_codes(quantizer, 48, True, dtype)
     assert found == isinstance(codes, RotatedCodes) or not find_kernels()
     assert isinstance(codes, RotatedCodes | CodesByTorch)
-    x = make_input(9, 48, torch.float32)
+    x = make_input(200, 48, dtype)
     check(codes(x), quantizer, x, hadamard_matrix(48), 1e-5)
 
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def cutlass():
+def cutlass(monkeypatch):
     """csrc/torch_bindings.cpp of vLLM has the schema; out = scale_a scale_b (a b - azp_adj) is its documentation's."""
     library = torch.library.Library("_C", "FRAGMENT")
     library.define(
@@ -31,6 +31,7 @@ def cutlass():
         sums = a.long() @ b.long() - azp_adj.flatten()
         out.copy_(a_scales * b_scales.flatten() * sums)
 
+    monkeypatch.setattr("pipeline.serving.product.find_capability", lambda: 90)
     library.impl("cutlass_scaled_mm_azp", multiply, "CPU")
     torch.library.register_fake("_C::cutlass_scaled_mm_azp", lambda *operands: None, lib=library)
     forget_kernels()
@@ -115,19 +116,27 @@ def test_a_gpu_multiplies_integers_where_its_kernel_can(cutlass, monkeypatch):
         assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is product.CutlassProduct
         assert product.find_product(torch.float32, CUDA, [32, 48]) is None
         assert product.find_product(torch.bfloat16, CUDA, [32, 24]) is None
+        for capability in (75, 100, 120, 0):
+            forget_kernels()
+            monkeypatch.setattr(product, "find_capability", lambda capability=capability: capability)
+            assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
+        monkeypatch.setattr(product, "find_capability", lambda: 89)
+        exact = product.kernels.cutlass_scaled_mm_azp
+        for wrong in (lambda signed, *rest: exact(signed, *rest) * (1 + (len(signed) > 64)), refuse):
+            forget_kernels()
+            monkeypatch.setattr(product.kernels, "cutlass_scaled_mm_azp", wrong)
+            assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
         forget_kernels()
 
-        def refuse(*operands):
-            raise NotImplementedError("No compiled cutlass_scaled_mm_azp for CUDA device capability: 120")
 
-        monkeypatch.setattr(product.kernels, "cutlass_scaled_mm_azp", refuse)
-        assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
-        forget_kernels()
+def refuse(*operands):
+    raise RuntimeError("Error Internal")
 
 
-def test_without_the_kernel_of_a_gpu_weights_are_dequantized():
+def test_without_the_kernel_of_a_gpu_weights_are_dequantized(monkeypatch):
     from pipeline.serving import product
 
+    monkeypatch.setattr(product, "find_capability", lambda: 90)  # vLLM for CPUs has none all the same
     forget_kernels()
     with GpuDouble():
         assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None
