@@ -63,11 +63,12 @@ $(SWEEPS): setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt requirements-packaged.txt constraints.txt
+$(INSTALLED): requirements.txt requirements-dev.txt requirements-packaged.txt requirements-references.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-packaged.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references -r requirements-references.txt
 	@touch $@
 
 SERVING := .venv-serving

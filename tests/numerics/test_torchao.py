@@ -1,16 +1,10 @@
 """Number formats against torchao, a reference that shares no code with compressed-tensors (test_grids.py)."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32
-from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_dtype, to_mx
-from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
-from torchao.quantization.quant_primitives import (
-    _dequantize_affine_float8,
-    _quantize_affine_float8,
-    dequantize_affine,
-    quantize_affine,
-)
 
 from pipeline.numerics.grids import MXFP4Grid, NVFP4Grid
 from pipeline.numerics.packing import pack_integers
@@ -23,6 +17,21 @@ from pipeline.numerics.quantizer import (
     measure_range,
     quantize_weight,
 )
+
+REFERENCES = str(Path(sys.prefix) / "references")  # `make setup` puts it there
+sys.path.append(REFERENCES)
+pytest.importorskip("torchao", reason="torchao is not installed (make setup)")
+from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32  # noqa: E402
+from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_dtype, to_mx  # noqa: E402
+from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize  # noqa: E402
+from torchao.quantization.quant_primitives import (  # noqa: E402
+    _dequantize_affine_float8,
+    _quantize_affine_float8,
+    dequantize_affine,
+    quantize_affine,
+)
+
+sys.path.remove(REFERENCES)
 
 
 def make_values(rows=6, width=64):
