@@ -75,7 +75,7 @@ SERVING := .venv-serving
 serve-setup: $(SERVING)/.installed
 
 serve-test: serve-setup
-	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q tests/serving tests/kernels
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist worksteal tests/serving tests/kernels
 
 # torchvision, torchaudio and torchcodec are built for other versions of torch than vLLM's.
 $(SERVING)/.installed: requirements-serving.txt pyproject.toml
