@@ -112,19 +112,18 @@ def is_exact(product: type[nn.Module], dtype: torch.dtype, device: torch.device)
     integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd: half of it is no integer
     one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.float32)
     codes = torch.arange(0, 256, 4, dtype=torch.uint8)
-    for tokens in (1, 64, 1024):
-        try:
-            own = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)
-            found = own(codes.repeat(tokens, 1).to(device))
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError) as error:  # vLLM was built without it
-            _say_once(f"here: {error}")
-            return False
-        exact = (codes.long() * integers.long()).sum(1)  # below 2^24: float32 sums it exactly, and rounds once
-        if not torch.equal(found.cpu(), exact.to(dtype).expand(tokens, -1)):
-            _say_once("here that is exact")
-            return False
+    exact = (codes.long() * integers.long()).sum(1).to(dtype)  # below 2^24: float32 sums it exactly, and rounds once
+    try:
+        probed = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)
+        found = [probed(codes.repeat(tokens, 1).to(device)).cpu() for tokens in (1, 64, 1024)]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError) as error:  # vLLM was built without it
+        _say_once(f"here: {error}")
+        return False
+    if not all(torch.equal(own, exact.expand_as(own)) for own in found):
+        _say_once("here that is exact")
+        return False
     return True
 
 
