@@ -17,6 +17,7 @@ RoPE is linear, RoPE(k) = RoPE(k - m) + RoPE(m), the first part is quantized, th
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,11 +26,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
+
+# What transformers calls the argument that a cache is passed as, and what it is returned as; `cache` since 5.24.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class KeyQuantizer(nn.Module):
@@ -134,7 +139,7 @@ class PrefixLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         if self.prefix_kv is not None:
-            prefix = self.prefix_kv.to(dtype=self.dtype, device=self.device)
+            prefix = self.prefix_kv.to(key_states)
             self.keys, self.values = prefix.unsqueeze(1).expand(2, key_states.shape[0], *prefix.shape[1:])
 
     def update(

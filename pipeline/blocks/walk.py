@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from pipeline.blocks.kv_cache import make_block_cache
+from pipeline.blocks.kv_cache import CACHE, make_block_cache
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.sliding import make_sliding_mask
@@ -71,7 +71,8 @@ class BlockRunner:
 
     def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int = 0) -> torch.Tensor:
         mask, positions = self._prepare(block, hidden, cache, pinned)
-        return block(hidden, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=positions)
+        given = {CACHE: cache, "use_cache": True, "position_embeddings": positions}
+        return block(hidden, attention_mask=mask, **given)
 
     @torch.no_grad()
     def advance_(
@@ -119,13 +120,7 @@ class BlockRunner:
             check_window(self.config, prefix + length)
             if window is None:
                 position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
-                mask = create_causal_mask(
-                    config=self.config,
-                    inputs_embeds=hidden,
-                    attention_mask=None,
-                    past_key_values=cache,
-                    position_ids=position_ids,
-                )
+                mask = create_causal_mask(self.config, hidden, None, cache, position_ids)
             else:
                 mask = make_sliding_mask(self.config, window, hidden, prefix + pinned, past=prefix)
             self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)

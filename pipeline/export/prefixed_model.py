@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from pipeline.blocks.kv_cache import PrefixCache, make_layer
+from pipeline.blocks.kv_cache import CACHE, PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.saturation import SaturationProbe
 from pipeline.blocks.sliding import make_sliding_mask
@@ -52,7 +52,7 @@ class PrefixedModel(PreTrainedModel):
         return _new_prefixed, (type(self).__mro__[2],), self.__dict__
 
     def make_cache(self) -> PrefixCache:
-        """An empty cache, to be passed as `past_key_values`: the prefix, and quantizers for what follows."""
+        """An empty cache, to be passed as `past_key_values` (`cache`): the prefix, and quantizers for what follows."""
         blocks = self.base_model.layers
         own: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv
         windows = [find_sliding_window(self.config, block) for block in blocks]
@@ -66,6 +66,7 @@ class PrefixedModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the model's own. Nothing of the prefix is passed.
@@ -73,11 +74,12 @@ class PrefixedModel(PreTrainedModel):
         Args:
             attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
                 does not mask.
-            past_key_values: None, or what an earlier call returned, or `make_cache()`.
+            past_key_values, cache: None, or what an earlier call returned, or `make_cache()`. One argument of two
+                names, of which transformers has the second since 5.24.
 
         Raises:
-            ValueError: a cache of another kind, a mask that is not [B, past + T], attention kernels that cannot keep
-                the prefix in sight where blocks slide, or gradient checkpointing.
+            ValueError: a cache of another kind or under both names, a mask that is not [B, past + T], attention kernels
+                that cannot keep the prefix in sight where blocks slide, or gradient checkpointing.
             UnsupportedModelError: a text so long that RoPE would turn what is in the cache in another way.
         """
         if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base_model.layers):
@@ -85,10 +87,11 @@ class PrefixedModel(PreTrainedModel):
                 "gradient checkpointing takes the cache away from blocks, and with it the prefix and the quantizers of "
                 "keys and values; switch it off"
             )
-        cache = self.make_cache() if past_key_values is None else past_key_values
+        given = _choose_cache(past_key_values, cache)
+        cache = self.make_cache() if given is None else given
         if not isinstance(cache, PrefixCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, which holds no prefix and quantizes nothing; pass None, "
+                f"{CACHE} is a {type(cache).__name__}, which holds no prefix and quantizes nothing; pass None, "
                 "or model.make_cache()"
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -115,13 +118,13 @@ class PrefixedModel(PreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        if use_cache is False and "past_key_values" in output:
-            output.past_key_values = None  # it was there for the prefix alone
+        if use_cache is False and CACHE in output:
+            output[CACHE] = None  # it was there for the prefix alone
         return output
 
     def generate(
@@ -141,8 +144,11 @@ class PrefixedModel(PreTrainedModel):
             raise ValueError(f"cache_implementation={kind!r} holds no prefix and quantizes nothing; leave it out")
         if kind is not None or config.cache_implementation is not None:
             kwargs["cache_implementation"] = None
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", config.use_cache) is not False:
-            kwargs["past_key_values"] = self.make_cache()
+        given = _choose_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if given is None and kwargs.get("use_cache", config.use_cache) is not False:
+            given = self.make_cache()
+        if given is not None:
+            kwargs[CACHE] = given
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +198,12 @@ class PrefixedModel(PreTrainedModel):
                 "outliers back; leave it out (add_special_tokens=False, or strip_start_token)",
                 self.start_token_id,
             )
+
+
+def _choose_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; pass one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def _new_prefixed(model_class: type) -> PrefixedModel:

@@ -111,7 +111,7 @@ def test_a_cache_is_continued_and_counts_the_text_alone(imported, family):
     assert cache.get_seq_length() == 2
     assert cache.layers[0].keys.shape[-2] == 2 + len(PREFIX)
     second = model(token_ids[:, 2:5], past_key_values=cache)
-    third = model(token_ids[:, 5:], past_key_values=second.past_key_values, attention_mask=torch.ones(1, 6))
+    third = model(token_ids[:, 5:], cache=second.past_key_values, attention_mask=torch.ones(1, 6))  # its newer name
     logits = torch.cat([output.logits[0] for output in (first, second, third)])
     assert torch.allclose(logits, expected, atol=1e-4)
     cache.crop(-4)
@@ -150,13 +150,14 @@ def test_beams_and_samples_equal_the_original_reading_the_prefix(imported):
         assert len(found) == options.get("num_return_sequences", 1)
 
 
-def test_generation_continues_a_conversation_in_its_cache(imported):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_generation_continues_a_conversation_in_its_cache(imported, name):
     model, original, embeddings = prefixed(imported)
     cache = model.make_cache()
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    first = model.generate(torch.tensor(TEXTS[:1]), past_key_values=cache, **options)
+    first = model.generate(torch.tensor(TEXTS[:1]), **{name: cache}, **options)
     both = torch.cat((first, torch.tensor([[33, 34, 35]])), dim=1)
-    second = model.generate(both, past_key_values=cache, **options)
+    second = model.generate(both, **{name: cache}, **options)
     assert second[0].tolist() == reference_greedy(original, embeddings, both[0].tolist(), 4)
 
 
@@ -209,6 +210,9 @@ def test_what_would_lose_the_prefix_is_refused(imported):
     token_ids = torch.tensor(TEXTS[:1])
     with pytest.raises(ValueError, match=r"DynamicCache.*holds no prefix.*model.make_cache"):
         model(token_ids, past_key_values=DynamicCache(config=original.config))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            call(token_ids, past_key_values=model.make_cache(), cache=model.make_cache())
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 9\]; pass \[batch, 6\]"):
         model(token_ids, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 6, 6\]"):
