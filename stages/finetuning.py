@@ -10,6 +10,7 @@ killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 1
 
 from pathlib import Path
 
+from pipeline.blocks.saturation import PROBED_WINDOWS
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import check_input, make_header
 from pipeline.runtime.memory import Need
@@ -51,6 +52,8 @@ def main(run: Run) -> None:
 
 def plan(run: Run) -> Need:
     train, end_to_end, validation = (load_windows(path).token_ids for path in (TRAIN, END_TO_END, VALIDATION))
+    if not run.params.finetuning.epochs:
+        train = train[: PROBED_WINDOWS * run.params.runtime.processes]
     shares = run.share(train, validation), run.share(end_to_end, validation)
     return plan_finetuning(Checkpoint(ROTATION, "rotation"), *shares, run.params.finetuning, run.params.runtime)
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
 SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")  # as data flows
 SATURATION = "plots/saturation.json"
-_PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
+PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
 
 
@@ -84,7 +84,7 @@ def advance_probed_(
     prefix_kv: torch.Tensor | None,
 ) -> Report:
     """Move `hidden` [N, T, D] behind a block, as `runner.advance_`; the report of its first few windows."""
-    probed = min(_PROBED_WINDOWS, len(hidden))
+    probed = min(PROBED_WINDOWS, len(hidden))
     with SaturationProbe(block, architecture) as probe:
         runner.advance_(block, hidden, prefix_kv, windows=range(probed))
     runner.advance_(block, hidden, prefix_kv, windows=range(probed, len(hidden)))

@@ -71,8 +71,7 @@ class BlockRunner:
 
     def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int = 0) -> torch.Tensor:
         mask, positions = self._prepare(block, hidden, cache, pinned)
-        given = {CACHE: cache, "use_cache": True, "position_embeddings": positions}
-        return block(hidden, attention_mask=mask, **given)
+        return block(hidden, attention_mask=mask, position_embeddings=positions, use_cache=True, **{CACHE: cache})
 
     @torch.no_grad()
     def advance_(

@@ -24,7 +24,7 @@ from torch import nn
 
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
-from pipeline.blocks.saturation import advance_probed_
+from pipeline.blocks.saturation import PROBED_WINDOWS, advance_probed_
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import (
     Checkpoint,
@@ -123,6 +123,8 @@ def finetune_blocks(
         split: put_in_front(ids[ranks.own(len(ids))], start_token)
         for split, ids in {"train": train, "validation": validation}.items()
     }
+    if not params.epochs:  # the rest of them nobody would look at
+        windows["train"] = windows["train"][:PROBED_WINDOWS]
     counts = {"train": len(train), "validation": len(validation)}
     start, saved = load_generation(place.work, place.header, ranks)
     if start:

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
+from pipeline.blocks.saturation import PROBED_WINDOWS, SITES
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.models.checkpoint import BLOCK, Checkpoint
@@ -21,6 +22,7 @@ from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.streams import Offload
+from pipeline.runtime.unfinished import load_generation
 from pipeline.training import block_wise as finetuning
 from pipeline.training import trainer as trainer_module
 from pipeline.training.block_wise import BlockData, BlockTrainer, Models, finetune_blocks
@@ -479,6 +481,18 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(quantized, tmp_pat
     other = make_header("finetuning", {"test": 2})
     finetune_blocks(models, train, validation, settings(epochs=0), Place(runner, Offload(None), tmp_path, other))
     assert "had other settings or inputs" in caplog.text
+
+
+def test_without_epochs_only_the_windows_that_saturation_is_counted_on_are_run(quantized, tmp_path):
+    models, train, validation = quantized
+    more = models, torch.cat((train, train.flip(0))), validation
+    blocks = run(more, tmp_path / "a", epochs=0)
+    _, saved = load_generation(tmp_path / "a", HEADER, Ranks())
+    assert saved["quantized.train"].shape[0] == PROBED_WINDOWS < len(more[1])
+    alone = models, more[1][:PROBED_WINDOWS], validation
+    assert run(alone, tmp_path / "b", epochs=0) == blocks
+    seen = {site for block in blocks for site in block["saturation"]}
+    assert seen == set(SITES)
 
 
 @pytest.mark.parametrize("target", ["fp_input", "both"])
