@@ -23,8 +23,8 @@ ROTATION = Path("artifacts/rotation")
 def main(run: Run) -> None:
     own = run.params.rotation
     modes = (own.r1, own.r2, own.r3, own.r4, own.r5)
-    checkpoint, dtype = Checkpoint(MODEL, "model"), getattr(torch, own.dtype)
-    run.metrics.update(rotate_model(checkpoint, ROTATION, *modes, own.seed, dtype, run.device, own.block_size))
+    options = (own.seed, getattr(torch, own.dtype), run.device, own.block_size, own.online_signs)
+    run.metrics.update(rotate_model(Checkpoint(MODEL, "model"), ROTATION, *modes, *options))
 
 
 def plan(run: Run) -> Need:

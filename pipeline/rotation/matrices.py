@@ -25,34 +25,46 @@ class Rotation:
 
     Attributes:
         block_size: H acts on so many consecutive channels at a time; -1: on all.
+        behind: with `signs`, others [n] behind H: R = diag(signs) H diag(behind).
     """
 
     signs: torch.Tensor | None = None
     matrix: torch.Tensor | None = None
     block_size: int = -1
+    behind: torch.Tensor | None = None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> x R in x's dtype."""
         if self.signs is not None:
-            return hadamard_transform(x * self.signs.to(x), block_size=self.block_size)
+            x = hadamard_transform(x * self.signs.to(x), block_size=self.block_size)
+            return x if self.behind is None else x * self.behind.to(x)
         return x if self.matrix is None else x @ self.matrix.to(x)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """x R [..., n] -> x."""
         if self.signs is not None:
+            x = x if self.behind is None else x * self.behind.to(x)
             return hadamard_transform(x, True, self.block_size) * self.signs.to(x)
         return x if self.matrix is None else x @ self.matrix.to(x).T
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         blocks = None if self.block_size == -1 else torch.tensor([self.block_size])
         kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix, f"{name}.block_size": blocks}
+        kept |= {f"{name}.behind": self.behind}
         return {key: tensor for key, tensor in kept.items() if tensor is not None}
 
 
-def make_rotation(mode: str, n: int, generator: torch.Generator, block_size: int = -1) -> Rotation:
-    """A rotation of width n; `mode` is hadamard, block_hadamard (of `block_size`), random or identity."""
+def make_rotation(
+    mode: str, n: int, generator: torch.Generator, block_size: int = -1, behind: bool = False
+) -> Rotation:
+    """A rotation of width n; `mode` is hadamard, block_hadamard (of `block_size`), random or identity.
+
+    `behind`: a Hadamard gets random signs behind it too, for where another follows.
+    """
     if mode in ("hadamard", "block_hadamard"):
-        return Rotation(random_signs(n, generator), block_size=-1 if mode == "hadamard" else block_size)
+        signs = random_signs(n, generator)
+        last = random_signs(n, generator) if behind else None
+        return Rotation(signs, block_size=-1 if mode == "hadamard" else block_size, behind=last)
     return Rotation(matrix=random_orthogonal(n, generator)) if mode == "random" else Rotation()
 
 
@@ -61,7 +73,7 @@ def load_rotation(folder: Path, name: str) -> Rotation:
     tensors, _ = load_tensors(folder / ROTATIONS, "rotation")
     blocks = tensors.get(f"{name}.block_size")
     size = -1 if blocks is None else int(blocks)
-    return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"), size)
+    return Rotation(tensors.get(f"{name}.signs"), tensors.get(f"{name}.matrix"), size, tensors.get(f"{name}.behind"))
 
 
 def compute_rotated_prefix_kv(

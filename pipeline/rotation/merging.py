@@ -21,6 +21,11 @@ front of H (quantization/equalization.py).
 
 R2 spreads channels within their head; R5 also evens out what differs from head to head (QuaRot's "Hadamard heads").
 
+With `online_signs`, a norm is left with random signs s = ±1 in place of one, its readers W' = (W · g · s) H; R2 gets
+random signs behind it, R2' = R2 diag(s), the same in every head. A Hadamard matrix alone spreads badly what many
+channels share, and R5 puts together again what R2 has spread by a factor of both: of 9 heads of 64 the 16 of R5's
+36 * 16, of 32 heads of 128 all of it.
+
 R3, R4 and R5 are plain normalised Hadamard transforms. R1 and R2 are one of: Hadamard times random signs, Haar random,
 identity. A block Hadamard (R1, R2, R4) acts on every few consecutive channels by themselves: of the size of a number
 format's blocks it spreads what stands out over its own block, not into all others. All products are computed in float64
@@ -35,7 +40,7 @@ import torch
 from pipeline.blocks.quantized import BlockSettings, describe_blocks
 from pipeline.models.architectures import Architecture, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.hadamard import hadamard_transform, random_signs
 from pipeline.rotation.gate import InvarianceGate
 from pipeline.rotation.matrices import ROTATIONS, Rotation, change_heads, count_rows, make_rotation
 from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors
@@ -49,6 +54,7 @@ def rotate_block(
     r2: Rotation,
     settings: BlockSettings,
     head_dim: int,
+    signs: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Fold norms and merge R1, R2 and the inverses of R4 and R5 into one block, one tensor in float64 at a time.
 
@@ -56,10 +62,12 @@ def rotate_block(
         tensors: of the original block, named as inside it; not changed.
         settings: which rotations are online.
         head_dim: d, as the config states it (not hidden / heads: some models differ).
+        signs: norm -> signs [D] in front of an online R1, of those that have them.
 
     Yields:
-        The same names with float64 tensors; folded norms multiply by one.
+        The same names with float64 tensors; folded norms multiply by one, or by their signs.
     """
+    signs = signs or {}
     folded = architecture.norms if architecture.rotates_residual or settings.online_r1 else {}
     to_input = hadamard_transform if settings.online_r1 else r1.apply
     readers = (*architecture.attention_readers, *architecture.mlp_readers)
@@ -75,10 +83,11 @@ def rotate_block(
             elif linear == architecture.value:
                 rotated = change_heads(rotated, r2.apply, head_dim)
         elif linear in folded:
-            rotated = torch.ones_like(rotated) - architecture.norm_offset
+            rotated = signs.get(linear, torch.ones_like(rotated)) - architecture.norm_offset
         if kind == "weight":
             if linear in norms:
                 gain = tensors[norms[linear]].to(torch.float64) + architecture.norm_offset
+                gain = gain * signs.get(norms[linear].removesuffix(".weight"), 1.0)
                 _change_rows_(rotated, lambda rows, gain=gain: to_input(rows * gain))
             elif linear in readers:
                 _change_rows_(rotated, to_input)
@@ -119,6 +128,7 @@ def rotate_model(
     dtype: torch.dtype,
     device: torch.device,
     block_size: int = -1,
+    online_signs: bool = False,
 ) -> dict[str, float]:
     """Write the rotated checkpoint to `folder`, one block in memory at a time, and check that nothing changed.
 
@@ -134,6 +144,7 @@ def rotate_model(
         seed: of the random signs and matrices.
         dtype: of the tensors written.
         block_size: of those that are block_hadamard.
+        online_signs: whether random signs stand in front of an online R1, in the norms' weights, and of R5, in R2.
 
     Returns:
         Metrics, relative to max |logit|, against the original in float64: `max_logit_deviation` of the rotated model
@@ -155,7 +166,7 @@ def rotate_model(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     online_r1 = r1_mode == "online"
     r1 = make_rotation("identity" if online_r1 else r1_mode, config.hidden_size, generator, block_size)
-    r2 = make_rotation(r2_mode, head_dim, generator, block_size)
+    r2 = make_rotation(r2_mode, head_dim, generator, block_size, online_signs and r5_mode != "identity")
     settings = BlockSettings(
         online_r3=r3_mode != "identity",
         online_r4=r4_mode != "identity",
@@ -165,15 +176,18 @@ def rotate_model(
     )
     modes = {"r1": r1_mode, "r2": r2_mode, "r3": r3_mode, "r4": r4_mode, "r5": r5_mode}
     modes |= {"block_size": block_size} if "block_hadamard" in modes.values() else {}
+    modes |= {"online_signs": True} if online_signs else {}
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})
     gate = InvarianceGate(checkpoint, settings, r1, dtype, device, generator)
+    signed = tuple(architecture.norms) if online_signs and online_r1 else ()
     with replacing_folder(folder) as partial:
         writer = CheckpointWriter(partial, architecture, "rotation", header)
         for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "rotating blocks"):
             original = checkpoint.load_block_tensors(index)
             gate.advance_original_(index, original)
-            rotated = dict(rotate_block(original, architecture, r1, r2, settings, head_dim))
+            signs = {norm: random_signs(config.hidden_size, generator) for norm in signed}
+            rotated = dict(rotate_block(original, architecture, r1, r2, settings, head_dim, signs))
             del original
             gate.advance_rotated_(index, rotated)
             single, written = {}, {}

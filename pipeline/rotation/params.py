@@ -16,6 +16,7 @@ class RotationParams(Group):
     r3: OnlineRotation
     r4: Literal["hadamard", "block_hadamard", "identity"]
     r5: OnlineRotation
+    online_signs: bool
     block_size: Annotated[int, Field(ge=2)]
     seed: Annotated[int, Field(ge=0)]
     dtype: FloatDtype

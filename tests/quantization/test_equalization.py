@@ -38,9 +38,12 @@ def measure(equalizer: Equalizer, runner, hidden, derivative) -> dict[str, torch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("r1", "r5"), [("online", "hadamard"), (None, "identity")])
-def test_the_block_computes_what_it_computed(family, r1, r5, imported, tmp_path):
-    checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1=r1, r5=r5)
+@pytest.mark.parametrize(
+    ("r1", "r5", "online_signs"),
+    [("online", "hadamard", False), (None, "identity", False), ("online", "hadamard", True)],
+)
+def test_the_block_computes_what_it_computed(family, r1, r5, online_signs, imported, tmp_path):
+    checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1=r1, r5=r5, online_signs=online_signs)
     hidden, derivative = draw(checkpoint, 3, 8), draw(checkpoint, 3, 8)
     block, equalizer = open_block(checkpoint)
     prefix_kv = torch.randn(2, equalizer.kv_heads, 3, equalizer.head_dim, dtype=torch.float64, generator=GENERATOR)

@@ -34,12 +34,13 @@ def rotate(
     dtype=torch.float32,
     seed=0,
     blocks=-1,
+    online_signs=False,
 ):
     """`r1` None: hadamard where the family can have it; `r5` None: identity where r4 is."""
     r5 = r5 or ("identity" if r4 == "identity" else "hadamard")
     checkpoint = Checkpoint(source, "model")
     r1 = r1 or ("hadamard" if checkpoint.architecture.rotates_residual else "identity")
-    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, r5, seed, dtype, CPU, blocks)
+    metrics = rotate_model(checkpoint, folder, r1, r2, r3, r4, r5, seed, dtype, CPU, blocks, online_signs)
     rotated = Checkpoint(folder, "rotation")
     return rotated, BlockRunner(rotated, CPU, 2), metrics
 
@@ -145,6 +146,47 @@ def test_r1_online_stands_behind_the_norms_alone(family, imported, tmp_path):
         assert torch.equal(rotated.load_tensor(name), source.load_tensor(name))
     assert torch.equal(found["mlp.down_proj.weight"], original["mlp.down_proj.weight"])
     assert block_settings(rotated, 1).online_r1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_signs_in_front_of_online_rotations_preserve_logits(family, imported, tmp_path, token_ids):
+    rotated, runner, metrics = rotate(imported[family], tmp_path / "out", r1="online", online_signs=True)
+    assert_close(walked_logits(rotated, runner, token_ids), make_model(family)(token_ids).logits)
+    assert metrics["max_logit_deviation"] < 1e-12
+    seen = []
+    for index in range(rotated.block_count):
+        block = rotated.load_block_tensors(index)
+        for norm in rotated.architecture.norms:
+            seen.append((block[f"{norm}.weight"].double() + rotated.architecture.norm_offset).round())
+    for signs in seen:  # of each norm others
+        assert set(signs.tolist()) == {-1.0, 1.0}
+        assert sum(torch.equal(signs, other) for other in seen) == 1
+
+
+@torch.no_grad()
+def test_signs_behind_r2_reach_the_weights_and_keep_r5_from_undoing_it(imported, tmp_path):
+    rotated, _, _ = rotate(imported["llama_tied"], tmp_path / "out", r1="online", online_signs=True)
+    original = Checkpoint(imported["llama_tied"], "model").load_block_tensors(1)
+    stored = load_file(tmp_path / "out" / "rotations.safetensors")
+    behind = stored["r2.behind"]
+    assert set(behind.tolist()) == {-1.0, 1.0}
+    inner = stored["r2.signs"].diag() @ rotation.hadamard_transform(torch.eye(12, dtype=torch.float64))
+    r5 = rotation.hadamard_transform(torch.eye(48, dtype=torch.float64))
+    heads = torch.block_diag(*[inner @ behind.diag()] * 4)
+    found = rotated.load_block_tensors(1)["self_attn.o_proj.weight"]
+    assert (found - original["self_attn.o_proj.weight"].double() @ heads @ r5).abs().max() < 1e-6
+    # Of powers of two R5 is made of R2: without signs behind it, a channel of R2 ends up in one place of each head.
+    eye, generator = torch.eye(8, dtype=torch.float64), torch.Generator().manual_seed(1)
+    whole = rotation.hadamard_transform(torch.eye(32, dtype=torch.float64))
+    reached = {}
+    for behind in (False, True):
+        r2 = make_rotation("hadamard", 8, generator, behind=behind)
+        assert torch.allclose(r2.undo(r2.apply(eye)), eye)
+        spread = torch.block_diag(*[r2.apply(eye)] * 4) @ whole
+        reached[behind] = (spread.abs() > 1e-9).sum(1)
+    assert (reached[False] == 4).all()
+    assert (reached[True] > 4).all()
 
 
 def test_settings_record_exactly_the_online_rotations(imported, tmp_path):
