@@ -161,6 +161,16 @@ def test_formats_of_others_and_online_rotations_are_refused_at_once(name, value,
         parse_params(raw)
 
 
+def test_signs_in_front_of_nothing_are_refused():
+    raw = changed("rotation.online_signs", True)
+    parse_params(raw)
+    raw["rotation"] |= {"r1": "hadamard"}
+    parse_params(raw)  # R5 is left
+    for nothing in ({"r5": "identity"}, {"r2": "random"}):
+        with pytest.raises(ParamsError, match=r"rotation\.online_signs=true: .*set rotation\.r1: online"):
+            parse_params(raw | {"rotation": raw["rotation"] | nothing})
+
+
 def test_an_adapter_of_a_model_that_slides_is_refused_at_once():
     raw = changed("export.formats", ["compressed-tensors", "peft"])
     raw["rotation"] |= {"r1": "hadamard", "r4": "identity", "r5": "identity"}
