@@ -159,7 +159,7 @@ def test_integer_arithmetic_is_the_same_function(imported, tmp_path, changes):
 @torch.no_grad()
 def test_codes_in_one_pass_are_those_that_a_watched_quantizer_makes(imported, tmp_path, r4):
     """A hook on a quantizer sees what is behind the rotation in front of it, and changes nothing."""
-    online = {"r1": "online", "r5": "hadamard", "r4": r4, "blocks": 16}
+    online = {"r1": "online", "r5": "hadamard", "r4": r4, "blocks": 16, "online_signs": True}
     folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", **online)
     model, _ = load(folder, arithmetic="integer")
     expected, seen = model(TEXT).logits, []

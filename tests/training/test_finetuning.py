@@ -57,7 +57,7 @@ def settings(**changes):
 def quantized(imported, tmp_path_factory):
     """A tiny model, rotated, and quantized with a prefix of two tokens; windows to train on and to validate on."""
     root = tmp_path_factory.mktemp("finetuning")
-    rotated, runner, _ = rotate(imported["llama_tied"], root / "rotated", r1="online")
+    rotated, runner, _ = rotate(imported["llama_tied"], root / "rotated", r1="online", online_signs=True)
     ids = torch.randint(0, 320, (6, 16), generator=torch.Generator().manual_seed(1))
     init = yaml.safe_load((ROOT / "params.yaml").read_text())["quantizer_init"]
     init = QuantizerInitParams.model_validate(init | {"mse_samples": 2})
