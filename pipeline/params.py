@@ -126,6 +126,7 @@ def _longest_prefix(params: Params) -> int:
 def _contradictions(params: Params) -> list[str]:
     problems = text.find_contradictions(params.corpora, params.calibration)
     problems += check_packaged("model.source", params.model.source, (PACKAGED_MODEL,))
+    problems += rotation.find_contradictions(params.rotation)
     problems += quantization.find_contradictions(params.quantizer_init)
     keys = params.quantizer_init.keys
     if keys.before_rope and params.rotation.r3 != "identity" and keys.bits < 16:
@@ -141,11 +142,6 @@ def _contradictions(params: Params) -> list[str]:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
     others = [name for name in params.export.formats if name != "peft"]
     own = params.rotation
-    if own.online_signs and own.r1 != "online" and (own.r5 == "identity" or "hadamard" not in own.r2):
-        problems.append(
-            "rotation.online_signs=true: there is nothing they could stand in front of; set rotation.r1: online, or "
-            "rotation.r5 and r2: hadamard"
-        )
     for name, acts, instead in (
         ("r1", own.r1 == "online", "hadamard"),
         ("r4", own.r4 != "identity", "identity"),

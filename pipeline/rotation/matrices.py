@@ -49,9 +49,8 @@ class Rotation:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         blocks = None if self.block_size == -1 else torch.tensor([self.block_size])
-        kept = {f"{name}.signs": self.signs, f"{name}.matrix": self.matrix, f"{name}.block_size": blocks}
-        kept |= {f"{name}.behind": self.behind}
-        return {key: tensor for key, tensor in kept.items() if tensor is not None}
+        kept = {"signs": self.signs, "matrix": self.matrix, "block_size": blocks, "behind": self.behind}
+        return {f"{name}.{key}": tensor for key, tensor in kept.items() if tensor is not None}
 
 
 def make_rotation(

@@ -71,7 +71,7 @@ def rotate_block(
     folded = architecture.norms if architecture.rotates_residual or settings.online_r1 else {}
     to_input = hadamard_transform if settings.online_r1 else r1.apply
     readers = (*architecture.attention_readers, *architecture.mlp_readers)
-    norms = {reader: f"{norm}.weight" for norm, readers in folded.items() for reader in readers}
+    norms = {reader: norm for norm, readers in folded.items() for reader in readers}
     writers = (architecture.attention_output, architecture.mlp_output)
     for name, tensor in tensors.items():
         linear, _, kind = name.rpartition(".")
@@ -86,8 +86,9 @@ def rotate_block(
             rotated = signs.get(linear, torch.ones_like(rotated)) - architecture.norm_offset
         if kind == "weight":
             if linear in norms:
-                gain = tensors[norms[linear]].to(torch.float64) + architecture.norm_offset
-                gain = gain * signs.get(norms[linear].removesuffix(".weight"), 1.0)
+                norm = norms[linear]
+                gain = tensors[f"{norm}.weight"].to(torch.float64) + architecture.norm_offset
+                gain = gain * signs.get(norm, 1.0)
                 _change_rows_(rotated, lambda rows, gain=gain: to_input(rows * gain))
             elif linear in readers:
                 _change_rows_(rotated, to_input)

@@ -22,6 +22,17 @@ class RotationParams(Group):
     dtype: FloatDtype
 
 
+def find_contradictions(rotation: RotationParams) -> list[str]:
+    """Values that have nothing to act on: a line for each."""
+    in_front_of_r5 = rotation.r5 != "identity" and rotation.r2 not in ("random", "identity")
+    if not rotation.online_signs or rotation.r1 == "online" or in_front_of_r5:
+        return []
+    return [
+        "rotation.online_signs=true: there is nothing they could stand in front of; set rotation.r1: online, or "
+        "rotation.r5 and r2: hadamard"
+    ]
+
+
 def find_misfits(rotation: RotationParams, widths: dict[str, int]) -> list[str]:
     """Blocks that do not divide what they rotate: a line for each.
 
