@@ -154,7 +154,8 @@ def rotate_model(
 
     Raises:
         RotationError: the first deviation exceeds 1e-9; `folder` is left as it was.
-        UnsupportedModelError: R1 is asked for and cannot be merged into this family.
+        UnsupportedModelError: R1 is asked for and cannot be merged into this family, or signs are and nothing
+            carries them.
     """
     config, architecture = checkpoint.config, checkpoint.architecture
     if r1_mode not in ("identity", "online") and not architecture.rotates_residual:
@@ -168,6 +169,12 @@ def rotate_model(
     online_r1 = r1_mode == "online"
     r1 = make_rotation("identity" if online_r1 else r1_mode, config.hidden_size, generator, block_size)
     r2 = make_rotation(r2_mode, head_dim, generator, block_size, online_signs and r5_mode != "identity")
+    signed = tuple(architecture.norms) if online_signs and online_r1 else ()
+    if online_signs and not signed and r2.behind is None:
+        raise UnsupportedModelError(
+            f"rotation.online_signs=true: model_type={config.model_type!r} has no norms in front of attention and MLP "
+            "to carry them; set rotation.r5 and r2: hadamard, or online_signs: false"
+        )
     settings = BlockSettings(
         online_r3=r3_mode != "identity",
         online_r4=r4_mode != "identity",
@@ -181,7 +188,6 @@ def rotate_model(
     values = modes | {"seed": seed, "dtype": str(dtype)}
     header = make_header("rotation", values, {"model": checkpoint.header})
     gate = InvarianceGate(checkpoint, settings, r1, dtype, device, generator)
-    signed = tuple(architecture.norms) if online_signs and online_r1 else ()
     with replacing_folder(folder) as partial:
         writer = CheckpointWriter(partial, architecture, "rotation", header)
         for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "rotating blocks"):

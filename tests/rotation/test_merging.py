@@ -164,6 +164,14 @@ def test_signs_in_front_of_online_rotations_preserve_logits(family, imported, tm
         assert sum(torch.equal(signs, other) for other in seen) == 1
 
 
+def test_signs_that_nothing_would_carry_are_refused_by_name(imported, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"online_signs=true.*'olmo2'.*rotation\.r5 and r2: hadamard"):
+        rotate(imported["olmo2"], tmp_path / "out", r1="online", r5="identity", online_signs=True)
+    assert not (tmp_path / "out").exists()
+    rotate(imported["olmo2"], tmp_path / "out", r1="online", online_signs=True)
+    assert "r2.behind" in load_file(tmp_path / "out" / "rotations.safetensors")
+
+
 @torch.no_grad()
 def test_signs_behind_r2_reach_the_weights_and_keep_r5_from_undoing_it(imported, tmp_path):
     rotated, _, _ = rotate(imported["llama_tied"], tmp_path / "out", r1="online", online_signs=True)
