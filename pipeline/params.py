@@ -158,9 +158,9 @@ def _contradictions(params: Params) -> list[str]:
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
     """One pydantic error as `key=value: what is allowed; remedy`."""
     # A union's member names end up in the location (`…, 'constrained-int'`): keep what is a path into the file.
-    location = _path_in(raw, problem["loc"])
-    key = ".".join(str(part) for part in location)
     kind = problem["type"]
+    location = _path_in(raw, problem["loc"], missing=kind == "missing")
+    key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(_show(location[-1]), known, n=1)
@@ -185,10 +185,10 @@ def _show(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:80]} … ({len(text)} characters)"
 
 
-def _path_in(raw: Any, location: tuple[Any, ...]) -> tuple[Any, ...]:
+def _path_in(raw: Any, location: tuple[Any, ...], missing: bool) -> tuple[Any, ...]:
     path: list[Any] = []
     for part in location:
-        if isinstance(raw, dict):
+        if isinstance(raw, dict) and (part in raw or missing):
             path.append(part)
             raw = raw.get(part)
         elif isinstance(raw, list) and isinstance(part, int):
@@ -205,4 +205,6 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
             kind = kind.model_fields[part].annotation
         else:  # a mapping by name, such as corpora, or a list, such as overrides
             kind = get_args(kind)[-1]
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
     return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Group) else []

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from pipeline.runtime.artifacts import ArtifactError, fingerprint, fingerprint_file, make_header
 from pipeline.runtime.errors import PipelineError, reading
 from pipeline.text.corpora import read_documents
+from pipeline.text.params import split_windows
 from pipeline.text.rows import Document
 from pipeline.text.windows import Windows
 
@@ -75,14 +76,21 @@ def _identify(documents: list[Document], tokenizer: Any, tokenizer_id: str) -> s
 
 
 def cut_calibration_windows(
-    split: str, corpora: list[str], windows: int, length: int, seed: int, data: Path, tokenizer: Any, tokenizer_id: str
+    split: str,
+    corpora: list[str] | dict[str, float],
+    windows: int,
+    length: int,
+    seed: int,
+    data: Path,
+    tokenizer: Any,
+    tokenizer_id: str,
 ) -> Windows:
-    """Windows for `search`, `train`, `end_to_end` or `validation`, dealt evenly over the corpora, in turn.
+    """Windows for `search`, `train`, `end_to_end` or `validation`, of each corpus evenly spread over all.
 
     Args:
         split: which documents to use, see the module's docstring.
-        corpora: names of folders below `data`; several are a mix, each giving its share (the first ones one more
-            window where the count does not divide).
+        corpora: names of folders below `data`; several are a mix, in equal parts or by the shares of a mapping
+            (`split_windows`).
         windows, length: how many, of how many tokens.
         seed: of the order of documents.
         tokenizer, tokenizer_id: a transformers tokenizer and the fingerprint of its file.
@@ -92,8 +100,7 @@ def cut_calibration_windows(
     """
     source = "validation" if split == "validation" else "train"
     parts, identities = [], set[str]()
-    for position, corpus in enumerate(corpora):
-        share = windows // len(corpora) + (position < windows % len(corpora))
+    for corpus, share in split_windows(windows, corpora).items():
         what = f"calibration.{split} from {corpus}"
         documents = read_documents(data / corpus / f"{source}.jsonl")
         identities.add(_identify(documents, tokenizer, tokenizer_id))
@@ -105,11 +112,12 @@ def cut_calibration_windows(
         if split == "end_to_end":
             documents = documents[::-1]
         parts.append(_cut(_tokenize(documents, tokenizer), share, length, what))
-    order = [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]
+    places = [((2 * row + 1) / len(part), part[row]) for part in parts for row in range(len(part))]
+    order = [window for _, window in sorted(places, key=lambda place: place[0])]
     values = {
         "tokenizer": max(identities - {tokenizer_id}, default=tokenizer_id),
         "corpora": {corpus: fingerprint_file(data / corpus / f"{source}.jsonl") for corpus in corpora},
-        "order": corpora,
+        "order": list(corpora.items()) if isinstance(corpora, dict) else corpora,
         "seed": seed,
         "split": split,
         "windows": windows,

@@ -7,6 +7,7 @@ import pytest
 from pipeline.text import corpora
 from pipeline.text.calibration import WindowsError, cut_calibration_windows, cut_evaluation_windows
 from pipeline.text.corpora import CorpusError, fetch_corpus, read_documents
+from pipeline.text.params import split_windows
 from tests.conftest import make_tokenizer
 
 DOCUMENTS = [f"Document {number} speaks of the number {number} and of nothing else." for number in range(60)]
@@ -144,7 +145,8 @@ def data(tmp_path):
 
 
 def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0):
-    return cut_calibration_windows(split, list(corpora_names), windows, length, seed, data, make_tokenizer(), "id")
+    names = corpora_names if isinstance(corpora_names, dict) else list(corpora_names)
+    return cut_calibration_windows(split, names, windows, length, seed, data, make_tokenizer(), "id")
 
 
 def test_windows_of_different_purposes_share_no_document(data):
@@ -189,6 +191,31 @@ def test_a_mix_takes_turns(data):
     mixed = cut(data, "train", ("a", "b"), windows=5).token_ids
     assert (mixed[0::2] == cut(data, "train", ("a",), windows=3).token_ids).all()
     assert (mixed[1::2] == cut(data, "train", ("b",), windows=2).token_ids).all()
+
+
+def test_a_mix_by_shares_spreads_each_corpus_over_all_windows(data):
+    mixed = cut(data, "train", {"a": 3, "b": 1}, windows=8).token_ids
+    assert (mixed[[0, 1, 3, 4, 5, 7]] == cut(data, "train", ("a",), windows=6).token_ids).all()
+    assert (mixed[[2, 6]] == cut(data, "train", ("b",), windows=2).token_ids).all()
+    equal, fractions = cut(data, "train", ("a", "b"), windows=8), cut(data, "train", {"a": 0.5, "b": 0.5}, windows=8)
+    assert (equal.token_ids == fractions.token_ids).all()
+    others = cut(data, "train", {"a": 3, "b": 1}, windows=8), cut(data, "train", {"b": 3, "a": 1}, windows=8)
+    assert len({windows.header.fingerprint for windows in (equal, *others)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("windows", "corpora", "expected"),
+    [
+        (5, ["a", "b"], {"a": 3, "b": 2}),
+        (8, ["a", "b", "c"], {"a": 3, "b": 3, "c": 2}),
+        (10, {"a": 0.1, "b": 0.2, "c": 0.7}, {"a": 1, "b": 2, "c": 7}),
+        (384, {"a": 324, "b": 60}, {"a": 324, "b": 60}),
+        (7, {"a": 2, "b": 1}, {"a": 5, "b": 2}),  # 4.67 and 2.33
+        (3, {"a": 1e9, "b": 1e-300}, {"a": 3, "b": 0}),
+    ],
+)
+def test_shares_are_of_whole_windows(windows, corpora, expected):
+    assert split_windows(windows, corpora) == expected
 
 
 def test_evaluation_is_the_whole_test_split_joined_by_blank_lines(data):
