@@ -6,17 +6,20 @@ import importlib.util
 import itertools
 import math
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 import yaml
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from benchmarks.quality import format_table
 from benchmarks.summary import mean_and_error, read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
-from pipeline.params import Params, parse_params
+from pipeline.params import Params, load_params, parse_params
 from tests.conftest import ROOT
 from tests.test_dvc_pipeline import ROOMS, STAGES
 
@@ -145,16 +148,19 @@ def test_files_are_named_where_they_are():
         assert path in flat, path
 
 
-def test_overrides_are_valid_params():
+def test_overrides_are_valid_params(tmp_path):
+    """As DVC itself puts them into params.yaml."""
     commands = {page: re.findall(r"dvc exp run ([^`\n]+)", text) for page, text in PAGES.items()}
     assert len(commands["README.md"]) >= 4
+    file = tmp_path / "params.yaml"
     for page, command in [(page, command) for page, own in commands.items() for command in own]:
-        pairs = [pair.split("=", 1) for pair in re.findall(r"-S (\S+)", command)]
-        assert pairs, (page, command)
-        queued = "--queue" in command  # of a list every value is an experiment of its own
-        choices = [[(key, value) for value in (values.split(",") if queued else [values])] for key, values in pairs]
-        for chosen in itertools.product(*choices):
-            parse_params(override(read_params(), {key: yaml.safe_load(value) for key, value in chosen}))
+        words = shlex.split(command, comments=True)
+        given = {file: [word for flag, word in itertools.pairwise(words) if flag == "-S"]}
+        assert given[file], (page, command)
+        for chosen in get_hydra_sweeps(given) if "--queue" in words else [given]:
+            shutil.copy(ROOT / "params.yaml", file)
+            apply_overrides(file, chosen[file])
+            load_params(file)
 
 
 def merge(params, changes):
