@@ -151,6 +151,12 @@ class PrefixLayer(DynamicLayer):
             value_states = self.value_quantizer(value_states)
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def reset(self) -> None:
+        """Forget all text. Older versions of transformers fill it with zeros and keep its length."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
     def get_seq_length(self) -> int:
         if not self.is_initialized and self.prefix_kv is not None:
             return self.prefix_kv.shape[-2]

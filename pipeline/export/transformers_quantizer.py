@@ -105,6 +105,8 @@ class PrefixQuantizer(HfQuantizer):
         check_complete(model, checkpoint_files or [])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Older versions leave what they rename as it is stored: the table, where a model without a head is asked for.
+        model.get_input_embeddings().to(model.config.dtype)
         return model
 
     def complete_folder(self, folder: Path) -> None:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from gguf import GGUFValueType
+from packaging.version import Version
 from torch import nn
 from transformers import (
     TOKENIZER_MAPPING,
@@ -38,6 +40,7 @@ from pipeline.models.source import ModelImportError, Source, check_complete, che
 
 logger = logging.getLogger(__name__)
 
+_READS_TOKENIZERS = Version("5.18")
 COMMON = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -231,8 +234,14 @@ def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
     """The tokenizer in the file, whatever lies beside it.
 
     The class is the one that AutoTokenizer takes; that would read the whole vocabulary once more, for a config.
-    Raises GgufError where text is to be split in a way that transformers does not know: it would split as GPT-2 does.
+    Raises GgufError where text is to be split in a way that transformers does not know: it would split as GPT-2 does;
+    of versions of transformers that do so whatever the file says.
     """
+    if Version(transformers.__version__) < _READS_TOKENIZERS:
+        raise GgufError(
+            f"transformers {transformers.__version__} reads GGUF tokenizers wrong (text is split in another way, "
+            f"special tokens are missing); install {_READS_TOKENIZERS} or newer, or take the original checkpoint"
+        )
     kind, split, space = (
         getattr(file.settings.get(f"tokenizer.ggml.{name}"), "value", None)
         for name in ("model", "pre", "add_space_prefix")

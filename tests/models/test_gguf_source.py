@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import numpy
 import pytest
 import torch
+import transformers
 from gguf import GGUFValueType
 from transformers import (
     AutoModelForCausalLM,
@@ -90,6 +91,19 @@ def test_the_tokenizer_is_transformers_conversion_whatever_lies_beside_the_file(
     for file in (tmp_path / "expected").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_versions_that_read_tokenizers_wrong_are_refused(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
+    for version in ("5.17.0", "5.18.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with pytest.raises(
+            ModelImportError, match=rf"transformers {version} reads GGUF tokenizers wrong .* 5\.18 or newer"
+        ):
+            import_model(str(path), None, torch.float32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    import_model(str(path), None, torch.float32, tmp_path / "out")
 
 
 def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_path, caplog):
