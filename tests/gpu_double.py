@@ -201,6 +201,8 @@ class GpuDouble(TorchFunctionMode):
             target, rest = rest[0].device, [rest[0].dtype, *rest[1:]]
         elif rest and isinstance(rest[0], str | torch.device):
             target = rest.pop(0)
+        elif rest and rest[0] is None:  # as modules call it that are cast and stay where they are
+            rest.pop(0)
         waits = not (kwargs.pop("non_blocking", False) or (len(rest) > 1 and rest.pop(1)))
         there = isinstance(tensor, OnGpu)
         kind = tensor.device.type if target is None else torch.device(target).type
