@@ -31,19 +31,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pipeline.blocks.import_gate import check_import
 from pipeline.evaluation import texts
 from pipeline.export import generation
-from pipeline.export.loading import load
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.inference.loading import load
+from pipeline.inference.prefixed_model import assemble_model
+from pipeline.inspection.import_gate import check_import
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
 from pipeline.params import load_params
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.text.corpora import SPLITS, fetch_corpus, read_documents
 from tests.conftest import PROSE, ROOT, make_model, make_tokenizer, tiny_params
 from tests.export.test_folder import make_export
-from tests.models.gguf_models import convert_tensors, describe, write_gguf
+from tests.importing.gguf_models import convert_tensors, describe, write_gguf
 
 TOKEN_IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 SAMPLE = "The house of 12 doors, émigré <s> and\n\nthe rest."

@@ -34,19 +34,20 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner
-from pipeline.evaluation.plan import plan_evaluation
-from pipeline.export.plan import plan_export
 from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
-from pipeline.models.sizes import Sizes
 from pipeline.params import parse_params
-from pipeline.prefix.plan import plan_prefix_search
-from pipeline.quantization.plan import plan_quantizer_init
-from pipeline.rotation.plan import plan_rotation
+from pipeline.planning.evaluation import plan_evaluation
+from pipeline.planning.export import plan_export
+from pipeline.planning.finetuning import plan_finetuning
+from pipeline.planning.need import Share
+from pipeline.planning.prefix import plan_prefix_search
+from pipeline.planning.quantizer_init import plan_quantizer_init
+from pipeline.planning.rotation import plan_rotation
+from pipeline.planning.sizes import Sizes
 from pipeline.runtime.errors import run_main
-from pipeline.runtime.memory import GIB, Share
+from pipeline.runtime.memory import GIB
 from pipeline.runtime.progress import select_device
 from pipeline.text.windows import load_windows
-from pipeline.training.plan import plan_finetuning
 
 SHAPES = {
     "llama-2-7b": {

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.export.loading import Arithmetic, load
-from pipeline.export.prefixed_model import strip_start_token
+from pipeline.inference.loading import Arithmetic, load
+from pipeline.inference.prefixed_model import strip_start_token
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_windows

@@ -3,16 +3,20 @@
     runtime       what every run has: errors, artifacts, progress, ranks, memory. Computes nothing
     numerics      what is done to one tensor: Hadamard transforms, quantizers, GPTQ, packing
     kernels       what an exported model computes faster on a CPU than torch's operators do
-    models        families, checkpoints, importing
+    models        families, checkpoints
+    importing     models of other programs, read and checked
     text          corpora and token windows
     blocks        one decoder block at work: quantized, cached, walked through
-    rotation      R1 to R4: merged into weights, checked
+    inspection    checks and measurements that walk: the import gate, the start token, saturation
+    rotation      R1 to R5: merged into weights, checked
     quantization  choosing every scale and rounding the weights
     training      the training loop, block by block and end to end
     prefix        outlier tokens, the prefix found or trained
-    export        the folder a user loads, and what loads it
+    inference     a model that runs with its prefix, from a checkpoint or an exported folder
+    export        the folder a user loads
     interop       the model in formats of other programs
     evaluation    perplexity, divergence, tasks
+    planning      memory and disk that a stage will need
     pictures      activations, plots, the report
     serving       the exported folder in vLLM
 

@@ -1,6 +1,6 @@
-"""`python -m pipeline.generate FOLDER PROMPT`: text from an exported folder. See export/generation.py."""
+"""`python -m pipeline.generate FOLDER PROMPT`: text from an exported folder. See inference/generation.py."""
 
-from pipeline.export.generation import main
+from pipeline.inference.generation import main
 from pipeline.runtime.errors import run_main
 
 if __name__ == "__main__":

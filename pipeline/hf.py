@@ -1,5 +1,5 @@
-"""`import pipeline.hf` makes transformers load exported folders. See export/transformers_quantizer.py."""
+"""`import pipeline.hf` makes transformers load exported folders. See inference/transformers_quantizer.py."""
 
-from pipeline.export.transformers_quantizer import ExportError, PrefixQuantConfig, PrefixQuantizer
+from pipeline.inference.transformers_quantizer import ExportError, PrefixQuantConfig, PrefixQuantizer
 
 __all__ = ["ExportError", "PrefixQuantConfig", "PrefixQuantizer"]

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from pipeline.evaluation.params import EvaluationParams
 from pipeline.export import params as export
 from pipeline.export.params import ExportParams
-from pipeline.models.params import PACKAGED_MODEL, ModelParams
+from pipeline.importing.params import PACKAGED_MODEL, ModelParams
 from pipeline.pictures.params import ActivationPlotsParams
 from pipeline.prefix.params import PrefixParams, PrefixSearchParams, PrefixTrainingParams
 from pipeline.quantization import params as quantization

@@ -1,5 +1,5 @@
-"""`pipeline.quantized_model.load(folder)`: an exported model and its tokenizer, checked. See export/loading.py."""
+"""`pipeline.quantized_model.load(folder)`: an exported model and its tokenizer, checked. See inference/loading.py."""
 
-from pipeline.export.loading import Arithmetic, ExportError, load
+from pipeline.inference.loading import Arithmetic, ExportError, load
 
 __all__ = ["Arithmetic", "ExportError", "load"]

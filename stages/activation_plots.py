@@ -12,13 +12,13 @@ Packaged model: a few seconds, 0.7 GiB.
 
 from pathlib import Path
 
-from pipeline.blocks.plan import plan_walk
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.pictures.activations import measure_activations, write_activations
+from pipeline.planning.need import Need
+from pipeline.planning.walk import plan_walk
 from pipeline.prefix.candidates import load_prefix
 from pipeline.rotation.matrices import compute_rotated_prefix_kv
 from pipeline.runtime.artifacts import make_header
-from pipeline.runtime.memory import Need
 from pipeline.text.windows import load_windows
 from stages.opening import Run, open_stage
 

@@ -9,7 +9,7 @@ Says whether a start token belongs in front of every window. Packaged model: abo
 import logging
 from pathlib import Path
 
-from pipeline.blocks.start_decision import decide_start_token
+from pipeline.inspection.start_decision import decide_start_token
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import replacing_folder

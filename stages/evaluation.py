@@ -23,17 +23,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv, load_prefix_kv
-from pipeline.blocks.saturation import write_saturation
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import Original, evaluate_model, evaluate_windows
-from pipeline.evaluation.plan import plan_evaluation
-from pipeline.export.loading import load
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.inference.loading import load
+from pipeline.inference.prefixed_model import assemble_model
+from pipeline.inspection.saturation import write_saturation
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params
+from pipeline.planning.evaluation import plan_evaluation
+from pipeline.planning.need import Need
 from pipeline.prefix.candidates import load_prefix
 from pipeline.runtime.artifacts import Header, check_input, make_header, read_header, save_tensors
-from pipeline.runtime.memory import Need
 from pipeline.text.start_token import set_start_token_
 from pipeline.text.windows import load_start_token, load_windows, start_behind
 from stages.opening import Run, open_stage

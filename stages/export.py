@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.export.folder import export_model, parse_size
-from pipeline.export.plan import plan_export
 from pipeline.interop.other_formats import write_formats
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning.export import plan_export
+from pipeline.planning.need import Need
 from pipeline.runtime.artifacts import load_json, load_tensors, make_header, read_header
-from pipeline.runtime.memory import Need
 from pipeline.text.windows import unpack_start_token
 from stages.opening import Run, open_stage
 

@@ -10,16 +10,16 @@ killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 1
 
 from pathlib import Path
 
-from pipeline.blocks.saturation import PROBED_WINDOWS
+from pipeline.inspection.saturation import PROBED_WINDOWS
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning.finetuning import plan_finetuning
+from pipeline.planning.need import Need
 from pipeline.runtime.artifacts import check_input, make_header
-from pipeline.runtime.memory import Need
 from pipeline.runtime.streams import Offload
 from pipeline.text.windows import load_windows
 from pipeline.training.block_wise import Models
 from pipeline.training.finetuning import FinetuningWindows, finetune
 from pipeline.training.place import Keeping, Place
-from pipeline.training.plan import plan_finetuning
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")

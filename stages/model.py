@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.blocks.import_gate import check_import
 from pipeline.evaluation.task_data import check_tasks
-from pipeline.models.importing import import_model
+from pipeline.importing.import_model import import_model
+from pipeline.inspection.import_gate import check_import
 from pipeline.params import check_against_model
 from pipeline.runtime.memory import memory_limit
 from stages.opening import Run, open_stage

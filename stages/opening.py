@@ -20,9 +20,9 @@ import torch
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params, load_params
+from pipeline.planning.need import Need, Share
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.errors import run_main
-from pipeline.runtime.memory import Need, Share
 from pipeline.runtime.params import ParamsError
 from pipeline.runtime.progress import return_freed_memory, run_stage, select_device
 from pipeline.runtime.ranks import ALONE, Ranks

@@ -8,10 +8,10 @@ arXiv:2410.05265, §5.1 and Eq. 3. Packaged model: about 20 seconds for 16 windo
 from pathlib import Path
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.prefix.plan import plan_prefix_search
+from pipeline.planning.need import Need
+from pipeline.planning.prefix import plan_prefix_search
 from pipeline.prefix.search import search_prefix
 from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors, write_json
-from pipeline.runtime.memory import Need
 from pipeline.text.windows import load_windows
 from stages.opening import Run, open_stage
 

@@ -9,10 +9,10 @@ Packaged model: a second when disabled; when enabled about six plain forwards of
 from pathlib import Path
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.prefix.plan import plan_prefix_training
+from pipeline.planning.need import Need
+from pipeline.planning.prefix import plan_prefix_training
 from pipeline.prefix.training import make_candidates, write_candidates
 from pipeline.runtime.artifacts import load_tensors, make_header
-from pipeline.runtime.memory import Need
 from pipeline.runtime.streams import Offload
 from pipeline.text.windows import load_windows
 from pipeline.training.place import Keeping, Place

@@ -13,11 +13,11 @@ from pathlib import Path
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import check_against_model
+from pipeline.planning.need import Need
+from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.prefix.candidates import load_prefix
-from pipeline.quantization.plan import plan_quantizer_init
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import check_same_origin, make_header
-from pipeline.runtime.memory import Need
 from pipeline.text.windows import load_windows, start_behind
 from stages.opening import Run, open_stage
 

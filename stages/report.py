@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.blocks.quantized import block_settings
-from pipeline.blocks.saturation import SITES
 from pipeline.export.model_card import describe_bits
+from pipeline.inspection.saturation import SITES
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params
 from pipeline.pictures.plots import draw_all, read_measured

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning.need import Need
+from pipeline.planning.rotation import plan_rotation
 from pipeline.rotation.merging import rotate_model
-from pipeline.rotation.plan import plan_rotation
-from pipeline.runtime.memory import Need
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")

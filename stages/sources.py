@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.params import PACKAGED_MODEL, ModelParams
+from pipeline.importing.params import PACKAGED_MODEL, ModelParams
 from pipeline.params import load_params
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.files import write_json

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from pipeline.blocks.walk import BlockRunner
+from pipeline.importing.import_model import import_model
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
 from pipeline.quantization.params import QuantizerInitParams
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import yaml
 from pipeline.blocks.kv_cache import PrefixCache
 from pipeline.evaluation import harness
 from pipeline.evaluation.texts import main as evaluate
-from pipeline.export.generation import main as generate
+from pipeline.inference.generation import main as generate
 from pipeline.runtime.errors import run_main
 from tests.conftest import ROOT, write_params
 from tests.evaluation.test_harness import local_task

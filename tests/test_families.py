@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.params import SPLIT_GROUPS

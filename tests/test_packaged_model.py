@@ -16,10 +16,10 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.harness import run_tasks
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.task_data import open_tasks
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.importing.params import PACKAGED_MODEL
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
-from pipeline.models.params import PACKAGED_MODEL
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import make_header
 from pipeline.text.start_token import choose_start_token

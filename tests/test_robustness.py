@@ -14,7 +14,7 @@ from benchmarks import robustness
 from benchmarks.robustness import count_faults, format_table, run_trial, try_mutation
 from benchmarks.robustness_cases import KINDS, Bases, Trial
 from pipeline.evaluation import texts
-from pipeline.export import generation
+from pipeline.inference import generation
 from pipeline.runtime.errors import PipelineError
 from tests.conftest import ROOT
 

@@ -11,7 +11,7 @@ from benchmarks.sites import EVERY, measure_rows
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation.perplexity import evaluate_windows
 from pipeline.models.checkpoint import REPORT, Checkpoint
-from tests.export.test_prefixed_model import make_quantized
+from tests.inference.test_prefixed_model import make_quantized
 
 # Weights, to nearest, are then the same whatever else is quantized.
 PLAIN = {"equalize": [], "weights.centered": False, "weights.range": "tensor"}

@@ -4,8 +4,8 @@
 
 takes lm-eval's own arguments: it adds the model type `prefixquant` and the tasks in `evaluation/tasks/`, and lm-eval
 does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods and texts those of
-`export/prefixed_model.py`; what is changed is what a prefix changes: it takes up some of the model's positions, and no
-start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
+`inference/prefixed_model.py`; what is changed is what a prefix changes: it takes up some of the model's positions, and
+no start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.task_data import FOLDER, Tasks
-from pipeline.export.loading import load
+from pipeline.inference.loading import load
 from pipeline.models.architectures import find_max_positions
 from pipeline.runtime.arguments import check_writable, find_problem
 from pipeline.runtime.errors import PipelineError, reading

@@ -21,9 +21,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.blocks.quantized import block_settings, count_expected_quantizers, count_fired_quantizers, find_settings
-from pipeline.blocks.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.blocks.walk import BlockRunner, batches, load_blocks
-from pipeline.export.prefixed_model import probe_saturation
+from pipeline.inference.prefixed_model import probe_saturation
+from pipeline.inspection.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.models.architectures import find_architecture, find_logit_cap
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
@@ -142,7 +142,7 @@ def evaluate_model(
     original: Original | None,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
-    """As `evaluate_windows`, of a whole model in memory (see `export/prefixed_model.py`)."""
+    """As `evaluate_windows`, of a whole model in memory (see `inference/prefixed_model.py`)."""
     own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
     run = run_model(model, own, batch_size)
     front = _describe_front(model.prefix_kv, model.text_start_token_id)

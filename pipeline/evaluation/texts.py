@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.perplexity import evaluate_model
-from pipeline.export.loading import load
+from pipeline.inference.loading import load
 from pipeline.models.architectures import find_max_positions
 from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, device, whole
 from pipeline.runtime.artifacts import write_json

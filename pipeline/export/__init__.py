@@ -1,5 +1,4 @@
-"""The deliverable: packed weights, scales and prefix in one folder, and what loads it.
+"""The deliverable: a folder with packed weights, scales and prefix.
 
-Read `folder.py` first, what the stage `export` calls, then `transformers_quantizer.py` and `prefixed_model.py`, which
-make it run in transformers. May import from: runtime to prefix.
+Read `folder.py` first, which the stage `export` calls. May import from: runtime to inference.
 """

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from pipeline.blocks.quantized import block_settings, load_block
-from pipeline.export.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.export.model_card import write_model_card
-from pipeline.export.packed_block import pack_block_
-from pipeline.export.transformers_quantizer import GUARDS
+from pipeline.inference.manifest import FORMAT_VERSION, METHOD, write_manifest
+from pipeline.inference.packed_block import pack_block_
+from pipeline.inference.transformers_quantizer import GUARDS
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress

@@ -19,8 +19,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, load_block
+from pipeline.importing.gguf_source import COMMON, HEAD_NORMS
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.gguf_source import COMMON, HEAD_NORMS
 from pipeline.numerics.formats import INT
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.runtime.progress import show_progress

@@ -1,5 +1,4 @@
-"""Models as they are stored: families as data, checkpoint folders read and written tensor by tensor, importing.
+"""Models as this project stores them: families as data, checkpoint folders read and written tensor by tensor.
 
-Read `architectures.py`, then `checkpoint.py`; `importing.py` is what the stage `model` calls. May import from: runtime,
-numerics.
+Read `architectures.py`, then `checkpoint.py`. May import from: runtime to kernels.
 """

@@ -6,7 +6,7 @@ for each block, on all calibration windows, its channels scaled by that (`equali
 1. run it in full precision and record what its quantizers will see (`statistics.py`);
 2. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
 3. run it again, quantized, to get the next block's input, and count what falls beyond the static ranges
-   (`blocks/saturation.py`).
+   (`inspection/saturation.py`).
 
 The prefix is in the cache throughout, in full precision; its positions enter no statistic. A finished block is on disk
 together with the hidden states behind it, so that a killed run continues at the first unfinished block and ends with
@@ -26,9 +26,9 @@ from torch import nn
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import BlockSettings, block_settings, describe_blocks, fill_block
-from pipeline.blocks.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.blocks.sites import site_group
 from pipeline.blocks.walk import BlockRunner
+from pipeline.inspection.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear
-from pipeline.export.packed_block import fits_integers, gather_operands
+from pipeline.inference.packed_block import fits_integers, gather_operands
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import make_codes
 from pipeline.numerics.hadamard import CPU, HadamardTransform

@@ -24,8 +24,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from pipeline.blocks.quantized import find_site_quantizers
-from pipeline.export.packed_block import find_rotation
-from pipeline.export.transformers_quantizer import ExportError, build_packed_, find_missing
+from pipeline.inference.packed_block import find_rotation
+from pipeline.inference.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import build_skeleton

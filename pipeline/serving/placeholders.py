@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from pipeline.export.transformers_quantizer import METHOD
+from pipeline.inference.transformers_quantizer import METHOD
 from pipeline.serving.families import ServingError
 
 

@@ -7,7 +7,7 @@ What it puts in place:
     placeholders.py   every text gets P tokens in front, whose places in the cache the prefix takes
 """
 
-from pipeline.export.transformers_quantizer import METHOD
+from pipeline.inference.transformers_quantizer import METHOD
 from pipeline.serving.families import FAMILIES, served_class
 
 

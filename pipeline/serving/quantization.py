@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
-from pipeline.export.transformers_quantizer import METHOD, PrefixQuantConfig
+from pipeline.inference.transformers_quantizer import METHOD, PrefixQuantConfig
 from pipeline.models.architectures import find_rope_limit
 from pipeline.serving.families import ServingError, served_class
 from pipeline.serving.linear import ServedLinear

@@ -1,7 +1,7 @@
 """The start token: which one a model has, whether its tokenizer puts it in front of texts, and how to make it do so.
 
 Some models were trained with a start token in front of every text and cannot read without one (Gemma), others never saw
-one there. Whether windows have it, `calibration.start_token` says; `blocks/start_decision.py` finds out.
+one there. Whether windows have it, `calibration.start_token` says; `inspection/start_decision.py` finds out.
 """
 
 from typing import Any

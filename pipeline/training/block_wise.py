@@ -24,8 +24,8 @@ from torch import nn
 
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
-from pipeline.blocks.saturation import PROBED_WINDOWS, advance_probed_
 from pipeline.blocks.walk import BlockRunner, load_blocks
+from pipeline.inspection.saturation import PROBED_WINDOWS, advance_probed_
 from pipeline.models.checkpoint import (
     Checkpoint,
     save_block_file,

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import block_settings, describe_blocks
-from pipeline.blocks.saturation import SATURATION, write_saturation
+from pipeline.inspection.saturation import SATURATION, write_saturation
 from pipeline.models.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.text.windows import put_in_front, unpack_start_token

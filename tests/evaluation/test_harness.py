@@ -16,14 +16,14 @@ from pipeline.evaluation.harness import COMMONSENSE, PrefixedLM, run_tasks
 from pipeline.evaluation.packaged_tasks import find_passages, load_last_words, load_word_analogies
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.task_data import TaskError, Tasks, open_tasks
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.params import parse_params
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.params import ParamsError
 from pipeline.text.corpora import fetch_corpus, read_documents, read_packaged_split
 from tests.conftest import ROOT, make_model, open_model
 from tests.export.test_folder import make_export
-from tests.export.test_prefixed_model import PREFIX, prefixed, reference_greedy, reference_logits
+from tests.inference.test_prefixed_model import PREFIX, prefixed, reference_greedy, reference_logits
 
 pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
 TEXT = "The house had stood empty for years before anyone came to look at it."

@@ -18,18 +18,18 @@ from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.export.folder import export_model, parse_size, write_shards
-from pipeline.export.loading import check_folder, load, use_integers_
-from pipeline.export.manifest import fingerprint_files
-from pipeline.export.packed_block import PackedLinear
-from pipeline.export.prefixed_model import assemble_model
-from pipeline.export.transformers_quantizer import ExportError
+from pipeline.inference.loading import check_folder, load, use_integers_
+from pipeline.inference.manifest import fingerprint_files
+from pipeline.inference.packed_block import PackedLinear
+from pipeline.inference.prefixed_model import assemble_model
+from pipeline.inference.transformers_quantizer import ExportError
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
 from pipeline.text.start_token import find_added_token, set_start_token_
 from pipeline.text.windows import put_in_front
 from tests.conftest import ROOT, make_tokenizer, open_model
-from tests.export.test_prefixed_model import PREFIX, QUANTIZERS, make_quantized
+from tests.inference.test_prefixed_model import PREFIX, QUANTIZERS, make_quantized
 
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks into /proc")
 FAMILIES = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"]

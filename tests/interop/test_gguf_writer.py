@@ -5,15 +5,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.gguf_writer import pack_blocks
 from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
 from pipeline.numerics.quantizer import dequantize_weight
 from pipeline.runtime.artifacts import make_header
 from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
-from tests.export.test_prefixed_model import make_quantized
+from tests.inference.test_prefixed_model import make_quantized
 from tests.interop.test_number_formats import WIDTHS
 from tests.interop.test_other_formats import PLAIN, TEXT
 

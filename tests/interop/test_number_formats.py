@@ -8,18 +8,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pipeline.hf  # noqa: F401
 from pipeline.blocks.quantized import block_settings, find_site_quantizers, load_block
-from pipeline.blocks.saturation import SaturationProbe
 from pipeline.export.folder import export_model
-from pipeline.export.loading import load, use_integers_
-from pipeline.export.packed_block import PackedLinear
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.inference.loading import load, use_integers_
+from pipeline.inference.packed_block import PackedLinear
+from pipeline.inference.prefixed_model import assemble_model
+from pipeline.inspection.saturation import SaturationProbe
 from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
-from pipeline.models.importing import import_model
 from pipeline.numerics.grids import as_grid
 from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.training.trainables import freeze_, unfreeze_
 from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
-from tests.export.test_prefixed_model import make_quantized
+from tests.inference.test_prefixed_model import make_quantized
 from tests.interop.test_other_formats import PLAIN, TEXT
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}  # blocks of 32 divide

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.export.folder import export_model
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.compressed_tensors import pack_words
 from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
 from pipeline.numerics.quantizer import integer_range
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import WINDOW, read_json
 from tests.export.test_folder import NEEDS_PROC, check_parts, collect_parts
-from tests.export.test_prefixed_model import make_quantized
+from tests.inference.test_prefixed_model import make_quantized
 
 TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3))
 # Nothing that the format cannot express: no R4, no quantized cache, nothing centered.

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.models.architectures import UnsupportedModelError, check_window, find_max_positions, find_rope_limit
-from pipeline.models.importing import import_model
 from tests.blocks.test_walk import assert_close, walked_logits
 from tests.conftest import FAMILIES, open_model
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.blocks.kv_cache import find_key_source
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import fill_block, load_block
-from pipeline.models.importing import import_model
+from pipeline.importing.import_model import import_model
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.quantization.quantizer_init import init_blocks, plan_block
 from pipeline.quantization.statistics import choose_windows, record_block

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import BlockSettings, block_settings
 from pipeline.blocks.walk import BlockRunner
+from pipeline.importing.import_model import import_model
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
 from pipeline.rotation import merging as rotation
 from pipeline.rotation.gate import RotationError
 from pipeline.rotation.matrices import load_rotation, make_rotation

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.importing.import_model import import_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.other_formats import write_formats
-from pipeline.models.importing import import_model
 from pipeline.runtime.artifacts import make_header
 from tests.conftest import ROOT, make_tokenizer, randomize_
-from tests.export.test_prefixed_model import make_quantized
+from tests.inference.test_prefixed_model import make_quantized
 from tests.interop.test_other_formats import PLAIN
 from tests.serving.test_vllm import ENVIRONMENT, OWN
 

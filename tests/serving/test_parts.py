@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pipeline.blocks.kv_cache import KeyQuantizer
 from pipeline.blocks.quantized import find_settings, find_site_quantizers
-from pipeline.export.loading import load
+from pipeline.inference.loading import load
 from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.models.architectures import find_architecture
@@ -18,8 +18,8 @@ from pipeline.serving import attention
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.linear import ServedLinear
 from tests.export.test_folder import make_export
-from tests.export.test_prefixed_model import PREFIX, QUANTIZERS
 from tests.gpu_double import CUDA, GpuDouble
+from tests.inference.test_prefixed_model import PREFIX, QUANTIZERS
 
 HEADS, WIDTH, TOKENS = 2, 12, 9  # of the tiny Llama's keys
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pipeline.export.loading import load
+from pipeline.inference.loading import load
 from tests.conftest import ROOT
 from tests.serving.test_vllm import ENVIRONMENT, MODELS, make_served
 

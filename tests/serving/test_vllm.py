@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pipeline.export.folder import export_model
+from pipeline.importing.import_model import import_model
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import import_model
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import ROOT, SIZES, init_params, make_tokenizer, open_model, randomize_

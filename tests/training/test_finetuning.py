@@ -10,9 +10,9 @@ import yaml
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
-from pipeline.blocks.saturation import PROBED_WINDOWS, SITES
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
+from pipeline.inspection.saturation import PROBED_WINDOWS, SITES
 from pipeline.models.checkpoint import BLOCK, Checkpoint
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
 from pipeline.quantization.equalization import Equalizer, select_block

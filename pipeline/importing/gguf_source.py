@@ -34,9 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.importing.gguf_file import GgufError, GgufFile, Setting, find_parts
+from pipeline.importing.source import ModelImportError, Source, check_complete, check_file, loading, make_block_config
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
-from pipeline.models.gguf_file import GgufError, GgufFile, Setting, find_parts
-from pipeline.models.source import ModelImportError, Source, check_complete, check_file, loading, make_block_config
 
 logger = logging.getLogger(__name__)
 

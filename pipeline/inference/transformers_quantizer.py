@@ -29,9 +29,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.blocks.quantized import QuantizedLinear, add_quantizers_, find_settings, find_site_quantizers
-from pipeline.export.manifest import METHOD, ExportError, check_format, write_manifest
-from pipeline.export.packed_block import pack_block_
-from pipeline.export.prefixed_model import prefix_model_
+from pipeline.inference.manifest import METHOD, ExportError, check_format, write_manifest
+from pipeline.inference.packed_block import pack_block_
+from pipeline.inference.prefixed_model import prefix_model_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.files import write_json
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.blocks import start_decision
-from pipeline.blocks.start_decision import StartTokenError, decide_start_token, measure_losses
-from pipeline.models.importing import import_model
+from pipeline.importing.import_model import import_model
+from pipeline.inspection import start_decision
+from pipeline.inspection.start_decision import StartTokenError, decide_start_token, measure_losses
 from pipeline.text.start_token import set_start_token_
 from pipeline.text.windows import put_in_front
 from tests.conftest import PROSE, make_model, make_tokenizer, open_model

@@ -19,10 +19,10 @@ from torch import nn
 
 from pipeline.blocks.quantized import fill_block
 from pipeline.blocks.walk import BlockRunner
+from pipeline.importing.source import Source
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
-from pipeline.models.source import Source
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.memory import GIB
 from pipeline.runtime.progress import current_rss_gib, show_progress

@@ -1,8 +1,8 @@
 """What packing will take."""
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
-from pipeline.runtime.memory import Need, make_need
+from pipeline.planning.need import Need, make_need
+from pipeline.planning.sizes import Sizes
 
 
 def plan_export(checkpoint: Checkpoint, shard: int) -> Need:

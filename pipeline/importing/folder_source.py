@@ -11,9 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.models.architectures import find_architecture
-from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, build_skeleton
-from pipeline.models.source import (
+from pipeline.importing.source import (
     ModelImportError,
     Source,
     check_complete,
@@ -23,6 +21,8 @@ from pipeline.models.source import (
     make_block_config,
     read_json_object,
 )
+from pipeline.models.architectures import find_architecture
+from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, build_skeleton
 
 _SINGLE = "model.safetensors"
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.blocks import import_gate
-from pipeline.blocks.import_gate import ImportGateError, check_import
-from pipeline.models import folder_source, fused_projections, gguf_source
+from pipeline.importing import folder_source, fused_projections, gguf_source
+from pipeline.importing.import_model import import_model
+from pipeline.inspection import import_gate
+from pipeline.inspection.import_gate import ImportGateError, check_import
 from pipeline.models.checkpoint import CheckpointWriter
-from pipeline.models.importing import import_model
 from tests.conftest import FAMILIES, make_model, make_tokenizer
-from tests.models.gguf_models import write_gguf
+from tests.importing.gguf_models import write_gguf
 
 ROOMY, NARROW = (functools.partial(check_import, limit=limit) for limit in (1e15, 0))
 
@@ -80,7 +80,7 @@ def test_parts_of_a_fused_linear_in_another_order_are_refused(gate, model_folder
             lambda name: read_part(next((name.replace(own, to) for own, to in other.items() if own in name), name)),
         )
 
-    monkeypatch.setattr("pipeline.models.importing.take_apart", swap)
+    monkeypatch.setattr("pipeline.importing.import_model.take_apart", swap)
     assert_refused(model_folders["phi3"], tmp_path, gate)
 
 

@@ -25,8 +25,8 @@ from transformers.masking_utils import create_causal_mask
 
 from pipeline.blocks.kv_cache import CACHE, PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
-from pipeline.blocks.saturation import SaturationProbe
 from pipeline.blocks.sliding import make_sliding_mask
+from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 

@@ -10,11 +10,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from pipeline.blocks.import_gate import check_import
-from pipeline.models import importing as model_import
+from pipeline.importing import import_model as model_import
+from pipeline.importing.import_model import ModelImportError, import_model
+from pipeline.inspection.import_gate import check_import
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.importing import ModelImportError, import_model
 from pipeline.runtime.artifacts import read_header
 from tests.conftest import FAMILIES, ROOT, WINDOW, make_model
 

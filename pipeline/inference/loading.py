@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import pipeline.export.transformers_quantizer  # noqa: F401  (transformers then knows the method)
-from pipeline.export.manifest import GENERATION, ExportError, check_folder
-from pipeline.export.packed_block import multiply_integers_
+import pipeline.inference.transformers_quantizer  # noqa: F401  (transformers then knows the method)
+from pipeline.inference.manifest import GENERATION, ExportError, check_folder
+from pipeline.inference.packed_block import multiply_integers_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.errors import reading
 

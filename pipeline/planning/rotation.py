@@ -3,9 +3,9 @@
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
+from pipeline.planning.need import Need, make_need
+from pipeline.planning.sizes import Sizes
 from pipeline.rotation.matrices import ENTRIES
-from pipeline.runtime.memory import Need, make_need
 
 
 def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype, on_gpu: bool) -> Need:

@@ -7,10 +7,10 @@ from transformers import GenerationConfig
 from pipeline.blocks.kv_cache import SlidingLayer
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.blocks.quantized import QuantizedLinear
-from pipeline.export.prefixed_model import assemble_model
+from pipeline.inference.prefixed_model import assemble_model
 from tests.blocks.test_walk import walked_logits
 from tests.conftest import SLIDING, WINDOW, read_pinned
-from tests.export.test_prefixed_model import PAD, PREFIX, QUANTIZERS, make_quantized, pad, prefixed
+from tests.inference.test_prefixed_model import PAD, PREFIX, QUANTIZERS, make_quantized, pad, prefixed
 
 GENERATOR = torch.Generator().manual_seed(11)
 TEXTS = [torch.randint(2, 320, (length,), generator=GENERATOR).tolist() for length in (72, 41, 5, 30)]

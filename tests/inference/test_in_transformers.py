@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import pipeline.hf  # noqa: F401
-from pipeline.export.loading import check_folder, load
-from pipeline.export.manifest import ExportError
-from pipeline.export.transformers_quantizer import GUARD, GUARDS
+from pipeline.inference.loading import check_folder, load
+from pipeline.inference.manifest import ExportError
+from pipeline.inference.transformers_quantizer import GUARD, GUARDS
 from pipeline.models.checkpoint import Checkpoint
 from tests.conftest import ROOT, read_json
 from tests.export.test_folder import TEXT, make_export

@@ -7,16 +7,17 @@ import torch
 
 from benchmarks.scaling import END_TO_END, PARAMS, SHAPES, Shape
 from benchmarks.workspace import override, read_params
-from pipeline.evaluation.plan import plan_evaluation
-from pipeline.models.sizes import Sizes
 from pipeline.params import parse_params
-from pipeline.prefix.plan import plan_prefix_search, plan_prefix_training
-from pipeline.quantization.plan import plan_quantizer_init
-from pipeline.rotation.plan import plan_rotation
+from pipeline.planning import finetuning as finetuning_plan
+from pipeline.planning.evaluation import plan_evaluation
+from pipeline.planning.finetuning import plan_finetuning
+from pipeline.planning.need import Share, make_need
+from pipeline.planning.prefix import plan_prefix_search, plan_prefix_training
+from pipeline.planning.quantizer_init import plan_quantizer_init
+from pipeline.planning.rotation import plan_rotation
+from pipeline.planning.sizes import Sizes
 from pipeline.runtime import memory
-from pipeline.runtime.memory import GIB, Share, make_need
-from pipeline.training import plan as training_plan
-from pipeline.training.plan import plan_finetuning
+from pipeline.runtime.memory import GIB
 from tests.conftest import ROOT
 
 ROW = re.compile(r"\| (llama\S+), \d blocks? \| ([^|]+?) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|")
@@ -56,7 +57,7 @@ def plan(model, stage, monkeypatch):
         return plan_finetuning(plain, share(8, 1), share(8, 1), params.finetuning, params.runtime)
     params = parse_params(override(read_params(), PARAMS | END_TO_END | {"model.source": "."}))
     for name in ("memory_limit", "fits"):  # nothing fits: blocks are streamed
-        monkeypatch.setattr(training_plan, name, lambda *_: 0)
+        monkeypatch.setattr(finetuning_plan, name, lambda *_: 0)
     return plan_finetuning(plain, share(8, 1), share(8, 1), params.finetuning, params.runtime)
 
 
@@ -117,7 +118,7 @@ def test_tables_that_a_gpus_host_rounds_or_sends_are_in_every_plan(dtype):
         plan_finetuning(model, share(8), share(8), off, params.runtime.model_copy(update={"max_memory": "400GiB"})),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.prefix.plan.fits", lambda *_: True)
+        patch.setattr("pipeline.planning.prefix.fits", lambda *_: True)
         needs.append(plan_prefix_training(model, share(8), trained, params.runtime))
     for need in needs:
         assert need.memory >= table + need.streams

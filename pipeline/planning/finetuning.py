@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
-from pipeline.runtime.memory import Need, Share, fits, make_need, memory_limit
+from pipeline.planning.need import Need, Share, fits, make_need
+from pipeline.planning.sizes import Sizes
+from pipeline.runtime.memory import memory_limit
 from pipeline.runtime.params import RuntimeParams
 from pipeline.training.params import FinetuningParams
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from pipeline.export.loading import load
-from pipeline.export.prefixed_model import strip_start_token
+from pipeline.inference.loading import load
+from pipeline.inference.prefixed_model import strip_start_token
 from pipeline.models.architectures import find_max_positions
 from pipeline.runtime.arguments import ArgumentError, Parser, device, positive, text, whole
 from pipeline.runtime.errors import reading

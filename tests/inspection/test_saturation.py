@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.blocks.quantized import fill_block, find_site_quantizers, load_block
-from pipeline.blocks.saturation import SITES, SaturationProbe, count_beyond, summarise_saturation, write_saturation
+from pipeline.inspection.saturation import SITES, SaturationProbe, count_beyond, summarise_saturation, write_saturation
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.quantization.quantizer_init import plan_block

@@ -18,12 +18,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, GenerationConfig
 
+from pipeline.importing.folder_source import open_folder
+from pipeline.importing.fused_projections import Read, take_apart
+from pipeline.importing.gguf_source import find_gguf, open_gguf
+from pipeline.importing.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CheckpointWriter, build_skeleton, copy_companions
-from pipeline.models.folder_source import open_folder
-from pipeline.models.fused_projections import Read, take_apart
-from pipeline.models.gguf_source import find_gguf, open_gguf
-from pipeline.models.source import ModelImportError, Source, check_file, loading, read_json_object
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -57,7 +57,7 @@ def import_model(
         check_plan: called with {site: width}, the number of blocks, the longest text, prefix included, and the sliding
             window (or None) before any tensor is read; may raise.
         check_result: called with the opened source and the finished folder before that takes its place; may raise, and
-            what it returns is added to the metrics (see `blocks/import_gate.py`).
+            what it returns is added to the metrics (see `inspection/import_gate.py`).
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.

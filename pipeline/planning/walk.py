@@ -1,8 +1,8 @@
 """What a walk over the blocks will take."""
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
-from pipeline.runtime.memory import Need, Share, make_need
+from pipeline.planning.need import Need, Share, make_need
+from pipeline.planning.sizes import Sizes
 
 
 def plan_walk(checkpoint: Checkpoint, share: Share) -> Need:

@@ -3,9 +3,9 @@
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
+from pipeline.planning.need import Need, Share, make_need
+from pipeline.planning.sizes import Sizes
 from pipeline.quantization.params import QuantizerInitParams
-from pipeline.runtime.memory import Need, Share, make_need
 
 
 def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerInitParams) -> Need:

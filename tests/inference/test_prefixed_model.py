@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
-from pipeline.export.generation import chat
-from pipeline.export.prefixed_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
+from pipeline.inference.generation import chat
+from pipeline.inference.prefixed_model import assemble_model, prefix_model_, probe_saturation, strip_start_token
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import make_header

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from pipeline.blocks.plan import plan_walk
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sizes import Sizes
+from pipeline.planning.need import Need, Share, fits, make_need
+from pipeline.planning.sizes import Sizes
+from pipeline.planning.walk import plan_walk
 from pipeline.prefix.benefit import CALIBRATED, MOST_CANDIDATES, MOST_WINDOWS
 from pipeline.prefix.params import PrefixSearchParams, PrefixTrainingParams
-from pipeline.runtime.memory import GIB, Need, Share, fits, make_need
+from pipeline.runtime.memory import GIB
 from pipeline.runtime.params import RuntimeParams
 from pipeline.runtime.progress import current_rss_gib
 

@@ -1,0 +1,6 @@
+"""Checks and measurements of a whole model that walk over its blocks.
+
+`import_gate.py` compares an imported model with transformers' own reading (stage `model`), `start_decision.py` decides
+whether texts get a start token (stage `calibration`), `saturation.py` counts values beyond static ranges. May import
+from: runtime to blocks.
+"""
