@@ -1,4 +1,4 @@
-"""dvc.yaml must list what each stage's results depend on: its script, the rooms that compute them, params groups."""
+"""dvc.yaml must list everything that the results of a stage depend on; the rooms of the library keep their order."""
 
 import ast
 import json
@@ -16,10 +16,10 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PLOTS = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
 CURVES = [next(iter(plot.items())) for plot in PLOTS if isinstance(plot, dict)]
 TEMPLATES = ROOT / ".dvc/plots"  # where DVC looks first
-# What a stage looks at before any work, and what changes no result.
+# Groups that a stage only checks before it starts; they change no result.
 ONLY_CHECKED = {"model": {"evaluation"}}
-# Runs with every `dvc repro`: a metrics file, which holds seconds, would be another change in git every time.
-UNMEASURED = {"sources"}
+# These run with every `dvc repro`. A metrics file, which holds seconds, would be another change in git every time.
+ALWAYS_RUN = {"code", "sources"}
 
 
 def find_modules(names: list[str], root: Path = ROOT) -> set[Path]:
@@ -61,12 +61,11 @@ def find_wrong_imports(root: Path) -> list[str]:
     return wrong
 
 
-def test_every_folder_of_the_library_is_a_room_of_3_to_12_modules_with_a_docstring_only():
+def test_every_folder_of_the_library_is_a_room_that_opens_with_a_docstring_only():
     folders = {path.parent.name for path in (ROOT / "pipeline").glob("*/*.py")}
     assert folders == set(ROOMS)
     for room in ROOMS:
         modules = [path for path in (ROOT / "pipeline" / room).glob("*.py") if path.name != "__init__.py"]
-        assert 3 <= len(modules) <= 12, room
         body = ast.parse((ROOT / "pipeline" / room / "__init__.py").read_text()).body
         assert len(body) == 1
         assert "ay import from" in ast.get_docstring(ast.Module(body, [])) or room == "runtime"
@@ -93,18 +92,11 @@ def test_a_wrong_import_is_found(wrong, tmp_path):
     assert found.startswith("pipeline/numerics/gptq.py imports pipeline/")
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_stage_lists_its_script_and_every_room_it_uses(name):
-    stage = STAGES[name].get("do", STAGES[name])
-    code = {dependency for dependency in stage["deps"] if dependency.startswith(("stages/", "pipeline/"))}
-    script = f"stages/{name}.py"
-    rooms = {module.parent.name for module in closure(ROOT / script)} - {"runtime"}
-    assert code == {script} | {f"pipeline/{room}" for room in rooms}
-
-
-def test_dvc_yaml_is_read_in_one_go_and_what_python_writes_does_not_count():
-    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 300
-    assert "__pycache__/" in (ROOT / ".dvcignore").read_text().splitlines()
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ALWAYS_RUN])
+def test_stage_depends_on_the_fingerprint_of_its_code_and_on_no_source_file(name):
+    dependencies = STAGES[name].get("do", STAGES[name])["deps"]
+    assert [path for path in dependencies if path.startswith("artifacts/code")] == [f"artifacts/code/{name}.json"]
+    assert not [path for path in dependencies if path.startswith(("stages/", "pipeline/"))]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -112,21 +104,22 @@ def test_stage_has_a_description_an_uncached_metrics_file_and_no_runtime_setting
     stage = STAGES[name].get("do", STAGES[name])
     assert stage["desc"]
     assert stage["cmd"].startswith(f"python -m stages.{name}")
-    assert ("metrics" not in stage) == (name in UNMEASURED)
+    assert ("metrics" not in stage) == (name in ALWAYS_RUN)
     for metrics in stage.get("metrics", []):
         ((path, options),) = metrics.items()
         assert path.startswith(f"metrics/{name}")
         assert options == {"cache": False}
-    assert not any("runtime" in str(group) for group in stage["params"])
+    assert not any("runtime" in str(group) for group in stage.get("params", []))
 
 
-def test_what_stands_behind_sources_is_looked_at_always_and_each_reader_depends_on_its_own():
-    """The one stage that always runs keeps its outs: the hub's last answer is in them."""
-    assert [name for name, stage in STAGES.items() if "always_changed" in stage] == ["sources"]
+def test_code_and_sources_always_run_and_each_reader_depends_on_its_own_source():
+    """`sources` keeps its outs while it runs: the hub's last answer is in them."""
+    assert {name for name, stage in STAGES.items() if "always_changed" in stage} == ALWAYS_RUN
     assert STAGES["sources"]["outs"] == [{"artifacts/sources": {"persist": True}}]
     read = {
         name: [path for path in stage.get("do", stage)["deps"] if path.startswith("artifacts/sources")]
         for name, stage in STAGES.items()
+        if name not in ALWAYS_RUN
     }
     assert {name: paths for name, paths in read.items() if paths} == {
         "model": ["artifacts/sources/model.json"],
@@ -141,7 +134,8 @@ def test_stage_lists_exactly_the_params_groups_its_script_reads(name):
     read = set(re.findall(r"params\.(\w+)", source)) - {"runtime", "yaml"}
     variants = STAGES[name].get("foreach", {})
     variants = list(variants.values()) if isinstance(variants, dict) else []
-    listed = {str(group).split(".")[0] for group in STAGES[name].get("do", STAGES[name])["params"]} - {"${item"}
+    listed = {str(group).split(".")[0] for group in STAGES[name].get("do", STAGES[name]).get("params", [])}
+    listed -= {"${item"}
     listed |= {variant["params"] for variant in variants}
     assert listed == read - ONLY_CHECKED.get(name, set())
 

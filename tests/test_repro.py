@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT, tiny_params, write_params
 
-SOURCES = {"sources"}  # always runs
+ALWAYS_RUN = {"code", "sources"}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def change(folder: Path, group: str, **values: object) -> None:
     write_params(folder, params)
 
 
-def test_nothing_changed_reruns_nothing_but_the_look_at_sources(repository):
+def test_without_a_change_only_code_and_sources_run(repository):
     lock = (repository / "dvc.lock").read_bytes()
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
     assert (repository / "dvc.lock").read_bytes() == lock
 
 
@@ -73,7 +73,7 @@ def test_touched_sources_rerun_nothing(repository):
     for path in [repository / "prose.txt", *files]:
         path.touch()
     assert len(files) >= 4
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
 
 
 def test_a_changed_file_of_the_model_reruns_its_import_alone_where_that_comes_to_the_same(repository):
@@ -85,9 +85,9 @@ def test_a_changed_file_of_the_model_reruns_its_import_alone_where_that_comes_to
     took = metrics.read_bytes()
     ran = repro(repository)
     # By chance importing takes the same again, to a tenth of a second: then there is nothing new to report.
-    assert ran == SOURCES | {"model"} | (set() if metrics.read_bytes() == took else {"report"})
+    assert ran == ALWAYS_RUN | {"model"} | (set() if metrics.read_bytes() == took else {"report"})
     config.write_text(before)
-    assert repro(repository) == SOURCES  # DVC remembers the run
+    assert repro(repository) == ALWAYS_RUN  # DVC remembers the run
 
 
 def test_another_text_behind_the_same_path_reruns_the_corpus_and_what_follows_but_no_model_stage(repository):
@@ -98,13 +98,13 @@ def test_another_text_behind_the_same_path_reruns_the_corpus_and_what_follows_bu
     corpus.write_text(changed)
     os.utime(corpus, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert corpus.stat().st_size == status.st_size
-    assert repro(repository, "calibration") == SOURCES | {"corpora@prose", "calibration"}
+    assert repro(repository, "calibration") == ALWAYS_RUN | {"corpora@prose", "calibration"}
     followers = {"prefix_search", "quantizer_init", "finetuning", "evaluation@original", "activation_plots@original"}
     would_run = repro(repository, "--dry")
     assert followers <= would_run
     assert not would_run & {"model", "rotation"}
     corpus.write_text(before)
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
 
 
 def test_a_changed_task_file_reruns_evaluation_and_no_other_work(repository):
@@ -113,13 +113,13 @@ def test_a_changed_task_file_reruns_evaluation_and_no_other_work(repository):
     (repository / "tasks").mkdir()
     (repository / "tasks/own.yaml").write_text("task: own\n")
     change(repository, "evaluation", task_folder=str(repository / "tasks"))
-    assert repro(repository, "evaluation@original") == SOURCES | {"evaluation@original"}
-    assert repro(repository, "evaluation@original") == SOURCES
+    assert repro(repository, "evaluation@original") == ALWAYS_RUN | {"evaluation@original"}
+    assert repro(repository, "evaluation@original") == ALWAYS_RUN
     (repository / "tasks/own.yaml").write_text("task: other\n")
-    assert repro(repository, "evaluation@original") == SOURCES | {"evaluation@original"}
+    assert repro(repository, "evaluation@original") == ALWAYS_RUN | {"evaluation@original"}
     (repository / "params.yaml").write_text(before)
     shutil.rmtree(repository / "tasks")
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
 
 
 def test_a_source_that_is_gone_is_one_line_with_its_key(repository):
@@ -130,13 +130,13 @@ def test_a_source_that_is_gone_is_one_line_with_its_key(repository):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: corpora.prose.source=")
     assert "no such file or folder" in line
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
 
 
 def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
     change(repository, "quantizer_init", equalize=[])
     stages = {"quantizer_init", "finetuning"}
-    made = SOURCES | {"export", "evaluation@export", "report"}
+    made = ALWAYS_RUN | {"export", "evaluation@export", "report"}
     assert repro(repository) == stages | made | {f"evaluation@{stage}" for stage in stages}
 
 
@@ -151,18 +151,18 @@ def test_the_outlier_threshold_does_not_rerun_rotation(repository):
 
 def test_a_training_key_reruns_nothing_else_while_training_is_off(repository):
     change(repository, "prefix_training", epochs=7)
-    assert repro(repository) == SOURCES | {"prefix_training", "report"}
+    assert repro(repository) == ALWAYS_RUN | {"prefix_training", "report"}
 
 
 def test_runtime_settings_rerun_nothing(repository):
     change(repository, "runtime", batch_size=1, threads=2)
-    assert repro(repository) == SOURCES
+    assert repro(repository) == ALWAYS_RUN
 
 
 def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository):
     shutil.copyfile(repository / "prose.txt", repository / "other.txt")
     change(repository, "corpora", other={"source": str(repository / "other.txt")})
-    assert repro(repository) == SOURCES | {"corpora@other", "calibration", "report"}
+    assert repro(repository) == ALWAYS_RUN | {"corpora@other", "calibration", "report"}
 
 
 def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
@@ -171,7 +171,7 @@ def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
     write_params(repository, params)
     ran = repro(repository)
     variants = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
-    assert ran == SOURCES | {"calibration", "export", "report", *(f"evaluation@{variant}" for variant in variants)}
+    assert ran == ALWAYS_RUN | {"calibration", "export", "report", *(f"evaluation@{variant}" for variant in variants)}
 
 
 def test_a_setting_can_be_overridden_on_the_command_line_in_exponent_form(repository):
@@ -199,6 +199,80 @@ def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
     assert ("prefix_search", "evaluation@original") not in edges
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new, 1))
+
+
+PROBE = '''
+
+def probe(value: int) -> int:
+    """Return a number."""
+    # A comment.
+    if value < 0:
+        raise ValueError(f"value={value} is negative. Use 0")
+    return value + 1
+'''
+
+
+def list_changed_stages(folder: Path) -> set[str]:
+    """The stages that `dvc status` lists after `dvc repro code`, without those that always run."""
+    dvc(folder, "repro", "code")
+    status = json.loads(dvc(folder, "status", "--json"))
+    return {name for name, reasons in status.items() if reasons != ["always changed"]}
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("pipeline/numerics/gptq.py", {"quantizer_init"}),
+        ("pipeline/importing/gguf_file.py", {"model", "export"}),  # export writes GGUF files with its tables
+        ("pipeline/pictures/plots.py", {"report"}),
+    ],
+)
+def test_a_changed_line_reruns_the_stages_that_reach_it_and_a_changed_text_none(module, stages, repository):
+    repro(repository)
+    path = repository / module
+    before = path.read_text()
+    path.write_text(before + PROBE)
+    repro(repository, "code")
+    dvc(repository, "commit", "--force")  # the results stay: nothing calls the function
+    assert list_changed_stages(repository) == set()
+    for old, new in (("Return a number", "Add one"), ("A comment", "Another"), ("is negative. Use 0", "is below zero")):
+        edit(path, old, new)
+        assert list_changed_stages(repository) == set(), new
+    edit(path, "value + 1", "value + 2")
+    assert list_changed_stages(repository) == stages
+    path.write_text(before)
+    repro(repository, "code")
+    dvc(repository, "commit", "--force")
+    assert list_changed_stages(repository) == set()
+
+
+def test_a_plan_and_the_params_of_other_stages_rerun_nothing(repository):
+    repro(repository)
+    plan, params = repository / "pipeline/planning/need.py", repository / "pipeline/params.py"
+    before = {path: path.read_text() for path in (plan, params)}
+    for path in before:
+        path.write_text(before[path] + PROBE)
+    assert list_changed_stages(repository) == set()
+    for path, text in before.items():
+        path.write_text(text)
+
+
+def test_code_that_cannot_be_fingerprinted_stops_the_run(repository):
+    path = repository / "pipeline/numerics/gptq.py"
+    before = path.read_text()
+    path.write_text(before + "\n\n__import__(name)\n")
+    done = start_dvc(repository, "repro")
+    path.write_text(before)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "pipeline/numerics/gptq.py:" in line
+    assert repro(repository) == ALWAYS_RUN
+
+
 def commit(folder: Path) -> None:
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
@@ -212,7 +286,7 @@ def test_artifacts_are_shared_through_a_remote_and_a_clone_reruns_nothing(reposi
     commit(repository)
     subprocess.run(["git", "clone", "-q", str(repository), str(tmp_path / "clone")], check=True)
     dvc(tmp_path / "clone", "pull", "-q")
-    assert repro(tmp_path / "clone") == SOURCES
+    assert repro(tmp_path / "clone") == ALWAYS_RUN
     for name in ("export", "finetuning"):
         assert sorted(path.name for path in (tmp_path / "clone/artifacts" / name).iterdir()) == sorted(
             path.name for path in (repository / "artifacts" / name).iterdir()
@@ -225,7 +299,7 @@ def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_
     before = (repository / "params.yaml").read_text()
     output = dvc(repository, "exp", "run", "--temp", "-n", "wide", "-S", "finetuning.end_to_end.epochs=2")
     ran = set(re.findall(r"Running stage '([^']+)'", output))
-    assert ran == SOURCES | {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
+    assert ran == ALWAYS_RUN | {"finetuning", "evaluation@finetuning", "export", "evaluation@export", "report"}
     assert (repository / "params.yaml").read_text() == before
     makefile = (ROOT / "Makefile").read_text()
     columns = re.search(r"^COLUMNS = (.+)$", makefile, re.MULTILINE)[1].replace("$$", "$")
