@@ -84,7 +84,9 @@ class CodeReader:
                     for alias in names:  # a name in the module, or a module of the package
                         modules |= self._find_module(f"{module}.{alias.name}")
                 case ast.ImportFrom():
-                    raise CodeError(f"{path}:{node.lineno}: a relative import. Write the full name, pipeline.ROOM.MODULE")
+                    raise CodeError(
+                        f"{path}:{node.lineno}: a relative import. Write the full name, pipeline.ROOM.MODULE"
+                    )
                 case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if self._is_dynamic(node.func, name):
                     raise CodeError(
                         f"{path}:{node.lineno}: {name}() imports or runs code that no fingerprint can cover. Use an "
