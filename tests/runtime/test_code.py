@@ -115,7 +115,7 @@ def test_a_single_word_passed_to_an_exception_is_data(project):
         ("importlib.import_module(name)", r"numbers\.py:1: import_module\(\) imports or runs code that no fingerprint"),
         ("__import__(name)", r"__import__\(\) imports"),
         ("exec(text)", r"exec\(\) imports"),
-        ("from . import files", "a relative import. Write the full name"),
+        ("from . import files", "a relative import. Write the name out"),
         ("from pipeline.room.gone import x", r"numbers\.py:1: there is no module pipeline\.room\.gone"),
         ("import stages.gone", "there is no module stages.gone"),
         ("def broken(:", "is not valid Python"),
