@@ -11,11 +11,11 @@ each with a hash of its syntax tree. These parts of a module are left out of the
 
 A module that uses `__file__` may load the files beside it (C++ sources, YAML), so their bytes are hashed too.
 
-Some modules compute no result at all and are not followed (`EXEMPT`). Otherwise a constant of a memory plan, or a check in
-the params of another stage, would rerun everything. Whoever changes the layout of artifacts raises
+Some modules compute no result at all and are not followed (`EXEMPT`). Otherwise a constant of a memory plan, or a check
+in the params of another stage, would rerun everything. Whoever changes the layout of artifacts raises
 `artifacts.FORMAT_VERSION` instead.
 
-Imports that only exist at run time (`importlib.import_module`, `exec`, …) would escape the fingerprint, so they are refused.
+Imports that only exist at run time (`importlib.import_module`, `exec`, …) would escape the fingerprint: they are refused.
 """
 
 import ast
@@ -85,7 +85,7 @@ class CodeReader:
                         modules |= self._find_module(f"{module}.{alias.name}")
                 case ast.ImportFrom():
                     raise CodeError(
-                        f"{path}:{node.lineno}: a relative import. Write the full name, pipeline.ROOM.MODULE"
+                        f"{path}:{node.lineno}: a relative import. Write the name out: pipeline.ROOM.MODULE"
                     )
                 case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if self._is_dynamic(node.func, name):
                     raise CodeError(
@@ -100,7 +100,7 @@ class CodeReader:
         return name in _DYNAMIC and (isinstance(function, ast.Name) or name not in ("exec", "eval"))
 
     def _resolve(self, module: str, place: str) -> set[str]:
-        """Return the files that importing `module` runs. Raises CodeError where it should be in this project and is not."""
+        """Return the files that importing `module` runs. Raises CodeError if it is not in this project."""
         if not (self.root / module.partition(".")[0]).is_dir():
             return set()  # another project's package
         files = self._find_module(module)
@@ -109,7 +109,7 @@ class CodeReader:
         return files
 
     def _find_module(self, module: str) -> set[str]:
-        """Return the file of a dotted name and the `__init__.py` of each package around it; empty where it is no module."""
+        """Return the file of a dotted name and the `__init__.py` of each package around it; empty if there is none."""
         parts = module.split(".")
         stem = "/".join(parts)
         files = [path for path in (f"{stem}.py", f"{stem}/__init__.py") if (self.root / path).is_file()]

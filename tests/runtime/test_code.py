@@ -18,7 +18,9 @@ def project(tmp_path):
     """A small project: stages a and b; both import `numbers`, only a imports `files`, opening imports params."""
     sources = {
         "stages/__init__.py": "",
-        "stages/a.py": "from pipeline.room import numbers\nfrom pipeline.room.files import load\nimport stages.opening\n",
+        "stages/a.py": (
+            "from pipeline.room import numbers\nfrom pipeline.room.files import load\nimport stages.opening\n"
+        ),
         "stages/b.py": "def main():\n    from pipeline.room.numbers import add\n    import stages.opening\n",
         "stages/opening.py": "from pipeline.params import Params\n",
         "pipeline/__init__.py": '"""The library."""\n',
@@ -27,9 +29,12 @@ def project(tmp_path):
         "pipeline/room/numbers.py": (
             '"""Numbers."""\nimport logging\n\nlogger = logging.getLogger(__name__)\n\n\n'
             'def add(a: int, b: int) -> int:\n    """Add."""\n    # a comment\n    if a < 0:\n'
-            '        raise ValueError(f"a={a} is negative. Use 0")\n    logger.info("adding two numbers")\n    return a + b\n'
+            '        raise ValueError(f"a={a} is negative. Use 0")\n'
+            '    logger.info("adding two numbers")\n    return a + b\n'
         ),
-        "pipeline/room/files.py": "from pathlib import Path\n\nload = Path(__file__).with_name('data') / 'table.yaml'\n",
+        "pipeline/room/files.py": (
+            "from pathlib import Path\n\nload = Path(__file__).with_name('data') / 'table.yaml'\n"
+        ),
         "pipeline/room/data/table.yaml": "rows: 3\n",
     }
     for path, text in sources.items():
