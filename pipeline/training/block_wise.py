@@ -78,10 +78,11 @@ class BlockTrainer(Trainer):
         params: FinetuningParams,
         ranks: Ranks,
     ) -> None:
-        groups = [(trainables.quantizers, params.quant_lr), (trainables.weights, params.weight_lr)]
-        super().__init__(groups, params, params.weight_decay, runner.device, params.autocast, ranks)
+        blocks = params.blocks
+        groups = [(trainables.quantizers, blocks.quant_lr), (trainables.weights, blocks.weight_lr)]
+        super().__init__(groups, blocks, blocks.weight_decay, runner.device, params.autocast, ranks)
         self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
-        self.loss_of = LOSSES[params.loss_type]
+        self.loss_of = LOSSES[blocks.loss_type]
 
     def losses(self, data: BlockData, rows: Any) -> torch.Tensor:
         """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
@@ -117,19 +118,19 @@ def finetune_blocks(
     rotated, initial, runner, ranks = models.rotated, models.initial, place.runner, place.ranks
     place.work.mkdir(parents=True, exist_ok=True)
     prefix_kv = load_prefix_kv(initial.folder, initial.stage)
-    wanted = TARGETS[params.target]
+    wanted = TARGETS[params.blocks.target]
     start_token = load_start_token(initial.folder / PREFIX, initial.stage)
     windows = {
         split: put_in_front(ids[ranks.own(len(ids))], start_token)
         for split, ids in {"train": train, "validation": validation}.items()
     }
-    if not params.epochs:  # the rest of them nobody would look at
+    if not params.blocks.enabled:  # the rest of them nobody would look at
         windows["train"] = windows["train"][:PROBED_WINDOWS]
     counts = {"train": len(train), "validation": len(validation)}
     start, saved = load_generation(place.work, place.header, ranks)
     if start:
         logger.info("continuing at block %d of %d", start, initial.block_count)
-    judged = [*windows] if params.epochs else ["validation"]  # what needs a target
+    judged = [*windows] if params.blocks.enabled else ["validation"]  # what needs a target
     streams: dict[str, dict[str, Stream]] = {}
     for kind, checkpoint in ({"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})).items():
         streams[kind] = {
@@ -187,7 +188,7 @@ def _finetune_block(
     weights = None
     if params.start == "full_precision":
         weights = use_full_precision_(block, models.rotated, models.initial, index)
-    elif params.weight_lr > 0:
+    elif params.blocks.weight_lr > 0:
         weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
     trainables = unfreeze_(block, architecture, weights=weights)
     del weights  # trained is a copy

@@ -21,8 +21,9 @@ _KEEP_EVERY = 8  # steps
 
 
 class Schedule(Protocol):
-    """The params a training run has, as in params.yaml."""
+    """The params a training run has, as in params.yaml; it runs no epoch unless `enabled`."""
 
+    enabled: bool
     epochs: int
     batch_size: int
     min_lr_factor: float
@@ -113,7 +114,7 @@ class Trainer:
             seed: of the order of windows.
         """
         state, failure = self.state, None
-        epochs = self.schedule.epochs if self.parameters else 0
+        epochs = self.schedule.epochs if self.schedule.enabled and self.parameters else 0
         if not state.history:
             state.add({"epoch": 0, "train": None, "validation": self.evaluate(validation)})
             self.keep()
