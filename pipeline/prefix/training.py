@@ -6,7 +6,8 @@ frozen, and every loss looks at the positions behind the prefix only. The loss i
     the terms of `loss_type`, mean over layers (`losses.py`)
     diversity   squared cosine similarity between different rows of the prefix
     magnitude   norms beyond the largest of the embedding table
-    kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
+    kl          KL(reference ‖ with prefix), in nats; with `simulate`, of the model as quantized. The reference is the
+                original model without a prefix
 
 What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
 `torch.utils.checkpoint`, and only the hidden states between them stay; where the blocks do not fit either, they are
@@ -225,12 +226,12 @@ def train_prefix(
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
     state = TrainingState([prefix], optimizer)
     own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
-    exact, exact_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
+    reference, reference_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
     own_train, own_validation = (put_in_front(own, start_token) for own in (own_train, own_validation))
     if state.load_(state_file, place.header, place.ranks):
         logger.info("continuing behind epoch %d", len(state.history) - 1)
     else:
-        state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})
+        state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, reference_validation, ranks)})
         state.save(state_file, place.header, ranks)
     stopped = None
     for epoch in range(len(state.history), params.epochs + 1):
@@ -244,7 +245,7 @@ def train_prefix(
             own = ranks.locate(order[rows])
             prefix.grad, total = torch.zeros_like(prefix), torch.zeros((), device=runner.device)
             if len(own):
-                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own])
+                terms = model.losses(prefix, own_train[own], None if reference is None else reference[own])
                 loss = model.weigh(terms) * (len(own) / len(order[rows]))
                 loss.backward()
                 total += loss.detach()
@@ -258,7 +259,7 @@ def train_prefix(
             note_progress(loss=losses[-1], validation=state.history[-1]["validation"])
         if stopped:
             break
-        measured = model.evaluate(prefix, own_validation, exact_validation, ranks)
+        measured = model.evaluate(prefix, own_validation, reference_validation, ranks)
         if not math.isfinite(measured["validation"]):
             stopped = f"the validation loss was not finite after epoch {epoch}"
             break

@@ -1,8 +1,9 @@
 """Train what is left to train through the whole quantized model: scales, zero points, clip factors, and, where asked
 for, norm weights and the prefix's keys and values.
 
-The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
-error counts, not its size. Integers of the weights stand still. All blocks are in memory where there is room. Where
+The loss is KL(reference ‖ quantized), in nats, on calibration windows. The reference of this phase is the original
+model, neither rotated nor quantized, without a prefix. What the next blocks make of an error counts, not its size.
+Integers of the weights stand still. All blocks are in memory where there is room. Where
 what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are
 run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
@@ -38,12 +39,12 @@ class ModelData:
 
     Attributes:
         inputs: embedded, as the quantized model reads them: [N, T, D], or [N, T + 1, D] with a start token in front.
-        exact: [N, T, D], the original's hidden states behind its final norm, of content alone.
+        reference: [N, T, D], hidden states of the original model after its final norm, of content alone.
         count: how many windows all ranks have together.
     """
 
     inputs: Stream
-    exact: Stream
+    reference: Stream
     count: int
 
 
@@ -81,7 +82,7 @@ class EndToEndTrainer(Trainer):
             self.blocks.append(block, (*found.quantizers, *found.norms))
         self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
         self.norm = initial.load_final_norm().to(device).requires_grad_(False)
-        self.lm_head, self.exact_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
+        self.lm_head, self.reference_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
         groups = [
             (quantizers, params.quant_lr),
             (norms, params.norm_lr),
@@ -97,12 +98,12 @@ class EndToEndTrainer(Trainer):
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
             hidden = self.blocks.run(self._run_block, index, hidden, own_prefix)
-        exact = data.exact[rows].to(self.device)
-        normed = self.norm(hidden[:, -exact.shape[1] :])
+        reference = data.reference[rows].to(self.device)
+        normed = self.norm(hidden[:, -reference.shape[1] :])
         return torch.stack(
             [
-                mean_divergence(ours, target, self.lm_head, self.exact_lm_head)
-                for ours, target in zip(normed, exact, strict=True)
+                mean_divergence(ours, target, self.lm_head, self.reference_lm_head)
+                for ours, target in zip(normed, reference, strict=True)
             ]
         )
 

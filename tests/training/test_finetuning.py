@@ -91,13 +91,13 @@ def trainer_of(quantized, blocks=None, index=1):
     params = settings(blocks)
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     prefix_kv = load_prefix_kv(models.initial.folder, "quantizer_init")[index]
-    exact = load_block(models.rotated, index)
+    reference = load_block(models.rotated, index)
     with torch.no_grad():
         original_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
         inputs = models.rotated.embed(torch.randint(0, 320, (4, 16), generator=torch.Generator().manual_seed(4)))
         for before in range(index):
             runner.advance_(load_block(models.rotated, before), inputs, original_kv[before])
-        target = runner.run(exact, inputs, original_kv[index])
+        target = runner.run(reference, inputs, original_kv[index])
     block = load_block(models.initial, index)
     for quantizer in find_site_quantizers(block, models.initial.architecture).values():
         quantizer.scale *= 1.3  # something to mend
@@ -131,20 +131,20 @@ def test_targets_are_the_full_precision_blocks_outputs(target, quantized, tmp_pa
     found = run(quantized, tmp_path, blocks=MEASURED | {"target": target})
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
-    exact, ours = models.rotated.embed(validation), models.initial.embed(validation)
+    reference, ours = models.rotated.embed(validation), models.initial.embed(validation)
     original_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
     assert not torch.allclose(kv, original_kv, rtol=0.01)  # scaled as the quantized blocks' own keys and values are
     for index in range(2):
         teacher, student = load_block(models.rotated, index), load_block(models.initial, index)
         targets = {
-            "fp_input": runner.run(teacher, exact, original_kv[index]),
+            "fp_input": runner.run(teacher, reference, original_kv[index]),
             "quant_input": runner.run(teacher, ours, original_kv[index]),
         }
         output = runner.run(student, ours, kv[index])
         names = ["fp_input", "quant_input"] if target == "both" else [target]
         expected = sum((output - targets[name]).square().mean().item() for name in names) / len(names)
         assert found[index]["validation_before"] == pytest.approx(expected, rel=1e-5)
-        exact, ours = targets["fp_input"], output
+        reference, ours = targets["fp_input"], output
 
 
 def test_full_precision_start_takes_the_rotated_equalized_weights(quantized, tmp_path):
@@ -336,14 +336,14 @@ def test_the_checkpoint_computes_what_was_trained(quantized, tmp_path):
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(checkpoint.folder, "finetuning")
     assert torch.equal(kv, load_prefix_kv(models.initial.folder, "quantizer_init"))
-    exact, ours = models.rotated.embed(validation), checkpoint.embed(validation)
-    exact_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
+    reference, ours = models.rotated.embed(validation), checkpoint.embed(validation)
+    reference_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
     for index in range(3):
         block = load_block(checkpoint, index)
         assert block.mlp.down_proj.weight.dtype == torch.int8
-        runner.advance_(load_block(models.rotated, index), exact, exact_kv[index])
+        runner.advance_(load_block(models.rotated, index), reference, reference_kv[index])
         runner.advance_(block, ours, kv[index])
-        error = (ours - exact).square().mean().item()
+        error = (ours - reference).square().mean().item()
         assert error == pytest.approx(blocks[index]["validation_after"], rel=1e-5)
     epochs = json.loads((tmp_path / "out" / "plots/losses.json").read_text())
     assert [row["train"] is not None for row in epochs] == [row["epoch"] > 0 for row in epochs]
@@ -610,8 +610,8 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
         hidden, _, _ = compute_final_hidden(checkpoint, {"x": train}, runner, kv)
         with torch.no_grad():
             ours = checkpoint.load_lm_head().logits(hidden["x"]).log_softmax(-1)
-            exact = make_model("llama_tied")(train).logits.log_softmax(-1)
-        return (exact.exp() * (exact - ours)).sum(-1).mean().item()
+            reference = make_model("llama_tied")(train).logits.log_softmax(-1)
+        return (reference.exp() * (reference - ours)).sum(-1).mean().item()
 
     assert divergence(checkpoint, kv) == pytest.approx(metrics["end_to_end"]["kl_after"], rel=1e-3)
     before = divergence(models.initial, load_prefix_kv(models.initial.folder, "quantizer_init"))
@@ -629,9 +629,9 @@ def test_products_are_computed_in_what_autocast_says(quantized, tmp_path):
         found[kind], _ = run_whole(quantized, tmp_path / kind, autocast=kind, blocks={"epochs": 1}, end_to_end=ALL_MOVE)
     paths = {kind: bytes_of(tmp_path / kind / "out") for kind in found}
     assert paths["auto"] == paths["none"] != paths["bfloat16"]
-    exact, narrow = (found[kind]["end_to_end"] for kind in ("none", "bfloat16"))
+    full, narrow = (found[kind]["end_to_end"] for kind in ("none", "bfloat16"))
     assert narrow["kl_after"] < narrow["kl_before"]
-    assert narrow["kl_after"] == pytest.approx(exact["kl_after"], rel=0.1)
+    assert narrow["kl_after"] == pytest.approx(full["kl_after"], rel=0.1)
     for name, tensor in Checkpoint(tmp_path / "bfloat16/out", "finetuning").load_block_tensors(0).items():
         assert tensor.dtype in (torch.float32, torch.int8), name
 
