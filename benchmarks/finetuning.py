@@ -69,7 +69,7 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
 
     def ours() -> None:
         for rows in batches(len(inputs), params.blocks.batch_size):
-            trainer.step(data, order[rows], 0.0)
+            trainer.step(data, order[rows], 0, 1)
 
     def theirs() -> None:
         for rows in batches(len(inputs), params.blocks.batch_size):

@@ -44,7 +44,7 @@ from pipeline.training.losses import LOSSES
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
 from pipeline.training.trainables import Trainables, freeze_, unfreeze_
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class BlockData:
     count: int
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(Trainer[BlockData]):
     """Trains one block on windows before it."""
 
     def __init__(
@@ -80,12 +80,21 @@ class BlockTrainer(Trainer):
         ranks: Ranks,
     ) -> None:
         blocks = params.blocks
-        groups = [(trainables.quantizers, blocks.quant_lr), (trainables.weights, blocks.weight_lr)]
-        super().__init__(groups, blocks, blocks.weight_decay, runner.device, params.autocast, ranks)
+        super().__init__(
+            [(trainables.quantizers, blocks.quant_lr), (trainables.weights, blocks.weight_lr)],
+            schedule=blocks,
+            weight_decay=blocks.weight_decay,
+            device=runner.device,
+            autocast=params.autocast,
+            ranks=ranks,
+        )
         self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
-        self.loss_of = LOSSES[blocks.loss_type]
+        self.loss_of, self.min_lr_factor = LOSSES[blocks.loss_type], blocks.min_lr_factor
 
-    def losses(self, data: BlockData, rows: Any) -> torch.Tensor:
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
+
+    def losses(self, data: BlockData, rows: Rows) -> torch.Tensor:
         """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
         output = self.runner.run(self.block, data.inputs[rows].to(self.device), self.prefix_kv)
         return torch.stack([self.loss_of(output, target[rows].to(self.device)) for target in data.targets]).mean(0)

@@ -8,10 +8,8 @@ what they keep for the backward pass does not fit beside them, only hidden state
 run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +24,7 @@ from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place
 from pipeline.training.streamed import TrainedBlocks
 from pipeline.training.trainables import freeze_, unfreeze_
-from pipeline.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
 
 _STATE = "end-to-end.safetensors"
 
@@ -48,7 +44,7 @@ class ModelData:
     count: int
 
 
-class EndToEndTrainer(Trainer):
+class EndToEndTrainer(Trainer[ModelData]):
     """Trains the finished blocks of `work` together."""
 
     bar = "end to end"
@@ -88,11 +84,14 @@ class EndToEndTrainer(Trainer):
             (norms, params.norm_lr),
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
-        super().__init__(groups, params, 0.0, device, autocast, place.ranks)
-        if self.state.load_(place.work / _STATE, place.header, place.ranks):
-            logger.info("continuing epoch %d behind step %d", len(self.state.history), len(self.state.losses))
+        super().__init__(groups, schedule=params, weight_decay=0.0, device=device, autocast=autocast, ranks=place.ranks)
+        self.min_lr_factor = params.min_lr_factor
+        self.resume_(place.work / _STATE, place.header)
 
-    def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
+
+    def losses(self, data: ModelData, rows: Rows) -> torch.Tensor:
         """The divergence of each of this rank's windows `rows`, [B]."""
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
@@ -112,9 +111,6 @@ class EndToEndTrainer(Trainer):
 
     def _load_tensors(self, index: int) -> dict[str, torch.Tensor]:
         return load_block_file(self.place.work, self.initial.architecture, index, self.place.header.stage)
-
-    def keep(self) -> None:
-        self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
 
     def write_(self, blocks: Path) -> torch.Tensor | None:
         """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""

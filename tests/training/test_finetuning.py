@@ -208,7 +208,7 @@ def test_gradients_are_clipped_to_the_length_asked_for(quantized, monkeypatch):
     )
     trainer.differentiate(data, torch.arange(4))
     assert math.sqrt(sum(p.grad.square().sum().item() for p in trainer.parameters)) > 1e-2
-    trainer.step(data, torch.arange(4), 0.0)
+    trainer.step(data, torch.arange(4), 0, 1)
     assert lengths == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -226,7 +226,7 @@ def test_learning_rates_follow_the_cosine_to_their_floor(quantized, monkeypatch)
 def test_each_epoch_has_an_order_of_its_own_and_all_windows(quantized, monkeypatch):
     trainer, _, data = trainer_of(quantized, {"epochs": 3, "batch_size": 1})
     seen = []
-    monkeypatch.setattr(trainer, "step", lambda data, windows, progress: seen.append(int(windows)))
+    monkeypatch.setattr(trainer, "step", lambda data, windows, *position: seen.append(int(windows)))
     trainer.train_(data, data, 3)
     epochs = [seen[:4], seen[4:8], seen[8:]]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
@@ -239,11 +239,12 @@ def test_the_best_epoch_is_restored_after_a_late_divergence(quantized, monkeypat
     trainer, _, data = trainer_of(quantized, {"epochs": 4, "quant_lr": 0.001, "weight_lr": 0.0})
     step = Trainer.step
 
-    def diverges(self, data, windows, progress):
-        if progress >= 0.25:
+    def diverges(self, data, windows, step_index, step_count):
+        assert step_count == 8
+        if step_index >= 2:  # from the second epoch on
             for group in self.optimizer.param_groups:
                 group["highest"] = 3.0
-        return step(self, data, windows, 0.0 if progress >= 0.25 else progress * 4)
+        return step(self, data, windows, 0 if step_index >= 2 else step_index, 2)
 
     monkeypatch.setattr(trainer, "step", lambda *args: diverges(trainer, *args))
     outcome = trainer.train_(data, data, 0)
@@ -256,7 +257,7 @@ def test_the_best_epoch_is_restored_after_a_late_divergence(quantized, monkeypat
 def test_training_stops_early_and_the_counter_starts_again(quantized, monkeypatch):
     trainer, _, data = trainer_of(quantized, {"epochs": 9, "early_stop": 2})
     measured = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.6, 1.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda data: next(measured))
+    monkeypatch.setattr(trainer, "evaluate", lambda data: {"validation": next(measured)})
     outcome = trainer.train_(data, data, 0)
     assert [row["validation"] for row in outcome.history] == [5.0, 4.0, 4.5, 3.0, 3.5, 3.6]
     assert outcome.best_epoch == 3
@@ -267,10 +268,10 @@ def test_a_nan_step_is_skipped_and_halves_the_rates(quantized, monkeypatch):
     before = [p.detach().clone() for p in trainer.parameters]
     losses = trainer.losses
     monkeypatch.setattr(trainer, "losses", lambda *args: losses(*args) * math.nan)
-    assert trainer.step(data, torch.arange(2), 0.0) is None
+    assert trainer.step(data, torch.arange(2), 0, 1) is None
     assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
     monkeypatch.undo()
-    assert trainer.step(data, torch.arange(2), 0.0) is not None
+    assert trainer.step(data, torch.arange(2), 0, 1) is not None
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.0025, 0.0005])
 
 
@@ -318,7 +319,7 @@ def test_rates_that_ruin_everything_keep_the_state_before_training(quantized, tm
 
 def test_a_loss_that_is_not_finite_to_begin_with_is_said(quantized, monkeypatch):
     trainer, _, data = trainer_of(quantized)
-    monkeypatch.setattr(trainer, "evaluate", lambda data: math.nan)
+    monkeypatch.setattr(trainer, "evaluate", lambda data: {"validation": math.nan})
     with pytest.raises(TrainingError, match="the loss before training is not finite; the quantized model"):
         trainer.train_(data, data, 0)
 
@@ -647,7 +648,7 @@ def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_pat
     params = EndToEndParams.model_validate(values)
     trainer = EndToEndTrainer(models.initial, models.original, kv, params, "none", place)
     data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
-    trainer.step(data, torch.arange(4), 0.0)
+    trainer.step(data, torch.arange(4), 0, 1)
     (tmp_path / "out").mkdir()
     moved_kv = not torch.equal(trainer.write_(tmp_path / "out"), kv)
     moved = set()
