@@ -1,6 +1,6 @@
 """What fine-tuning a block costs, against a plain forward and backward of the same block on the same windows.
 
-    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, epochs: 1
+    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, one epoch
     python -m benchmarks.finetuning --json finetuning.json
 
 First table: seconds of one epoch of one block (rounding of weights, quantizers, loss, AdamW) and of the plain one
@@ -36,7 +36,8 @@ ROUNDS = 5
 def main() -> None:
     arguments = make_parser(__doc__, ROWS).parse_args()
     rows = read_rows(arguments.json)
-    workspace, params = Workspace(arguments.work), override(read_params(), {"finetuning.epochs": 1})
+    workspace = Workspace(arguments.work)
+    params = override(read_params(), {"finetuning.blocks.enabled": True, "finetuning.blocks.epochs": 1})
     for name in arguments.rows:
         if name in rows:
             continue
@@ -52,7 +53,7 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
     rotated = Checkpoint(folders["rotation"] / "artifacts/rotation", "rotation")
     initial = Checkpoint(folders["quantizer_init"] / "artifacts/quantizer_init", "quantizer_init")
     windows = load_windows(folders["calibration"] / "artifacts/calibration/train.safetensors").token_ids
-    runner = BlockRunner(rotated, torch.device("cpu"), params.batch_size)
+    runner = BlockRunner(rotated, torch.device("cpu"), params.blocks.batch_size)
     prefix_kv = load_prefix_kv(initial.folder, initial.stage)[BLOCK]
     inputs = rotated.embed(windows)
     plain = load_block(rotated, BLOCK)
@@ -67,11 +68,11 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
     order = shuffle(len(inputs), torch.Generator().manual_seed(0))
 
     def ours() -> None:
-        for rows in batches(len(inputs), params.batch_size):
-            trainer.step(data, order[rows], 0.0)
+        for rows in batches(len(inputs), params.blocks.batch_size):
+            trainer.step(data, order[rows], 0, 1)
 
     def theirs() -> None:
-        for rows in batches(len(inputs), params.batch_size):
+        for rows in batches(len(inputs), params.blocks.batch_size):
             output = runner.run(plain, inputs[order[rows]], prefix_kv)
             nn.functional.mse_loss(output, target[order[rows]]).backward()
             for parameter in trained:

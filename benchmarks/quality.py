@@ -101,15 +101,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _blocks(**changes: Any) -> dict[str, Any]:
-    """The first phase of fine-tuning alone."""
-    own = {"epochs": 1} | changes
-    return {"finetuning.end_to_end.enabled": False} | {f"finetuning.{key}": value for key, value in own.items()}
+def _blocks(start: str = "quantizer_init", **changes: Any) -> dict[str, Any]:
+    """Return the params of the first phase of fine-tuning alone, of one epoch."""
+    values = {"enabled": True, "epochs": 1} | changes
+    return {"finetuning.end_to_end.enabled": False, "finetuning.start": start} | {
+        f"finetuning.blocks.{key}": value for key, value in values.items()
+    }
 
 
 def _end_to_end(**changes: Any) -> dict[str, Any]:
-    """The second phase alone."""
-    return {"finetuning.end_to_end.enabled": True, "finetuning.epochs": 0} | {
+    """Return the params of the second phase alone."""
+    return {"finetuning.end_to_end.enabled": True, "finetuning.blocks.enabled": False} | {
         f"finetuning.end_to_end.{key}": value for key, value in changes.items()
     }
 
@@ -117,7 +119,7 @@ def _end_to_end(**changes: Any) -> dict[str, Any]:
 UNTRAINED = "not trained"
 WEIGHTS = {"start": "full_precision", "weight_lr": 3e-4, "epochs": 3}
 FINETUNING: dict[str, dict[str, Any]] = {
-    UNTRAINED: _blocks(epochs=0),
+    UNTRAINED: _blocks(enabled=False),
     "blocks": _blocks(),
     "blocks, 3 epochs": _blocks(epochs=3),
     "blocks, quant_lr 1e-3": _blocks(quant_lr=1e-3),
@@ -131,7 +133,7 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "blocks, weights too, from full precision": _blocks(**WEIGHTS),
     "blocks, weights too, from GPTQ": _blocks(**WEIGHTS | {"start": "quantizer_init"}),
     "end to end": _end_to_end(),
-    "blocks and end to end": _end_to_end() | {"finetuning.epochs": 1},
+    "blocks and end to end": _end_to_end() | {"finetuning.blocks.enabled": True, "finetuning.blocks.epochs": 1},
     "end to end, quantizers only": _end_to_end(norm_lr=0.0, prefix_lr=0.0),
     "end to end, without norms": _end_to_end(norm_lr=0.0),
     "end to end, without the prefix": _end_to_end(prefix_lr=0.0),

@@ -88,8 +88,8 @@ QUICK = {
     "quantizer_init.values.range": "max",
     "quantizer_init.equalize": [],
     "finetuning.start": "quantizer_init",
-    "finetuning.weight_lr": 0.0,
-    "finetuning.epochs": 0,
+    "finetuning.blocks.weight_lr": 0.0,
+    "finetuning.blocks.enabled": False,
 }
 END_TO_END = QUICK | {"finetuning.end_to_end.enabled": True, "finetuning.end_to_end.batch_size": 1}
 ROWS = {
@@ -122,11 +122,12 @@ PARAMS = {
     # these widths some thirty forwards of 8 windows.
     "quantizer_init.weights.range": "tensor",
     "finetuning.start": "full_precision",
-    "finetuning.epochs": 1,
-    "finetuning.weight_lr": 5e-6,
+    "finetuning.blocks.enabled": True,
+    "finetuning.blocks.epochs": 1,
+    "finetuning.blocks.weight_lr": 5e-6,
     "finetuning.end_to_end.enabled": False,
     "runtime.batch_size": 1,
-    "finetuning.batch_size": 1,
+    "finetuning.blocks.batch_size": 1,
 }
 
 # The official command line's: 512 x 1024 tokens, 20 epochs.
@@ -137,8 +138,9 @@ WHOLE = {
     "calibration.validation.length": 1024,
     "quantizer_init.weights.range": "tensor",
     "finetuning.start": "full_precision",
-    "finetuning.epochs": 20,
-    "finetuning.weight_lr": 5e-6,
+    "finetuning.blocks.enabled": True,
+    "finetuning.blocks.epochs": 20,
+    "finetuning.blocks.weight_lr": 5e-6,
     "finetuning.end_to_end.enabled": False,
     "runtime.offload": "always",
 }
@@ -315,7 +317,7 @@ def plan_whole_models(tflops: float) -> str:
         work = {
             "prefix_search": Work(count_pass(sizes, 64 * 512, 512)),
             "quantizer_init": Work(2 * count_pass(sizes, tokens, train.length) + gptq.shared, gptq.own),
-            "finetuning": Work(2 * once + tuning.epochs * 3 * 1.6 * count_pass(sizes, tokens, train.length)),
+            "finetuning": Work(2 * once + tuning.blocks.epochs * 3 * 1.6 * count_pass(sizes, tokens, train.length)),
             "evaluation": Work(2 * count_pass(sizes, held_out.tokens, 2048)),
         }
         for stage, need in needs.items():

@@ -29,7 +29,7 @@ from pipeline.runtime.errors import reading
 from pipeline.runtime.params import Group, ParamsError, RuntimeParams, check_packaged, list_problems
 from pipeline.text import params as text
 from pipeline.text.params import CalibrationParams, CorpusParams
-from pipeline.training.params import FinetuningParams
+from pipeline.training.params import RENAMED_KEYS, FinetuningParams
 
 
 class Params(Group):
@@ -161,6 +161,8 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
     kind = problem["type"]
     location = _path_in(raw, problem["loc"], missing=kind == "missing")
     key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden" and key in RENAMED_KEYS:
+        return f"{key}: renamed; use {RENAMED_KEYS[key]}"
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(_show(location[-1]), known, n=1)

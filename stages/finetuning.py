@@ -52,7 +52,7 @@ def main(run: Run) -> None:
 
 def plan(run: Run) -> Need:
     train, end_to_end, validation = (load_windows(path).token_ids for path in (TRAIN, END_TO_END, VALIDATION))
-    if not run.params.finetuning.epochs:
+    if not run.params.finetuning.blocks.enabled:
         train = train[: PROBED_WINDOWS * run.params.runtime.processes]
     shares = run.share(train, validation), run.share(end_to_end, validation)
     return plan_finetuning(Checkpoint(ROTATION, "rotation"), *shares, run.params.finetuning, run.params.runtime)

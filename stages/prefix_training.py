@@ -2,7 +2,7 @@
 
 Reads   artifacts/model/, artifacts/prefix_search/prefix.safetensors, artifacts/calibration/ (train and validation)
 Writes  artifacts/prefix_training/prefix.safetensors, report.json and losses.json, metrics/prefix_training.json
-After each epoch the state is kept in .work/prefix_training/: a killed run continues behind its last epoch.
+The state is saved in .work/prefix_training/ every eighth step: a killed run continues there.
 Packaged model: a second when disabled; when enabled about six plain forwards of the tokens trained on, 2.9 GiB.
 """
 

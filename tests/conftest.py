@@ -247,7 +247,7 @@ def tiny_params(source: Path, corpus: Path) -> dict:
     params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
     params["calibration"]["start_token"] = "never"  # `auto` measures, and random models have no habits
     params["quantizer_init"]["mse_samples"] = 2
-    params["finetuning"]["epochs"] = 1  # so that the first phase runs too; as shipped: in test_stages.py
+    params["finetuning"]["blocks"] |= {"enabled": True, "epochs": 1}  # so that both phases run
     params["evaluation"]["tasks"] = {}
     params["activation_plots"] |= {"windows": 2, "surface_blocks": [0]}
     params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}

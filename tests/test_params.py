@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import yaml
@@ -82,6 +83,35 @@ def test_the_default_file_is_valid():
 def test_bad_values_name_key_value_and_what_is_allowed(key, value, message):
     with pytest.raises(ParamsError, match=message):
         parse_params(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("finetuning.epochs", 20, "finetuning.blocks.epochs and finetuning.blocks.enabled: true"),
+        ("finetuning.epochs", 0, "finetuning.blocks.epochs and finetuning.blocks.enabled: true"),
+        ("finetuning.batch_size", 4, "finetuning.blocks.batch_size"),
+        ("finetuning.weight_lr", 5e-6, "finetuning.blocks.weight_lr"),
+        ("finetuning.target", "both", "finetuning.blocks.target"),
+    ],
+)
+def test_old_keys_are_refused_with_their_new_names(key, value, names):
+    with pytest.raises(ParamsError, match=re.escape(f"  {key}: renamed; use {names}") + "$"):
+        parse_params(changed(key, value))
+
+
+def test_a_group_of_old_keys_is_refused_with_every_new_name():
+    params = copy.deepcopy(DEFAULT)
+    blocks = params["finetuning"].pop("blocks")
+    del blocks["enabled"]
+    params["finetuning"] |= blocks
+    with pytest.raises(ParamsError) as error:
+        parse_params(params)
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == len(blocks) + 1
+    assert "  finetuning.blocks: missing; add it (see the commented params.yaml in git)" in lines
+    for key in blocks:
+        assert any(line.startswith(f"  finetuning.{key}: renamed; use finetuning.blocks.{key}") for line in lines)
 
 
 def test_all_problems_are_reported_at_once():

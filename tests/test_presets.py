@@ -48,13 +48,16 @@ def test_presets_differ_as_the_documents_say():
     distilled = params["deepseek-r1-distill-qwen-7b-w4a4kv4"]
     assert distilled.model.source == "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
     assert distilled.prefix.use == "found"
-    assert (distilled.finetuning.epochs, distilled.finetuning.end_to_end.enabled) == (0, False)
+    assert (distilled.finetuning.blocks.enabled, distilled.finetuning.end_to_end.enabled) == (False, False)
     assert {group.range for _, group in distilled.quantizer_init if hasattr(group, "range")} == {"block"}
     assert set(distilled.evaluation.tasks) == {"piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"}
-    finetuning = {name: own.finetuning for name, own in params.items()}
-    assert finetuning["deepseek-r1-distill-qwen-7b-w4a4kv4-finetuned"].epochs == 20
-    assert finetuning["llama-2-7b-w4a4kv4-finetuned"].epochs == 20
-    assert finetuning["llama-2-7b-w4a8kv4-finetuned"].epochs == 10
+    finetuning = {name: preset.finetuning.blocks for name, preset in params.items()}
+    for name, epochs in (
+        ("deepseek-r1-distill-qwen-7b-w4a4kv4-finetuned", 20),
+        ("llama-2-7b-w4a4kv4-finetuned", 20),
+        ("llama-2-7b-w4a8kv4-finetuned", 10),
+    ):
+        assert (finetuning[name].enabled, finetuning[name].epochs) == (True, epochs)
     large = finetuning["llama-3-70b-w4a4kv4-finetuned"]
     assert (large.quant_lr, large.weight_lr, large.loss_type) == (2e-5, 2e-6, "mse")
     assert finetuning["llama-2-70b-w4a4kv4-finetuned"].loss_type == "skip_mse"

@@ -126,8 +126,10 @@ def test_export_before_the_evaluations_it_quotes_names_them(project, monkeypatch
 
 
 def test_blocks_that_are_not_trained_by_themselves_are_trained_together(project, monkeypatch):
-    """As params.yaml comes: `epochs: 0`; the same bytes wherever hidden states are."""
-    change(project, "finetuning.epochs", yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"]["epochs"])
+    """The defaults of params.yaml, `blocks.enabled: false`; the same bytes wherever hidden states are kept."""
+    defaults = yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"]
+    assert not defaults["blocks"]["enabled"]
+    change(project, "finetuning.blocks", defaults["blocks"])
     change(project, "calibration.end_to_end.windows", 6)
     run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
     metrics = read_json(project / "metrics/finetuning.json")
@@ -455,7 +457,7 @@ end_to_end.EndToEndTrainer.differentiate = differentiate
 
 
 def test_two_ranks_of_which_one_is_killed_continue_at_a_step_that_both_kept(project, monkeypatch):
-    change(project, "finetuning.epochs", 0)
+    change(project, "finetuning.blocks.enabled", False)
     change(project, "finetuning.end_to_end.epochs", 3)
     change(project, "finetuning.end_to_end.batch_size", 2)
     change(project, "calibration.validation.windows", 2)

@@ -21,22 +21,22 @@ def plan_finetuning(
         whole: those to train all blocks on, together with validation windows.
     """
     sizes = Sizes.of(checkpoint)
-    kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.target]
+    kept = {"fp_input": 2, "quant_input": 2, "both": 3}[params.blocks.target]
     streams = sizes.stream(share.tokens) * kept
     if params.end_to_end.enabled:  # what goes in, and what should come out
         streams = max(streams, sizes.stream(whole.tokens) * 2)
-    trained = params.weight_lr > 0 or params.start == "full_precision"
+    trained = params.blocks.weight_lr > 0 or params.start == "full_precision"
     # Integers; float weights, their gradients, two moments, best state, and what rounding leaves.
     state = sizes.numbers * (1 + (4 * 6 if trained else 4))
-    training = state + sizes.graph(params.batch_size * share.length)
+    training = state + sizes.graph(params.blocks.batch_size * share.length)
     forward = sizes.numbers * 5 + sizes.forward(runtime.batch_size * share.length)
-    phases = [training if params.epochs else 0, forward, sizes.table]
+    phases = [training if params.blocks.enabled else 0, forward, sizes.table]
     model = sizes.blocks * sizes.numbers
     disk = model * (2 if params.end_to_end.enabled else 1) + 2 * sizes.stream(share.tokens)
     limit = memory_limit(runtime)
     # A block on its way to a file, trained weights also as their best state; tables of both models end to end.
     passing = sizes.tables_passing
-    if params.epochs:
+    if params.blocks.enabled:
         passing = sizes.numbers * (8.8 if trained else 5) + sizes.table
     if params.end_to_end.enabled:
         passing = max(passing, 3.2 * sizes.table)

@@ -3,10 +3,11 @@
 One walk over the original model takes all candidates along: the windows as they are, and behind each candidate the same
 windows as a model with simulated static quantizers (`simulation.py`) reads them. What a candidate costs is
 
-    KL(original without a prefix ‖ simulated behind the candidate), nats per token
+    KL(reference ‖ simulated behind the candidate), nats per token
 
-of every window, so that two candidates are compared window by window. Means and scales of the quantizers are searched
-on other windows than those: a range fits the text it was measured on.
+of every window, so that two candidates are compared window by window. The reference is the original model without a
+prefix. Means and scales of the quantizers are searched on other windows than those: a range fits the text it was
+measured on.
 """
 
 import logging
@@ -100,9 +101,9 @@ def simulate_costs(
     norm, lm_head = checkpoint.load_final_norm().to(runner.device), checkpoint.load_lm_head().to(runner.device)
     content = slice(-judged.shape[1], None, _EVERY)
     for window, states in enumerate(original if streams else ()):
-        exact = norm(states[content].to(runner.device))
+        reference = norm(states[content].to(runner.device))
         found = norm(torch.stack([stream.judged[window][content] for stream in streams]).to(runner.device))
-        cost = mean_divergences(found, exact, lm_head).cpu()
+        cost = mean_divergences(found, reference, lm_head).cpu()
         costs[list(own), window] = cost.where(cost.isfinite(), torch.inf)
     ranks.sum_(costs)
     return costs

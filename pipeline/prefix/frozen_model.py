@@ -97,8 +97,8 @@ class FrozenModel:
         result["diversity"] = diversity(prefix)
         result["magnitude"] = magnitude(prefix, self.table_norm)
         if original is not None:
-            exact = self.norm(original.to(self.runner.device))
-            result["kl"] = mean_divergence(self.norm(hidden[:, -exact.shape[1] :]), exact, self.lm_head)
+            reference = self.norm(original.to(self.runner.device))
+            result["kl"] = mean_divergence(self.norm(hidden[:, -reference.shape[1] :]), reference, self.lm_head)
         return result
 
     def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,8 @@ frozen, and every loss looks at the positions behind the prefix only. The loss i
     the terms of `loss_type`, mean over layers (`losses.py`)
     diversity   squared cosine similarity between different rows of the prefix
     magnitude   norms beyond the largest of the embedding table
-    kl          KL(original without prefix ‖ with prefix), in nats; with `simulate`, of the model as quantized
+    kl          KL(reference ‖ with prefix), in nats; with `simulate`, of the model as quantized. The reference is the
+                original model without a prefix
 
 What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
 `torch.utils.checkpoint`, and only the hidden states between them stay; where the blocks do not fit either, they are
@@ -23,7 +24,6 @@ import torch
 from torch import nn
 
 from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv
-from pipeline.blocks.walk import batches
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.candidates import resize_rows
 from pipeline.prefix.frozen_model import FrozenModel
@@ -31,10 +31,9 @@ from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.search import measure_outliers
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.runtime.errors import PipelineError
-from pipeline.runtime.progress import note_progress, show_progress
 from pipeline.text.windows import put_in_front, start_behind
 from pipeline.training.place import Place
-from pipeline.training.state import TrainingState
+from pipeline.training.trainer import Rows, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +195,61 @@ def discretise(embeddings: torch.Tensor, table: torch.Tensor) -> tuple[torch.Ten
     return best.indices, best.values
 
 
+@dataclass
+class PrefixData:
+    """Windows that a prefix is trained or validated on.
+
+    Attributes:
+        inputs: [N, T] int64, this rank's windows as they are read after the prefix.
+        reference: [N, T, D], final hidden states of their content in the original model without a prefix; None where no
+            term of the loss needs them.
+        count: windows of all ranks.
+    """
+
+    inputs: torch.Tensor
+    reference: torch.Tensor | None
+    count: int
+
+
+class PrefixTrainer(Trainer[PrefixData]):
+    """Trains the embeddings of a prefix [P, D]; a loss that is not finite ends training."""
+
+    bar = "prefix"
+    failure_limit = 1
+    needs_finite_validation = True
+    foreach = None  # there is one parameter, and a GPU's rounding depends on the choice
+
+    def __init__(
+        self, model: FrozenModel, embeddings: torch.Tensor, params: PrefixTrainingParams, place: Place
+    ) -> None:
+        device = place.runner.device
+        self.model, self.prefix = model, nn.Parameter(embeddings.to(device, torch.float32).clone())
+        super().__init__(
+            [([self.prefix], params.learning_rate)],
+            schedule=params,
+            weight_decay=0.0,
+            device=device,
+            autocast="none",
+            ranks=place.ranks,
+        )
+        self.resume_(place.work / _STATE, place.header)
+
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        return highest * cosine(step_index, step_count)
+
+    def draw_order(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randperm(count, generator=generator)
+
+    def batch_loss(self, data: PrefixData, rows: Rows, count: int) -> torch.Tensor:
+        reference = None if data.reference is None else data.reference[rows]
+        token_ids = data.inputs[rows]
+        return self.model.weigh(self.model.losses(self.prefix, token_ids, reference)) * (len(token_ids) / count)
+
+    def evaluate(self, data: PrefixData) -> dict[str, float]:
+        """Return the means over the windows of all ranks: "validation", the weighted sum, and every term."""
+        return self.model.evaluate(self.prefix, data.inputs, data.reference, self.ranks)
+
+
 def train_prefix(
     checkpoint: Checkpoint,
     embeddings: torch.Tensor,
@@ -206,70 +260,31 @@ def train_prefix(
     original_start: int | None = None,
     start_token: int | None = None,
 ) -> TrainedPrefix:
-    """Train a prefix; a killed run with the same header continues behind its last finished epoch.
-
-    Ranks differentiate their own windows of a batch; gradients are summed, weighed by how many there are.
+    """Train a prefix; a killed run with the same header continues behind the step that was saved last.
 
     Args:
         checkpoint: the original model.
         embeddings: [P, D] to start from.
         train, validation: windows [N, T] and [M, T], content alone.
         original_start, start_token: in front of windows without a prefix, and behind the one that is trained, or None.
-        place: its `work` keeps the state between epochs, and is removed by the caller at the end.
+        place: its `work` keeps the state, and is removed by the caller at the end.
     """
-    runner, ranks, state_file = place.runner, place.ranks, place.work / _STATE
-    model = FrozenModel(checkpoint, runner, params, place.keeping, place.offload)
-    prefix = nn.Parameter(embeddings.to(runner.device, torch.float32).clone())
-    group = {"params": [prefix], "lr": params.learning_rate, "highest": params.learning_rate}
-    optimizer = torch.optim.AdamW([group], weight_decay=0.0)
-    steps = params.epochs * math.ceil(len(train) / params.batch_size)
-    state = TrainingState([prefix], optimizer)
-    own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
-    exact, exact_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
-    own_train, own_validation = (put_in_front(own, start_token) for own in (own_train, own_validation))
-    if state.load_(state_file, place.header, place.ranks):
-        logger.info("continuing behind epoch %d", len(state.history) - 1)
-    else:
-        state.add({"epoch": 0, "train": None, **model.evaluate(prefix, own_validation, exact_validation, ranks)})
-        state.save(state_file, place.header, ranks)
-    stopped = None
-    for epoch in range(len(state.history), params.epochs + 1):
-        generator = torch.Generator().manual_seed(params.seed * 1000 + epoch)
-        order = torch.randperm(len(train), generator=generator)
-        losses = []
-        parts = list(batches(len(train), params.batch_size))
-        for number, rows in enumerate(show_progress(parts, len(parts), f"prefix epoch {epoch}/{params.epochs}")):
-            step = (epoch - 1) * len(parts) + number
-            optimizer.param_groups[0]["lr"] = params.learning_rate * cosine(step, steps)
-            own = ranks.locate(order[rows])
-            prefix.grad, total = torch.zeros_like(prefix), torch.zeros((), device=runner.device)
-            if len(own):
-                terms = model.losses(prefix, own_train[own], None if exact is None else exact[own])
-                loss = model.weigh(terms) * (len(own) / len(order[rows]))
-                loss.backward()
-                total += loss.detach()
-            ranks.sum_(prefix.grad, total)
-            norm = nn.utils.clip_grad_norm_([prefix], params.clip_grad)
-            if not (torch.isfinite(total) and torch.isfinite(norm)):
-                stopped = f"the loss was not finite in epoch {epoch}, step {number}"
-                break
-            optimizer.step()
-            losses.append(total.item())
-            note_progress(loss=losses[-1], validation=state.history[-1]["validation"])
-        if stopped:
-            break
-        measured = model.evaluate(prefix, own_validation, exact_validation, ranks)
-        if not math.isfinite(measured["validation"]):
-            stopped = f"the validation loss was not finite after epoch {epoch}"
-            break
-        state.add({"epoch": epoch, "train": sum(losses) / len(losses), **measured})
-        state.save(state_file, place.header, ranks)
-        if epoch - state.best_epoch >= params.early_stop:
-            stopped = f"no lower validation loss for {params.early_stop} epochs"
-            break
+    model = FrozenModel(checkpoint, place.runner, params, place.keeping, place.offload)
+
+    def prepare(windows: torch.Tensor) -> PrefixData:
+        rank_windows = windows[place.ranks.own(len(windows))]
+        reference = model.run_original(rank_windows, original_start)
+        return PrefixData(put_in_front(rank_windows, start_token), reference, len(windows))
+
+    train_data, validation_data = prepare(train), prepare(validation)
+    trainer = PrefixTrainer(model, embeddings, params, place)
+    outcome = trainer.train_(train_data, validation_data, params.seed)
+    epochs, stopped = len(outcome.history) - 1, outcome.failure
+    if stopped is None and epochs - outcome.best_epoch >= params.early_stop:
+        stopped = f"no lower validation loss for {params.early_stop} epochs"
     if stopped:
-        logger.warning("prefix training stopped: %s; keeping epoch %d", stopped, state.best_epoch)
-    return TrainedPrefix(state.best[0].cpu(), state.best_epoch, len(state.history) - 1, stopped, state.history)
+        logger.warning("prefix training stopped: %s; keeping epoch %d", stopped, outcome.best_epoch)
+    return TrainedPrefix(trainer.prefix.detach().cpu(), outcome.best_epoch, epochs, stopped, outcome.history)
 
 
 def cosine(step: int, steps: int) -> float:

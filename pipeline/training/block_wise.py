@@ -1,7 +1,8 @@
 """Block-wise fine-tuning (PrefixQuant, arXiv:2410.05265, §5; EfficientQAT, arXiv:2407.11062, §3.2).
 
 Blocks in order. Two streams of hidden states stand before a block: what the quantized blocks before it made of the
-windows, which it is trained on, and the full-precision model's, from which its target comes:
+windows, which it is trained on, and the reference's, from which its target comes. The reference of this phase is the
+rotated model in full precision:
 
     fp_input      block(full-precision input): also makes up for what the blocks before it lost
     quant_input   block(quantized input): only the block's own error
@@ -43,7 +44,7 @@ from pipeline.training.losses import LOSSES
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
 from pipeline.training.trainables import Trainables, freeze_, unfreeze_
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class BlockData:
     count: int
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(Trainer[BlockData]):
     """Trains one block on windows before it."""
 
     def __init__(
@@ -78,12 +79,22 @@ class BlockTrainer(Trainer):
         params: FinetuningParams,
         ranks: Ranks,
     ) -> None:
-        groups = [(trainables.quantizers, params.quant_lr), (trainables.weights, params.weight_lr)]
-        super().__init__(groups, params, params.weight_decay, runner.device, params.autocast, ranks)
+        blocks = params.blocks
+        super().__init__(
+            [(trainables.quantizers, blocks.quant_lr), (trainables.weights, blocks.weight_lr)],
+            schedule=blocks,
+            weight_decay=blocks.weight_decay,
+            device=runner.device,
+            autocast=params.autocast,
+            ranks=ranks,
+        )
         self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
-        self.loss_of = LOSSES[params.loss_type]
+        self.loss_of, self.min_lr_factor = LOSSES[blocks.loss_type], blocks.min_lr_factor
 
-    def losses(self, data: BlockData, rows: Any) -> torch.Tensor:
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
+
+    def losses(self, data: BlockData, rows: Rows) -> torch.Tensor:
         """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
         output = self.runner.run(self.block, data.inputs[rows].to(self.device), self.prefix_kv)
         return torch.stack([self.loss_of(output, target[rows].to(self.device)) for target in data.targets]).mean(0)
@@ -117,21 +128,21 @@ def finetune_blocks(
     rotated, initial, runner, ranks = models.rotated, models.initial, place.runner, place.ranks
     place.work.mkdir(parents=True, exist_ok=True)
     prefix_kv = load_prefix_kv(initial.folder, initial.stage)
-    wanted = TARGETS[params.target]
+    wanted = TARGETS[params.blocks.target]
     start_token = load_start_token(initial.folder / PREFIX, initial.stage)
     windows = {
         split: put_in_front(ids[ranks.own(len(ids))], start_token)
         for split, ids in {"train": train, "validation": validation}.items()
     }
-    if not params.epochs:  # the rest of them nobody would look at
+    if not params.blocks.enabled:  # the rest of them nobody would look at
         windows["train"] = windows["train"][:PROBED_WINDOWS]
     counts = {"train": len(train), "validation": len(validation)}
     start, saved = load_generation(place.work, place.header, ranks)
     if start:
         logger.info("continuing at block %d of %d", start, initial.block_count)
-    judged = [*windows] if params.epochs else ["validation"]  # what needs a target
+    judged = [*windows] if params.blocks.enabled else ["validation"]  # what needs a target
     streams: dict[str, dict[str, Stream]] = {}
-    for kind, checkpoint in ({"quantized": initial} | ({"exact": rotated} if "fp_input" in wanted else {})).items():
+    for kind, checkpoint in ({"quantized": initial} | ({"reference": rotated} if "fp_input" in wanted else {})).items():
         streams[kind] = {
             split: place.offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
             for split, ids in windows.items()
@@ -143,24 +154,24 @@ def finetune_blocks(
         for split in judged
         if "quant_input" in wanted
     }
-    exact_blocks = load_blocks(rotated, runner.device, start)
+    reference_blocks = load_blocks(rotated, runner.device, start)
     scales, r2 = load_scales(initial), load_rotation(rotated.folder, "r2")
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
-        exact_block = next(exact_blocks)
-        own_prefix = exact_prefix = runner.take_prefix(prefix_kv, index)
+        reference_block = next(reference_blocks)
+        own_prefix = reference_prefix_kv = runner.take_prefix(prefix_kv, index)
         if own_prefix is not None:
-            exact_prefix = scale_prefix(own_prefix, select_block(scales, index), r2, inverse=True)
+            reference_prefix_kv = scale_prefix(own_prefix, select_block(scales, index), r2, inverse=True)
         data = {}
         for split, inputs in streams["quantized"].items():
             targets = []
             if split in judged and "fp_input" in wanted:
-                runner.advance_(exact_block, streams["exact"][split], exact_prefix)
-                targets.append(streams["exact"][split])
+                runner.advance_(reference_block, streams["reference"][split], reference_prefix_kv)
+                targets.append(streams["reference"][split])
             if split in judged and "quant_input" in wanted:
-                runner.advance_(exact_block, inputs, exact_prefix, into=own_target[split])
+                runner.advance_(reference_block, inputs, reference_prefix_kv, into=own_target[split])
                 targets.append(own_target[split])
             data[split] = BlockData(inputs, targets, counts[split])
-        del exact_block
+        del reference_block
         report, tensors = _finetune_block(models, index, data, own_prefix, params, place)
         if ranks.first:
             write_json(place.work / _REPORT.format(index=index), {"block": index} | report)
@@ -187,7 +198,7 @@ def _finetune_block(
     weights = None
     if params.start == "full_precision":
         weights = use_full_precision_(block, models.rotated, models.initial, index)
-    elif params.weight_lr > 0:
+    elif params.blocks.weight_lr > 0:
         weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
     trainables = unfreeze_(block, architecture, weights=weights)
     del weights  # trained is a copy
@@ -229,13 +240,13 @@ def use_full_precision_(
     centered weight, with the correction of its own mean error instead of that of `initial`'s integers.
     """
     architecture = initial.architecture
-    exact = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
-    equalizer = Equalizer(exact, architecture, block_settings(initial, index), load_rotation(rotated.folder, "r2"))
+    reference = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
+    equalizer = Equalizer(reference, architecture, block_settings(initial, index), load_rotation(rotated.folder, "r2"))
     equalizer.scale_(select_block(load_scales(initial), index))
     quantizers, weights = find_site_quantizers(block, architecture), {}
     for site, readers in architecture.site_readers.items():
         for name in readers:
-            linear, source = block.get_submodule(name), exact.get_submodule(name)
+            linear, source = block.get_submodule(name), reference.get_submodule(name)
             weights[name] = source.weight.to(linear.weight.device)
             if linear.bias is None:
                 continue

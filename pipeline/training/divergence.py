@@ -15,34 +15,35 @@ _POSITIONS = 128  # logits of so many positions at a time: 25 MB for a vocabular
 
 
 def mean_divergence(
-    ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead, exact_lm_head: LmHead | None = None
+    ours: torch.Tensor, reference: torch.Tensor, lm_head: LmHead, reference_lm_head: LmHead | None = None
 ) -> torch.Tensor:
-    """Mean over positions of KL(exact ‖ ours) in nats, [] float32; gradients reach `ours` only.
+    """Return the mean over positions of KL(reference ‖ ours) in nats, [] float32; gradients reach `ours` only.
 
     Args:
-        ours, exact: [..., D] behind the final norm.
-        exact_lm_head: of `exact`, where it is another.
+        ours: [..., D], final hidden states of the model under training, after its norm.
+        reference: [..., D], those of the model to compare with: the original, wherever this is used for training.
+        reference_lm_head: the head of `reference`; None: `lm_head`.
     """
-    exact_lm_head = lm_head if exact_lm_head is None else exact_lm_head
+    reference_lm_head = lm_head if reference_lm_head is None else reference_lm_head
     alone = ours.flatten(0, -2).unsqueeze(0)
-    return _MeanDivergences.apply(alone, exact.flatten(0, -2), lm_head, exact_lm_head)[0].float()
+    return _MeanDivergences.apply(alone, reference.flatten(0, -2), lm_head, reference_lm_head)[0].float()
 
 
-def mean_divergences(ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
+def mean_divergences(ours: torch.Tensor, reference: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
     """`mean_divergence` of several streams [C, T, D] from one [T, D], whose logits are made once: [C] float64."""
-    return _MeanDivergences.apply(ours, exact, lm_head, lm_head)
+    return _MeanDivergences.apply(ours, reference, lm_head, lm_head)
 
 
 class _MeanDivergences(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ours: torch.Tensor, exact: torch.Tensor, lm_head: LmHead, exact_lm_head: LmHead
+        ctx: Any, ours: torch.Tensor, reference: torch.Tensor, lm_head: LmHead, reference_lm_head: LmHead
     ) -> torch.Tensor:
         totals = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
         gradient = torch.empty_like(ours) if ours.requires_grad else None
-        for start in range(0, len(exact), _POSITIONS):
+        for start in range(0, len(reference), _POSITIONS):
             rows = slice(start, start + _POSITIONS)
-            log_p = exact_lm_head.logits(exact[rows]).log_softmax(-1)
+            log_p = reference_lm_head.logits(reference[rows]).log_softmax(-1)
             p = log_p.exp()
             for number, states in enumerate(ours):
                 logits = lm_head.logits(states[rows])
@@ -50,9 +51,9 @@ class _MeanDivergences(torch.autograd.Function):
                 totals[number] += (log_p - log_q).mul_(p).sum(dtype=torch.float64)
                 if gradient is not None:
                     excess = log_q.exp_().sub_(p)
-                    gradient[number, rows] = lm_head.pull_back_(excess.div_(len(exact)), logits)
+                    gradient[number, rows] = lm_head.pull_back_(excess.div_(len(reference)), logits)
         ctx.save_for_backward(gradient)
-        return totals / len(exact)
+        return totals / len(reference)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

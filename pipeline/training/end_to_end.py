@@ -1,16 +1,15 @@
 """Train what is left to train through the whole quantized model: scales, zero points, clip factors, and, where asked
 for, norm weights and the prefix's keys and values.
 
-The loss is KL(original without a prefix ‖ quantized), in nats, on calibration windows: what the next blocks make of an
-error counts, not its size. Integers of the weights stand still. All blocks are in memory where there is room. Where
+The loss is KL(reference ‖ quantized), in nats, on calibration windows. The reference of this phase is the original
+model, neither rotated nor quantized, without a prefix. What the next blocks make of an error counts, not its size.
+Integers of the weights stand still. All blocks are in memory where there is room. Where
 what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are
 run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +24,7 @@ from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place
 from pipeline.training.streamed import TrainedBlocks
 from pipeline.training.trainables import freeze_, unfreeze_
-from pipeline.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
 
 _STATE = "end-to-end.safetensors"
 
@@ -38,16 +35,16 @@ class ModelData:
 
     Attributes:
         inputs: embedded, as the quantized model reads them: [N, T, D], or [N, T + 1, D] with a start token in front.
-        exact: [N, T, D], the original's hidden states behind its final norm, of content alone.
+        reference: [N, T, D], hidden states of the original model after its final norm, of content alone.
         count: how many windows all ranks have together.
     """
 
     inputs: Stream
-    exact: Stream
+    reference: Stream
     count: int
 
 
-class EndToEndTrainer(Trainer):
+class EndToEndTrainer(Trainer[ModelData]):
     """Trains the finished blocks of `work` together."""
 
     bar = "end to end"
@@ -81,28 +78,31 @@ class EndToEndTrainer(Trainer):
             self.blocks.append(block, (*found.quantizers, *found.norms))
         self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
         self.norm = initial.load_final_norm().to(device).requires_grad_(False)
-        self.lm_head, self.exact_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
+        self.lm_head, self.reference_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
         groups = [
             (quantizers, params.quant_lr),
             (norms, params.norm_lr),
             ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
         ]
-        super().__init__(groups, params, 0.0, device, autocast, place.ranks)
-        if self.state.load_(place.work / _STATE, place.header, place.ranks):
-            logger.info("continuing epoch %d behind step %d", len(self.state.history), len(self.state.losses))
+        super().__init__(groups, schedule=params, weight_decay=0.0, device=device, autocast=autocast, ranks=place.ranks)
+        self.min_lr_factor = params.min_lr_factor
+        self.resume_(place.work / _STATE, place.header)
 
-    def losses(self, data: ModelData, rows: Any) -> torch.Tensor:
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
+
+    def losses(self, data: ModelData, rows: Rows) -> torch.Tensor:
         """The divergence of each of this rank's windows `rows`, [B]."""
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
             own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
             hidden = self.blocks.run(self._run_block, index, hidden, own_prefix)
-        exact = data.exact[rows].to(self.device)
-        normed = self.norm(hidden[:, -exact.shape[1] :])
+        reference = data.reference[rows].to(self.device)
+        normed = self.norm(hidden[:, -reference.shape[1] :])
         return torch.stack(
             [
-                mean_divergence(ours, target, self.lm_head, self.exact_lm_head)
-                for ours, target in zip(normed, exact, strict=True)
+                mean_divergence(ours, target, self.lm_head, self.reference_lm_head)
+                for ours, target in zip(normed, reference, strict=True)
             ]
         )
 
@@ -111,9 +111,6 @@ class EndToEndTrainer(Trainer):
 
     def _load_tensors(self, index: int) -> dict[str, torch.Tensor]:
         return load_block_file(self.place.work, self.initial.architecture, index, self.place.header.stage)
-
-    def keep(self) -> None:
-        self.state.save(self.place.work / _STATE, self.place.header, self.ranks)
 
     def write_(self, blocks: Path) -> torch.Tensor | None:
         """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""

@@ -90,11 +90,11 @@ def _finetune_end_to_end(
     data = []
     for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
         own = ids[place.ranks.own(len(ids))]
-        exact = run_original(models.original, own, place.runner, windows.start_token)
-        exact = place.offload.keep(f"original-{name}", exact)
+        reference = run_original(models.original, own, place.runner, windows.start_token)
+        reference = place.offload.keep(f"original-{name}", reference)
         read = put_in_front(own, unpack_start_token(prefix))
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
-        data.append(ModelData(embedded, exact, len(ids)))
+        data.append(ModelData(embedded, reference, len(ids)))
     trainer = EndToEndTrainer(
         models.initial, models.original, prefix.get("kv"), params.end_to_end, params.autocast, place
     )

@@ -1,50 +1,69 @@
-"""The training loop of fine-tuning: AdamW along a cosine, clipped, the best epoch kept, numerical failures survived.
+"""The training loop: AdamW, clipped gradients, the best epoch kept, numerical failures survived, killed runs resumed.
 
-Whoever trains says what the loss of a window is. A batch's loss is the mean over its windows, wherever they are: each
-rank takes those of its own, and gradients are summed.
+    epoch 0     the validation loss before training
+    epoch 1 …   for each batch of windows: gradients, clipping, a step of AdamW; then the validation loss
+    at the end  the parameters of the epoch with the lowest validation loss are restored
+
+A subclass defines the loss of a window. The loss of a batch is the mean over its windows. Each rank computes the
+windows that it holds, and gradients are summed over ranks.
 """
 
+import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from pipeline.blocks.walk import batches
+from pipeline.runtime.artifacts import Header
 from pipeline.runtime.progress import note_progress, show_progress
 from pipeline.runtime.ranks import Ranks, shuffle
 from pipeline.training.state import TrainingState
 
-_FAILURES = 3  # steps without a finite loss and gradient, one after the other, that end training
-_KEEP_EVERY = 8  # steps
+logger = logging.getLogger(__name__)
+
+_KEEP_EVERY = 8  # steps between two saved states of an epoch
+
+Rows = torch.Tensor | slice  # numbers of windows among those of this rank
 
 
 class Schedule(Protocol):
-    """The params a training run has, as in params.yaml."""
+    """The keys of params.yaml that every training run has; without `enabled` the start is measured and kept."""
 
-    epochs: int
-    batch_size: int
-    min_lr_factor: float
-    clip_grad: float
-    early_stop: int
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def clip_grad(self) -> float: ...
+    @property
+    def early_stop(self) -> int: ...
 
 
 class Windows(Protocol):
-    """Some windows: `inputs`, those of this rank, and `count` of all ranks."""
+    """Windows to train on or to validate on: `inputs`, the ones of this rank, and their `count` on all ranks."""
 
     inputs: Any
     count: int
 
 
+Data = TypeVar("Data", bound=Windows)
+
+
 @dataclass
 class Outcome:
-    """What training came to.
+    """The result of a training run.
 
     Attributes:
-        history: {"epoch", "train", "validation"} from epoch 0, the start, on.
-        best_epoch: whose state everything is left in.
-        failure: why training was given up, or None.
+        history: {"epoch", "train", "validation", …} of each epoch; epoch 0 is the start.
+        best_epoch: the epoch whose parameters were restored.
+        failure: why training ended early in a numerical failure, or None.
     """
 
     history: list[dict[str, Any]]
@@ -52,108 +71,172 @@ class Outcome:
     failure: str | None
 
 
-def learning_rate(progress: float, highest: float, min_lr_factor: float) -> float:
-    """`highest` at 0, along half a cosine to highest / min_lr_factor at 1."""
+def decay_along_cosine(highest: float, progress: float, min_lr_factor: float) -> float:
+    """Return the learning rate at `progress`: `highest` at 0, along half a cosine to highest / min_lr_factor at 1."""
     lowest = highest / min_lr_factor
     return lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * progress))
 
 
 def autocast(device: torch.device, kind: str) -> torch.autocast:
-    """Products in bfloat16, weights and scales staying as they are; "none": in the model's dtype; "auto": on a GPU."""
+    """Return the autocast of `finetuning.autocast`.
+
+    Args:
+        kind: bfloat16 (products in bfloat16; weights and scales keep their dtype) | none (all in the model's dtype) |
+            auto (bfloat16 on a GPU, none on a CPU).
+    """
     narrow = kind == "bfloat16" or (kind == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
 
 
-class Trainer:
-    """Trains groups of parameters, each with a learning rate; 0 freezes a group.
+class Trainer(Generic[Data]):
+    """Trains groups of parameters, each with its own learning rate; a rate of 0 freezes a group.
 
-    Subclasses say what `losses` are.
+    Subclasses define `learning_rate` and `losses`, or where windows have no loss of their own, `batch_loss` and
+    `evaluate`.
 
     Attributes:
-        bar: what a bar over the batches of an epoch is called; None: there is none, a bar over blocks shows the loss.
+        bar: title of the progress bar over the batches of an epoch. None: no bar; a bar over blocks shows the loss.
+        failure_limit: how many failed steps in a row end training. A step fails where the loss or a gradient is not
+            finite.
+        needs_finite_validation: whether a validation loss that is not finite ends training.
+        foreach: of torch's AdamW. False updates one parameter at a time; True would take temporaries as large as all
+            parameters together.
     """
 
     bar: str | None = None
+    failure_limit: int = 3
+    needs_finite_validation: bool = False
+    foreach: bool | None = False
 
     def __init__(
         self,
-        groups: list[tuple[list[nn.Parameter], float]],
+        groups: Iterable[tuple[list[nn.Parameter], float]],
+        *,
         schedule: Schedule,
         weight_decay: float,
         device: torch.device,
         autocast: str,
         ranks: Ranks,
     ) -> None:
-        """`autocast`: the kind of it, as in params.yaml."""
-        self.schedule, self.device, self.autocast, self.ranks = schedule, device, autocast, ranks
-        self.parameters: list[nn.Parameter] = []
-        used = []
-        for group, rate in groups:
-            for parameter in group:
-                parameter.requires_grad_(rate > 0)
-            if group and rate > 0:
-                used.append({"params": group, "lr": rate, "highest": rate})
-                self.parameters += group
-        # One parameter after the other: all at once would take temporaries of the size of all of them.
-        self.optimizer = torch.optim.AdamW(used, weight_decay=weight_decay, foreach=False) if used else None
-        self.state = TrainingState(self.parameters, self.optimizer)
-
-    def losses(self, data: Windows, rows: Any) -> torch.Tensor:
-        """Of each of this rank's windows `rows`, [B]."""
-        raise NotImplementedError
-
-    def keep(self) -> None:
-        """Called behind each epoch, 0 included, and every few steps: keeps the state on disk, where it is kept."""
-
-    def train_(self, train: Windows, validation: Windows, seed: int) -> Outcome:
-        """Train, and leave the parameters in their best state.
+        """Set up AdamW for the groups whose learning rate is above 0.
 
         Args:
-            train, validation: windows; the latter choose the epoch.
-            seed: of the order of windows.
+            groups: (parameters, learning rate at the start).
+            schedule: epochs, batch size, clipping and early stop.
+            device: of the parameters.
+            autocast: auto | none | bfloat16, as in params.yaml.
+        """
+        self.schedule, self.device, self.autocast, self.ranks = schedule, device, autocast, ranks
+        self.parameters: list[nn.Parameter] = []
+        trained_groups: list[dict[str, Any]] = []
+        for parameters, rate in groups:
+            for parameter in parameters:
+                parameter.requires_grad_(rate > 0)
+            if parameters and rate > 0:
+                trained_groups.append({"params": parameters, "lr": rate, "highest": rate})
+                self.parameters += parameters
+        self.optimizer: torch.optim.AdamW | None = None
+        if trained_groups:
+            self.optimizer = torch.optim.AdamW(trained_groups, weight_decay=weight_decay, foreach=self.foreach)
+        self.state = TrainingState(self.parameters, self.optimizer)
+        self._state_file: tuple[Path, Header] | None = None
+
+    def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
+        """Return the rate of a step, for a group whose rate at the start is `highest`."""
+        raise NotImplementedError
+
+    def losses(self, data: Data, rows: Rows) -> torch.Tensor:
+        """Return the loss of each of this rank's windows `rows`, [B]."""
+        raise NotImplementedError
+
+    def batch_loss(self, data: Data, rows: Rows, count: int) -> torch.Tensor:
+        """Return what this rank's windows `rows` add to the loss of a batch of `count` windows, []."""
+        return self.losses(data, rows).sum() / count
+
+    def draw_order(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Return the order in which an epoch visits `count` windows, [count] int64."""
+        return shuffle(count, generator)
+
+    def resume_(self, path: Path, header: Header) -> None:
+        """Save the state to `path` (.safetensors) from now on; continue the run with the same header that is there."""
+        self._state_file = path, header
+        if self.state.load_(path, header, self.ranks):
+            epoch, steps = len(self.state.history), len(self.state.losses)
+            logger.info("%s: continuing epoch %d after step %d", self.bar, epoch, steps)
+
+    def _save_state(self) -> None:
+        if self._state_file is not None:
+            path, header = self._state_file
+            self.state.save(path, header, self.ranks)
+
+    def train_(self, train: Data, validation: Data, seed: int) -> Outcome:
+        """Train, and restore the parameters of the best epoch.
+
+        Args:
+            train: windows to train on.
+            validation: windows whose loss chooses the epoch.
+            seed: of the order of the windows.
+
+        Raises:
+            TrainingError: the validation loss before training is not finite.
         """
         state, failure = self.state, None
-        epochs = self.schedule.epochs if self.parameters else 0
+        epochs = self.schedule.epochs if self.schedule.enabled and self.parameters else 0
         if not state.history:
-            state.add({"epoch": 0, "train": None, "validation": self.evaluate(validation)})
-            self.keep()
+            state.add({"epoch": 0, "train": None, **self.evaluate(validation)})
+            self._save_state()
         for epoch in range(len(state.history), epochs + 1):
             if epoch - state.best_epoch > self.schedule.early_stop:
                 break
-            mean = self._train_epoch(train, seed, epoch)
-            if state.failures >= _FAILURES:
-                failure = f"{_FAILURES} steps in a row without a finite loss and gradient, epoch {epoch}"
+            train_loss = self._train_epoch(train, seed, epoch)
+            if state.failures >= self.failure_limit:
+                failure = self._describe_failure(epoch)
                 break
-            state.add({"epoch": epoch, "train": mean, "validation": self.evaluate(validation)})
-            self.keep()
+            measured = self.evaluate(validation)
+            if self.needs_finite_validation and not math.isfinite(measured["validation"]):
+                failure = f"the validation loss was not finite after epoch {epoch}"
+                break
+            state.add({"epoch": epoch, "train": train_loss, **measured})
+            self._save_state()
         state.restore_best_()
         return Outcome(state.history, state.best_epoch, failure)
 
-    def _train_epoch(self, train: Windows, seed: int, epoch: int) -> float | None:
-        order = shuffle(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
+    def _describe_failure(self, epoch: int) -> str:
+        if self.failure_limit == 1:
+            return f"the loss was not finite in epoch {epoch}, step {len(self.state.losses) - 1}"
+        return f"{self.failure_limit} steps in a row without a finite loss and gradient, epoch {epoch}"
+
+    def _train_epoch(self, train: Data, seed: int, epoch: int) -> float | None:
+        """Take the steps of an epoch, or the ones that are left of it; return the mean loss of the finite steps."""
+        order = self.draw_order(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
         parts = list(batches(train.count, self.schedule.batch_size))
-        left, losses = parts[len(self.state.losses) :], self.state.losses
+        losses = self.state.losses
+        left = parts[len(losses) :]
         title = f"{self.bar}, epoch {epoch}/{self.schedule.epochs}"
         for rows in show_progress(left, len(left), title) if self.bar else left:
-            progress = ((epoch - 1) * len(parts) + len(losses)) / (self.schedule.epochs * len(parts))
-            losses.append(self.step(train, order[rows], progress))
+            step_index, step_count = (epoch - 1) * len(parts) + len(losses), self.schedule.epochs * len(parts)
+            losses.append(self.step(train, order[rows], step_index, step_count))
             note_progress(epoch=epoch, loss=losses[-1], validation=self.state.history[-1]["validation"])
-            if self.state.failures >= _FAILURES:
+            if self.state.failures >= self.failure_limit:
                 break
             if len(losses) % _KEEP_EVERY == 0 and len(losses) < len(parts):
-                self.keep()
+                self._save_state()
         finite = [loss for loss in losses if loss is not None]
         return sum(finite) / len(finite) if finite else None
 
-    def step(self, data: Windows, windows: torch.Tensor, progress: float) -> float | None:
-        """One update on a batch; None where loss or gradient were not finite: nothing moved, the rates are halved.
+    def step(self, data: Data, windows: torch.Tensor, step_index: int, step_count: int) -> float | None:
+        """Update the parameters once and return the loss of the batch.
+
+        Where the loss or a gradient is not finite, nothing moves, all rates are halved, and None is returned.
 
         Args:
-            windows: their numbers among all of `data.count`.
-            progress: 0 at the first step, 1 behind the last.
+            windows: [B] int64, numbers of windows among all `data.count`.
+            step_index: of this step, from 0.
+            step_count: the steps of all epochs.
         """
+        assert self.optimizer is not None, "a run without parameters takes no step"
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progress, group["highest"], self.schedule.min_lr_factor)
+            group["lr"] = self.learning_rate(group["highest"], step_index, step_count)
         loss = self.differentiate(data, windows)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_grad)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -165,26 +248,27 @@ class Trainer:
         self.optimizer.step()
         return loss
 
-    def differentiate(self, data: Windows, windows: torch.Tensor) -> float:
-        """The loss of a batch, the mean over its windows on all ranks; its gradients are left in the parameters."""
+    def differentiate(self, data: Data, windows: torch.Tensor) -> float:
+        """Return the loss of a batch, the mean over its windows on all ranks; leave its gradients in the parameters."""
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        own = self.ranks.locate(windows)
+        rank_windows = self.ranks.locate(windows)
         total = torch.zeros((), device=self.device)
-        if len(own):
+        if len(rank_windows):
             with autocast(self.device, self.autocast):
-                loss = self.losses(data, own).sum() / len(windows)
+                loss = self.batch_loss(data, rank_windows, len(windows))
             loss.backward()
             total += loss.detach()
-        self.ranks.sum_(total, *(parameter.grad for parameter in self.parameters))
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.ranks.sum_(total, *gradients)
         return total.item()
 
     @torch.no_grad()
-    def evaluate(self, data: Windows) -> float:
-        """The mean loss over all windows of all ranks."""
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Return {"validation": the mean loss over the windows of all ranks}."""
         total = torch.zeros((), dtype=torch.float64)
         for rows in batches(len(data.inputs), self.schedule.batch_size):
             with autocast(self.device, self.autocast):
                 total += self.losses(data, rows).double().sum().cpu()
         self.ranks.sum_(total)
-        return total.item() / data.count
+        return {"validation": total.item() / data.count}

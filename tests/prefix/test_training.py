@@ -165,13 +165,13 @@ def test_losses_look_behind_the_prefix_only_and_equal_the_models_own_activations
 def test_simulated_quantizers_of_many_bits_change_nothing(family, imported, windows):
     """Rotated and back at every site: 8 bits leave 1e-3 of the divergence that 3 bits cause."""
     checkpoint, runner, prefix, _ = setup(imported, family)
-    exact, prefix_kv = checkpoint.embed(windows[0]), compute_prefix_kv(checkpoint, prefix, runner)
+    reference, prefix_kv = checkpoint.embed(windows[0]), compute_prefix_kv(checkpoint, prefix, runner)
     for index in range(checkpoint.block_count):
-        runner.advance_(load_block(checkpoint, index), exact, prefix_kv[index])
+        runner.advance_(load_block(checkpoint, index), reference, prefix_kv[index])
     found = {}
     for bits in (3, 8):
         model = FrozenModel(checkpoint, runner, training(bits=bits, simulate=True, weights={"kl": 1.0}))
-        found[bits] = model.losses(prefix, windows[0], exact)["kl"]
+        found[bits] = model.losses(prefix, windows[0], reference)["kl"]
     assert found[3] > 0.01
     assert 0 < found[8] < 0.005 * found[3]
 
@@ -207,10 +207,10 @@ def test_kl_is_the_divergence_from_the_original_without_a_prefix(imported, windo
     found = model.losses(prefix, windows[0], model.run_original(windows[0]))["kl"]
     original = make_model("llama_tied")
     with torch.no_grad():
-        exact = original(windows[0]).logits.log_softmax(-1)
+        reference = original(windows[0]).logits.log_softmax(-1)
         embedded = torch.cat((prefix.expand(4, -1, -1), original.model.embed_tokens(windows[0])), dim=1)
         ours = original(inputs_embeds=embedded).logits[:, 2:].log_softmax(-1)
-    assert found.item() == pytest.approx((exact.exp() * (exact - ours)).sum(-1).mean().item(), rel=1e-3)
+    assert found.item() == pytest.approx((reference.exp() * (reference - ours)).sum(-1).mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("behind", [None, 0])
@@ -218,9 +218,9 @@ def test_kl_compares_content_with_the_original_reading_a_start_token(behind, imp
     """A prefix that is the start token computes the same; with a second one behind it, it does not."""
     checkpoint, runner, prefix, params = setup(imported, count=1, weights={"kl": 1.0}, simulate=False)
     model = FrozenModel(checkpoint, runner, params)
-    exact = model.run_original(windows[0], start_token=0)
-    assert exact.shape == (4, 12, 48)
-    found = model.losses(prefix, put_in_front(windows[0], behind), exact)["kl"].item()
+    reference = model.run_original(windows[0], start_token=0)
+    assert reference.shape == (4, 12, 48)
+    found = model.losses(prefix, put_in_front(windows[0], behind), reference)["kl"].item()
     original = make_model("llama_tied")
     with torch.no_grad():
         p = original(put_in_front(windows[0], 0)).logits[:, 1:].log_softmax(-1)
@@ -238,10 +238,10 @@ def test_the_trainable_prefix_stays_in_sight_where_blocks_slide(family, imported
     found = model.losses(prefix, windows, model.run_original(windows))["kl"]
     original, embedded = make_model(family), checkpoint.embed(windows)
     with torch.no_grad():
-        exact = original(windows).logits.log_softmax(-1)
+        reference = original(windows).logits.log_softmax(-1)
     whole = torch.cat((prefix.expand(2, -1, -1), embedded), dim=1)
     ours = read_pinned(original, whole, prefix=2).logits[:, 2:].log_softmax(-1)
-    assert found.item() == pytest.approx((exact.exp() * (exact - ours)).sum(-1).mean().item(), rel=1e-3)
+    assert found.item() == pytest.approx((reference.exp() * (reference - ours)).sum(-1).mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])

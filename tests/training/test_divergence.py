@@ -13,15 +13,15 @@ from pipeline.training.divergence import mean_divergence, mean_divergences
 def test_value_and_gradient_equal_autograd_over_all_logits(other_head, cap, monkeypatch):
     monkeypatch.setattr(divergence, "_POSITIONS", 3)  # several parts, the last one short
     generator = torch.Generator().manual_seed(1)
-    ours, exact = (torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    ours, reference = (torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     head, second = (torch.randn(11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     second = second if other_head else head
     ours.requires_grad_()
     bend = (lambda z: z) if cap is None else (lambda z: cap * torch.tanh(z / cap))
-    log_p, log_q = bend(exact @ second.T).log_softmax(-1), bend(ours @ head.T).log_softmax(-1)
+    log_p, log_q = bend(reference @ second.T).log_softmax(-1), bend(ours @ head.T).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(3 * expected, ours)
-    found = mean_divergence(ours, exact, LmHead(head, cap), LmHead(second, cap) if other_head else None)
+    found = mean_divergence(ours, reference, LmHead(head, cap), LmHead(second, cap) if other_head else None)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)  # logits are compared in float32
     (found_gradient,) = torch.autograd.grad(3 * found, ours)
     assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-6)
@@ -35,6 +35,6 @@ def test_it_is_zero_for_the_same_states_and_needs_no_gradient():
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_several_streams_from_one_are_each_compared_with_it(cap, monkeypatch):
     monkeypatch.setattr(divergence, "_POSITIONS", 3)
-    ours, exact, head = torch.randn(2, 7, 5), torch.randn(7, 5), LmHead(torch.randn(11, 5), cap)
-    expected = [mean_divergence(states, exact, head).item() for states in ours]
-    assert mean_divergences(ours, exact, head).tolist() == pytest.approx(expected, rel=1e-5)
+    ours, reference, head = torch.randn(2, 7, 5), torch.randn(7, 5), LmHead(torch.randn(11, 5), cap)
+    expected = [mean_divergence(states, reference, head).item() for states in ours]
+    assert mean_divergences(ours, reference, head).tolist() == pytest.approx(expected, rel=1e-5)

@@ -38,19 +38,17 @@ from tests.conftest import ROOT, open_model
 from tests.rotation.test_merging import rotate
 
 HEADER = make_header("finetuning", {"test": 1})
-NO_END = {"enabled": False}
+MEASURED = {"enabled": False}  # blocks that are measured and not trained
 PREFIX = torch.tensor([7, 0])
 
 
-def settings(**changes):
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"]
-    values |= {"epochs": 3, "batch_size": 2, "quant_lr": 0.005, "weight_lr": 0.001, "early_stop": 9}
-    end = (
-        values["end_to_end"]
-        | {"epochs": 2, "batch_size": 2, "early_stop": 9, "enabled": False}
-        | changes.pop("end_to_end", {})
-    )
-    return FinetuningParams.model_validate(values | changes | {"end_to_end": end})
+def settings(blocks=None, end_to_end=None, **changes):
+    """Return the params of three epochs for each block, with changes in either phase or in what both share."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"] | changes
+    values["blocks"] |= {"enabled": True, "epochs": 3, "batch_size": 2, "early_stop": 9}
+    values["blocks"] |= {"quant_lr": 0.005, "weight_lr": 0.001} | (blocks or {})
+    values["end_to_end"] |= {"enabled": False, "epochs": 2, "batch_size": 2, "early_stop": 9} | (end_to_end or {})
+    return FinetuningParams.model_validate(values)
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +85,19 @@ def run_whole(quantized, folder, keeping=HIDDEN_STATES, offload=None, together=N
     return metrics, Checkpoint(folder / "out", "finetuning")
 
 
-def trainer_of(quantized, index=1, **changes):
+def trainer_of(quantized, blocks=None, index=1):
     """A block, its trainer, and its data: what `finetune_blocks` would train, with random inputs."""
     models, _, _ = quantized
-    params = settings(**changes)
+    params = settings(blocks)
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     prefix_kv = load_prefix_kv(models.initial.folder, "quantizer_init")[index]
-    exact = load_block(models.rotated, index)
+    reference = load_block(models.rotated, index)
     with torch.no_grad():
         original_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
         inputs = models.rotated.embed(torch.randint(0, 320, (4, 16), generator=torch.Generator().manual_seed(4)))
         for before in range(index):
             runner.advance_(load_block(models.rotated, before), inputs, original_kv[before])
-        target = runner.run(exact, inputs, original_kv[index])
+        target = runner.run(reference, inputs, original_kv[index])
     block = load_block(models.initial, index)
     for quantizer in find_site_quantizers(block, models.initial.architecture).values():
         quantizer.scale *= 1.3  # something to mend
@@ -115,7 +113,7 @@ def trainer_of(quantized, index=1, **changes):
 def test_every_block_gets_better(quantized, tmp_path):
     models, train, _ = quantized
     same = models, train, train  # so few tokens of a random model say nothing about others
-    blocks = run(same, tmp_path, start="full_precision", epochs=8, weight_lr=0.003)
+    blocks = run(same, tmp_path, start="full_precision", blocks={"epochs": 8, "weight_lr": 0.003})
     assert [block["block"] for block in blocks] == [0, 1, 2]
     for block in blocks:
         losses = [row["validation"] for row in block["history"]]
@@ -130,23 +128,23 @@ def test_every_block_gets_better(quantized, tmp_path):
 def test_targets_are_the_full_precision_blocks_outputs(target, quantized, tmp_path):
     """Losses at epoch 0 of the second block, from transformers' layers and nothing of the stage."""
     models, _train, validation = quantized
-    found = run(quantized, tmp_path, target=target, epochs=0)
+    found = run(quantized, tmp_path, blocks=MEASURED | {"target": target})
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
-    exact, ours = models.rotated.embed(validation), models.initial.embed(validation)
+    reference, ours = models.rotated.embed(validation), models.initial.embed(validation)
     original_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
     assert not torch.allclose(kv, original_kv, rtol=0.01)  # scaled as the quantized blocks' own keys and values are
     for index in range(2):
         teacher, student = load_block(models.rotated, index), load_block(models.initial, index)
         targets = {
-            "fp_input": runner.run(teacher, exact, original_kv[index]),
+            "fp_input": runner.run(teacher, reference, original_kv[index]),
             "quant_input": runner.run(teacher, ours, original_kv[index]),
         }
         output = runner.run(student, ours, kv[index])
         names = ["fp_input", "quant_input"] if target == "both" else [target]
         expected = sum((output - targets[name]).square().mean().item() for name in names) / len(names)
         assert found[index]["validation_before"] == pytest.approx(expected, rel=1e-5)
-        exact, ours = targets["fp_input"], output
+        reference, ours = targets["fp_input"], output
 
 
 def test_full_precision_start_takes_the_rotated_equalized_weights(quantized, tmp_path):
@@ -171,9 +169,9 @@ def test_full_precision_start_takes_the_rotated_equalized_weights(quantized, tmp
     for name, weight in weights.items():  # the quantized ones are these, rounded
         rounded = quantized_block.get_submodule(name).dense_weight(torch.float32)
         assert ((rounded - weight).norm() / weight.norm()).item() < 0.2
-    started = run(quantized, tmp_path / "a", start="full_precision", epochs=0)
+    started = run(quantized, tmp_path / "a", start="full_precision", blocks=MEASURED)
     assert all(block["changed_integers"] > 0 for block in started)  # to nearest is not what GPTQ chose
-    assert all(block["changed_integers"] == 0 for block in run(quantized, tmp_path / "b", epochs=0))
+    assert all(block["changed_integers"] == 0 for block in run(quantized, tmp_path / "b", blocks=MEASURED))
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ def test_full_precision_start_takes_the_rotated_equalized_weights(quantized, tmp
 
 def test_rates_of_zero_freeze_their_group(quantized):
     for frozen, moving in (("weight_lr", "quantizers"), ("quant_lr", "weights")):
-        trainer, trainables, data = trainer_of(quantized, **{frozen: 0.0})
+        trainer, trainables, data = trainer_of(quantized, {frozen: 0.0})
         before = {kind: [p.detach().clone() for p in getattr(trainables, kind)] for kind in ("quantizers", "weights")}
         trainer.train_(data, data, 0)
         for kind, values in before.items():
@@ -191,7 +189,7 @@ def test_rates_of_zero_freeze_their_group(quantized):
 
 
 def test_nothing_to_train_leaves_the_start(quantized, tmp_path):
-    blocks = run(quantized, tmp_path, quant_lr=0.0, weight_lr=0.0)
+    blocks = run(quantized, tmp_path, blocks={"quant_lr": 0.0, "weight_lr": 0.0})
     assert [block["best_epoch"] for block in blocks] == [0, 0, 0]
     models = quantized[0]
     for index in range(3):
@@ -201,7 +199,7 @@ def test_nothing_to_train_leaves_the_start(quantized, tmp_path):
 
 
 def test_gradients_are_clipped_to_the_length_asked_for(quantized, monkeypatch):
-    trainer, _, data = trainer_of(quantized, clip_grad=1e-3)
+    trainer, _, data = trainer_of(quantized, {"clip_grad": 1e-3})
     lengths = []
     monkeypatch.setattr(
         trainer.optimizer,
@@ -210,12 +208,12 @@ def test_gradients_are_clipped_to_the_length_asked_for(quantized, monkeypatch):
     )
     trainer.differentiate(data, torch.arange(4))
     assert math.sqrt(sum(p.grad.square().sum().item() for p in trainer.parameters)) > 1e-2
-    trainer.step(data, torch.arange(4), 0.0)
+    trainer.step(data, torch.arange(4), 0, 1)
     assert lengths == [pytest.approx(1e-3, rel=1e-3)]
 
 
 def test_learning_rates_follow_the_cosine_to_their_floor(quantized, monkeypatch):
-    trainer, _, data = trainer_of(quantized, quant_lr=0.01, weight_lr=0.002, epochs=2, min_lr_factor=10)
+    trainer, _, data = trainer_of(quantized, {"quant_lr": 0.01, "weight_lr": 0.002, "epochs": 2, "min_lr_factor": 10})
     seen = []
     monkeypatch.setattr(
         trainer.optimizer, "step", lambda: seen.append([group["lr"] for group in trainer.optimizer.param_groups])
@@ -226,9 +224,9 @@ def test_learning_rates_follow_the_cosine_to_their_floor(quantized, monkeypatch)
 
 
 def test_each_epoch_has_an_order_of_its_own_and_all_windows(quantized, monkeypatch):
-    trainer, _, data = trainer_of(quantized, epochs=3, batch_size=1)
+    trainer, _, data = trainer_of(quantized, {"epochs": 3, "batch_size": 1})
     seen = []
-    monkeypatch.setattr(trainer, "step", lambda data, windows, progress: seen.append(int(windows)))
+    monkeypatch.setattr(trainer, "step", lambda data, windows, *position: seen.append(int(windows)))
     trainer.train_(data, data, 3)
     epochs = [seen[:4], seen[4:8], seen[8:]]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
@@ -236,16 +234,17 @@ def test_each_epoch_has_an_order_of_its_own_and_all_windows(quantized, monkeypat
 
 
 def test_the_best_epoch_is_restored_after_a_late_divergence(quantized, monkeypatch):
-    good, _, data = trainer_of(quantized, epochs=1, quant_lr=0.001, weight_lr=0.0)
+    good, _, data = trainer_of(quantized, {"epochs": 1, "quant_lr": 0.001, "weight_lr": 0.0})
     good.train_(data, data, 0)
-    trainer, _, data = trainer_of(quantized, epochs=4, quant_lr=0.001, weight_lr=0.0)
+    trainer, _, data = trainer_of(quantized, {"epochs": 4, "quant_lr": 0.001, "weight_lr": 0.0})
     step = Trainer.step
 
-    def diverges(self, data, windows, progress):
-        if progress >= 0.25:
+    def diverges(self, data, windows, step_index, step_count):
+        assert step_count == 8
+        if step_index >= 2:  # from the second epoch on
             for group in self.optimizer.param_groups:
                 group["highest"] = 3.0
-        return step(self, data, windows, 0.0 if progress >= 0.25 else progress * 4)
+        return step(self, data, windows, 0 if step_index >= 2 else step_index, 2)
 
     monkeypatch.setattr(trainer, "step", lambda *args: diverges(trainer, *args))
     outcome = trainer.train_(data, data, 0)
@@ -256,9 +255,9 @@ def test_the_best_epoch_is_restored_after_a_late_divergence(quantized, monkeypat
 
 
 def test_training_stops_early_and_the_counter_starts_again(quantized, monkeypatch):
-    trainer, _, data = trainer_of(quantized, epochs=9, early_stop=2)
+    trainer, _, data = trainer_of(quantized, {"epochs": 9, "early_stop": 2})
     measured = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.6, 1.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda data: next(measured))
+    monkeypatch.setattr(trainer, "evaluate", lambda data: {"validation": next(measured)})
     outcome = trainer.train_(data, data, 0)
     assert [row["validation"] for row in outcome.history] == [5.0, 4.0, 4.5, 3.0, 3.5, 3.6]
     assert outcome.best_epoch == 3
@@ -269,10 +268,10 @@ def test_a_nan_step_is_skipped_and_halves_the_rates(quantized, monkeypatch):
     before = [p.detach().clone() for p in trainer.parameters]
     losses = trainer.losses
     monkeypatch.setattr(trainer, "losses", lambda *args: losses(*args) * math.nan)
-    assert trainer.step(data, torch.arange(2), 0.0) is None
+    assert trainer.step(data, torch.arange(2), 0, 1) is None
     assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
     monkeypatch.undo()
-    assert trainer.step(data, torch.arange(2), 0.0) is not None
+    assert trainer.step(data, torch.arange(2), 0, 1) is not None
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.0025, 0.0005])
 
 
@@ -290,7 +289,7 @@ def test_three_failures_in_a_row_end_a_block_in_its_best_state_and_are_named(qua
     init = BlockTrainer.__init__
     monkeypatch.setattr(BlockTrainer, "__init__", lambda self, *args: (kept.append(self), init(self, *args))[1])
     monkeypatch.setattr(BlockTrainer, "losses", broken)
-    blocks = run(quantized, tmp_path, batch_size=1)
+    blocks = run(quantized, tmp_path, blocks={"batch_size": 1})
     assert [block["failure"] is None for block in blocks] == [True, False, True]
     assert blocks[1]["best_epoch"] <= 1
     assert len(blocks[1]["history"]) == 2
@@ -303,10 +302,9 @@ def test_three_failures_in_a_row_end_a_block_in_its_best_state_and_are_named(qua
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_rates_that_ruin_everything_keep_the_state_before_training(quantized, tmp_path, end_to_end):
     """Losses are NaN then, which JSON cannot say."""
-    rates = {"quant_lr": 1e3, "weight_lr": 0.0 if end_to_end else 1e3}
+    alone = {"enabled": not end_to_end, "quant_lr": 1e3, "weight_lr": 0.0 if end_to_end else 1e3}
     together = {"enabled": end_to_end, "quant_lr": 1e3, "prefix_lr": 1e30, "norm_lr": 1e30}
-    epochs = {"epochs": 0} if end_to_end else {}
-    metrics, checkpoint = run_whole(quantized, tmp_path, **rates, **epochs, end_to_end=together)
+    metrics, checkpoint = run_whole(quantized, tmp_path, blocks=alone, end_to_end=together)
     report = json.loads((checkpoint.folder / "report.json").read_text())
     histories = [report["end_to_end"]["history"]] if end_to_end else [b["history"] for b in report["blocks"]]
     losses = [row["validation"] for history in histories for row in history]
@@ -321,7 +319,7 @@ def test_rates_that_ruin_everything_keep_the_state_before_training(quantized, tm
 
 def test_a_loss_that_is_not_finite_to_begin_with_is_said(quantized, monkeypatch):
     trainer, _, data = trainer_of(quantized)
-    monkeypatch.setattr(trainer, "evaluate", lambda data: math.nan)
+    monkeypatch.setattr(trainer, "evaluate", lambda data: {"validation": math.nan})
     with pytest.raises(TrainingError, match="the loss before training is not finite; the quantized model"):
         trainer.train_(data, data, 0)
 
@@ -332,21 +330,21 @@ def test_a_loss_that_is_not_finite_to_begin_with_is_said(quantized, monkeypatch)
 def test_the_checkpoint_computes_what_was_trained(quantized, tmp_path):
     """Validation losses in the report are those of the blocks as loaded from the artifact."""
     models, _, validation = quantized
-    metrics, checkpoint = run_whole(quantized, tmp_path, target="fp_input")
+    metrics, checkpoint = run_whole(quantized, tmp_path, blocks={"target": "fp_input"})
     assert metrics["blocks_failed"] == []
     report = (tmp_path / "out" / "report.json").read_text()
     blocks = yaml.safe_load(report)["blocks"]
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(checkpoint.folder, "finetuning")
     assert torch.equal(kv, load_prefix_kv(models.initial.folder, "quantizer_init"))
-    exact, ours = models.rotated.embed(validation), checkpoint.embed(validation)
-    exact_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
+    reference, ours = models.rotated.embed(validation), checkpoint.embed(validation)
+    reference_kv = compute_rotated_prefix_kv(models.rotated, models.original.embed(PREFIX), runner)
     for index in range(3):
         block = load_block(checkpoint, index)
         assert block.mlp.down_proj.weight.dtype == torch.int8
-        runner.advance_(load_block(models.rotated, index), exact, exact_kv[index])
+        runner.advance_(load_block(models.rotated, index), reference, reference_kv[index])
         runner.advance_(block, ours, kv[index])
-        error = (ours - exact).square().mean().item()
+        error = (ours - reference).square().mean().item()
         assert error == pytest.approx(blocks[index]["validation_after"], rel=1e-5)
     epochs = json.loads((tmp_path / "out" / "plots/losses.json").read_text())
     assert [row["train"] is not None for row in epochs] == [row["epoch"] > 0 for row in epochs]
@@ -418,7 +416,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(where, quantized, t
 def test_a_killed_epoch_continues_behind_the_step_that_was_kept_last(failing, quantized, tmp_path, monkeypatch):
     """Steps that fail, the rates halved for them, and that three in a row are too many, are known on both sides."""
     monkeypatch.setattr(trainer_module, "_KEEP_EVERY", 2)
-    end = {"epochs": 0, "end_to_end": ALL_MOVE | {"batch_size": 1}}
+    end = {"blocks": MEASURED, "end_to_end": ALL_MOVE | {"batch_size": 1}}
     differentiate, seen, order = EndToEndTrainer.differentiate, [], []
 
     def watched(self, data, windows, at=None):
@@ -479,26 +477,26 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(quantized, tmp_pat
     models, train, validation = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     other = make_header("finetuning", {"test": 2})
-    finetune_blocks(models, train, validation, settings(epochs=0), Place(runner, Offload(None), tmp_path, other))
+    finetune_blocks(models, train, validation, settings(MEASURED), Place(runner, Offload(None), tmp_path, other))
     assert "had other settings or inputs" in caplog.text
 
 
 def test_without_epochs_only_the_windows_that_saturation_is_counted_on_are_run(quantized, tmp_path):
     models, train, validation = quantized
     more = models, torch.cat((train, train.flip(0))), validation
-    blocks = run(more, tmp_path / "a", epochs=0)
+    blocks = run(more, tmp_path / "a", blocks=MEASURED)
     _, saved = load_generation(tmp_path / "a", HEADER, Ranks())
     assert saved["quantized.train"].shape[0] == PROBED_WINDOWS < len(more[1])
     alone = models, more[1][:PROBED_WINDOWS], validation
-    assert run(alone, tmp_path / "b", epochs=0) == blocks
+    assert run(alone, tmp_path / "b", blocks=MEASURED) == blocks
     seen = {site for block in blocks for site in block["saturation"]}
     assert seen == set(SITES)
 
 
 @pytest.mark.parametrize("target", ["fp_input", "both"])
 def test_offloaded_streams_give_the_same_bytes_and_leave_nothing(target, quantized, tmp_path):
-    run(quantized, tmp_path / "a", target=target)
-    run(quantized, tmp_path / "b", offload=tmp_path / "streams", target=target)
+    run(quantized, tmp_path / "a", blocks={"target": target})
+    run(quantized, tmp_path / "b", offload=tmp_path / "streams", blocks={"target": target})
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert list((tmp_path / "streams").iterdir()) == []
 
@@ -521,7 +519,7 @@ ALL_MOVE = {"enabled": True, "epochs": 2, "quant_lr": 0.01, "norm_lr": 0.01, "pr
 def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(autocast, quantized, tmp_path):
     models, train, _ = quantized
     same = models, train, train  # so that the best epoch is a trained one
-    values = {"epochs": 0, "end_to_end": ALL_MOVE, "autocast": autocast}
+    values = {"blocks": MEASURED, "end_to_end": ALL_MOVE, "autocast": autocast}
     for name, keeping in KEEPINGS.items():
         metrics, _ = run_whole(same, tmp_path / name, keeping, **values)
         assert metrics["end_to_end"]["best_epoch"] == 2
@@ -534,7 +532,7 @@ def test_kept_recomputed_and_streamed_blocks_give_the_same_bytes(autocast, quant
 
 def test_weights_of_one_streamed_block_are_in_memory_at_a_time(quantized, tmp_path, monkeypatch):
     """Every block is read once forwards and once backwards; the last and the first are still there at the turns."""
-    run(quantized, tmp_path, epochs=0)
+    run(quantized, tmp_path, blocks=MEASURED)
     models, train, _ = quantized
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
@@ -562,7 +560,7 @@ def test_weights_of_one_streamed_block_are_in_memory_at_a_time(quantized, tmp_pa
 
 
 def test_a_run_killed_in_a_streamed_backward_pass_ends_with_the_same_bytes(quantized, tmp_path, monkeypatch):
-    run_whole(quantized, tmp_path / "a", end_to_end=ALL_MOVE, epochs=0)
+    run_whole(quantized, tmp_path / "a", end_to_end=ALL_MOVE, blocks=MEASURED)
     backward, calls = _RunStreamed.backward, []
 
     def dying(ctx, *upstream):
@@ -574,9 +572,9 @@ def test_a_run_killed_in_a_streamed_backward_pass_ends_with_the_same_bytes(quant
     with monkeypatch.context() as patch:
         patch.setattr(_RunStreamed, "backward", staticmethod(dying))
         with pytest.raises(KeyboardInterrupt):
-            run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], epochs=0, end_to_end=ALL_MOVE)
+            run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], blocks=MEASURED, end_to_end=ALL_MOVE)
     assert calls == [2, 1, 0, 2, 1, 0, 2, 1]
-    run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], epochs=0, end_to_end=ALL_MOVE)
+    run_whole(quantized, tmp_path / "b", KEEPINGS["streamed"], blocks=MEASURED, end_to_end=ALL_MOVE)
     assert bytes_of(tmp_path / "b/out") == bytes_of(tmp_path / "a/out")
 
 
@@ -600,7 +598,7 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
     models, train, _validation = quantized
     same = models, train, train  # so few tokens of a random model say nothing about others
     end = {"enabled": True, "epochs": 4, "quant_lr": 0.003, "norm_lr": 0.003, "prefix_lr": 0.003, "early_stop": 9}
-    metrics, checkpoint = run_whole(same, tmp_path, epochs=0, end_to_end=end)
+    metrics, checkpoint = run_whole(same, tmp_path, blocks=MEASURED, end_to_end=end)
     assert metrics["end_to_end"]["kl_after"] < metrics["end_to_end"]["kl_before"]
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(checkpoint.folder, "finetuning")
@@ -613,8 +611,8 @@ def test_end_to_end_training_lowers_the_divergence_of_what_is_written(quantized,
         hidden, _, _ = compute_final_hidden(checkpoint, {"x": train}, runner, kv)
         with torch.no_grad():
             ours = checkpoint.load_lm_head().logits(hidden["x"]).log_softmax(-1)
-            exact = make_model("llama_tied")(train).logits.log_softmax(-1)
-        return (exact.exp() * (exact - ours)).sum(-1).mean().item()
+            reference = make_model("llama_tied")(train).logits.log_softmax(-1)
+        return (reference.exp() * (reference - ours)).sum(-1).mean().item()
 
     assert divergence(checkpoint, kv) == pytest.approx(metrics["end_to_end"]["kl_after"], rel=1e-3)
     before = divergence(models.initial, load_prefix_kv(models.initial.folder, "quantizer_init"))
@@ -629,12 +627,12 @@ def test_products_are_computed_in_what_autocast_says(quantized, tmp_path):
     """`auto` is none on a CPU; bfloat16 is nearly as good, and what is trained stays in float32."""
     found = {}
     for kind in ("auto", "none", "bfloat16"):
-        found[kind], _ = run_whole(quantized, tmp_path / kind, autocast=kind, epochs=1, end_to_end=ALL_MOVE)
+        found[kind], _ = run_whole(quantized, tmp_path / kind, autocast=kind, blocks={"epochs": 1}, end_to_end=ALL_MOVE)
     paths = {kind: bytes_of(tmp_path / kind / "out") for kind in found}
     assert paths["auto"] == paths["none"] != paths["bfloat16"]
-    exact, narrow = (found[kind]["end_to_end"] for kind in ("none", "bfloat16"))
+    full, narrow = (found[kind]["end_to_end"] for kind in ("none", "bfloat16"))
     assert narrow["kl_after"] < narrow["kl_before"]
-    assert narrow["kl_after"] == pytest.approx(exact["kl_after"], rel=0.1)
+    assert narrow["kl_after"] == pytest.approx(full["kl_after"], rel=0.1)
     for name, tensor in Checkpoint(tmp_path / "bfloat16/out", "finetuning").load_block_tensors(0).items():
         assert tensor.dtype in (torch.float32, torch.int8), name
 
@@ -642,7 +640,7 @@ def test_products_are_computed_in_what_autocast_says(quantized, tmp_path):
 @pytest.mark.parametrize("rate", ["quant_lr", "norm_lr", "prefix_lr"])
 def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_path):
     models, train, _validation = quantized
-    run(quantized, tmp_path, epochs=0)
+    run(quantized, tmp_path, blocks=MEASURED)
     values = settings().end_to_end.model_dump() | {"quant_lr": 0.0, "norm_lr": 0.0, "prefix_lr": 0.0, rate: 0.01}
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     kv = load_prefix_kv(models.initial.folder, "quantizer_init")
@@ -650,7 +648,7 @@ def test_end_to_end_groups_are_frozen_by_a_rate_of_zero(rate, quantized, tmp_pat
     params = EndToEndParams.model_validate(values)
     trainer = EndToEndTrainer(models.initial, models.original, kv, params, "none", place)
     data = ModelData(models.initial.embed(train), run_original(models.original, train, runner), 4)
-    trainer.step(data, torch.arange(4), 0.0)
+    trainer.step(data, torch.arange(4), 0, 1)
     (tmp_path / "out").mkdir()
     moved_kv = not torch.equal(trainer.write_(tmp_path / "out"), kv)
     moved = set()
