@@ -32,18 +32,21 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
-from pipeline.blocks.quantized import load_block
+from pipeline.blocks.quantized import describe_blocks, load_block
 from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
 from pipeline.params import parse_params
+from pipeline.planning.disk import OtherFiles, count_tables
 from pipeline.planning.evaluation import plan_evaluation
 from pipeline.planning.export import plan_export
 from pipeline.planning.finetuning import plan_finetuning
-from pipeline.planning.need import Share
-from pipeline.planning.prefix import plan_prefix_search
+from pipeline.planning.prefix_search import plan_prefix_search
 from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.planning.rotation import plan_rotation
 from pipeline.planning.sizes import Sizes
+from pipeline.planning.workload import Workload
+from pipeline.quantization.quantizer_init import plan_block
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.memory import GIB
 from pipeline.runtime.progress import select_device
@@ -142,6 +145,7 @@ WHOLE = {
     "finetuning.blocks.epochs": 20,
     "finetuning.blocks.weight_lr": 5e-6,
     "finetuning.end_to_end.enabled": False,
+    "rotation.dtype": "bfloat16",
     "runtime.offload": "always",
 }
 
@@ -173,7 +177,7 @@ def has_room(model: str, row: str) -> bool:
     """Weights are trained, and evaluated then, where a block's fit into the memory there is; says what is left out."""
     if row not in ("finetuning", "evaluation@finetuning") or torch.cuda.is_available():
         return True
-    blocks, size = ROWS["finetuning"].blocks, Sizes.of(Shape(SHAPES[model], False)).numbers * 4
+    blocks, size = ROWS["finetuning"].blocks, Sizes.of(Shape(SHAPES[model], False)).weights * 4
     if blocks * size + FIXED * GIB < psutil.virtual_memory().available:
         return True
     print(f"{model}/{row}: left out, {blocks} blocks in float32 do not fit into this machine's memory")
@@ -224,7 +228,7 @@ def measure(workspace: Workspace, row: Row, params: dict[str, Any]) -> dict[str,
     metrics = workspace.metrics(row.stage, params)
     forward = model.block_count * time_block(model, windows, select_device(parse_params(params).runtime))
     need = workspace.need(row.stage, params)
-    block = Sizes.of(model).numbers * 4 / GIB
+    block = Sizes.of(model).weights * 4 / GIB
     return {
         "peak_rss_gib": metrics["peak_rss_gib"],
         "peak_gpu_gib": metrics.get("peak_gpu_gib", 0.0),
@@ -251,15 +255,20 @@ def time_block(model: Checkpoint, windows: torch.Tensor, device: torch.device) -
 
 
 class Shape:
-    """As much of a checkpoint as planning looks at."""
+    """A checkpoint without tensors, as far as plans need one: its config, its settings, blocks on the meta device."""
 
     dtype = torch.bfloat16
+    folder = Path("no files")
 
     def __init__(self, shapes: dict[str, Any], quantized: bool) -> None:
         self.config = LlamaConfig(**shapes, tie_word_embeddings=False, dtype="bfloat16")
         self.block_count = self.config.num_hidden_layers
-        self.settings = {"block": {}} if quantized else {}
+        self.architecture = find_architecture(self.config)
         self._block = build_skeleton(LlamaConfig(**shapes | {"num_hidden_layers": 1})).model.layers[0]
+        self.settings: dict[str, Any] = {}
+        if quantized:
+            settings, _ = plan_block(parse_params(read_params()).quantizer_init, self, 0)
+            self.settings = describe_blocks([settings])
 
     def build_block(self, index: int) -> nn.Module:
         return self._block
@@ -278,7 +287,7 @@ class Work:
 
 def count_pass(sizes: Sizes, tokens: int, length: int) -> float:
     """Operations of a pass through all blocks: 2 a parameter and token, 4 a query's number and token that it sees."""
-    return sizes.blocks * tokens * (2 * sizes.numbers + 2 * length * sizes.queries)
+    return sizes.blocks * tokens * (2 * sizes.weights + 2 * length * sizes.queries)
 
 
 def count_gptq(sizes: Sizes, tokens: int) -> Work:
@@ -295,9 +304,9 @@ def plan_whole_models(tflops: float) -> str:
     params = parse_params(override(read_params(), WHOLE))
     runtime, train, tuning = params.runtime, params.calibration.train, params.finetuning
     tokens, windows = train.windows * train.length, train.windows + params.calibration.validation.windows
-    calibration = Share.of([train.windows], train.length, runtime, True)
-    trained = Share.of([windows], train.length, runtime, True)
-    held_out = Share.of([64, 64], 2048, runtime, True)
+    calibration = Workload.of([train.windows], train.length, runtime, True)
+    trained = Workload.of([windows], train.length, runtime, True)
+    held_out = Workload.of([64, 64], 2048, runtime, True)
     lines = [
         "| model | stage | host, GiB | GPU, GiB | disk, GiB | 10¹⁵ operations | minutes, 1 GPU | minutes, 8 GPUs |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -305,13 +314,21 @@ def plan_whole_models(tflops: float) -> str:
     for name, blocks in (("llama-2-7b", 32), ("llama-3-70b", 80)):
         plain, quantized = (Shape(SHAPES[name] | {"num_hidden_layers": blocks}, kind) for kind in (False, True))
         sizes = Sizes.of(plain)
+        tables = count_tables(sizes, torch.bfloat16)
         needs = {
-            "rotation": plan_rotation(plain, torch.bfloat16, True),
-            "prefix_search": plan_prefix_search(plain, Share.of([64], 512, runtime, True), params.prefix_search),
+            "rotation": plan_rotation(plain, params.rotation, True),
+            "prefix_search": plan_prefix_search(plain, Workload.of([64], 512, runtime, True), params.prefix_search),
             "quantizer_init": plan_quantizer_init(plain, calibration, params.quantizer_init),
-            "finetuning": plan_finetuning(plain, trained, trained, tuning, runtime),
-            "evaluation": plan_evaluation(quantized, held_out, True, False, 0),
-            "export": plan_export(quantized, 5 * 10**9),
+            "finetuning": plan_finetuning(
+                plain,
+                blocks=trained,
+                end_to_end=trained,
+                params=tuning,
+                quantizer_init=params.quantizer_init,
+                runtime=runtime,
+            ),
+            "evaluation": plan_evaluation(quantized, held_out, compared=True, in_memory=False, task_items=0),
+            "export": plan_export(quantized, OtherFiles(tables, tables, 0, 0), params.export),
         }
         gptq, once = count_gptq(sizes, tokens), count_pass(sizes, windows * train.length, train.length)
         work = {

@@ -54,7 +54,7 @@ def main(run: Run) -> None:
 def plan(run: Run) -> Need:
     stage, folder = CHECKPOINTS[run.variant]
     token_ids = load_windows(WINDOWS).token_ids[: run.params.activation_plots.windows]
-    return plan_walk(Checkpoint(folder, stage), run.share(token_ids))
+    return plan_walk(Checkpoint(folder, stage), run.workload(token_ids))
 
 
 if __name__ == "__main__":

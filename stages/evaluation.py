@@ -72,13 +72,14 @@ def main(run: Run) -> None:
 def plan(run: Run) -> Need:
     params, variant = run.params, run.variant
     corpora = params.calibration.evaluation.corpora
-    share = run.share(*(load_windows(WINDOWS / f"{corpus}.safetensors").token_ids for corpus in corpora))
+    workload = run.workload(*(load_windows(WINDOWS / f"{corpus}.safetensors").token_ids for corpus in corpora))
     compared = variant != "original" and params.evaluation.compare_with_original
     items = params.runtime.task_batch_size if params.evaluation.tasks else 0
     # The exported model is the fine-tuned one.
     stage = "finetuning" if variant == "export" else variant
     checkpoint = Checkpoint(QUANTIZED[stage], stage) if stage in QUANTIZED else Checkpoint(MODEL, "model")
-    return plan_evaluation(checkpoint, share, compared, variant == "export", items)
+    in_memory = variant == "export"
+    return plan_evaluation(checkpoint, workload, compared=compared, in_memory=in_memory, task_items=items)
 
 
 @dataclass(frozen=True)

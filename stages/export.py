@@ -9,9 +9,10 @@ Packaged model: a few seconds, 1 GiB.
 from pathlib import Path
 
 from pipeline.blocks.prefix_kv import PREFIX
-from pipeline.export.folder import export_model, parse_size
+from pipeline.export.folder import export_model
 from pipeline.interop.other_formats import write_formats
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning.disk import OtherFiles
 from pipeline.planning.export import plan_export
 from pipeline.planning.need import Need
 from pipeline.runtime.artifacts import load_json, load_tensors, make_header, read_header
@@ -38,7 +39,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    return plan_export(Checkpoint(FINETUNING, "finetuning"), parse_size(run.params.export.max_shard_size))
+    checkpoint = Checkpoint(FINETUNING, "finetuning")
+    return plan_export(checkpoint, OtherFiles.measure(checkpoint), run.params.export)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,14 @@ def plan(run: Run) -> Need:
     train, end_to_end, validation = (load_windows(path).token_ids for path in (TRAIN, END_TO_END, VALIDATION))
     if not run.params.finetuning.blocks.enabled:
         train = train[: PROBED_WINDOWS * run.params.runtime.processes]
-    shares = run.share(train, validation), run.share(end_to_end, validation)
-    return plan_finetuning(Checkpoint(ROTATION, "rotation"), *shares, run.params.finetuning, run.params.runtime)
+    return plan_finetuning(
+        Checkpoint(ROTATION, "rotation"),
+        blocks=run.workload(train, validation),
+        end_to_end=run.workload(end_to_end, validation),
+        params=run.params.finetuning,
+        quantizer_init=run.params.quantizer_init,
+        runtime=run.params.runtime,
+    )
 
 
 if __name__ == "__main__":

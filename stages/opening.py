@@ -20,7 +20,8 @@ import torch
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import Params, load_params
-from pipeline.planning.need import Need, Share
+from pipeline.planning.need import Need
+from pipeline.planning.workload import Workload
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.params import ParamsError
@@ -55,11 +56,11 @@ class Run:
         """Runs a checkpoint's blocks on this device."""
         return BlockRunner(checkpoint, self.device, self.params.runtime.batch_size)
 
-    def share(self, *token_ids: torch.Tensor) -> Share:
-        """What this process is given of texts in windows [N, T]."""
+    def workload(self, *token_ids: torch.Tensor) -> Workload:
+        """Return what this process gets of several texts in windows [N, T]."""
         length = max(windows.shape[1] for windows in token_ids)
         counts = [len(windows) for windows in token_ids]
-        return Share.of(counts, length, self.params.runtime, self.device.type == "cuda")
+        return Workload.of(counts, length, self.params.runtime, self.device.type == "cuda")
 
 
 def open_stage(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.need import Need
-from pipeline.planning.prefix import plan_prefix_search
+from pipeline.planning.prefix_search import plan_prefix_search
 from pipeline.prefix.search import search_prefix
 from pipeline.runtime.artifacts import make_header, replacing_folder, save_tensors, write_json
 from pipeline.text.windows import load_windows
@@ -36,8 +36,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    share = run.share(load_windows(SEARCH).token_ids)
-    return plan_prefix_search(Checkpoint(MODEL, "model"), share, run.params.prefix_search)
+    workload = run.workload(load_windows(SEARCH).token_ids)
+    return plan_prefix_search(Checkpoint(MODEL, "model"), workload, run.params.prefix_search)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.need import Need
-from pipeline.planning.prefix import plan_prefix_training
+from pipeline.planning.prefix_training import plan_prefix_training
 from pipeline.prefix.training import make_candidates, write_candidates
 from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.runtime.streams import Offload
@@ -46,8 +46,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    share = run.share(load_windows(TRAIN).token_ids, load_windows(VALIDATION).token_ids)
-    return plan_prefix_training(Checkpoint(MODEL, "model"), share, run.params.prefix_training, run.params.runtime)
+    workload = run.workload(load_windows(TRAIN).token_ids, load_windows(VALIDATION).token_ids)
+    return plan_prefix_training(Checkpoint(MODEL, "model"), workload, run.params.prefix_training, run.params.runtime)
 
 
 if __name__ == "__main__":

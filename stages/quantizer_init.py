@@ -58,8 +58,8 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    share = run.share(load_windows(TRAIN).token_ids)
-    return plan_quantizer_init(Checkpoint(ROTATION, "rotation"), share, run.params.quantizer_init)
+    workload = run.workload(load_windows(TRAIN).token_ids)
+    return plan_quantizer_init(Checkpoint(ROTATION, "rotation"), workload, run.params.quantizer_init)
 
 
 if __name__ == "__main__":

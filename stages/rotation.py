@@ -28,8 +28,7 @@ def main(run: Run) -> None:
 
 
 def plan(run: Run) -> Need:
-    dtype = getattr(torch, run.params.rotation.dtype)
-    return plan_rotation(Checkpoint(MODEL, "model"), dtype, run.device.type == "cuda")
+    return plan_rotation(Checkpoint(MODEL, "model"), run.params.rotation, run.device.type == "cuda")
 
 
 if __name__ == "__main__":

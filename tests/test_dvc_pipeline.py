@@ -16,8 +16,8 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PLOTS = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
 CURVES = [next(iter(plot.items())) for plot in PLOTS if isinstance(plot, dict)]
 TEMPLATES = ROOT / ".dvc/plots"  # where DVC looks first
-# Groups that a stage only checks before it starts; they change no result.
-ONLY_CHECKED = {"model": {"evaluation"}}
+# Groups that a stage only checks before it starts, or only plans with; they change no result.
+ONLY_CHECKED = {"model": {"evaluation"}, "finetuning": {"quantizer_init"}}
 # These run with every `dvc repro`. A metrics file, which holds seconds, would be another change in git every time.
 ALWAYS_RUN = {"code", "sources"}
 

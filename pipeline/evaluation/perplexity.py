@@ -33,7 +33,7 @@ from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.windows import put_in_front
 
-_POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
+LOGIT_POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
 _HIGHEST_LOSS = 700.0  # nats a token; exp of more is beyond floating point, and JSON knows no infinity
 
 
@@ -286,8 +286,8 @@ def score_hidden(
         original = original[0], original[1].to(device)
     totals = torch.zeros(3, len(token_ids), dtype=torch.float64)  # of losses, divergences, agreements
     for row, ids in enumerate(token_ids):
-        for start in range(0, len(ids) - 1, _POSITIONS):
-            part = slice(start, min(start + _POSITIONS, len(ids) - 1))
+        for start in range(0, len(ids) - 1, LOGIT_POSITIONS):
+            part = slice(start, min(start + LOGIT_POSITIONS, len(ids) - 1))
             log_p = lm_head.logits(hidden[row, part].to(device)).log_softmax(dim=-1)
             targets = ids[part.start + 1 : part.stop + 1].to(device)
             totals[0, row] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()

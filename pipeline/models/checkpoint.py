@@ -233,12 +233,12 @@ def copy_companions(source: Path, target: Path) -> None:
 
     Not what a stage wrote about its own work.
     """
-    for path in sorted(Path(source).iterdir()):
-        companion = path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name not in {
-            CONFIG,
-            INDEX,
-            FOLDER_HEADER,
-            REPORT,
-        }
-        if path.is_file() and companion:
-            shutil.copyfile(path, target / path.name)
+    for path in list_companions(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def list_companions(folder: Path) -> list[Path]:
+    """Return the files that `copy_companions` copies."""
+    suffixes, others = {".json", ".jinja", ".txt", ".model"}, {CONFIG, INDEX, FOLDER_HEADER, REPORT}
+    paths = sorted(Path(folder).glob("*"))
+    return [path for path in paths if path.suffix in suffixes and path.name not in others and path.is_file()]

@@ -1,33 +1,54 @@
-"""What an evaluation will take."""
+"""Memory and disk of `evaluation`."""
 
+from pipeline.evaluation.perplexity import LOGIT_POSITIONS
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.planning.need import Need, Share, make_need
+from pipeline.planning.constants import (
+    COMPARED_LOGITS,
+    PERPLEXITY_LOGITS,
+    QUANTIZED_TABLES_THROUGH_HOST,
+    TASK_TOKENS,
+)
+from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
+from pipeline.planning.workload import Workload
 
-_TASK_TOKENS = 224
+_TOKEN_ID = 8  # bytes
 
 
-def plan_evaluation(checkpoint: Checkpoint, share: Share, compared: bool, in_memory: bool, task_items: int) -> Need:
-    """What evaluating a variant takes.
+def plan_evaluation(
+    checkpoint: Checkpoint, workload: Workload, *, compared: bool, in_memory: bool, task_items: int
+) -> Need:
+    """Plan the evaluation of a variant.
 
     Args:
-        compared: with the original's final hidden states.
-        in_memory: perplexity is that of the whole model (the exported one).
-        task_items: of tasks asked at a time; 0 without tasks. Their texts are taken to be `_TASK_TOKENS` long.
+        checkpoint: the variant, in full precision or quantized.
+        compared: whether it is compared with the original's final hidden states.
+        in_memory: whether perplexity is computed by the whole model (`export`) instead of a walk.
+        task_items: items of tasks in a batch, each taken to be `TASK_TOKENS` long. 0 if there are no tasks.
     """
     sizes = Sizes.of(checkpoint)
     quantized = bool(checkpoint.settings)
-    block = sizes.numbers * sizes.item
-    if quantized:  # integers, and one linear in float32 on its way to what they stand for
-        block += sizes.numbers + (4 * sizes.hidden * sizes.inner if sizes.item < 4 else 0)
-    scoring = (sizes.table + 9 * sizes.logits) if compared else 5 * sizes.logits
-    heads = sizes.table * (1.5 if quantized and sizes.item == 4 else 1)  # stored in bfloat16, computed in float32
+    block = sizes.block
+    if quantized:  # its integers, and one linear in float32 while it is dequantized
+        block += sizes.weights + (4 * sizes.hidden * sizes.inner if sizes.itemsize < 4 else 0)
     model = sizes.blocks * block + 2 * sizes.table
-    asked = task_items * _TASK_TOKENS
-    ahead = sizes.ahead // sizes.item if quantized else sizes.ahead
-    phases = [block + sizes.forward(share.batch)]
-    phases += [model + sizes.forward(share.batch), model + scoring] if in_memory else []
-    phases += [model + sizes.forward(asked) + 2 * asked * sizes.vocabulary * 4] if asked else []
-    streams = sizes.stream(share.tokens) * (2 if compared else 1)
-    passing = 2 * sizes.table if quantized else sizes.tables_passing
-    return make_need(max(phases), streams, share.on_gpu, ahead=ahead, passing=passing, alone=heads + scoring)
+    logits = sizes.logits(LOGIT_POSITIONS)
+    scoring = sizes.table + COMPARED_LOGITS * logits if compared else PERPLEXITY_LOGITS * logits
+    lm_head = sizes.table
+    if quantized and sizes.itemsize == 4:  # stored in bfloat16, computed in float32
+        lm_head *= 1.5
+    phases = [block + sizes.forward(workload.batch)]
+    if in_memory:
+        phases += [model + sizes.forward(workload.batch), model + scoring]
+    if task_items:
+        task_tokens = task_items * TASK_TOKENS
+        phases.append(model + sizes.forward(task_tokens) + 2 * sizes.logits(task_tokens))
+    return make_need(
+        on_gpu=workload.on_gpu,
+        compute=max(phases),
+        compute_alone=lm_head + scoring,
+        next_block=sizes.next_block // sizes.itemsize if quantized else sizes.next_block,
+        hidden_states=sizes.hidden_states(workload.tokens) * (2 if compared else 1),
+        through_host=QUANTIZED_TABLES_THROUGH_HOST * sizes.table if quantized else sizes.tables_through_host,
+        artifact=sizes.hidden_states(workload.all_tokens) + workload.all_tokens * _TOKEN_ID,
+    )

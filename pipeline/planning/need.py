@@ -1,103 +1,106 @@
-"""What a run needs of a machine before it is run: memory, GPU memory, disk; and what it may use.
+"""Memory, GPU memory and disk that a run needs.
 
-    peak = what the process has now + streams in memory + the largest of the phases
+    peak = memory of the process now + hidden states in memory + the largest phase
 
-The phases of a stage are counted in its module here (`rotation.py`, …) from the model's shapes (`sizes.py`): what a
-phase holds of a block (integers, float weights, Gram matrices, gradients, AdamW's two moments, the best state so far),
-what a batch takes on its way through it and what autograd keeps of it, what logits take. `python -m benchmarks.stages`
-and `python -m benchmarks.finetuning` compare plan and peak.
+A phase is a step of a stage, such as "one block is trained" or "logits are computed". The module of a stage
+(`rotation.py`, …) counts its phases from the model's shapes (`sizes.py`): weights, gradients, the optimizer's state,
+and a batch on its way through a block. `python -m benchmarks.stages` and `python -m benchmarks.finetuning`
+compare plans with measured peaks.
 """
 
-import math
 from dataclasses import dataclass
 
+from pipeline.planning.constants import CUDA_ON_HOST, KERNELS
 from pipeline.runtime.memory import GIB, gpu_limit, memory_limit
 from pipeline.runtime.params import RuntimeParams
 from pipeline.runtime.progress import current_rss_gib
 
-_KERNELS = 0.1 * GIB  # what libraries allocate once they are used
-_CUDA = 1.1 * GIB  # what CUDA's libraries do, of the host's memory
-
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes a run takes at its peak.
+    """Bytes that a run needs at its peak.
 
     Attributes:
         memory, gpu: of one process.
-        disk: in files, the finished artifact excluded: unfinished work and offloaded streams.
-        streams: of `memory` or of `disk`, what hidden states take.
-        offload: whether they are on disk.
-        recompute: whether training a whole model runs blocks again for the backward pass.
-        stream: whether it has the weights of one block in memory at a time.
+        hidden_states: hidden states of one process's windows. They are part of `memory`, or with `offload` of
+            `work_files`.
+        artifact: files that the stage leaves.
+        work_files: files that all processes write and remove at the end: unfinished work and offloaded hidden states.
+        offload: whether hidden states are in files.
+        recompute: whether blocks run again for the backward pass.
+        stream: whether the weights of one block at a time are in memory.
     """
 
     memory: float
-    gpu: float
-    disk: float
-    streams: float
+    gpu: float = 0.0
+    hidden_states: float = 0.0
+    artifact: float = 0.0
+    work_files: float = 0.0
     offload: bool = False
     recompute: bool = False
     stream: bool = False
 
+    @property
+    def disk(self) -> float:
+        """Return the bytes of all files that the run writes."""
+        return self.artifact + self.work_files
+
     def describe(self) -> str:
-        again = "; activations are computed again" if self.recompute else ""
-        again += ", blocks are streamed" if self.stream else ""
+        """Return the text that `--plan` prints."""
+        notes = ["in files" if self.offload else "in memory"]
+        if self.recompute:
+            notes.append("; activations are computed again")
+        if self.stream:
+            notes.append(", blocks are streamed")
+        memory, gpu, disk, hidden, artifact, work = (
+            f"{size / GIB:.2f} GiB"
+            for size in (self.memory, self.gpu, self.disk, self.hidden_states, self.artifact, self.work_files)
+        )
         return (
-            f"memory {self.memory / GIB:.2f} GiB, GPU {self.gpu / GIB:.2f} GiB, disk {self.disk / GIB:.2f} GiB "
-            f"(hidden states, {self.streams / GIB:.2f} GiB, {'in files' if self.offload else 'in memory'}{again})"
+            f"memory {memory}, GPU {gpu}, disk {disk} (hidden states, {hidden}, {''.join(notes)})\n"
+            f"Disk counts the artifact ({artifact}) and work files that are removed at the end ({work}).\n"
+            "It does not count reports, plots (a few MiB) and the artifact of an earlier run, which is replaced."
         )
 
 
-@dataclass(frozen=True)
-class Share:
-    """The text that one process is given.
-
-    Attributes:
-        tokens: of all its windows.
-        length: of a window.
-        batch: tokens of one forward pass.
-        on_gpu: whether it computes on one.
-    """
-
-    tokens: int
-    length: int
-    batch: int
-    on_gpu: bool
-
-    @classmethod
-    def of(cls, windows: list[int], length: int, runtime: RuntimeParams, on_gpu: bool) -> "Share":
-        """Of texts of so many `windows` each, as `runtime.processes` share them."""
-        tokens = sum(math.ceil(count / runtime.processes) * length for count in windows)
-        return cls(tokens, length, min(tokens, runtime.batch_size * length), on_gpu)
-
-
 def make_need(
-    work: float,
-    streams: float,
+    *,
     on_gpu: bool,
-    disk: float = 0,
-    ahead: float = 0,
-    here: float = 0,
-    passing: float = 0,
-    alone: float = 0,
+    compute: float,
+    compute_alone: float = 0.0,
+    next_block: float = 0.0,
+    hidden_states: float = 0.0,
+    host: float = 0.0,
+    through_host: float = 0.0,
+    artifact: float = 0.0,
+    work_files: float = 0.0,
 ) -> Need:
-    """What a run needs.
+    """Compute the memory of one process at its peak from its largest phases.
+
+    On a CPU, everything is in the host's memory. With a GPU, blocks and batches are in the GPU's memory. The host then
+    holds hidden states and the largest thing that passes through it.
 
     Args:
-        work: where one computes.
-        ahead: the block that is fetched meanwhile, on a GPU.
-        here: on the host, wherever one computes.
-        passing: on a GPU's host, the largest thing that passes through it, such as tables on their way to the GPU or a
-            block on its way to a file; the larger of it and `ahead` counts. Factors in the plans are fitted to what an
-            H200's host took (docs/scaling.md).
-        alone: where one computes, in phases that fetch no block ahead.
+        on_gpu: whether a GPU computes.
+        compute: largest phase during which a GPU fetches the next block.
+        compute_alone: largest phase during which no block is fetched.
+        next_block: the block that a GPU fetches while the one before it computes.
+        hidden_states: hidden states of all windows, always on the host.
+        host: more on the host, whichever device computes.
+        through_host: largest thing that passes through a GPU's host, such as embeddings on their way to the GPU or a
+            block on its way to a file.
+        artifact, work_files: files that the stage leaves, and files that it removes at the end.
     """
-    has = current_rss_gib() * GIB + _KERNELS + (_CUDA if on_gpu else 0) + here
-    own = max(ahead, passing) if on_gpu else max(work, alone)
-    return Need(has + streams + own, max(work + ahead, alone) if on_gpu else 0, disk, streams)
+    process = current_rss_gib() * GIB + KERNELS
+    if on_gpu:
+        memory = process + CUDA_ON_HOST + host + hidden_states + max(next_block, through_host)
+        gpu = max(compute + next_block, compute_alone)
+    else:
+        memory = process + host + hidden_states + max(compute, compute_alone)
+        gpu = 0.0
+    return Need(memory, gpu, hidden_states, artifact, work_files)
 
 
 def fits(need: Need, runtime: RuntimeParams, on_gpu: bool) -> bool:
-    """Whether there is room for what stays in memory: on the GPU where one computes, else here."""
+    """Return whether there is room: in the GPU's memory if a GPU computes, else in the host's."""
     return need.gpu <= gpu_limit(runtime) if on_gpu else need.memory <= memory_limit(runtime)

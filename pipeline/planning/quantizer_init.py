@@ -1,37 +1,61 @@
-"""What choosing quantizers will take."""
+"""Memory and disk of `quantizer_init`."""
 
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.planning.need import Need, Share, make_need
+from pipeline.planning.constants import (
+    BLOCK_BYTES_THROUGH_HOST,
+    FACTORISED_ON_GPU,
+    GPTQ_COPIES,
+    SENSITIVITY_LOGITS,
+)
+from pipeline.planning.disk import count_quantized_blocks, count_tables, measure_companions
+from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
+from pipeline.planning.workload import Workload
 from pipeline.quantization.params import QuantizerInitParams
+from pipeline.quantization.sensitivity import LOGIT_POSITIONS
 
 
-def plan_quantizer_init(checkpoint: Checkpoint, share: Share, params: QuantizerInitParams) -> Need:
-    """What choosing quantizers takes: a block, Gram matrices, samples, and a batch or GPTQ's forms of a weight.
+def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: QuantizerInitParams) -> Need:
+    """Plan the choice of quantizers.
 
-    Before that, to equalize, hidden states of the sampled windows in front of every block.
+    Phases: measure channels to equalize them; record a block's statistics; round its weights; round the embeddings.
+
+    Args:
+        checkpoint: the rotated model.
     """
-    sizes = Sizes.of(checkpoint)
+    sizes, on_gpu = Sizes.of(checkpoint), workload.on_gpu
+    sampled = min(params.mse_samples * workload.length, workload.tokens)
+    # To equalize, hidden states of the sampled windows are kept before every block.
+    batch = min(sampled, workload.batch)
+    differentiating = max(sizes.graph(batch), SENSITIVITY_LOGITS * sizes.logits(LOGIT_POSITIONS))
+    equalizing = sizes.block + sizes.blocks * sizes.hidden_states(sampled) + differentiating
+    # Gram matrices [width, width] of the inputs of q/k/v, o, gate/up, and down.
     widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
-    square = 4 * max(widths) ** 2
-    grams = 4 * sum(width * width for width in widths)
-    sampled = min(params.mse_samples * share.length, share.tokens)
-    batch = min(sampled, share.batch)
+    largest_gram = 4 * max(widths) ** 2
+    all_grams = 4 * sum(width**2 for width in widths)
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
-    block = sizes.numbers * sizes.item
-    recording = square + max(sizes.forward(share.batch), sizes.forward(sampled))
-    # A matrix is factorised in place, but with four more of its size on a GPU.
-    rounding = max(square + 5 * 4 * sizes.hidden * sizes.inner, 5 * square if share.on_gpu else 0)
-    tables = 2 * sizes.vocabulary * sizes.hidden * getattr(torch, params.embedding_dtype).itemsize
-    equalizing = block + sizes.blocks * sizes.stream(sampled) + max(sizes.graph(batch), 7 * sizes.logits)
-    # Recording has all Gram matrices; by the widest weight's turn only its own is left.
-    choosing = block + samples + max(grams + recording, square + rounding)
-    work = max(choosing, equalizing if params.equalize else 0)
-    if not share.on_gpu:  # embedding and lm_head are rounded on the host
-        work = max(work, sizes.table + tables)
-    disk = sizes.blocks * sizes.numbers + 2 * sizes.stream(share.tokens)
-    rounded = tables + (sizes.table if sizes.item == 4 else 0)
-    passing = max(sizes.numbers * 5, rounded)  # integers and what they stand for
-    return make_need(work, sizes.stream(share.tokens), share.on_gpu, disk, ahead=sizes.ahead, passing=passing)
+    recording = all_grams + largest_gram + max(sizes.forward(workload.batch), sizes.forward(sampled))
+    # When GPTQ reaches the widest weight, the other Gram matrices are gone.
+    largest_weight = 4 * sizes.hidden * sizes.inner
+    factorising = FACTORISED_ON_GPU * largest_gram if on_gpu else 0
+    rounding = largest_gram + max(largest_gram + GPTQ_COPIES * largest_weight, factorising)
+    compute = sizes.block + samples + max(recording, rounding)
+    if params.equalize:
+        compute = max(compute, equalizing)
+    # The host rounds embedding and lm_head.
+    tables = count_tables(sizes, getattr(torch, params.embedding_dtype))
+    if not on_gpu:
+        compute = max(compute, sizes.table + tables)
+    rounded_tables = tables + (sizes.table if sizes.itemsize == 4 else 0)
+    generations = 2 if workload.processes == 1 else 3  # hidden states after a block; the older ones go at the end
+    return make_need(
+        on_gpu=on_gpu,
+        compute=compute,
+        next_block=sizes.next_block,
+        hidden_states=sizes.hidden_states(workload.tokens),
+        through_host=max(BLOCK_BYTES_THROUGH_HOST * sizes.weights, rounded_tables),
+        artifact=count_quantized_blocks(checkpoint, params).total + tables + measure_companions(checkpoint),
+        work_files=generations * sizes.hidden_states(workload.all_tokens),
+    )

@@ -1,20 +1,43 @@
-"""What rotating a model will take."""
+"""Memory and disk of `rotation`."""
 
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning.disk import count_tables, measure_companions
 from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.rotation.matrices import ENTRIES
+from pipeline.rotation.params import RotationParams
+
+_FLOAT64 = 8  # bytes
 
 
-def plan_rotation(checkpoint: Checkpoint, dtype: torch.dtype, on_gpu: bool) -> Need:
-    """What rotating takes: a block and the same in float64, or embedding and lm_head; on a GPU, where the rotated block
-    is compared with the original one, a block in float64."""
+def plan_rotation(checkpoint: Checkpoint, params: RotationParams, on_gpu: bool) -> Need:
+    """Plan the rotation of a model.
+
+    The host rotates: a block, then embedding and lm_head. A GPU only compares the rotated block with the original one,
+    in float64.
+
+    Args:
+        checkpoint: the original model.
+    """
     sizes = Sizes.of(checkpoint)
-    entries = sizes.vocabulary * sizes.hidden
-    sources = 1 if checkpoint.config.tie_word_embeddings else 2
-    tables = entries * (sources * sizes.item + 2 * dtype.itemsize) + ENTRIES * 8
-    # The original as stored and in float64, or the rotated one growing beside it; then float64 gives way to float32.
-    block = sizes.numbers * (sizes.item + 8) + ENTRIES * 8
-    return make_need(sizes.numbers * 8 if on_gpu else 0, 0, on_gpu, here=max(block, tables))
+    dtype = getattr(torch, params.dtype)
+    slices = ENTRIES * _FLOAT64
+    # The original as stored and in float64, or beside it the growing rotated one. Then float32 replaces float64.
+    block = sizes.weights * (sizes.itemsize + _FLOAT64) + slices
+    stored_tables = 1 if checkpoint.config.tie_word_embeddings else 2
+    tables = sizes.table_entries * (stored_tables * sizes.itemsize + 2 * dtype.itemsize) + slices
+    written_blocks = sizes.blocks * sizes.weights * dtype.itemsize
+    written_tables = count_tables(sizes, dtype)
+    matrices = sum(
+        width**2 * _FLOAT64
+        for mode, width in ((params.r1, sizes.hidden), (params.r2, checkpoint.build_block(0).self_attn.head_dim))
+        if mode == "random"
+    )
+    return make_need(
+        on_gpu=on_gpu,
+        compute=sizes.weights * _FLOAT64 if on_gpu else 0,
+        host=max(block, tables),
+        artifact=written_blocks + written_tables + matrices + measure_companions(checkpoint),
+    )

@@ -1,24 +1,30 @@
-"""What matters of a model's shape to a plan of memory: widths, counts, and what a batch takes on its way.
-
-Counts of floats a token or a weight are measured on Llama-shaped models.
-"""
+"""Sizes of a model that plans count with: widths, weights, and bytes of a batch on its way through a block."""
 
 from dataclasses import dataclass
 
 from pipeline.models.checkpoint import Checkpoint
-
-_POSITIONS = 128  # of training/divergence.py and evaluation/perplexity.py, whose logits exist at a time
+from pipeline.planning.constants import (
+    FORWARD_HIDDEN,
+    FORWARD_INNER,
+    GRAPH_BYTES,
+    GRAPH_HIDDEN,
+    GRAPH_INNER,
+    GRAPH_KEYS,
+    KEPT_GRAPH_BYTES,
+    TABLES_THROUGH_HOST,
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What matters of a model's shape.
+    """Sizes of a model, counted on its first block. The other blocks are taken to have the same sizes.
 
     Attributes:
-        hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys' heads, all queries' heads.
-        vocabulary, blocks: how many.
-        numbers: parameters of a block.
-        item: bytes of one of them in the checkpoint.
+        hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys, and all queries.
+        vocabulary: rows of the embedding.
+        blocks: number of blocks.
+        weights: number of parameters of a block.
+        itemsize: bytes of a parameter in the checkpoint.
     """
 
     hidden: int
@@ -27,53 +33,70 @@ class Sizes:
     queries: int
     vocabulary: int
     blocks: int
-    numbers: int
-    item: int
+    weights: int
+    itemsize: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
+        """Return the sizes of a checkpoint."""
         config, block = checkpoint.config, checkpoint.build_block(0)
+        head_dim = block.self_attn.head_dim
         return cls(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_key_value_heads * block.self_attn.head_dim,
-            config.num_attention_heads * block.self_attn.head_dim,
-            config.vocab_size,
-            checkpoint.block_count,
-            sum(parameter.numel() for parameter in block.parameters()),
-            checkpoint.dtype.itemsize,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            keys=config.num_key_value_heads * head_dim,
+            queries=config.num_attention_heads * head_dim,
+            vocabulary=config.vocab_size,
+            blocks=checkpoint.block_count,
+            weights=sum(parameter.numel() for parameter in block.parameters()),
+            itemsize=checkpoint.dtype.itemsize,
         )
 
     @property
+    def block(self) -> int:
+        """Return the bytes of a block."""
+        return self.weights * self.itemsize
+
+    @property
+    def next_block(self) -> int:
+        """Return the bytes of the block that a GPU fetches while the one before it computes."""
+        return self.block if self.blocks > 1 else 0
+
+    @property
+    def table_entries(self) -> int:
+        """Return the number of entries of the embedding, or of lm_head."""
+        return self.vocabulary * self.hidden
+
+    @property
     def table(self) -> int:
-        """Bytes of the embedding, or of lm_head."""
-        return self.vocabulary * self.hidden * self.item
+        """Return the bytes of the embedding, or of lm_head."""
+        return self.table_entries * self.itemsize
 
     @property
-    def ahead(self) -> int:
-        """Bytes of the block that is fetched while the one before it computes."""
-        return self.numbers * self.item if self.blocks > 1 else 0
+    def tables_through_host(self) -> float:
+        """Return the bytes of embedding and lm_head that a GPU's host holds at the same time during a walk."""
+        return TABLES_THROUGH_HOST * self.table
 
-    @property
-    def tables_passing(self) -> float:
-        """Of embedding and lm_head, what is on a GPU's host at a time while one walks (measured on an H200)."""
-        return 1.65 * self.table
+    def logits(self, positions: int) -> int:
+        """Return the bytes of float32 logits of some positions."""
+        return positions * self.vocabulary * 4
 
-    @property
-    def logits(self) -> int:
-        return _POSITIONS * self.vocabulary * 4
-
-    def stream(self, tokens: int) -> int:
-        return tokens * self.hidden * self.item
+    def hidden_states(self, tokens: int) -> int:
+        """Return the bytes of the hidden states of some tokens between two blocks."""
+        return tokens * self.hidden * self.itemsize
 
     def forward(self, tokens: int) -> int:
-        """What a batch takes on its way through a block, without gradients."""
-        return tokens * 4 * (6 * self.hidden + 4 * self.inner)
+        """Return the bytes that a batch takes on its way through a block, without gradients."""
+        return tokens * 4 * (FORWARD_HIDDEN * self.hidden + FORWARD_INNER * self.inner)
 
     def graph(self, tokens: int) -> float:
-        """What autograd keeps of a batch in a quantized block."""
-        return tokens * 4.6 * (28 * self.hidden + 10 * self.inner + 8 * self.keys)
+        """Return the bytes that autograd keeps of a batch in a quantized block."""
+        return tokens * GRAPH_BYTES * self._graph_values
 
     def kept_graphs(self, tokens: int) -> float:
-        """The same of all blocks at once."""
-        return self.blocks * tokens * 2.8 * (28 * self.hidden + 10 * self.inner + 8 * self.keys)
+        """Return the bytes that autograd keeps of a batch in all blocks."""
+        return self.blocks * tokens * KEPT_GRAPH_BYTES * self._graph_values
+
+    @property
+    def _graph_values(self) -> int:
+        return GRAPH_HIDDEN * self.hidden + GRAPH_INNER * self.inner + GRAPH_KEYS * self.keys

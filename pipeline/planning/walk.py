@@ -1,13 +1,18 @@
-"""What a walk over the blocks will take."""
+"""Memory of a walk over the blocks in full precision."""
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.planning.need import Need, Share, make_need
+from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
+from pipeline.planning.workload import Workload
 
 
-def plan_walk(checkpoint: Checkpoint, share: Share) -> Need:
-    """What a walk in full precision takes."""
+def plan_walk(checkpoint: Checkpoint, workload: Workload) -> Need:
+    """Plan a walk: a block, a batch in it, and hidden states of all windows. It writes no large file."""
     sizes = Sizes.of(checkpoint)
-    block = sizes.numbers * sizes.item
-    work, streams = block + sizes.forward(share.batch), sizes.stream(share.tokens)
-    return make_need(work, streams, share.on_gpu, ahead=sizes.ahead, passing=sizes.tables_passing)
+    return make_need(
+        on_gpu=workload.on_gpu,
+        compute=sizes.block + sizes.forward(workload.batch),
+        next_block=sizes.next_block,
+        hidden_states=sizes.hidden_states(workload.tokens),
+        through_host=sizes.tables_through_host,
+    )

@@ -19,7 +19,7 @@ from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 
-_POSITIONS = 64  # logits of so many at a time
+LOGIT_POSITIONS = 64  # logits of so many at a time
 
 
 def measure_sensitivity(
@@ -73,8 +73,8 @@ def differentiate_predictions(
     gradient = torch.empty_like(hidden)
     for number, states, into in zip(numbers, hidden, gradient, strict=True):
         generator = torch.Generator().manual_seed(number)
-        for start in range(0, len(states), _POSITIONS):
-            part = slice(start, start + _POSITIONS)
+        for start in range(0, len(states), LOGIT_POSITIONS):
+            part = slice(start, start + LOGIT_POSITIONS)
             x = states[part].to(device)
             with torch.no_grad():
                 logits = lm_head.logits(norm(x))

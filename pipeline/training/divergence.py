@@ -11,7 +11,7 @@ import torch
 
 from pipeline.models.lm_head import LmHead
 
-_POSITIONS = 128  # logits of so many positions at a time: 25 MB for a vocabulary of 49152
+LOGIT_POSITIONS = 128  # logits of so many positions at a time: 25 MB for a vocabulary of 49152
 
 
 def mean_divergence(
@@ -41,8 +41,8 @@ class _MeanDivergences(torch.autograd.Function):
     ) -> torch.Tensor:
         totals = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
         gradient = torch.empty_like(ours) if ours.requires_grad else None
-        for start in range(0, len(reference), _POSITIONS):
-            rows = slice(start, start + _POSITIONS)
+        for start in range(0, len(reference), LOGIT_POSITIONS):
+            rows = slice(start, start + LOGIT_POSITIONS)
             log_p = reference_lm_head.logits(reference[rows]).log_softmax(-1)
             p = log_p.exp()
             for number, states in enumerate(ours):

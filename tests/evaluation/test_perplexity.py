@@ -95,7 +95,7 @@ def test_slices_of_positions_change_nothing(imported, token_ids, monkeypatch):
     _, tensors, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
     head = checkpoint.load_lm_head()
     whole = score_hidden(tensors["hidden.a"], head, token_ids, (tensors["hidden.a"] + 0.1, head))
-    monkeypatch.setattr(perplexity, "_POSITIONS", 5)
+    monkeypatch.setattr(perplexity, "LOGIT_POSITIONS", 5)
     sliced = score_hidden(tensors["hidden.a"], head, token_ids, (tensors["hidden.a"] + 0.1, head))
     assert torch.allclose(whole.losses, sliced.losses, rtol=1e-6)
     assert (sliced.kl, sliced.top1_agreement) == (pytest.approx(whole.kl, rel=1e-5), whole.top1_agreement)

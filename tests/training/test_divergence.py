@@ -11,7 +11,7 @@ from pipeline.training.divergence import mean_divergence, mean_divergences
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("other_head", [True, False])
 def test_value_and_gradient_equal_autograd_over_all_logits(other_head, cap, monkeypatch):
-    monkeypatch.setattr(divergence, "_POSITIONS", 3)  # several parts, the last one short
+    monkeypatch.setattr(divergence, "LOGIT_POSITIONS", 3)  # several parts, the last one short
     generator = torch.Generator().manual_seed(1)
     ours, reference = (torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     head, second = (torch.randn(11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -34,7 +34,7 @@ def test_it_is_zero_for_the_same_states_and_needs_no_gradient():
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_several_streams_from_one_are_each_compared_with_it(cap, monkeypatch):
-    monkeypatch.setattr(divergence, "_POSITIONS", 3)
+    monkeypatch.setattr(divergence, "LOGIT_POSITIONS", 3)
     ours, reference, head = torch.randn(2, 7, 5), torch.randn(7, 5), LmHead(torch.randn(11, 5), cap)
     expected = [mean_divergence(states, reference, head).item() for states in ours]
     assert mean_divergences(ours, reference, head).tolist() == pytest.approx(expected, rel=1e-5)
