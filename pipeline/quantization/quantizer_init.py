@@ -26,10 +26,10 @@ from torch import nn
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import BlockSettings, block_settings, describe_blocks, fill_block
-from pipeline.blocks.sites import site_group
 from pipeline.blocks.walk import BlockRunner
 from pipeline.inspection.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
+from pipeline.models.sites import site_group
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block

@@ -21,6 +21,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  
 from pipeline.blocks.quantized import find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
+from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
 from pipeline.quantization.observers import ChannelObserver, ValueHistogram
 from pipeline.runtime.errors import PipelineError
@@ -168,7 +169,7 @@ def record_block(
     sites = {
         site: SiteStatistics()
         for site, quantizer in quantizers.items()
-        if quantizer.spec.enabled or site not in ("key", "value")
+        if quantizer.spec.enabled or site not in CACHE_SITES
     }
     weighed = {
         site
@@ -238,7 +239,7 @@ def measure_key_mean_(
         return
     total = torch.zeros_like(keys.mean, dtype=torch.float64)
     for rows in batches(len(hidden), runner.batch_size):
-        x = read_input(block, architecture, "attention_input", hidden[rows].to(runner.device))
+        x = read_input(block, architecture, Site.ATTENTION_INPUT, hidden[rows].to(runner.device))
         found = attention.k_proj(x)
         if hasattr(attention, "k_norm"):  # of each head, or of all together
             found = attention.k_norm(found.unflatten(-1, (-1, attention.k_norm.weight.numel())))

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.models.sites import Site
 from pipeline.runtime.params import FloatDtype, Group
 
 OfflineRotation = Literal["hadamard", "block_hadamard", "random", "identity"]
@@ -39,7 +40,7 @@ def find_misfits(rotation: RotationParams, widths: dict[str, int]) -> list[str]:
     Args:
         widths: quantizer sites of a block -> the size of their last dimension.
     """
-    sites = {"r1": "attention_input", "r2": "value", "r4": "mlp_hidden"}
+    sites = {"r1": Site.ATTENTION_INPUT, "r2": Site.VALUE, "r4": Site.MLP_HIDDEN}
     return [
         f"rotation.block_size={rotation.block_size} does not divide {widths[site]}, which {name} rotates; use a "
         f"divisor, or rotation.{name}: hadamard"

@@ -5,6 +5,7 @@ import torch
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import fill_block, find_site_quantizers, load_block
+from pipeline.models.sites import INPUT_SITES, Site
 from pipeline.quantization import block_init
 from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.quantization.quantizer_init import plan_block
@@ -13,8 +14,6 @@ from tests.conftest import WINDOW, init_params, open_model
 from tests.rotation.test_merging import rotate
 
 GROUPS = ("weights", "activations", "keys", "values")
-INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
-SITES = (*INPUTS, "key", "value")
 GENERATOR = torch.Generator().manual_seed(9)
 
 
@@ -185,7 +184,7 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
             assert same == (kind == centered), site
 
 
-@pytest.mark.parametrize(("ranges", "smooth"), [("tensor", set(SITES)), ("layer", set(INPUTS)), ("block", set())])
+@pytest.mark.parametrize(("ranges", "smooth"), [("tensor", set(Site)), ("layer", set(INPUT_SITES)), ("block", set())])
 def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
     ranges, smooth, imported, tmp_path, monkeypatch
 ):
@@ -202,7 +201,7 @@ def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
         monkeypatch.setattr(block_init, "_MANY", many)
         asked.clear()
         report = quantize_block(imported["llama_tied"], changes, tmp_path / str(many))[1]
-        sites = [site for site in report if site in SITES]
+        sites = [site for site in report if site in set(Site)]
         assert len(sites) == 6
         assert {site for site, own in zip(sites, asked, strict=False) if own} == expected
 
