@@ -195,9 +195,16 @@ def measure_channels(
     if not known:
         numbers = choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
         among_all = [number * ranks.world + ranks.rank for number in numbers]
-        places = tuple(init.equalize)
-        found = measure_sensitivity(checkpoint, hidden[numbers], prefix_kv, places, runner, among_all, ranks)
-        stored = {f"{index}.{site}": own for index, block in enumerate(found) for site, own in block.items()}
+        channels = measure_sensitivity(
+            checkpoint,
+            hidden[numbers],
+            prefix_kv,
+            sites=tuple(init.equalize),
+            runner=runner,
+            numbers=among_all,
+            ranks=ranks,
+        )
+        stored = {f"{index}.{site}": sums for index, block in enumerate(channels) for site, sums in block.items()}
         save_tensors(path, stored, header)
     return [select_block(stored, index) for index in range(checkpoint.block_count)]
 
@@ -257,10 +264,10 @@ def assemble_checkpoint(
         embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
         writer.write_embeddings(embeddings)
         scales = {
-            f"{index}.{place}": own
+            f"{index}.{site}": s
             for index in range(checkpoint.block_count)
             if (path := work / _SCALES.format(index=index)).is_file()
-            for place, own in load_tensors(path, header.stage)[0].items()
+            for site, s in load_tensors(path, header.stage)[0].items()
         }
         if scales:
             save_tensors(partial / EQUALIZATION, scales, header)

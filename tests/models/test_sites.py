@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import CACHE_SITES, INPUT_SITES, REPRESENTATIVES, QuantizerGroup, Site, site_group
+from pipeline.quantization.equalization import EQUALIZED_SITES
 from pipeline.quantization.params import EqualizedSite
 from tests.conftest import ROOT
 
@@ -58,9 +59,8 @@ def test_each_group_has_a_representative():
     assert [site_group(site) for site in REPRESENTATIVES.values()] == list(REPRESENTATIVES)
 
 
-def test_params_equalize_every_site_but_the_output_of_attention():
-    """What o_proj reads is scaled at the values."""
-    assert set(get_args(EqualizedSite)) == set(Site) - {Site.ATTENTION_OUTPUT}
+def test_params_name_every_site_that_can_be_equalized():
+    assert get_args(EqualizedSite) == EQUALIZED_SITES
     comments = (ROOT / "params.yaml").read_text()
     assert all(site in comments for site in Site)
 
