@@ -35,7 +35,7 @@ from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measu
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.quantization.params import QuantizerInitParams, find_group_size, site_params
 from pipeline.quantization.sensitivity import measure_sensitivity
-from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
+from pipeline.quantization.statistics import NumericalError, choose_rank_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
 from pipeline.runtime.progress import show_progress
@@ -193,7 +193,7 @@ def measure_channels(
     known = torch.tensor(int(stored is not None))
     ranks.least_(known)
     if not known:
-        numbers = choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
+        numbers = choose_rank_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
         among_all = [number * ranks.world + ranks.rank for number in numbers]
         channels = measure_sensitivity(
             checkpoint,
@@ -224,7 +224,16 @@ def _init_block_(
     architecture = checkpoint.architecture
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
-        statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
+        statistics = record_block(
+            block,
+            architecture,
+            hidden,
+            own_prefix,
+            runner=runner,
+            mse_samples=init.mse_samples,
+            percentile_sites=percentiles,
+            ranks=ranks,
+        )
         report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None

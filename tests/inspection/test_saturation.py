@@ -22,7 +22,7 @@ def quantized(imported):
     hidden = torch.randn(3, 12, 48, generator=torch.Generator().manual_seed(0))
     settings, plan = plan_block(init_params(), checkpoint, 1)
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
-    statistics = record_block(block, checkpoint.architecture, hidden, None, runner, 3)
+    statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=3)
     choose_quantizers_(block, checkpoint.architecture, statistics, None, plan, runner)
     return checkpoint, runner, block, hidden
 

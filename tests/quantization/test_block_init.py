@@ -33,7 +33,15 @@ def quantize_block(folder, changes, tmp_path, rotated=True, index=1):
     settings, plan = plan_block(init_params(changes), checkpoint, index)
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
-    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner, 4, percentiles)
+    statistics = record_block(
+        block,
+        checkpoint.architecture,
+        hidden,
+        prefix_kv,
+        runner=runner,
+        mse_samples=4,
+        percentile_sites=percentiles,
+    )
     report = choose_quantizers_(block, checkpoint.architecture, statistics, prefix_kv, plan, runner)
     exact = runner.run(load_block(checkpoint, index), hidden, prefix_kv)
     with torch.no_grad():
@@ -125,7 +133,7 @@ def test_keys_are_judged_by_what_the_block_sees(imported, index, slides):
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
     settings, plan = plan_block(init_params(off | {"keys.range": "layer"}), checkpoint, index)
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
-    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner, 2)
+    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner=runner, mse_samples=2)
     probabilities = []
     block.self_attn.register_forward_hook(lambda module, args, output: probabilities.append(output[1]))
     runner.run(block, hidden, prefix_kv)
@@ -157,7 +165,7 @@ def test_a_centered_weight_makes_no_error_at_the_mean_input(imported, tmp_path):
         hidden = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(4)) + 1
         settings, plan = plan_block(init_params(off | {"weights.centered": centered}), checkpoint, 0)
         block = fill_block(checkpoint, 0, checkpoint.load_block_tensors(0), settings)
-        statistics = record_block(block, checkpoint.architecture, hidden, None, runner, 4)
+        statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=4)
         choose_quantizers_(block, checkpoint.architecture, statistics, None, plan, runner)
         outputs = []
         for own in (block, load_block(checkpoint, 0)):
