@@ -61,10 +61,11 @@ FORMATS = {
     "INT4": ("4 / 4", 32, {}),
 }
 SEARCHED = ("INT4", "W4A16")  # weights' ranges are searched
+_NAMES = ("r1", "r2", "r3", "r4", "r5")
 ROTATIONS = {
-    "none": ("identity",) * 5,
-    "block": ("block_hadamard", "block_hadamard", "identity", "block_hadamard", "identity"),
-    "global": ("hadamard",) * 5,
+    "none": dict.fromkeys(_NAMES, "identity"),
+    "block": dict.fromkeys(_NAMES, "block_hadamard") | {"r3": "identity", "r5": "identity"},
+    "global": dict.fromkeys(_NAMES, "hadamard"),
 }
 ROWS = [
     f"{name}/{rotation}/{prefix}"
@@ -146,7 +147,15 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             model = Checkpoint(self.artifacts / "model", "model")
-            rotate_model(model, folder, *ROTATIONS[rotation], 0, torch.float32, self.device, block)
+            rotate_model(
+                model,
+                folder,
+                **ROTATIONS[rotation],
+                seed=0,
+                dtype=torch.float32,
+                device=self.device,
+                block_size=block,
+            )
             self.models[key] = Checkpoint(folder, "rotation")
         return self.models[key]
 

@@ -84,7 +84,7 @@ def measure_rounding(
         block = open_block(index)
         if index in blocks:
             recorded = {
-                text: record_block(block, architecture, states, own_prefix, runner, 1).sites
+                text: record_block(block, architecture, states, own_prefix, runner=runner, mse_samples=1).sites
                 for text, states in hidden.items()
             }
             for site, readers in architecture.site_readers.items():

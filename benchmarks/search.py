@@ -85,7 +85,9 @@ def measure(
     sample = hidden[choose_windows(len(hidden), init.mse_samples)]
     r2 = load_rotation(rotation.folder, "r2")
     Equalizer(block, rotation.architecture, settings, tuple(init.equalize), r2).equalize_(sample, prefix_kv, runner)
-    statistics = record_block(block, rotation.architecture, hidden, prefix_kv, runner, init.mse_samples)
+    statistics = record_block(
+        block, rotation.architecture, hidden, prefix_kv, runner=runner, mse_samples=init.mse_samples
+    )
     start = time.perf_counter()
     choose_quantizers_(block, rotation.architecture, statistics, prefix_kv, plan, runner)
     seconds = time.perf_counter() - start

@@ -19,17 +19,17 @@ from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.prefix.simulation import QUANTIZED_SITES
+from pipeline.models.sites import Site
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import show_progress
 from pipeline.text.windows import load_start_token, load_windows, put_in_front
 
 _CPU = torch.device("cpu")
-EVERY = frozenset(QUANTIZED_SITES)
+EVERY = frozenset(Site)
 ROWS = {"everything": EVERY, "weights alone": frozenset()}  # row -> sites that are quantized
-ROWS |= {f"all but {site}": EVERY - {site} for site in QUANTIZED_SITES}
-ROWS |= {f"weights and {site}": frozenset({site}) for site in QUANTIZED_SITES}
+ROWS |= {f"all but {site}": EVERY - {site} for site in Site}
+ROWS |= {f"weights and {site}": frozenset({site}) for site in Site}
 
 
 def main() -> None:

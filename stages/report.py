@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.blocks.quantized import block_settings
 from pipeline.export.model_card import describe_bits
-from pipeline.inspection.saturation import SITES
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import Site
 from pipeline.params import Params
 from pipeline.pictures.plots import draw_all, read_measured
 from pipeline.pictures.report import build_page, draw_curves, read_rows, summarise_run
@@ -84,7 +84,7 @@ def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
         "sqnr": (
             saturation,
             "block",
-            [f"{site}_sqnr" for site in SITES],
+            [f"{site}_sqnr" for site in Site],
             ("Signal to quantization noise, calibration text", "block", "SQNR, dB"),
         ),
     }

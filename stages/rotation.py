@@ -21,10 +21,23 @@ ROTATION = Path("artifacts/rotation")
 
 
 def main(run: Run) -> None:
-    own = run.params.rotation
-    modes = (own.r1, own.r2, own.r3, own.r4, own.r5)
-    options = (own.seed, getattr(torch, own.dtype), run.device, own.block_size, own.online_signs)
-    run.metrics.update(rotate_model(Checkpoint(MODEL, "model"), ROTATION, *modes, *options))
+    rotation = run.params.rotation
+    run.metrics.update(
+        rotate_model(
+            Checkpoint(MODEL, "model"),
+            ROTATION,
+            r1=rotation.r1,
+            r2=rotation.r2,
+            r3=rotation.r3,
+            r4=rotation.r4,
+            r5=rotation.r5,
+            seed=rotation.seed,
+            dtype=getattr(torch, rotation.dtype),
+            device=run.device,
+            block_size=rotation.block_size,
+            online_signs=rotation.online_signs,
+        )
+    )
 
 
 def plan(run: Run) -> Need:

@@ -10,6 +10,8 @@ import yaml
 from dvc.render.converter.vega import VegaConverter
 from dvc_render import VegaRenderer
 
+from pipeline.models.sites import Site
+
 ROOT = Path(__file__).parents[1]
 ROOMS = re.findall(r"^    (\w+) {2,}", (ROOT / "pipeline/__init__.py").read_text(), re.MULTILINE)
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -151,7 +153,6 @@ def test_no_module_reads_params_or_arguments_or_the_environment():
 
 def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
     outs = {out.replace("${key}", key) for stage in STAGES.values() for out, key in _outs(stage)}
-    sites = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
     pictures = [plot for plot in PLOTS if isinstance(plot, str)]
     assert len(pictures) == 6
     assert all(picture.startswith("artifacts/report/") for picture in pictures)
@@ -162,7 +163,7 @@ def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
         assert outs & {path, *map(str, Path(path).parents)}, name
         kind = {"saturation": "share", "sqnr": "sqnr"}.get(name.partition("_")[0])
         expected = ["before", "after"] if name == "finetuning_blocks" else ["train", "validation"]
-        assert columns == ([f"{site}_{kind}" for site in sites] if kind else expected)
+        assert columns == ([f"{site}_{kind}" for site in Site] if kind else expected)
 
 
 def render(name, spec, revisions=("main", "workspace")):

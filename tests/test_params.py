@@ -211,7 +211,7 @@ def test_signs_in_front_of_nothing_are_refused():
     raw["rotation"] |= {"r1": "hadamard"}
     parse_params(raw)  # R5 is left
     for nothing in ({"r5": "identity"}, {"r2": "random"}):
-        with pytest.raises(ParamsError, match=r"rotation\.online_signs=true: .*set rotation\.r1: online"):
+        with pytest.raises(ParamsError, match=r"rotation\.online_signs=true: .*Set rotation\.r1: online"):
             parse_params(raw | {"rotation": raw["rotation"] | nothing})
 
 
@@ -342,6 +342,6 @@ def test_blocks_that_do_not_divide_a_model_are_reported():
     widths = {"attention_input": 64, "value": 64, "mlp_hidden": 96, "key": 64, "q_proj": 64, "down_proj": 56}
     with pytest.raises(ParamsError) as error:
         check_against_model(params, widths, 2, 4096)
-    assert "rotation.block_size=7 does not divide 64, which r1 rotates" in str(error.value)
+    assert "rotation.block_size=7: does not divide 64, the width that r1 rotates" in str(error.value)
     assert "weights.format='nvfp4': its blocks of 16 do not divide 56, the width of down_proj" in str(error.value)
     assert str(error.value).count("do not divide") == 1

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer
-from pipeline.blocks.sites import site_group
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import RESIDUAL_SITES, Site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
@@ -232,7 +232,7 @@ def read_input(block: nn.Module, architecture: Architecture, site: str, residual
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
     """Replace the modules of a plain decoder layer as listed in the module's docstring; nothing is calibrated yet."""
     widths = architecture.site_widths(block)
-    for site in ("attention_input", "mlp_input"):
+    for site in RESIDUAL_SITES:
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
         module = architecture.input_module(block, site)
         module.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
@@ -242,7 +242,7 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         architecture.attention_output: (settings.online_r5, -1),
         architecture.mlp_output: (settings.online_r4, settings.r4_block_size),
     }
-    own_sites = {architecture.attention_output: "attention_output", architecture.mlp_output: "mlp_hidden"}
+    own_sites = {architecture.attention_output: Site.ATTENTION_OUTPUT, architecture.mlp_output: Site.MLP_HIDDEN}
     for short, name in architecture.linear_sites.items():
         site = own_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
@@ -252,12 +252,12 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     attention = block.self_attn
     before_rope = settings.key_before_rope
     rotate = settings.online_r3 and not before_rope
-    attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
+    attention.key_quantizer = KeyQuantizer(settings.spec(Site.KEY), kv_heads, widths[Site.KEY], rotate, before_rope)
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
     if attention.key_quantizer.mean_taken_out:
         attention.key_quantizer.watch_positions_(attention)
-    attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
+    attention.value_quantizer = ActivationQuantizer(settings.spec(Site.VALUE), widths[Site.VALUE], kv_heads)
 
 
 def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
@@ -265,12 +265,12 @@ def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[s
     if not hasattr(block.self_attn, "key_quantizer"):
         return {}
     return {
-        "attention_input": architecture.input_module(block, "attention_input").quantizer,
-        "key": block.self_attn.key_quantizer.quantizer,
-        "value": block.self_attn.value_quantizer,
-        "attention_output": block.get_submodule(architecture.attention_output).input_quantizer,
-        "mlp_input": architecture.input_module(block, "mlp_input").quantizer,
-        "mlp_hidden": block.get_submodule(architecture.mlp_output).input_quantizer,
+        Site.ATTENTION_INPUT: architecture.input_module(block, Site.ATTENTION_INPUT).quantizer,
+        Site.KEY: block.self_attn.key_quantizer.quantizer,
+        Site.VALUE: block.self_attn.value_quantizer,
+        Site.ATTENTION_OUTPUT: block.get_submodule(architecture.attention_output).input_quantizer,
+        Site.MLP_INPUT: architecture.input_module(block, Site.MLP_INPUT).quantizer,
+        Site.MLP_HIDDEN: block.get_submodule(architecture.mlp_output).input_quantizer,
     }
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 from pipeline.blocks.quantized import BlockSettings, block_settings
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import REPRESENTATIVES
 
 CARD = "README.md"
-_SITES = ("q_proj", "attention_input", "key", "value")
-_TITLES = ("weights", "activations", "keys", "values")
 
 
 def write_model_card(
@@ -64,7 +63,7 @@ def write_model_card(
         "| | bits | symmetric | group size | range |",
         "| --- | ---: | --- | ---: | --- |",
     ]
-    for title, site in zip(_TITLES, _SITES, strict=True):
+    for title, site in REPRESENTATIVES.items():
         spec = settings.spec(site)
         if not spec.enabled:
             lines.append(f"| {title} | 16 | | | |")
@@ -86,7 +85,7 @@ def write_model_card(
 
 def describe_bits(settings: BlockSettings) -> str:
     """W4A4KV4 static."""
-    weights, activations, keys, _ = (settings.spec(site) for site in _SITES)
+    weights, activations, keys, _ = (settings.spec(site) for site in REPRESENTATIVES.values())
     mode = "" if not activations.enabled else " dynamic" if activations.dynamic else " static"
     return f"W{weights.bits}A{activations.bits}KV{keys.bits}{mode}"
 

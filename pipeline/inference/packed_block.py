@@ -22,6 +22,7 @@ from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import RotatedCodes
 from pipeline.models.architectures import Architecture
+from pipeline.models.sites import RESIDUAL_SITES
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
@@ -130,7 +131,7 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
 
 def find_rotation(block: nn.Module, architecture: Architecture, site: str) -> tuple[bool, int]:
     """Whether an online rotation stands in front of a site's quantizer, and of how many channels (-1: all)."""
-    if site in ("attention_input", "mlp_input"):
+    if site in RESIDUAL_SITES:
         return architecture.input_module(block, site).rotate_input, -1
     (reader,) = architecture.site_readers[site]
     linear = block.get_submodule(reader)

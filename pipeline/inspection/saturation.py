@@ -21,6 +21,7 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
+from pipeline.models.sites import Site
 from pipeline.numerics.quantizer import ActivationQuantizer, group
 from pipeline.runtime.artifacts import write_rows
 from pipeline.runtime.streams import Stream
@@ -28,7 +29,6 @@ from pipeline.runtime.streams import Stream
 logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
-SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")  # as data flows
 SATURATION = "plots/saturation.json"
 PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
 _WORST = 3
@@ -125,12 +125,12 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 
 
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
-    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of all `SITES`, of the worst fitting text."""
+    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`, of the worst fitting text."""
     rows = []
     for index in sorted({index for own in texts.values() for index in own}):
         row: dict[str, Any] = {"block": index}
         own = [text[index] for text in texts.values()]
-        for site in SITES:
+        for site in Site:
             seen = [report[site] for report in own if site in report]
             row[f"{site}_share"] = max((report["share"] for report in seen), default=None)
             row[f"{site}_sqnr"] = min((report["sqnr"] for report in seen), default=None)

@@ -30,16 +30,13 @@ from pipeline.interop.compressed_tensors import (
 from pipeline.interop.gguf_writer import FILE, find_gguf_obstacles, write_gguf
 from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.sites import Site, site_group
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.errors import PipelineError
 
 COMPRESSED_TENSORS, PEFT, GGUF = METHOD, "peft", "gguf"
 MANIFEST = "manifest.json"
-SITES = {
-    "activations": {"attention_input", "attention_output", "mlp_input", "mlp_hidden"},
-    "keys": {"key"},
-    "values": {"value"},
-}
+SITES = {group: {site for site in Site if site_group(site) == group} for group in ("activations", "keys", "values")}
 _LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
 _LOAD_FP4 = "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)"
 # It expects the zero points of weights unpacked unless it dequantizes at once (compressed-tensors 0.20).

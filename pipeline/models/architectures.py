@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.models.sites import Site
 from pipeline.runtime.errors import PipelineError
 
 
@@ -67,17 +68,17 @@ class Architecture:
     def site_readers(self) -> dict[str, tuple[str, ...]]:
         """Activation site -> the linears that read it, in the order data flows through them."""
         return {
-            "attention_input": self.attention_readers,
-            "attention_output": (self.attention_output,),
-            "mlp_input": self.mlp_readers,
-            "mlp_hidden": (self.mlp_output,),
+            Site.ATTENTION_INPUT: self.attention_readers,
+            Site.ATTENTION_OUTPUT: (self.attention_output,),
+            Site.MLP_INPUT: self.mlp_readers,
+            Site.MLP_HIDDEN: (self.mlp_output,),
         }
 
     def site_widths(self, block: Any) -> dict[str, int]:
         """Size of the last dimension at every site of a plain decoder layer: what a group size must divide."""
         linears = self.linear_sites | {site: readers[0] for site, readers in self.site_readers.items()}
         widths = {site: block.get_submodule(name).in_features for site, name in linears.items()}
-        return widths | {"key": block.self_attn.head_dim, "value": block.self_attn.head_dim}
+        return widths | {Site.KEY: block.self_attn.head_dim, Site.VALUE: block.self_attn.head_dim}
 
     def tensor_prefix(self, index: int) -> str:
         """What the names of block `index` begin with in the checkpoint: "model.layers.3."."""
@@ -96,11 +97,11 @@ class Architecture:
 
     def input_norm(self, site: str) -> str | None:
         """The norm that writes `attention_input` or `mlp_input`, if there is one."""
-        return {"attention_input": self.attention_norm, "mlp_input": self.mlp_norm}[site]
+        return {Site.ATTENTION_INPUT: self.attention_norm, Site.MLP_INPUT: self.mlp_norm}[site]
 
     def input_module(self, block: nn.Module, site: str) -> nn.Module:
         """Where `attention_input` or `mlp_input` is watched: the norm that writes it, or the module that reads it."""
-        reader = {"attention_input": self.attention, "mlp_input": self.mlp}[site]
+        reader = {Site.ATTENTION_INPUT: self.attention, Site.MLP_INPUT: self.mlp}[site]
         return block.get_submodule(self.input_norm(site) or reader)
 
     def watch_input_(self, block: nn.Module, site: str, see: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:

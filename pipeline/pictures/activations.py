@@ -16,12 +16,13 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import Site
 from pipeline.prefix.outliers import describe_outliers, list_tokens, token_maxima
 from pipeline.runtime.artifacts import Header, load_json, replacing_folder, save_tensors, write_json
 
 ACTIVATIONS = "activations.safetensors"
 STATISTICS = ("top1", "top2", "top3", "median", "least")  # of token maxima, over all tokens
-OUTLIER_SITE = "mlp_hidden"
+OUTLIER_SITE = Site.MLP_HIDDEN
 _SURFACE = (64, 64)  # cells a surface is pooled to: tokens, channels
 
 

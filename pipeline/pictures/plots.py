@@ -17,14 +17,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.models.sites import Site
 from pipeline.pictures.activations import ACTIVATIONS, STATISTICS, read_outliers
 from pipeline.runtime.artifacts import load_tensors
 
 _INPUTS = {
-    "attention_input": "input of q, k, v",
-    "attention_output": "input of o_proj",
-    "mlp_input": "input of gate, up",
-    "mlp_hidden": "input of down_proj",
+    Site.ATTENTION_INPUT: "input of q, k, v",
+    Site.ATTENTION_OUTPUT: "input of o_proj",
+    Site.MLP_INPUT: "input of gate, up",
+    Site.MLP_HIDDEN: "input of down_proj",
 }
 _OUTPUTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _STYLES = {"top1": "#b2182b", "top2": "#ef8a62", "top3": "#fddbc7", "median": "#2166ac", "least": "#67a9cf"}

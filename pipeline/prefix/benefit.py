@@ -19,7 +19,8 @@ import torch
 
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.prefix.simulation import QUANTIZED_SITES, SimulatedQuantizers
+from pipeline.models.sites import Site
+from pipeline.prefix.simulation import SimulatedQuantizers
 from pipeline.prefix.sites import watch_sites_
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
@@ -91,7 +92,7 @@ def simulate_costs(
         def see(site: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
             return quantizers.act(index, site, x.float()).to(x.dtype)
 
-        watch_sites_(block, checkpoint.architecture, QUANTIZED_SITES, see)
+        watch_sites_(block, checkpoint.architecture, Site, see)
         for stream, prefix_kv in zip(streams, kept, strict=True):
             quantizers.forget()
             stream.calibrated = runner.run(block, stream.calibrated.to(runner.device), prefix_kv)

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import Site
 from pipeline.prefix.outliers import outlier_ratios, token_maxima
 from pipeline.prefix.params import PrefixTrainingParams
-from pipeline.prefix.simulation import QUANTIZED_SITES, SimulatedQuantizers
+from pipeline.prefix.simulation import SimulatedQuantizers
 
 
 def diversity(prefix: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ class OutlierMeasure:
     """Terms `outlier` and `smoothness` of the ratios r [B, T] of the input of down_proj."""
 
     names = ("outlier", "smoothness")
-    sites = ("mlp_hidden",)
+    sites = (Site.MLP_HIDDEN,)
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.threshold = params.outlier_threshold
@@ -102,7 +103,7 @@ class QuantizationMeasure:
     """Term `quantization`: relative error of simulated static quantizers, as a rotated block would have them."""
 
     names = ("quantization",)
-    sites = QUANTIZED_SITES
+    sites = tuple(Site)
 
     def __init__(self, checkpoint: Checkpoint, params: PrefixTrainingParams) -> None:
         self.simulate = params.simulate

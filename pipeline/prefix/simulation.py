@@ -13,14 +13,12 @@ quantize RoPE(k - m)); behind RoPE, which only turns pairs of channels, what var
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import RESIDUAL_SITES, Site
 from pipeline.numerics.hadamard import hadamard_transform, random_signs
 from pipeline.numerics.quantizer import choose_parameters, fake_quantize
 
 _FACTORS = tuple(0.85**step for step in range(16))  # clip factors tried
-_RESIDUAL_READERS = ("attention_input", "mlp_input")
 _SAMPLED = 1 << 14  # values per scale the factors are judged on
-
-QUANTIZED_SITES = ("attention_input", "key", "value", "attention_output", "mlp_input", "mlp_hidden")
 
 
 class SimulatedQuantizers:
@@ -34,7 +32,7 @@ class SimulatedQuantizers:
         self.norms: dict[tuple[int, str], torch.Tensor] = {}
         for index in range(checkpoint.block_count) if architecture.rotates_residual else ():
             tensors = checkpoint.load_block_tensors(index)
-            for site in _RESIDUAL_READERS:
+            for site in RESIDUAL_SITES:
                 self.norms[index, site] = tensors[f"{architecture.input_norm(site)}.weight"].float()
         self.heads = checkpoint.config.num_attention_heads
         self._fixed: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -53,9 +51,9 @@ class SimulatedQuantizers:
         if (index, site) in self.norms:  # a norm's weight goes into the linears behind it; a zero stays a zero
             signs, weight = self._signs_and_norm(index, site, x.device)
             return hadamard_transform(x * (signs / weight.where(weight != 0, 1.0)))
-        if site in _RESIDUAL_READERS:
+        if site in RESIDUAL_SITES:
             return x
-        if site == "attention_output":
+        if site == Site.ATTENTION_OUTPUT:
             return hadamard_transform(x.unflatten(-1, (self.heads, -1))).flatten(-2)
         return hadamard_transform(x)
 
@@ -68,9 +66,9 @@ class SimulatedQuantizers:
         if (index, site) in self.norms:
             signs, weight = self._signs_and_norm(index, site, x.device)
             return hadamard_transform(x, inverse=True) * (signs * weight)
-        if site in _RESIDUAL_READERS:
+        if site in RESIDUAL_SITES:
             return x
-        if site == "attention_output":
+        if site == Site.ATTENTION_OUTPUT:
             return hadamard_transform(x.unflatten(-1, (self.heads, -1)), inverse=True).flatten(-2)
         return hadamard_transform(x, inverse=True)
 

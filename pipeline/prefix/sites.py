@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.models.architectures import Architecture
+from pipeline.models.sites import Site
 
 See = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -28,13 +29,13 @@ def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[s
         block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
 
     hang: dict[str, Callable[[str], Any]] = {
-        "attention_input": watch_input_module,
-        "key": lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
-        "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
-        "attention_output": lambda site: watch_input(site, architecture.attention_output),
+        Site.ATTENTION_INPUT: watch_input_module,
+        Site.KEY: lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
+        Site.VALUE: lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+        Site.ATTENTION_OUTPUT: lambda site: watch_input(site, architecture.attention_output),
         "o_proj": lambda site: watch_output(site, architecture.attention_output),
-        "mlp_input": watch_input_module,
-        "mlp_hidden": lambda site: watch_input(site, architecture.mlp_output),
+        Site.MLP_INPUT: watch_input_module,
+        Site.MLP_HIDDEN: lambda site: watch_input(site, architecture.mlp_output),
     }
     for site in sites:
         hang[site](site)
@@ -47,9 +48,9 @@ def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
 
     def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if heads_first:
-            return see("key", output)
+            return see(Site.KEY, output)
         keys = output.view(*output.shape[:2], -1, head_dim).transpose(1, 2)
-        return see("key", keys).transpose(1, 2).reshape(output.shape)
+        return see(Site.KEY, keys).transpose(1, 2).reshape(output.shape)
 
     source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
     source.register_forward_hook(replace)

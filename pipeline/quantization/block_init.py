@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
+from pipeline.models.sites import Site
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.scale_search import (
@@ -196,7 +197,7 @@ class _Chooser:
         cap = getattr(attention, "attn_logit_softcapping", None)
         window = find_sliding_window(self.runner.config, self.block)
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
-        if site == "value":
+        if site == Site.VALUE:
             return attention_output_error(
                 kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap, window
             )

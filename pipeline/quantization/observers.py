@@ -1,7 +1,7 @@
-"""Statistics of what a quantizer sees, over any number of batches, merged independently of their order.
+"""Observe the range, the mean and the distribution of the values at a site, batch by batch.
 
-Extrema and histograms are exact: whatever the batches and their order, the result is the same to the last bit. (An
-exponential moving average, as often used, is not: its first sample weighs most.) Means are summed in float64.
+Extrema and histograms are exact: batches and their order make no difference, to the last bit. (An exponential moving
+average, as often used, depends on the order: its first sample weighs most.) Means are summed in float64.
 """
 
 import torch
@@ -17,8 +17,8 @@ class ChannelObserver:
 
     Attributes:
         low, high: [*channels] float32, true extrema; None before the first update.
-        total: [*channels] float64, the sum.
-        count: tokens seen.
+        total: [*channels] float64, the sum of the values; None before the first update.
+        count: the number of tokens.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class ChannelObserver:
         self.count += len(values)
 
     def combine_(self, ranks: Ranks) -> None:
-        """Make it that of all ranks' tokens."""
+        """Extend the statistics to the tokens of all ranks."""
         ranks.sum_(self.total)
         ranks.least_(self.low)
         ranks.most_(self.high)
@@ -45,13 +45,13 @@ class ChannelObserver:
 
     @property
     def mean(self) -> torch.Tensor:
-        """[*channels] float32."""
+        """The mean of each channel, [*channels] float32."""
         return (self.total / self.count).float()
 
     def find_range(self, group_size: int, shift: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(low, high) of every group of channels, after `shift` [*channels] is subtracted; zero always lies inside.
+        """Return (low, high) of every group of channels after `shift` [*channels] is subtracted; low <= 0 <= high.
 
-        Channels [heads, d], group_size d / 2 -> ranges [heads, 2].
+        Example: channels [heads, d], group_size d / 2 -> low and high [heads, 2].
         """
         low, high = (self.low, self.high) if shift is None else (self.low - shift, self.high - shift)
         low, high = group(low, group_size).amin(-1), group(high, group_size).amax(-1)
@@ -61,11 +61,11 @@ class ChannelObserver:
 class ValueHistogram:
     """The distribution of S groups of values, from which percentiles are read.
 
-    There is a bin for every bfloat16 number, so that no range is needed beforehand and any magnitude is resolved to 1
-    part in 256.
+    There is one bin for every bfloat16 number. No range has to be known beforehand, and values of any size are resolved
+    to 1 part in 256.
 
     Attributes:
-        counts: [S, 65536] int64, how many values fall on each bfloat16 number in ascending order; None when empty.
+        counts: [S, 65536] int64, the number of values at each bfloat16 number in ascending order; None when empty.
     """
 
     def __init__(self) -> None:
@@ -74,15 +74,15 @@ class ValueHistogram:
     def update(self, values: torch.Tensor) -> None:
         """Add values [n, S, g]."""
         bits = values.bfloat16().view(torch.int16).long()
-        # Negative numbers have their sign bit set and descend; positive ones follow them and ascend.
-        places = torch.where(bits < 0, -1 - (bits + (_BINS >> 1)), bits) + (_BINS >> 1)
+        # Negative numbers have their sign bit set and descend; positive numbers follow them and ascend.
+        bins = torch.where(bits < 0, -1 - (bits + (_BINS >> 1)), bits) + (_BINS >> 1)
         groups = values.shape[1]
-        places += torch.arange(groups, device=values.device).view(1, -1, 1) * _BINS
-        counts = torch.bincount(places.flatten(), minlength=groups * _BINS).view(groups, _BINS)
+        bins += torch.arange(groups, device=values.device).view(1, -1, 1) * _BINS
+        counts = torch.bincount(bins.flatten(), minlength=groups * _BINS).view(groups, _BINS)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 
     def find_range(self, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(low, high) [S]: `percentile` % of all values are at most high, as many at least low; zero lies inside."""
+        """Return (low, high) [S]: `percentile` % of the values are <= high, as many are >= low; low <= 0 <= high."""
         numbers = _bfloat16_numbers(self.counts.device)
         total = self.counts.sum(dim=1, keepdim=True)
         below = self.counts.cumsum(dim=1)
@@ -93,7 +93,7 @@ class ValueHistogram:
 
 
 def _bfloat16_numbers(device: torch.device) -> torch.Tensor:
-    """Every bfloat16 number in ascending order, as float32."""
-    place = torch.arange(_BINS, device=device) - (_BINS >> 1)
-    bits = torch.where(place < 0, -1 - place - (_BINS >> 1), place).to(torch.int16)
+    """Return every bfloat16 number in ascending order, as float32."""
+    index = torch.arange(_BINS, device=device) - (_BINS >> 1)
+    bits = torch.where(index < 0, -1 - index - (_BINS >> 1), index).to(torch.int16)
     return bits.view(torch.bfloat16).float()

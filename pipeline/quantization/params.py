@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.blocks.sites import site_group
+from pipeline.models.sites import REPRESENTATIVES, site_group
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
 FormatName = Literal["int", "fp8_e4m3", "mxfp4", "nvfp4"]
+# Written out for type checkers; tests/models/test_sites.py compares it with the table of sites.
+EqualizedSite = Literal["attention_input", "key", "value", "mlp_input", "mlp_hidden"]
 
 
 class QuantizerParams(Group):
@@ -60,7 +62,7 @@ class QuantizerInitParams(Group):
     keys: KeyParams
     values: ActivationParams
     overrides: list[OverrideParams]
-    equalize: list[Literal["attention_input", "key", "value", "mlp_input", "mlp_hidden"]]
+    equalize: list[EqualizedSite]
     mse_samples: Annotated[int, Field(ge=1)]
     embedding_dtype: FloatDtype
 
@@ -133,8 +135,8 @@ def find_contradictions(init: QuantizerInitParams) -> list[str]:
                 problems.append(f"{key}.range='percentile': not for weights; use max, tensor, layer or block")
         if all(value is None for name, value in override if name not in ("sites", "blocks")):
             problems.append(f"{key} changes nothing; add a setting (bits, …) or remove it")
-    for site in ("q_proj", "attention_input", "key", "value"):
-        group, values = site_params(init, site)
+    for group, site in REPRESENTATIVES.items():
+        _, values = site_params(init, site)
         problems += _find_format_problems(f"quantizer_init.{group}", group, values)
         if values.get("mode") == "dynamic" and values["range"] == "percentile":
             problems.append(

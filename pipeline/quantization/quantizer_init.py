@@ -26,16 +26,16 @@ from torch import nn
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import BlockSettings, block_settings, describe_blocks, fill_block
-from pipeline.blocks.sites import site_group
 from pipeline.blocks.walk import BlockRunner
 from pipeline.inspection.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
+from pipeline.models.sites import site_group
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.quantization.params import QuantizerInitParams, find_group_size, site_params
 from pipeline.quantization.sensitivity import measure_sensitivity
-from pipeline.quantization.statistics import NumericalError, choose_own_windows, record_block
+from pipeline.quantization.statistics import NumericalError, choose_rank_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
 from pipeline.runtime.progress import show_progress
@@ -193,11 +193,18 @@ def measure_channels(
     known = torch.tensor(int(stored is not None))
     ranks.least_(known)
     if not known:
-        numbers = choose_own_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
+        numbers = choose_rank_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
         among_all = [number * ranks.world + ranks.rank for number in numbers]
-        places = tuple(init.equalize)
-        found = measure_sensitivity(checkpoint, hidden[numbers], prefix_kv, places, runner, among_all, ranks)
-        stored = {f"{index}.{site}": own for index, block in enumerate(found) for site, own in block.items()}
+        channels = measure_sensitivity(
+            checkpoint,
+            hidden[numbers],
+            prefix_kv,
+            sites=tuple(init.equalize),
+            runner=runner,
+            numbers=among_all,
+            ranks=ranks,
+        )
+        stored = {f"{index}.{site}": sums for index, block in enumerate(channels) for site, sums in block.items()}
         save_tensors(path, stored, header)
     return [select_block(stored, index) for index in range(checkpoint.block_count)]
 
@@ -217,7 +224,16 @@ def _init_block_(
     architecture = checkpoint.architecture
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
-        statistics = record_block(block, architecture, hidden, own_prefix, runner, init.mse_samples, percentiles, ranks)
+        statistics = record_block(
+            block,
+            architecture,
+            hidden,
+            own_prefix,
+            runner=runner,
+            mse_samples=init.mse_samples,
+            percentile_sites=percentiles,
+            ranks=ranks,
+        )
         report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
@@ -257,10 +273,10 @@ def assemble_checkpoint(
         embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
         writer.write_embeddings(embeddings)
         scales = {
-            f"{index}.{place}": own
+            f"{index}.{site}": s
             for index in range(checkpoint.block_count)
             if (path := work / _SCALES.format(index=index)).is_file()
-            for place, own in load_tensors(path, header.stage)[0].items()
+            for site, s in load_tensors(path, header.stage)[0].items()
         }
         if scales:
             save_tensors(partial / EQUALIZATION, scales, header)

@@ -1,15 +1,14 @@
-"""What the quantizers of one block will see: ranges, samples and Gram matrices, recorded in one forward.
+"""Record what the quantizers of one block will quantize: ranges, samples and Gram matrices, in one forward.
 
-The block runs in full precision over all calibration windows with hooks on its (uncalibrated) quantizers, so that each
-statistic is of exactly the values that will be quantized: mlp_hidden behind R4, keys behind RoPE and R3 (or before
-both), with the prefix in the cache but none of its positions counted.
+The block runs in full precision over all calibration windows, with hooks on its quantizers, none of which is calibrated
+yet. Each statistic is therefore of exactly the values that will be quantized: mlp_hidden after R4, keys after RoPE and
+R3 (or before both). The prefix is in the cache, and none of its positions is counted.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +17,33 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
+from pipeline.blocks.kv_cache import find_key_source
 from pipeline.blocks.quantized import find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
+from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
 from pipeline.quantization.observers import ChannelObserver, ValueHistogram
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.streams import Stream
 
-_ROWS = 256  # of a Hessian at a time: what lies below the diagonal is not computed but near it
+_ROWS = 256  # of a Gram matrix at a time; entries below the diagonal are computed only within these rows
 _RECORDING = "prefixquant_recording_"
 _KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class NumericalError(PipelineError):
-    """A block produced NaN or infinite values; names the block and the place."""
+    """A block produced NaN or infinite values; the message names the block and the site."""
 
 
-def _make_recording(attend: Callable[..., Any]) -> Callable[..., Any]:
-    def record(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _make_recording(attend: AttentionFunction) -> AttentionFunction:
+    """Return an attention function that keeps its queries and the text's keys in `module.recorded`."""
+
+    def record(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         module.recorded = query, key[:, :, -query.shape[2] :]
         return attend(module, query, key, *args, **kwargs)
 
@@ -46,20 +52,21 @@ def _make_recording(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, (_attend, _mask) in _KERNELS.items():
     AttentionInterface.register(_RECORDING + _name, _make_recording(_attend))
-    # Without a mask function of the same name transformers would pass no mask: attention would silently not be causal.
+    # Without a mask function of the same name, transformers passes no mask and attention is silently not causal.
     AttentionMaskInterface.register(_RECORDING + _name, _mask)
 
 
 @dataclass
 class SiteStatistics:
-    """What is recorded of one site over all windows.
+    """The statistics of one site over all windows.
 
     Attributes:
         channels: extrema and mean of every channel, [C] or [heads, d].
-        histogram: of the values, less the channels' means where the quantizer is centered; only where asked for.
-        samples: per batch; some tokens [n, C] of activations, whole windows [B, heads, T, d] of keys and values.
-        gram: sum over all tokens of x^T x, [C, C], of which only what is above the diagonal and near it counts
-            (activations read by a weight that is to be quantized); until `take_hessian`.
+        histogram: of the values, less the channels' means where the quantizer is centered; filled only on request.
+        samples: one tensor per batch: some tokens [n, C] of the linears' inputs, whole windows [B, heads, T, d] of keys
+            and values.
+        gram: sum over all tokens of x^T x, [C, C], for sites that a weight to be quantized reads. Only entries above
+            and near the diagonal are valid. None after `take_hessian`.
     """
 
     channels: ChannelObserver = field(default_factory=ChannelObserver)
@@ -69,17 +76,18 @@ class SiteStatistics:
 
     @property
     def sample(self) -> torch.Tensor:
+        """The samples of all batches."""
         return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
 
     def combine_(self, ranks: Ranks) -> None:
-        """Make them those of all ranks' windows, but for the histogram."""
+        """Extend all statistics but the histogram to the windows of all ranks."""
         self.channels.combine_(ranks)
         self.samples = [ranks.join(self.sample)]
         if self.gram is not None:
             ranks.sum_(self.gram)
 
     def add_gram_(self, tokens: torch.Tensor) -> None:
-        """Count float32 tokens [n, C] in."""
+        """Add float32 tokens [n, C] to the Gram matrix."""
         width = tokens.shape[1]
         if self.gram is None:
             self.gram = tokens.new_zeros(width, width)
@@ -88,7 +96,7 @@ class SiteStatistics:
             self.gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
 
     def take_hessian(self) -> torch.Tensor:
-        """Mean over tokens of x^T x, [C, C]: what was `gram`, which is gone."""
+        """Return the mean over tokens of x^T x, [C, C]. It takes over the memory of `gram`, which becomes None."""
         hessian, self.gram = self.gram.div_(self.channels.count), None
         for start in range(_ROWS, len(hessian), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -96,7 +104,7 @@ class SiteStatistics:
         return hessian
 
     def center_(self, hessian: torch.Tensor) -> torch.Tensor:
-        """Make it the mean of (x - mean)^T (x - mean)."""
+        """Turn the mean of x^T x into that of (x - mean)^T (x - mean), in place, and return it."""
         for row, mean in zip(hessian.split(_ROWS), self.channels.mean.split(_ROWS), strict=True):
             row -= torch.outer(mean, self.channels.mean)
         return hessian
@@ -104,12 +112,12 @@ class SiteStatistics:
 
 @dataclass
 class BlockStatistics:
-    """What is recorded of one block.
+    """The statistics of one block.
 
     Attributes:
-        sites: of every activation site, and of keys and values where they are to be quantized.
-        queries, keys: [B, heads, T, d] of the sampled windows behind RoPE, as attention sees them.
-        inputs, outputs: [B, T, D] of the sampled windows before and behind the block.
+        sites: those of every input of linears, and of keys and values where they are to be quantized.
+        queries, keys: [B, heads, T, d] of the sampled windows, as attention multiplies them (after RoPE).
+        inputs, outputs: [B, T, D], the hidden states of the sampled windows before and after the block.
     """
 
     sites: dict[str, SiteStatistics]
@@ -120,18 +128,18 @@ class BlockStatistics:
 
     @functools.cached_property
     def energy(self) -> float:
-        """Of what the block adds to its input on the sampled windows: the squared difference, summed."""
+        """The summed square of what the block adds to its input on the sampled windows."""
         return (self.outputs - self.inputs.float()).square().sum().item()
 
 
 def choose_windows(windows: int, wanted: int) -> list[int]:
-    """`wanted` of `windows` indices, evenly spread, first and last included; all of them if there are fewer."""
+    """Choose `wanted` of `windows` indices, evenly spread, the first and last included; all if there are fewer."""
     wanted = min(windows, wanted)
-    return sorted({round(place * (windows - 1) / max(1, wanted - 1)) for place in range(wanted)})
+    return sorted({round(step * (windows - 1) / max(1, wanted - 1)) for step in range(wanted)})
 
 
-def choose_own_windows(windows: int, wanted: int, ranks: Ranks) -> list[int]:
-    """Of `choose_windows`, those of this rank, by its own numbers."""
+def choose_rank_windows(windows: int, wanted: int, ranks: Ranks) -> list[int]:
+    """Choose windows as `choose_windows` does and return those of this rank, numbered as this rank counts."""
     return ranks.locate(torch.tensor(choose_windows(windows, wanted))).tolist()
 
 
@@ -141,116 +149,127 @@ def record_block(
     architecture: Architecture,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
+    *,
     runner: BlockRunner,
     mse_samples: int,
-    percentiles: frozenset[str] = frozenset(),
+    percentile_sites: frozenset[str] = frozenset(),
     ranks: Ranks = ALONE,
 ) -> BlockStatistics:
-    """Run a block in full precision over all windows and record what its quantizers see.
+    """Run a block in full precision over all windows and record what its quantizers will quantize.
 
     Args:
         block: with quantizers, none of them calibrated.
         hidden: [N, T, D] before the block, this rank's windows.
         prefix_kv: [2, kv_heads, P, d] or None.
-        mse_samples: how many windows' worth of samples is kept: of activations so many tokens, evenly spread over all
-            windows; of everything else whole windows. The same whatever the batch size.
-        percentiles: sites that also get a histogram; costs a second pass over all windows.
-        ranks: statistics are of all ranks' windows, and the same on all of them.
+        mse_samples: the number of sampled windows. Keys, values and hidden states are sampled as whole windows. Inputs
+            of linears are sampled as the same number of tokens, evenly spread over all windows. The samples do not
+            depend on the batch size.
+        percentile_sites: sites that also get a histogram. If there are any, all windows run a second time.
+        ranks: statistics cover the windows of all ranks and are the same on each.
 
     Raises:
-        NumericalError: a site sees NaN or infinity; names the site.
+        NumericalError: the values at a site are not finite; names the site.
     """
-    own_count, length, _ = hidden.shape
-    windows = ranks.count(own_count)
+    rank_count, length, _ = hidden.shape
+    windows = ranks.count(rank_count)
     stride = max(1, windows // mse_samples)
-    chosen = choose_own_windows(windows, mse_samples, ranks)
+    sampled = choose_rank_windows(windows, mse_samples, ranks)
     quantizers = find_site_quantizers(block, architecture)
     sites = {
         site: SiteStatistics()
         for site, quantizer in quantizers.items()
-        if quantizer.spec.enabled or site not in ("key", "value")
+        if quantizer.spec.enabled or site not in CACHE_SITES
     }
-    weighed = {
+    gram_sites = {
         site
         for site, readers in architecture.site_readers.items()
         if any(block.get_submodule(name).spec.enabled for name in readers)
     }
-    queries, keys, outputs = [], [], []
-    rows = slice(0, 0)
+    queries: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    rows = slice(0, 0)  # of the batch that runs
 
-    def whole_windows(x: torch.Tensor) -> torch.Tensor:
-        inside = [window - rows.start for window in chosen if rows.start <= window < rows.stop]
+    def take_windows(x: torch.Tensor) -> torch.Tensor:
+        inside = [window - rows.start for window in sampled if rows.start <= window < rows.stop]
         return x[inside].float()
 
     def record(site: str, x: torch.Tensor) -> None:
-        kept = sites[site]
+        statistics = sites[site]
         if x.dim() == 4:  # keys and values, [B, heads, T, d]
-            kept.channels.update(x.transpose(1, 2).flatten(0, 1))
-            kept.samples.append(whole_windows(x))
+            statistics.channels.update(x.transpose(1, 2).flatten(0, 1))
+            statistics.samples.append(take_windows(x))
             return
         tokens = x.flatten(0, -2).float()
-        kept.channels.update(tokens)
-        for place, window in enumerate(x, start=rows.start):  # counted through all windows of all ranks
-            first = -((place * ranks.world + ranks.rank) * length) % stride
-            kept.samples.append(window[first::stride].clone().float())
-        if site in weighed:
-            kept.add_gram_(tokens)
+        statistics.channels.update(tokens)
+        for number, window in enumerate(x, start=rows.start):
+            # Every `stride`th token, counted through all windows of all ranks.
+            first = -((number * ranks.world + ranks.rank) * length) % stride
+            statistics.samples.append(window[first::stride].clone().float())
+        if site in gram_sites:
+            statistics.add_gram_(tokens)
 
     def count_values(site: str, x: torch.Tensor) -> None:
-        spec, kept = quantizers[site].spec, sites[site]
+        spec, statistics = quantizers[site].spec, sites[site]
         x = x.transpose(1, 2).flatten(0, 1) if x.dim() == 4 else x.flatten(0, -2)
-        grouped = group(x - kept.channels.mean if spec.centered else x, spec.group_size)
-        kept.histogram.update(grouped.flatten(1, -2))
+        grouped = group(x - statistics.channels.mean if spec.centered else x, spec.group_size)
+        statistics.histogram.update(grouped.flatten(1, -2))
 
     attention = block.self_attn
     measure_key_mean_(block, architecture, hidden, runner, ranks)
     attention.config._attn_implementation = _RECORDING + architecture.kernel
-    with _hooks({site: quantizers[site] for site in sites}, record):
-        for rows in batches(own_count, runner.batch_size):
-            outputs.append(whole_windows(runner.run(block, hidden[rows].to(runner.device), prefix_kv)))
-            for kept, x in zip((queries, keys), attention.recorded, strict=True):
-                kept.append(whole_windows(x))
+    with _hooking({site: quantizers[site] for site in sites}, record):
+        for rows in batches(rank_count, runner.batch_size):
+            outputs.append(take_windows(runner.run(block, hidden[rows].to(runner.device), prefix_kv)))
+            for samples, x in zip((queries, keys), attention.recorded, strict=True):
+                samples.append(take_windows(x))
     attention.config._attn_implementation = architecture.kernel
     del attention.recorded
-    for site, kept in sites.items():
-        kept.combine_(ranks)
-        if not (torch.isfinite(kept.channels.low).all() and torch.isfinite(kept.channels.high).all()):
-            raise NumericalError(f"the activations at {site} are not finite")
-    if percentiles:  # a second pass: what is counted depends on the means
-        with _hooks({site: quantizers[site] for site in percentiles}, count_values):
-            for rows in batches(own_count, runner.batch_size):
+    for site, statistics in sites.items():
+        statistics.combine_(ranks)
+        if not (torch.isfinite(statistics.channels.low).all() and torch.isfinite(statistics.channels.high).all()):
+            raise NumericalError(
+                f"the activations at {site} are not finite. Check the model's weights for NaN and infinity."
+            )
+    if percentile_sites:  # a second pass, because the histograms depend on the means
+        with _hooking({site: quantizers[site] for site in percentile_sites}, count_values):
+            for rows in batches(rank_count, runner.batch_size):
                 runner.run(block, hidden[rows].to(runner.device), prefix_kv)
-        for site in sorted(percentiles):  # in the same order on all ranks: a set has another one in each process
+        for site in sorted(percentile_sites):  # a set has another order in each process
             ranks.sum_(sites[site].histogram.counts)
-    inputs = hidden[chosen].to(runner.device)
-    seen = (torch.cat(queries), torch.cat(keys), inputs, torch.cat(outputs))
-    return BlockStatistics(sites, *(ranks.join(own) for own in seen))
+    return BlockStatistics(
+        sites,
+        queries=ranks.join(torch.cat(queries)),
+        keys=ranks.join(torch.cat(keys)),
+        inputs=ranks.join(hidden[sampled].to(runner.device)),
+        outputs=ranks.join(torch.cat(outputs)),
+    )
 
 
 @torch.no_grad()
 def measure_key_mean_(
     block: nn.Module, architecture: Architecture, hidden: Stream, runner: BlockRunner, ranks: Ranks = ALONE
 ) -> None:
-    """Give the key quantizer the mean of the keys before RoPE over all windows [N, T, D], where it takes that out."""
+    """Give the key quantizer the mean of the keys before RoPE over all windows [N, T, D], if it takes the mean out."""
     attention = block.self_attn
-    keys = attention.key_quantizer
-    if not keys.mean_taken_out:
+    quantizer, source = attention.key_quantizer, find_key_source(attention)
+    if not quantizer.mean_taken_out:
         return
-    total = torch.zeros_like(keys.mean, dtype=torch.float64)
+    total = torch.zeros_like(quantizer.mean, dtype=torch.float64)
     for rows in batches(len(hidden), runner.batch_size):
-        x = read_input(block, architecture, "attention_input", hidden[rows].to(runner.device))
-        found = attention.k_proj(x)
-        if hasattr(attention, "k_norm"):  # of each head, or of all together
-            found = attention.k_norm(found.unflatten(-1, (-1, attention.k_norm.weight.numel())))
-        total += found.reshape(-1, *keys.mean.shape).double().sum(0)
+        x = read_input(block, architecture, Site.ATTENTION_INPUT, hidden[rows].to(runner.device))
+        keys = attention.k_proj(x)
+        if source is not attention.k_proj:  # k_norm, which normalises each head, or all heads together
+            keys = source(keys.unflatten(-1, (-1, source.weight.numel())))
+        total += keys.reshape(-1, *quantizer.mean.shape).double().sum(0)
     count = torch.tensor(hidden.shape[0] * hidden.shape[1], dtype=torch.float64, device=total.device)
     ranks.sum_(total, count)
-    keys.mean = (total / count).float()
+    quantizer.mean = (total / count).float()
 
 
 @contextmanager
-def _hooks(quantizers: dict[str, nn.Module], record: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call record(site, input) whenever a quantizer is asked."""
+def _hooking(quantizers: dict[str, nn.Module], record: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call record(site, input) whenever a quantizer runs."""
 
     def make_hook(site: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         return lambda module, args: record(site, args[0])

@@ -1,4 +1,5 @@
-"""R1 to R5 (QuaRot): made (`matrices.py`), merged into the weights (`merging.py`), and checked (`gate.py`).
+"""The rotations R1 to R5 (QuaRot): make them (`matrices.py`), merge them (`merging.py`), check the result (`gate.py`).
 
-Read `merging.py` first: it is what the stage `rotation` calls. May import from: runtime to blocks.
+Read `merging.py` first, which the stage `rotation` calls. `params.py` is tested in tests/test_params.py. May import
+from: runtime to inspection.
 """

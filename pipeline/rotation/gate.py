@@ -1,17 +1,16 @@
-"""The invariance gate: a rotated model must compute what the original does, or nothing is written.
+"""The invariance gate: a rotated model must give the outputs of the original model, or nothing is written.
 
-Hidden states of the same windows go through the original and the rotated blocks in **float64**: an error shows as such,
-and rounding as 1e-12. In float32 the two cannot be told apart: massive activations alone make logits differ by 3e-4.
-What float32 and a narrower dtype add is measured beside it, and reported: `float32_logit_deviation` of the rotated
-model, next to `float32_original_deviation` of the original model from itself.
+Hidden states of the same windows go through the original and the rotated blocks in **float64**, where rounding makes a
+difference of 1e-12 and an error a much larger one. In float32 the two cannot be told apart, because massive activations
+alone make logits differ by 3e-4. The deviations that float32 and a narrower dtype add are only reported:
+`float32_logit_deviation` of the rotated model, next to `float32_original_deviation` of the original model from itself.
 
-transformers computes norms, and softmax where scores are capped, in float32 whatever their input. Here they are
-computed as they are defined, in the input's dtype.
+transformers computes norms in float32 whatever their input, and also softmax where scores are capped. Here both are
+computed by their definition, in the dtype of the input.
 """
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,19 +29,20 @@ _EAGER = "prefixquant_exact_eager"
 
 
 class RotationError(PipelineError):
-    """The rotated model does not compute what the original does."""
+    """The outputs of the rotated model differ from those of the original model."""
 
 
 class InvarianceGate:
     """Streams of the same random windows through the original and the rotated model, block by block.
 
-    Two of them in float64, which are judged; the original in float32, the rotated model in float32, and the rotated
-    model in the dtype it is written in, where that is narrower.
+    Two streams in float64 are judged. Others are measured: the original in float32, the rotated model in float32, and
+    the rotated model in the dtype it is written in, if that is narrower.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
+        *,
         settings: BlockSettings,
         r1: Rotation,
         dtype: torch.dtype,
@@ -59,16 +59,16 @@ class InvarianceGate:
             self.rounded["dtype"] = self.rotated.to(dtype).float()
 
     def advance_original_(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Through block `index` of the original, in float64 and in float32."""
+        """Move the original model's streams, in float64 and float32, through block `index`."""
         self._advance_(index, tensors, self.original, None)
         self._advance_(index, tensors, self.rounded["original"], None)
 
     def advance_rotated_(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Through the rotated block's float64 `tensors`."""
+        """Move the rotated model's float64 stream through the rotated block's float64 `tensors`."""
         self._advance_(index, tensors, self.rotated, self.settings)
 
     def advance_rounded_(self, index: int, single: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> None:
-        """Through the rotated block's tensors in float32, and as they are written."""
+        """Move the other streams through the rotated block's tensors, in float32 and in the dtype of the artifact."""
         self._advance_(index, single, self.rounded["float32"], self.settings)
         if "dtype" in self.rounded:
             self._advance_(index, written, self.rounded["dtype"], self.settings)
@@ -84,53 +84,50 @@ class InvarianceGate:
 
     @torch.no_grad()
     def judge(self, r1: Rotation, folded: torch.Tensor | None) -> dict[str, float]:
-        """Compare logits, a slice of the vocabulary at a time.
+        """Compare the logits of all streams, a slice of the vocabulary at a time.
 
         Args:
-            folded: the final norm's weight [D] float64 that goes into lm_head, or None: it stays where it is.
+            folded: the final norm's weight [D] float64 if it is folded into lm_head, otherwise None.
 
         Returns:
             Metrics, all relative to the largest logit: see `merging.rotate_model`.
 
         Raises:
-            RotationError: the rotated model's logits are not the original's.
+            RotationError: the rotated model's logits differ from the original's.
         """
         head = self.checkpoint.load_lm_head()
         gain = find_gain(self.checkpoint.load_final_norm(), self.checkpoint.architecture.norm_offset)
+        rotated_gain = gain if folded is None else torch.ones_like(gain)
         eps = find_eps(self.checkpoint.load_final_norm())
-        folds = folded is not None
-        original, rotated = (
-            normalise(hidden, own, eps).flatten(0, 1)
-            for hidden, own in ((self.original, gain), (self.rotated, torch.ones_like(gain) if folds else gain))
-        )
-        rounded = {
-            name: normalise(hidden, (torch.ones_like(gain) if folds and name != "original" else gain).float(), eps)
-            for name, hidden in self.rounded.items()
-        }
-        largest, deviations = 0.0, dict.fromkeys(("exact", *rounded), 0.0)
+        original = normalise(self.original, gain, eps).flatten(0, 1)
+        streams = {"float64": normalise(self.rotated, rotated_gain, eps).flatten(0, 1)}
+        for name, hidden in self.rounded.items():
+            stream_gain = gain if name == "original" else rotated_gain
+            streams[name] = normalise(hidden, stream_gain.float(), eps).flatten(0, 1)
+        largest, deviations = 0.0, dict.fromkeys(streams, 0.0)
         count = count_rows(head.weight)
         for start in range(0, len(head.weight), count):
             rows = head.weight[start : start + count].double()
             rotated_rows = r1.apply(rows if folded is None else rows * folded)
-            exact = multiply(original, rows, head.cap)
-            found = {"exact": multiply(rotated, rotated_rows, head.cap)}
-            for name, hidden in rounded.items():
-                own = rows if name == "original" else rotated_rows
-                own = own.to(self.dtype).float() if name == "dtype" else own.float()
-                found[name] = multiply(hidden.flatten(0, 1), own, head.cap)
-            largest = max(largest, exact.abs().max().item())
-            for name, logits in found.items():
-                # max(a, nan) is a: what is not finite must not pass.
-                deviation = torch.nan_to_num((logits - exact).abs(), nan=math.inf).max().item()
+            reference = multiply(original, rows, head.cap)
+            largest = max(largest, reference.abs().max().item())
+            for name, hidden in streams.items():
+                stream_rows = rows if name == "original" else rotated_rows
+                if name == "dtype":
+                    stream_rows = stream_rows.to(self.dtype)
+                logits = multiply(hidden, stream_rows.to(hidden.dtype), head.cap)
+                # max(a, nan) is a: logits that are not finite must not pass.
+                deviation = torch.nan_to_num((logits - reference).abs(), nan=math.inf).max().item()
                 deviations[name] = max(deviations[name], deviation)
         relative = {name: deviation / largest for name, deviation in deviations.items()}
-        if not relative["exact"] <= GATE_TOLERANCE:
+        if not relative["float64"] <= GATE_TOLERANCE:
             raise RotationError(
-                f"the rotated model is not the original: logits differ by {relative['exact']:.2e} of max |logit| "
-                f"({largest:.4g}), in float64, allowed are {GATE_TOLERANCE:.0e}; nothing was written"
+                f"the rotated model is not the original: logits differ by {relative['float64']:.2e} of max |logit| "
+                f"({largest:.4g}) in float64, and at most {GATE_TOLERANCE:.0e} is allowed. Nothing was written. Set "
+                "rotation.r1 to r5: identity, and then one after the other as before, to find the rotation at fault."
             )
         metrics = {
-            "max_logit_deviation": relative["exact"],
+            "max_logit_deviation": relative["float64"],
             "float32_logit_deviation": relative["float32"],
             "float32_original_deviation": relative["original"],
         }
@@ -138,7 +135,7 @@ class InvarianceGate:
 
 
 def compute_exactly_(block: nn.Module) -> None:
-    """Let a float64 block's norms, and its attention where transformers' would not, compute in float64."""
+    """Make a float64 block compute its norms in float64, and its attention where transformers would use float32."""
     config = block.self_attn.config
     offset = find_architecture(config).norm_offset
     for module in block.modules():
@@ -149,27 +146,27 @@ def compute_exactly_(block: nn.Module) -> None:
 
 
 def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm in x's own dtype: x / sqrt(mean of squares + eps) · gain, over the last dimension."""
+    """Compute RMSNorm over the last dimension in x's own dtype: x / sqrt(mean of squares + eps) · gain."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
 def find_gain(norm: nn.Module, offset: float) -> torch.Tensor:
-    """What an RMSNorm multiplies by, float64: its weight and the family's `norm_offset`."""
+    """Return the factor of an RMSNorm in float64: its weight plus the family's `norm_offset`."""
     gain = norm.weight.detach().double() + offset
     x = torch.linspace(1, 2, len(gain), device=gain.device)
     expected = type(norm).forward(norm, x.to(norm.weight.dtype)).double()
     error = (normalise(x.double(), gain, find_eps(norm)) - expected).abs().max() / expected.abs().max()
-    assert error < 0.02, f"{type(norm).__name__} is not the norm it is taken for"  # bfloat16 at worst
+    assert error < 0.02, f"{type(norm).__name__} does not compute weight + {offset} times RMSNorm"  # bfloat16 at worst
     return gain
 
 
 def find_eps(norm: nn.Module) -> float:
-    """An RMSNorm's eps; transformers' families have two names for it."""
+    """Return the eps of an RMSNorm, which has two names in transformers' families."""
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def multiply(hidden: torch.Tensor, rows: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Logits [T, V'] of hidden states [T, D] and rows [V', D] of lm_head, capped where the family does."""
+    """Compute logits [T, V'] from hidden states [T, D] and rows [V', D] of lm_head, capped if the family caps them."""
     logits = hidden @ rows.T
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -182,9 +179,12 @@ def _attend(
     attention_mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
-    **unused: Any,
+    **unused: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with softly capped scores in the queries' dtype, heads shared in groups; [B, T, heads, d]."""
+    """Compute attention with softly capped scores in the queries' dtype; returns [B, T, heads, d].
+
+    transformers calls this function and passes its own arguments.
+    """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
@@ -194,4 +194,4 @@ def _attend(
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_EAGER, _attend)  # the runner makes its masks, as eager's
+AttentionInterface.register(_EAGER, _attend)  # without a mask function: the runner makes eager's masks

@@ -4,18 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.models.sites import Site
 from pipeline.runtime.params import FloatDtype, Group
 
-OfflineRotation = Literal["hadamard", "block_hadamard", "random", "identity"]
-OnlineRotation = Literal["hadamard", "identity"]
+R1Mode = Literal["online", "hadamard", "block_hadamard", "random", "identity"]
+R2Mode = Literal["hadamard", "block_hadamard", "random", "identity"]
+R3Mode = Literal["hadamard", "identity"]
+R4Mode = Literal["hadamard", "block_hadamard", "identity"]
+R5Mode = Literal["hadamard", "identity"]
 
 
 class RotationParams(Group):
-    r1: Literal["online", "hadamard", "block_hadamard", "random", "identity"]
-    r2: OfflineRotation
-    r3: OnlineRotation
-    r4: Literal["hadamard", "block_hadamard", "identity"]
-    r5: OnlineRotation
+    """How each of R1 to R5 is made; `identity` leaves one out."""
+
+    r1: R1Mode
+    r2: R2Mode
+    r3: R3Mode
+    r4: R4Mode
+    r5: R5Mode
     online_signs: bool
     block_size: Annotated[int, Field(ge=2)]
     seed: Annotated[int, Field(ge=0)]
@@ -23,26 +29,26 @@ class RotationParams(Group):
 
 
 def find_contradictions(rotation: RotationParams) -> list[str]:
-    """Values that have nothing to act on: a line for each."""
-    in_front_of_r5 = rotation.r5 != "identity" and rotation.r2 not in ("random", "identity")
-    if not rotation.online_signs or rotation.r1 == "online" or in_front_of_r5:
+    """Return a line for each setting that has no effect."""
+    before_r5 = rotation.r5 != "identity" and rotation.r2 not in ("random", "identity")
+    if not rotation.online_signs or rotation.r1 == "online" or before_r5:
         return []
     return [
-        "rotation.online_signs=true: there is nothing they could stand in front of; set rotation.r1: online, or "
-        "rotation.r5 and r2: hadamard"
+        "rotation.online_signs=true: no online rotation has a place for signs before it. Set rotation.r1: online, or "
+        "rotation.r5 and r2: hadamard."
     ]
 
 
 def find_misfits(rotation: RotationParams, widths: dict[str, int]) -> list[str]:
-    """Blocks that do not divide what they rotate: a line for each.
+    """Return a line for each rotation in blocks whose `block_size` does not divide its width.
 
     Args:
         widths: quantizer sites of a block -> the size of their last dimension.
     """
-    sites = {"r1": "attention_input", "r2": "value", "r4": "mlp_hidden"}
+    sites = {"r1": Site.ATTENTION_INPUT, "r2": Site.VALUE, "r4": Site.MLP_HIDDEN}
     return [
-        f"rotation.block_size={rotation.block_size} does not divide {widths[site]}, which {name} rotates; use a "
-        f"divisor, or rotation.{name}: hadamard"
+        f"rotation.block_size={rotation.block_size}: does not divide {widths[site]}, the width that {name} rotates. "
+        f"Use a divisor, or rotation.{name}: hadamard."
         for name, site in sites.items()
         if getattr(rotation, name) == "block_hadamard" and widths[site] % rotation.block_size
     ]

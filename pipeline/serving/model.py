@@ -29,6 +29,7 @@ from pipeline.inference.transformers_quantizer import ExportError, build_packed_
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_narrowest_window
 from pipeline.models.checkpoint import build_skeleton
+from pipeline.models.sites import Site
 from pipeline.serving.attention import CachedValues, TurnedKeys
 from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
@@ -131,10 +132,10 @@ def fill_layer_(
     quantizers = find_site_quantizers(block, architecture)
     attention = layer.self_attn
     places = {
-        "attention_input": attention.qkv_proj,
-        "attention_output": attention.o_proj,
-        "mlp_input": layer.mlp.gate_up_proj,
-        "mlp_hidden": layer.mlp.down_proj,
+        Site.ATTENTION_INPUT: attention.qkv_proj,
+        Site.ATTENTION_OUTPUT: attention.o_proj,
+        Site.MLP_INPUT: layer.mlp.gate_up_proj,
+        Site.MLP_HIDDEN: layer.mlp.down_proj,
     }
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(reader) for reader in readers]

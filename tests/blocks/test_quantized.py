@@ -18,6 +18,7 @@ from pipeline.blocks.quantized import (
     find_site_quantizers,
     load_block,
 )
+from pipeline.models.sites import INPUT_SITES
 from pipeline.numerics.hadamard import hadamard_matrix
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, fake_quantize, quantize_weight
 from tests.conftest import FAMILIES, POST_NORMS, open_model
@@ -28,12 +29,11 @@ ACTIVATION_SCALE = 0.05
 
 
 WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ACTIVATIONS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
 
 
 def settings_of(weights=16, activations=16, key=16, value=16, online=False, before_rope=False, **mode):
     """Bits per kind of site, all in one mode."""
-    bits = dict.fromkeys(WEIGHTS, weights) | dict.fromkeys(ACTIVATIONS, activations) | {"key": key, "value": value}
+    bits = dict.fromkeys(WEIGHTS, weights) | dict.fromkeys(INPUT_SITES, activations) | {"key": key, "value": value}
     sites = {}
     for site, number in bits.items():
         if number < 16:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline.blocks.quantized import fill_block, find_site_quantizers, load_block
-from pipeline.inspection.saturation import SITES, SaturationProbe, count_beyond, summarise_saturation, write_saturation
+from pipeline.inspection.saturation import SaturationProbe, count_beyond, summarise_saturation, write_saturation
+from pipeline.models.sites import Site
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.quantization.quantizer_init import plan_block
@@ -21,7 +22,7 @@ def quantized(imported):
     hidden = torch.randn(3, 12, 48, generator=torch.Generator().manual_seed(0))
     settings, plan = plan_block(init_params(), checkpoint, 1)
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
-    statistics = record_block(block, checkpoint.architecture, hidden, None, runner, 3)
+    statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=3)
     choose_quantizers_(block, checkpoint.architecture, statistics, None, plan, runner)
     return checkpoint, runner, block, hidden
 
@@ -101,4 +102,4 @@ def test_the_worst_sites_are_named_and_the_table_is_of_the_worst_text(tmp_path, 
     rows = json.loads((tmp_path / "x.json").read_text())
     expected = {"block": 0, "key_share": 0.2, "key_sqnr": 20.0, "value_share": 0.001, "value_sqnr": 7.5}
     assert [{name: value for name, value in row.items() if value is not None} for row in rows] == [expected]
-    assert list(rows[0]) == ["block", *(f"{site}_{kind}" for site in SITES for kind in ("share", "sqnr"))]
+    assert list(rows[0]) == ["block", *(f"{site}_{kind}" for site in Site for kind in ("share", "sqnr"))]

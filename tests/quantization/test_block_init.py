@@ -5,6 +5,7 @@ import torch
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import fill_block, find_site_quantizers, load_block
+from pipeline.models.sites import INPUT_SITES, Site
 from pipeline.quantization import block_init
 from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.quantization.quantizer_init import plan_block
@@ -13,8 +14,6 @@ from tests.conftest import WINDOW, init_params, open_model
 from tests.rotation.test_merging import rotate
 
 GROUPS = ("weights", "activations", "keys", "values")
-INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
-SITES = (*INPUTS, "key", "value")
 GENERATOR = torch.Generator().manual_seed(9)
 
 
@@ -34,7 +33,15 @@ def quantize_block(folder, changes, tmp_path, rotated=True, index=1):
     settings, plan = plan_block(init_params(changes), checkpoint, index)
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
     percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
-    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner, 4, percentiles)
+    statistics = record_block(
+        block,
+        checkpoint.architecture,
+        hidden,
+        prefix_kv,
+        runner=runner,
+        mse_samples=4,
+        percentile_sites=percentiles,
+    )
     report = choose_quantizers_(block, checkpoint.architecture, statistics, prefix_kv, plan, runner)
     exact = runner.run(load_block(checkpoint, index), hidden, prefix_kv)
     with torch.no_grad():
@@ -126,7 +133,7 @@ def test_keys_are_judged_by_what_the_block_sees(imported, index, slides):
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
     settings, plan = plan_block(init_params(off | {"keys.range": "layer"}), checkpoint, index)
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
-    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner, 2)
+    statistics = record_block(block, checkpoint.architecture, hidden, prefix_kv, runner=runner, mse_samples=2)
     probabilities = []
     block.self_attn.register_forward_hook(lambda module, args, output: probabilities.append(output[1]))
     runner.run(block, hidden, prefix_kv)
@@ -158,7 +165,7 @@ def test_a_centered_weight_makes_no_error_at_the_mean_input(imported, tmp_path):
         hidden = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(4)) + 1
         settings, plan = plan_block(init_params(off | {"weights.centered": centered}), checkpoint, 0)
         block = fill_block(checkpoint, 0, checkpoint.load_block_tensors(0), settings)
-        statistics = record_block(block, checkpoint.architecture, hidden, None, runner, 4)
+        statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=4)
         choose_quantizers_(block, checkpoint.architecture, statistics, None, plan, runner)
         outputs = []
         for own in (block, load_block(checkpoint, 0)):
@@ -185,7 +192,7 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
             assert same == (kind == centered), site
 
 
-@pytest.mark.parametrize(("ranges", "smooth"), [("tensor", set(SITES)), ("layer", set(INPUTS)), ("block", set())])
+@pytest.mark.parametrize(("ranges", "smooth"), [("tensor", set(Site)), ("layer", set(INPUT_SITES)), ("block", set())])
 def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
     ranges, smooth, imported, tmp_path, monkeypatch
 ):
@@ -202,7 +209,7 @@ def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
         monkeypatch.setattr(block_init, "_MANY", many)
         asked.clear()
         report = quantize_block(imported["llama_tied"], changes, tmp_path / str(many))[1]
-        sites = [site for site in report if site in SITES]
+        sites = [site for site in report if site in set(Site)]
         assert len(sites) == 6
         assert {site for site, own in zip(sites, asked, strict=False) if own} == expected
 

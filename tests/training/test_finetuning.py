@@ -12,8 +12,9 @@ from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
-from pipeline.inspection.saturation import PROBED_WINDOWS, SITES
+from pipeline.inspection.saturation import PROBED_WINDOWS
 from pipeline.models.checkpoint import BLOCK, Checkpoint
+from pipeline.models.sites import Site
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
 from pipeline.quantization.equalization import Equalizer, select_block
 from pipeline.quantization.params import QuantizerInitParams
@@ -490,7 +491,7 @@ def test_without_epochs_only_the_windows_that_saturation_is_counted_on_are_run(q
     alone = models, more[1][:PROBED_WINDOWS], validation
     assert run(alone, tmp_path / "b", blocks=MEASURED) == blocks
     seen = {site for block in blocks for site in block["saturation"]}
-    assert seen == set(SITES)
+    assert seen == set(Site)
 
 
 @pytest.mark.parametrize("target", ["fp_input", "both"])
