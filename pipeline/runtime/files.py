@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         # To disk before the rename: after a power cut the name must not stand for a file whose blocks never arrived.
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

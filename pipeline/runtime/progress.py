@@ -2,9 +2,7 @@
 
 import ctypes
 import logging
-import os
 import random
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _bars: list[tqdm] = []
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_STATUS = Path("/proc/self/status")  # Linux
 
 _MKL_FUNCTIONS = (
     *(torch.acos, torch.asin, torch.atan, torch.cos, torch.sin, torch.tan, torch.tanh, torch.erf, torch.erfc),
@@ -38,10 +37,11 @@ class DeviceError(PipelineError):
 
 @contextmanager
 def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Seed, set threads, time the body and write what it puts into the yielded dict, with `seconds` and `peak_rss_gib`.
+    """Seed the generators, set the threads, time the body and write the metrics file.
 
-    Where a GPU was used, `peak_gpu_gib` is what tensors took of its memory at most. The body adds its measurements to
-    the dict; the metrics file appears only when the body ends well. Of several ranks the first one writes and logs.
+    The body puts its measurements into the yielded dict. Added at the end: `seconds`, `peak_rss_gib` where the platform
+    gives it, and `peak_gpu_gib` (the most that tensors took of GPU memory) where a GPU was used. The file is written
+    only if the body succeeds. Among several ranks, only the first one writes and logs.
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
@@ -59,7 +59,8 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
     if not first:
         return
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
+    if (peak := peak_rss_gib()) is not None:
+        metrics["peak_rss_gib"] = round(peak, 3)
     if torch.cuda.is_initialized():
         metrics["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     write_json(metrics_path, metrics)
@@ -90,7 +91,7 @@ def select_device(runtime: RuntimeParams) -> torch.device:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and logs."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
@@ -110,16 +111,19 @@ def note_progress(**values: Any) -> None:
         _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
 
 
-def peak_rss_gib() -> float:
-    """Peak resident memory of this process in GiB.
+def peak_rss_gib() -> float | None:
+    """Return the peak resident memory of this process in GiB, or None where the platform does not give it.
 
-    Read from VmHWM where there is one: unlike getrusage's figure it does not start at the parent's size.
+    Linux gives it as VmHWM. The figure of getrusage is the fallback, because on Linux it starts at the parent's size.
     """
-    if os.path.exists("/proc/self/status"):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if (peak := _read_status("VmHWM")) is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # macOS counts in bytes, all other systems in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def return_freed_memory() -> None:
@@ -134,12 +138,18 @@ def return_freed_memory() -> None:
 
 
 def current_rss_gib() -> float:
-    """Resident memory of this process in GiB; 0 where the system does not say."""
-    path = Path("/proc/self/status")
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        if line.startswith("VmRSS:"):
+    """Return the resident memory of this process in GiB; 0 where the platform does not give it."""
+    return _read_status("VmRSS") or 0.0
+
+
+def _read_status(key: str) -> float | None:
+    """Return a size in /proc/self/status in GiB, or None where there is no such file or line."""
+    if not _STATUS.is_file():
+        return None
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 2**20
-    return 0.0
+    return None
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,8 @@ Window i belongs to rank i mod world, and is that rank's window number i // worl
 over windows, so that one process and N give the same numbers up to the order of summation.
 """
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
@@ -41,7 +43,7 @@ class Ranks:
 
     def sum_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over ranks."""
-        self._reduce_(dist.ReduceOp.SUM, tensors)
+        self._reduce_("SUM", tensors)
 
     def count(self, own: int) -> int:
         """What all ranks have together."""
@@ -51,15 +53,15 @@ class Ranks:
 
     def least_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its elementwise minimum over ranks."""
-        self._reduce_(dist.ReduceOp.MIN, tensors)
+        self._reduce_("MIN", tensors)
 
     def most_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its elementwise maximum over ranks."""
-        self._reduce_(dist.ReduceOp.MAX, tensors)
+        self._reduce_("MAX", tensors)
 
-    def _reduce_(self, operation: dist.ReduceOp, tensors: tuple[torch.Tensor, ...]) -> None:
+    def _reduce_(self, operation: Literal["SUM", "MIN", "MAX"], tensors: tuple[torch.Tensor, ...]) -> None:
         for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor, operation)
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
 
     def spread_(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by what the first rank has."""

@@ -1,8 +1,11 @@
 """What a process may use, of memory and of a GPU's."""
 
+import sys
+
 import pytest
 import yaml
 
+from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.memory import GIB, gpu_limit, memory_limit
 from pipeline.runtime.params import RuntimeParams
 from tests.conftest import ROOT
@@ -20,3 +23,10 @@ def test_of_a_gpu_no_more_than_is_free_and_no_more_than_is_given(given, expected
         assert gpu_limit(runtime(given)) == expected * GIB
     if given is not None:
         assert memory_limit(runtime(given)) == float(given[:-3]) * (GIB if given.endswith("GiB") else GIB / 1024)
+
+
+def test_without_psutil_a_limit_must_be_set(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(PipelineError, match=r"^runtime\.max_memory=null: .*psutil.*set runtime\.max_memory"):
+        memory_limit(runtime(None))
+    assert memory_limit(runtime("6GiB")) == 6 * GIB
