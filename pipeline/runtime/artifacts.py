@@ -1,20 +1,22 @@
 """Artifacts: safetensors and JSON, written whole or not at all, each with a header that says where it comes from.
 
-Every safetensors file carries one metadata key, `prefixquant`, holding canonical JSON (sorted keys, no time, host or
-path): the producing stage, the format version, a fingerprint of the values that determine the tensors, and the
-fingerprints of the artifacts it was made from. One key, because safetensors writes several in random order, which
-would change the file's hash. A folder that other tools read too (a checkpoint) carries the same header once more in
-`artifact.json`.
+Every safetensors file carries one metadata key, `prefixquant`. It holds canonical JSON (sorted keys; no time, host or
+path): the stage that wrote the file, the format version, a fingerprint of the values that determine the tensors, the
+fingerprints of the artifacts it was made from, and the versions of the packages that computed it. There is only one key
+because safetensors writes several keys in random order, which would change the file's hash. A folder that other tools
+read too (a checkpoint) has the same header once more in `artifact.json`.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,20 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 METADATA_KEY = "prefixquant"
 FOLDER_HEADER = "artifact.json"
+# Packages that determine results: they compute, tokenize, or read models and texts.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "datasets",
+    "mwparserfromhell",
+    "lm-eval",
+    "fast-hadamard-transform",
+)
 
 
 class ArtifactError(PipelineError):
@@ -46,19 +62,44 @@ class Header:
         fingerprint: of the values that determine its tensors, see `fingerprint`.
         inputs: name of each artifact it was made from -> that artifact's fingerprint.
         format_version: of the layout; raised whenever it changes.
+        versions: name of each package that determines results -> its version. Information only: two headers that differ
+            in nothing else are equal. Empty in artifacts of older versions of this project.
     """
 
     stage: str
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    versions: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def make_header(stage: str, values: dict[str, Any], inputs: dict[str, "Header"] | None = None) -> Header:
-    """The header of an artifact determined by `values` (params) and by the artifacts `inputs`."""
+    """Return the header of an artifact that is determined by `values` (params) and by the artifacts `inputs`."""
     fingerprints = {name: header.fingerprint for name, header in (inputs or {}).items()}
-    own = fingerprint({"stage": stage, "format": FORMAT_VERSION, "values": values, "inputs": fingerprints})
-    return Header(stage, own, fingerprints)
+    content = {"stage": stage, "format": FORMAT_VERSION, "values": values, "inputs": fingerprints}
+    return Header(stage, fingerprint(content), fingerprints, versions=list_versions())
+
+
+def make_content_header(stage: str, tensors: dict[str, torch.Tensor]) -> Header:
+    """Return the header of an artifact that is identified by its tensors alone, such as an imported model."""
+    return Header(stage, fingerprint_tensors(tensors), versions=list_versions())
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that determine results: {"torch": "2.13.0", …}."""
+    return dict(_read_versions())
+
+
+@functools.cache
+def _read_versions() -> dict[str, str]:
+    """Read the versions from the packages' metadata, which imports none of them."""
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        # Damaged metadata has no version, or cannot be read.
+        with suppress(importlib.metadata.PackageNotFoundError, KeyError, OSError, ValueError):
+            if version := importlib.metadata.version(package):
+                versions[package] = version
+    return versions
 
 
 def canonical_json(value: Any) -> str:

@@ -1,4 +1,6 @@
+import importlib.metadata
 import json
+import logging
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from pipeline.runtime.artifacts import (
     Header,
     check_input,
     check_same_origin,
+    list_versions,
     load_tensors,
+    load_unfinished,
+    make_content_header,
     make_header,
     read_header,
     replacing_folder,
     save_tensors,
+    write_folder_header,
     write_json,
 )
 
@@ -134,3 +140,84 @@ def test_json_is_written_whole_and_refuses_nan(tmp_path):
 def test_a_folder_without_header_names_the_stage(tmp_path):
     with pytest.raises(ArtifactError, match=r"artifact\.json is missing.*model"):
         read_header(tmp_path, "model")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Package -> version, as importlib.metadata gives it; changes count at once."""
+    packages = {"torch": "2.13.0", "gguf": "0.17.1"}
+
+    def find_version(package):
+        if package not in packages:
+            raise importlib.metadata.PackageNotFoundError(package)
+        if isinstance(packages[package], Exception):
+            raise packages[package]
+        return packages[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
+    monkeypatch.setattr(artifacts, "_read_versions", artifacts._read_versions.__wrapped__)
+    return packages
+
+
+def read_stored_header(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["prefixquant"])
+
+
+def test_headers_record_the_versions_of_installed_packages():
+    versions = make_header("rotation", {}).versions
+    assert versions["torch"] == torch.__version__
+    for package in ("transformers", "tokenizers", "safetensors", "numpy", "gguf"):
+        assert versions[package] == importlib.metadata.version(package)
+    assert make_content_header("model", TENSORS).versions == versions
+    assert artifacts._read_versions() is artifacts._read_versions()  # read once
+    versions["torch"] = "changed"
+    assert list_versions()["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("damage", [None, "", KeyError("Version"), OSError("cannot be read")])
+def test_a_package_that_is_missing_or_damaged_is_left_out(damage, installed):
+    installed["numpy"] = damage
+    assert make_header("rotation", {}).versions == {"torch": "2.13.0", "gguf": "0.17.1"}
+
+
+def test_versions_are_stored_in_files_and_folders_and_come_back(tmp_path, installed):
+    header = make_header("rotation", {})
+    save_tensors(tmp_path / "x.safetensors", TENSORS, header)
+    write_folder_header(tmp_path, header)
+    for path in (tmp_path / "x.safetensors", tmp_path):
+        assert read_header(path, "rotation").versions == {"torch": "2.13.0", "gguf": "0.17.1"}
+    assert read_stored_header(tmp_path / "x.safetensors")["versions"] == {"gguf": "0.17.1", "torch": "2.13.0"}
+
+
+def test_versions_change_neither_fingerprints_nor_what_is_resumed(tmp_path, installed, caplog):
+    model = make_header("model", {})
+    before = make_header("rotation", {}, {"model": model})
+    save_tensors(tmp_path / "x.safetensors", TENSORS, before)
+    installed["torch"] = "2.14.0"
+    installed["lm-eval"] = "0.4.13"
+    after = make_header("rotation", {}, {"model": make_header("model", {})})
+    assert after.versions != before.versions
+    assert after.fingerprint == before.fingerprint
+    assert after == before
+    check_input(before, "model", make_header("model", {}), tmp_path)
+    check_same_origin(before, after, "model")
+    with caplog.at_level(logging.WARNING):
+        resumed = load_unfinished(tmp_path / "x.safetensors", after)
+    assert torch.equal(resumed["a"], TENSORS["a"])
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_artifacts_of_older_versions_have_no_versions_and_are_read(kind, tmp_path):
+    header = make_header("rotation", {"seed": 1})
+    stored = {"stage": "rotation", "fingerprint": header.fingerprint, "inputs": {}, "format_version": 2}
+    path = tmp_path / "x.safetensors"
+    if kind == "file":
+        save_file(TENSORS, path, metadata={"prefixquant": json.dumps(stored)})
+        assert load_unfinished(path, header) is not None
+    else:
+        path = tmp_path
+        write_json(tmp_path / "artifact.json", stored)
+    assert read_header(path, "rotation") == header
+    assert read_header(path, "rotation").versions == {}
