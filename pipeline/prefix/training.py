@@ -224,7 +224,7 @@ def train_prefix(
     optimizer = torch.optim.AdamW([group], weight_decay=0.0)
     steps = params.epochs * math.ceil(len(train) / params.batch_size)
     state = TrainingState([prefix], optimizer)
-    own_train, own_validation = (windows[ranks.own(len(windows))] for windows in (train, validation))
+    own_train, own_validation = (windows[ranks.slice_windows(len(windows))] for windows in (train, validation))
     exact, exact_validation = (model.run_original(own, original_start) for own in (own_train, own_validation))
     own_train, own_validation = (put_in_front(own, start_token) for own in (own_train, own_validation))
     if state.load_(state_file, place.header, place.ranks):

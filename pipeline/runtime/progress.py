@@ -1,4 +1,4 @@
-"""What every stage does around its work: start-up of torch, one progress bar, the closing line and metrics file."""
+"""The frame of every stage: torch is set up, a progress bar is shown, and the metrics file is written at the end."""
 
 import ctypes
 import logging
@@ -32,7 +32,7 @@ _MKL_FUNCTIONS = (
 
 
 class DeviceError(PipelineError):
-    """The device asked for is not there."""
+    """The device that was asked for is not available."""
 
 
 @contextmanager
@@ -45,8 +45,8 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers", "gguf"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for package in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers", "gguf"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     settle_kernels()
@@ -68,11 +68,11 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
 
 
 def settle_kernels() -> None:
-    """Call each elementwise function that oneMKL computes once, on one number and so on one thread.
+    """Call each elementwise function of oneMKL once, on one number and therefore on one thread.
 
-    oneMKL looks for a function's kernel in its first call. Where several threads make that call at once, one of them
-    may get a kernel of low precision for its share (https://github.com/pytorch/pytorch/issues/188792): RoPE's cosines
-    of half of the positions, and with them all results, then differ from those of any other run.
+    oneMKL selects a function's kernel in its first call. If several threads make that call at once, one of them may get
+    a kernel of low precision (https://github.com/pytorch/pytorch/issues/188792). RoPE's cosines of half of the
+    positions, and with them all results, then differ from those of any other run.
     """
     for dtype in (torch.float32, torch.float64):
         number = torch.full((1,), 0.5, dtype=dtype)
@@ -81,21 +81,25 @@ def settle_kernels() -> None:
 
 
 def select_device(runtime: RuntimeParams) -> torch.device:
-    """`auto` is the GPU where torch sees one. Raises DeviceError when `cuda` is asked for and there is none."""
+    """Return the device of `runtime.device`; `auto` is the GPU if torch finds one.
+
+    Raises:
+        DeviceError: the setting is `cuda`, and torch finds no GPU.
+    """
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("runtime.device='cuda', but torch sees no GPU; use cpu or auto, or install a CUDA build")
+        raise DeviceError("runtime.device='cuda': torch finds no GPU. Use cpu or auto, or install a CUDA build.")
     return torch.device(runtime.device)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes and logs."""
+    """Return whether this process is the one that writes and logs."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Iterate with a bar on a terminal, silently elsewhere and on all ranks but the first."""
+    """Iterate over `items` with a progress bar. Only the first rank shows it, and only on a terminal."""
     disable = None if is_first_rank() else True
     bar = tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
     _bars.append(bar)
@@ -106,7 +110,7 @@ def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[
 
 
 def note_progress(**values: Any) -> None:
-    """Show values (the current loss, …) at the end of the bar that was begun last."""
+    """Show values, such as the current loss, at the end of the progress bar that was started last."""
     if _bars and not _bars[-1].disable:
         _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
 
@@ -127,10 +131,11 @@ def peak_rss_gib() -> float | None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give large blocks (4 MiB and more) back as soon as they are freed; does nothing elsewhere.
+    """Make glibc return large blocks (4 MiB and more) to the system when they are freed. Does nothing without glibc.
 
-    By default it keeps blocks of up to 32 MiB, and aligned ones, as torch asks for, are seldom reused: a backward pass
-    through all blocks grows the process to twice what is in use. Measured on it: 2.8 GiB become 1.9, at the same speed.
+    By default glibc keeps blocks of up to 32 MiB. Torch asks for aligned blocks, which are seldom reused, so a backward
+    pass through all blocks of a model grows the process to twice the memory in use. Measured there: 2.8 GiB before,
+    1.9 GiB after, at the same speed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,3 +1,5 @@
+"""Artifacts come back as they were written, and damaged or foreign ones name the stage to rerun."""
+
 import importlib.metadata
 import json
 import logging
@@ -28,11 +30,11 @@ from pipeline.runtime.artifacts import (
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int8)}
 
 
-def test_tensors_and_header_come_back(tmp_path):
+def test_tensors_and_header_are_read_as_they_were_written(tmp_path):
     header = make_header("rotation", {"seed": 1}, {"model": make_header("model", {})})
     save_tensors(tmp_path / "x.safetensors", TENSORS, header)
-    tensors, found = load_tensors(tmp_path / "x.safetensors", "rotation")
-    assert found == header
+    tensors, loaded = load_tensors(tmp_path / "x.safetensors", "rotation")
+    assert loaded == header
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
 
 
@@ -45,7 +47,7 @@ def test_same_input_gives_the_same_bytes_and_one_metadata_key(tmp_path):
         assert list(file.metadata()) == ["prefixquant"]
 
 
-def test_fingerprints_follow_values_and_inputs():
+def test_fingerprints_change_with_values_and_inputs():
     base = make_header("s", {"a": 1}, {"model": make_header("model", {})})
     assert make_header("s", {"a": 1}, {"model": make_header("model", {})}) == base
     assert make_header("s", {"a": 2}, {"model": make_header("model", {})}).fingerprint != base.fingerprint
@@ -70,7 +72,7 @@ def test_missing_damaged_and_foreign_files_name_the_stage_to_rerun(tmp_path):
         load_tensors(path, "rotation")
 
 
-def test_another_format_version_is_refused(tmp_path, monkeypatch):
+def test_another_format_version_is_refused(tmp_path):
     save_tensors(
         tmp_path / "x.safetensors", TENSORS, Header("rotation", "0", format_version=artifacts.FORMAT_VERSION + 1)
     )
@@ -78,7 +80,7 @@ def test_another_format_version_is_refused(tmp_path, monkeypatch):
         load_tensors(tmp_path / "x.safetensors", "rotation")
 
 
-def test_inputs_are_checked():
+def test_check_input_refuses_an_artifact_of_other_inputs():
     model, other = make_header("model", {}), make_header("model", {"x": 1})
     rotation = make_header("rotation", {}, {"model": model})
     check_input(rotation, "model", model, "artifacts/rotation")
@@ -89,7 +91,7 @@ def test_inputs_are_checked():
         check_same_origin(rotation, prefix, "model")
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     save_tensors(path, TENSORS, make_header("rotation", {}))
     before = path.read_bytes()
@@ -104,10 +106,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_failed_folder_leaves_what_was_there(tmp_path):
+def test_a_failed_folder_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "out"
     with replacing_folder(folder) as partial:
-        (partial / "kept").write_text("1")
+        (partial / "old").write_text("1")
 
     def be_interrupted():
         with replacing_folder(folder) as partial:
@@ -116,25 +118,17 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         be_interrupted()
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["kept"]
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["old"]
     with replacing_folder(folder) as partial:
         (partial / "new").write_text("3")
     assert [file.name for file in folder.iterdir()] == ["new"]
 
 
-def test_a_file_in_the_place_of_a_folder_leaves_nothing_behind(tmp_path):
+def test_a_file_in_place_of_a_folder_leaves_no_partial_folder(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(NotADirectoryError), replacing_folder(tmp_path / "out") as partial:
         (partial / "new").write_text("1")
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
-
-
-def test_json_is_written_whole_and_refuses_nan(tmp_path):
-    write_json(tmp_path / "deep" / "x.json", {"b": 1.5, "a": "é"})
-    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"b": 1.5, "a": "é"}
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "x.json", {"loss": float("nan")})
-    assert not (tmp_path / "x.json").exists()
 
 
 def test_a_folder_without_header_names_the_stage(tmp_path):

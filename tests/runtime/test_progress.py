@@ -1,4 +1,4 @@
-"""The bar a person watches: what is iterated, and the current loss at its end."""
+"""The progress bar, the metrics file, and platforms that lack what Linux gives."""
 
 import io
 import json
@@ -51,14 +51,14 @@ ALONE.wait()
 
 @pytest.fixture
 def postfixes(monkeypatch):
-    seen = []
-    monkeypatch.setattr(progress.tqdm, "set_postfix", lambda bar, values, refresh: seen.append((bar.desc, values)))
+    shown = []
+    monkeypatch.setattr(progress.tqdm, "set_postfix", lambda bar, values, refresh: shown.append((bar.desc, values)))
     make = progress.tqdm
     monkeypatch.setattr(progress, "tqdm", lambda *args, disable, **options: make(*args, file=io.StringIO(), **options))
-    return seen
+    return shown
 
 
-def test_values_go_to_the_bar_begun_last_and_nowhere_without_one(postfixes):
+def test_noted_values_go_to_the_bar_that_was_started_last(postfixes):
     progress.note_progress(loss=1.0)
     for _ in progress.show_progress(range(2), 2, "outer"):
         progress.note_progress(loss=0.123456)
@@ -68,7 +68,7 @@ def test_values_go_to_the_bar_begun_last_and_nowhere_without_one(postfixes):
     assert postfixes == [("outer", {"loss": "0.1235"}), ("inner", {"loss": "2", "epoch": "3"})] * 2
 
 
-def test_a_bar_that_is_left_early_is_gone(postfixes):
+def test_a_bar_that_is_left_early_gets_no_values(postfixes):
     for _ in progress.show_progress(range(5), 5, "left"):
         break
     progress.note_progress(loss=1.0)
@@ -76,7 +76,7 @@ def test_a_bar_that_is_left_early_is_gone(postfixes):
     assert list(progress.show_progress(iter("abc"), 3, "whole")) == ["a", "b", "c"]
 
 
-def test_no_stage_begins_before_every_elementwise_function_has_been_called_on_one_thread(tmp_path, monkeypatch):
+def test_every_elementwise_function_is_called_on_one_number_before_a_stage_begins(tmp_path, monkeypatch):
     calls = []
 
     def spy(function):
@@ -97,14 +97,14 @@ def run_python(program, *arguments):
     return done.stdout
 
 
-def test_an_export_is_loaded_and_generates_without_modules_that_windows_lacks(imported, tmp_path):
+def test_an_export_loads_and_generates_without_modules_that_windows_lacks(imported, tmp_path):
     folder, evaluated, _ = make_export(imported, tmp_path)
     expected = evaluated.generate(TEXT, attention_mask=torch.ones_like(TEXT), max_new_tokens=4, do_sample=False)
     printed = run_python(LOAD_AN_EXPORT, str(folder), json.dumps(TEXT.tolist()), ",".join(POSIX_ONLY))
     assert json.loads(printed.splitlines()[-1]) == expected.tolist()
 
 
-def test_one_process_needs_no_torch_that_was_built_with_distributed():
+def test_one_process_works_with_a_torch_that_was_built_without_distributed():
     run_python(WITHOUT_DISTRIBUTED)
 
 
