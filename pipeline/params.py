@@ -8,11 +8,12 @@ into one `ParamsError`, each line naming the key, the value, what is allowed and
 adds what can only be judged with the model's sizes at hand (does a group size divide a layer's width?).
 """
 
+import datetime
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.evaluation.params import EvaluationParams
@@ -27,6 +28,7 @@ from pipeline.rotation import params as rotation
 from pipeline.rotation.params import RotationParams
 from pipeline.runtime.errors import reading
 from pipeline.runtime.params import Group, ParamsError, RuntimeParams, check_packaged, list_problems
+from pipeline.runtime.strict_yaml import read_strict_yaml
 from pipeline.text import params as text
 from pipeline.text.params import CalibrationParams, CorpusParams
 from pipeline.training.params import RENAMED_KEYS, FinetuningParams
@@ -52,31 +54,39 @@ def load_params(path: Path) -> Params:
     """Parse and check a params file.
 
     Raises:
-        ParamsError: the file is missing, is not YAML, or holds unknown keys, wrong types, values out of range or
-            contradictions; all of them are listed.
+        ParamsError: the file is missing, is not YAML, or holds keys given twice, unknown keys, wrong types, values out
+            of range or contradictions; all of them are listed.
     """
     if not Path(path).is_file():
         raise ParamsError(f"{path} does not exist; run from the project's root, or restore it from git")
     with reading(lambda why: ParamsError(f"{path} is not valid YAML: {why}")):
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw, problems = read_strict_yaml(Path(path).read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} must hold groups of keys (model:, corpora:, …), got {type(raw).__name__}")
-    return parse_params(raw, where=str(path))
+    return parse_params(raw, where=str(path), problems=problems)
 
 
-def parse_params(raw: dict[str, Any], where: str = "params") -> Params:
-    """Check an already loaded mapping; see `load_params`."""
+def parse_params(raw: dict[str, Any], where: str = "params", problems: Sequence[str] = ()) -> Params:
+    """Check an already loaded mapping; see `load_params`. `problems` of its file are reported with those found here."""
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(problem, raw) for problem in error.errors()]
-        raise ParamsError(list_problems(where, problems)) from None
-    problems = _contradictions(params)
-    if problems:
-        raise ParamsError(list_problems(where, problems))
+        mistakes = [_describe(problem, raw) for problem in error.errors()]
+        raise ParamsError(list_problems(where, [*problems, *mistakes])) from None
+    contradictions = [*problems, *_contradictions(params)]
+    if contradictions:
+        raise ParamsError(list_problems(where, contradictions))
     return params
 
 
+# What YAML makes of text without quotes.
+_UNQUOTED = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    datetime.date: "a date",
+    datetime.datetime: "a date",
+}
 _UNKNOWN_PREFIX = 8  # tokens to leave room for while the prefix is still to be found
 
 
@@ -178,6 +188,16 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         )
         hint = f"; did you mean {close[0]!r}?" if close else "; pick one of those"
         return f"{key}={_show(repr(value))}: allowed are {choices}{hint}"
+    if kind in ("model_type", "dict_type"):
+        known = ", ".join(_known_keys(location)) or "names that you choose"
+        if value is None:
+            return f"{key}=null: the group is empty. Put its keys below it ({known}), or restore them from git."
+        return f"{key}={_show(repr(value))}: expected a group of keys. Put its keys below it ({known})."
+    if kind == "string_type" and type(value) in _UNQUOTED:
+        return (
+            f"{key}={_show(repr(value))}: expected text, but YAML reads this as {_UNQUOTED[type(value)]}. "
+            'Put it in quotes, for example "no" or "12".'
+        )
     return f"{key}={_show(repr(value))} ({type(value).__name__}): {problem['msg'].lower()}; change the value"
 
 

@@ -27,7 +27,7 @@ from pipeline.runtime.errors import run_main
 from pipeline.runtime.params import ParamsError
 from pipeline.runtime.progress import return_freed_memory, run_stage, select_device
 from pipeline.runtime.ranks import ALONE, Ranks
-from pipeline.runtime.unfinished import work_of_this_code
+from pipeline.runtime.unfinished import open_work_folder
 from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
@@ -112,6 +112,6 @@ def _open_stage(
     with (
         join_ranks(params.runtime) as (ranks, device),
         run_stage(title, METRICS / file, params.runtime) as metrics,
-        nullcontext() if work is None else work_of_this_code(work, ranks),
+        nullcontext() if work is None else open_work_folder(work, ranks),
     ):
         main(Run(params, device, variant, ranks, metrics))

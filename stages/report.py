@@ -52,7 +52,8 @@ def read_costs(params: Params) -> dict[str, dict[str, float]]:
     names = ["model", *(f"corpora/{name}" for name in params.corpora), "calibration", "rotation", "prefix_search"]
     names += ["prefix_training", "quantizer_init", "finetuning", "export"]
     names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
-    return {name: {key: read_metrics(name)[key] for key in ("seconds", "peak_rss_gib")} for name in names}
+    keys = ("seconds", "peak_rss_gib")  # Windows gives no peak
+    return {name: {key: value for key, value in read_metrics(name).items() if key in keys} for name in names}
 
 
 def read_settings(params: Params) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def call(main, *arguments, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--windows", 0), r"argument --windows: '0' is no whole number of 1 to"),
-        (("--length", 1), r"argument --length: '1' is no whole number of 2 to"),
+        (("--windows", 0), r"argument --windows: '0' is not a whole number from 1 to"),
+        (("--length", 1), r"argument --length: '1' is not a whole number from 2 to"),
         (("--batch-size", 0), "argument --batch-size: '0'"),
         (("--limit", 0), "argument --limit: '0'"),
         (("--num-fewshot", -1), "argument --num-fewshot: '-1'"),
@@ -87,11 +87,11 @@ def test_conversations_are_evaluated_as_the_template_has_them(folder, tmp_path, 
     [
         (("",), "the prompt is empty; give some text to go on from"),
         (("The house", "--max-new-tokens", 0), "argument --max-new-tokens: '0'"),
-        (("The house", "--temperature", "nan"), "argument --temperature: 'nan' is no number of 0 or more"),
+        (("The house", "--temperature", "nan"), "argument --temperature: 'nan' is not a number of 0 or more"),
         (("The house", "--seed", -1), "argument --seed: '-1'"),
         (("The house", "--max-new-tokens", 300), "and 300 new ones exceed the 256 positions of this model"),
         (("The house", "--chat"), "--chat: this model's tokenizer has no chat template; leave it out"),
-        (("\udcff",), "argument prompt: it is not encoded in UTF-8"),
+        (("\udcff",), "argument prompt: the text is not encoded in UTF-8"),
     ],
 )
 def test_generate_refuses(folder, arguments, message, monkeypatch):

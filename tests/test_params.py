@@ -1,5 +1,6 @@
 import copy
 import re
+from datetime import date
 
 import pytest
 import yaml
@@ -281,6 +282,73 @@ def test_the_last_override_that_names_site_and_block_wins():
     assert [(values["bits"], values["symmetric"]) for values in found] == [(8, True), (6, False)]
     assert site_params(init, "key", 0)[1]["bits"] == 8
     assert site_params(init, "value", 0)[1]["bits"] == 4
+
+
+def write_changed(folder, *replacements):
+    """params.yaml with pieces of its text replaced."""
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "params.yaml").write_text(text)
+    return folder / "params.yaml"
+
+
+def test_keys_given_twice_are_reported_together_with_other_problems(tmp_path):
+    path = write_changed(tmp_path, ("  r2: hadamard\n", "  r2: hadamrd\n  r2: hadamrd\n"))
+    path.write_text(path.read_text() + "\nexport:\n  formats: []\n")
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    for key in (r"rotation\.r2", "export"):
+        assert re.search(rf"\n  {key}: given 2 times, on lines \d+ and \d+\. Keep one of them\.", str(error.value))
+    assert "rotation.r2='hadamrd': allowed are" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("no", "a boolean"), ("yes", "a boolean"), ("12", "a number")])
+def test_a_corpus_named_like_a_boolean_or_a_number_needs_quotes(name, kind, tmp_path):
+    path = write_changed(
+        tmp_path,
+        ("  news:\n    source: packaged:news\n", f"  news:\n    source: packaged:news\n  {name}:\n    source: x\n"),
+    )
+    with pytest.raises(
+        ParamsError, match=rf"corpora\.{name}: line \d+: YAML reads the name '{name}' as {kind}.*quotes: \"{name}\"\."
+    ):
+        load_params(path)
+    path.write_text(path.read_text().replace(f"  {name}:\n", f'  "{name}":\n'))
+    assert name in load_params(path).corpora
+
+
+@pytest.mark.parametrize(("value", "kind"), [(False, "a boolean"), (12, "a number"), (date(2024, 1, 31), "a date")])
+def test_a_corpus_that_a_list_names_without_quotes_needs_them(value, kind):
+    with pytest.raises(
+        ParamsError, match=rf"calibration\.train\.corpora.*: expected text, but .* as {kind}\. Put it in"
+    ):
+        parse_params(changed("calibration.train.corpora", ["news", value]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("calibration.train", None, r"calibration\.train=null: the group is empty\. .*\(corpora, length, windows\)"),
+        ("corpora.news", None, r"corpora\.news=null: the group is empty\. .*\(max_documents, source, text_field\)"),
+        ("quantizer_init.keys", 4, r"quantizer_init\.keys=4: expected a group of keys\. .*before_rope, bits"),
+        (
+            "evaluation.tasks",
+            ["piqa"],
+            r"evaluation\.tasks=\['piqa'\]: expected a group of keys\. .*names that you choose",
+        ),
+    ],
+)
+def test_a_group_without_keys_names_the_keys_it_needs(key, value, message):
+    with pytest.raises(ParamsError, match=message):
+        parse_params(changed(key, value))
+
+
+@pytest.mark.parametrize("group", ["finetuning", "rotation", "corpora", "runtime"])
+def test_a_whole_group_given_as_null_is_empty(group):
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text()) | {group: None}
+    with pytest.raises(ParamsError, match=rf"1 problem\s+{group}=null: the group is empty\. Put its keys below it \("):
+        parse_params(raw)
 
 
 def test_missing_and_broken_files_say_so(tmp_path):

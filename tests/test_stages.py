@@ -530,7 +530,7 @@ def test_more_processes_than_windows_are_refused(project, monkeypatch):
     command = [sys.executable, "-m", "stages.evaluation", "original"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "runtime.processes=3 exceeds the 2 windows to share; use at most 2" in done.stderr
+    assert "runtime.processes=3: there are only 2 windows. Use at most 2." in done.stderr
 
 
 def test_a_failed_rank_is_one_message(project, monkeypatch):
@@ -671,12 +671,12 @@ def test_batch_size_changes_no_scale_beyond_summation_order(batch_size, project,
             "quantizer_init",
             "group_size=7 does not divide 48, the width of q_proj",
         ),
-        ("runtime.device", "cuda", "prefix_search", "torch sees no GPU"),
+        ("runtime.device", "cuda", "prefix_search", "torch finds no GPU"),
         ("model.source", "./nowhere", "model", "there is no such folder"),
     ],
 )
 def test_bad_input_is_one_message_and_loses_nothing(key, value, stage, message, project, monkeypatch):
-    if message == "torch sees no GPU" and torch.cuda.is_available():
+    if message == "torch finds no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     before = contents(project / "artifacts")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.inference.loading import load
 from pipeline.models.architectures import find_max_positions
-from pipeline.runtime.arguments import check_writable, find_problem
+from pipeline.runtime.arguments import check_writable, find_device_problem
 from pipeline.runtime.errors import PipelineError, reading
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class PrefixedLM(HFLM):
 
 def choose_device(device: str | None) -> str | None:
     """The device, or, where it is not there, a GPU or the CPU."""
-    if device is None or find_problem(str(device)) is None:
+    if device is None or find_device_problem(str(device)) is None:
         return device
     found = "cuda" if torch.cuda.is_available() else "cpu"
     logger.warning("device %s is not there: going on with %s", device, found)

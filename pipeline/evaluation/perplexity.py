@@ -129,7 +129,7 @@ def evaluate_windows(
         `lowest_sqnr`; `quantizers_fired`, `settings`); tensors to keep, of content: per corpus `hidden.`, `loss.` and
         `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
     """
-    own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
+    own = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
     run = compute_final_hidden(checkpoint, own, runner, prefix_kv, start_token)
     front = _describe_front(prefix_kv, start_token)
     return _score_run(run, checkpoint.load_lm_head(), windows, front, original, runner.device, ranks)
@@ -143,7 +143,7 @@ def evaluate_model(
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """As `evaluate_windows`, of a whole model in memory (see `inference/prefixed_model.py`)."""
-    own = {corpus: ids[ranks.own(len(ids))] for corpus, ids in windows.items()}
+    own = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
     run = run_model(model, own, batch_size)
     front = _describe_front(model.prefix_kv, model.text_start_token_id)
     lm_head = LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config))
@@ -171,7 +171,7 @@ def _score_run(
     )
     tensors: dict[str, torch.Tensor] = {}
     for corpus, ids in windows.items():
-        own, part = ranks.own(len(ids)), hidden[corpus]
+        own, part = ranks.slice_windows(len(ids)), hidden[corpus]
         reference = (original.hidden(corpus, ids)[own], original.lm_head) if original else None
         scores = score_hidden(part, lm_head, ids[own], reference, device).combine(ranks, len(ids))
         part = ranks.collect(part, len(ids))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from pipeline.inference.loading import load
 from pipeline.inference.prefixed_model import strip_start_token
 from pipeline.models.architectures import find_max_positions
-from pipeline.runtime.arguments import ArgumentError, Parser, device, positive, text, whole
+from pipeline.runtime.arguments import ArgumentError, Parser, device, non_negative, text, whole
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", type=text, help="text to go on from; read from the terminal when left out")
     parser.add_argument("--chat", action="store_true", help="take turns, with the model's chat template")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64)
-    parser.add_argument("--temperature", type=positive, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--temperature", type=non_negative, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--arithmetic", choices=("float", "integer"), help="default: integer on a CPU, float elsewhere")

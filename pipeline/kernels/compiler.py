@@ -34,7 +34,7 @@ _COMPILED = (
     "-fPIC",
     "-c",
 )
-_DEFINED = ("-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+_DEFINED = ("-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
 _LINKED = ("-shared", "-ltorch_cpu", "-lc10")
 
 
@@ -131,4 +131,4 @@ def _describe_operators() -> None:
 
 
 def _call(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout

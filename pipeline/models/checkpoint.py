@@ -29,8 +29,8 @@ from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
     ArtifactError,
     Header,
-    fingerprint_tensors,
     load_json,
+    make_content_header,
     make_header,
     open_tensors,
     read_header,
@@ -189,7 +189,7 @@ class CheckpointWriter:
         self._write(EMBEDDINGS, tensors)
 
     def _write(self, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        header = self.header or Header(self.stage, fingerprint_tensors(tensors))
+        header = self.header or make_content_header(self.stage, tensors)
         save_tensors(self.folder / file_name, tensors, header)
         self._register(file_name, tensors, header)
 

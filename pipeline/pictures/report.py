@@ -37,9 +37,10 @@ def summarise_run(
 
     Args:
         evaluations: variant -> its metrics, the last one the deliverable's, `original` among them.
-        costs: stage -> {"seconds", "peak_rss_gib"}.
+        costs: stage -> {"seconds", "peak_rss_gib"}, the latter where the platform gives it.
     """
     exact, final = evaluations["original"], list(evaluations.values())[-1]
+    peaks = [cost["peak_rss_gib"] for cost in costs.values() if "peak_rss_gib" in cost]
     accuracies = {task: scores["acc"] for task, scores in final.get("tasks", {}).items() if "acc" in scores}
     found = {
         "bits": bits,
@@ -48,7 +49,7 @@ def summarise_run(
         "ratio": {name: round(value / exact["perplexity"][name], 3) for name, value in final["perplexity"].items()},
         "accuracy": accuracies,
         "minutes": round(sum(cost["seconds"] for cost in costs.values()) / 60, 1),
-        "gib": round(max(cost["peak_rss_gib"] for cost in costs.values()), 2),
+        **({"gib": round(max(peaks), 2)} if peaks else {}),
         "mib": size_mib,
     }
     if "average" in final:
@@ -96,7 +97,10 @@ def build_page(
         "<h2>Cost</h2>",
         _table(
             ["stage", "seconds", "peak memory, GiB"],
-            [[name, f"{cost['seconds']:.1f}", f"{cost['peak_rss_gib']:.2f}"] for name, cost in costs.items()],
+            [
+                [name, f"{cost['seconds']:.1f}", f"{cost['peak_rss_gib']:.2f}" if "peak_rss_gib" in cost else ""]
+                for name, cost in costs.items()
+            ],
         ),
         "<h2>Settings</h2>",
         f"<pre>{html.escape(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))}</pre>",

@@ -155,7 +155,7 @@ def measure_outliers(
 
     `token_ids` [N, T] are all that is read: a start token in front is position 0.
     """
-    hidden = checkpoint.embed(token_ids[ranks.own(len(token_ids))])
+    hidden = checkpoint.embed(token_ids[ranks.slice_windows(len(token_ids))])
     maxima: list[torch.Tensor] = []
     layers: list[LayerOutliers] = []
 

@@ -272,7 +272,7 @@ def train_prefix(
     model = FrozenModel(checkpoint, place.runner, params, place.keeping, place.offload)
 
     def prepare(windows: torch.Tensor) -> PrefixData:
-        rank_windows = windows[place.ranks.own(len(windows))]
+        rank_windows = windows[place.ranks.slice_windows(len(windows))]
         reference = model.run_original(rank_windows, original_start)
         return PrefixData(put_in_front(rank_windows, start_token), reference, len(windows))
 

@@ -39,8 +39,8 @@ class ChannelObserver:
     def combine_(self, ranks: Ranks) -> None:
         """Extend the statistics to the tokens of all ranks."""
         ranks.sum_(self.total)
-        ranks.least_(self.low)
-        ranks.most_(self.high)
+        ranks.min_(self.low)
+        ranks.max_(self.high)
         self.count = ranks.count(self.count)
 
     @property

@@ -106,7 +106,7 @@ def init_quantizers(
     """
     prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix[1], runner)
     embedding_dtype = getattr(torch, init.embedding_dtype)
-    own = put_in_front(token_ids[ranks.own(len(token_ids))], start_token)
+    own = put_in_front(token_ids[ranks.slice_windows(len(token_ids))], start_token)
     hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)
     report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
     kept_prefix = {"token_ids": prefix[0]} | ({} if prefix_kv is None else {"kv": prefix_kv})
@@ -191,7 +191,7 @@ def measure_channels(
     path = work / _CHANNELS.format(rank=ranks.rank)
     stored = load_unfinished(path, header)
     known = torch.tensor(int(stored is not None))
-    ranks.least_(known)
+    ranks.min_(known)
     if not known:
         numbers = choose_rank_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
         among_all = [number * ranks.world + ranks.rank for number in numbers]
@@ -237,7 +237,7 @@ def _init_block_(
         report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
-    ranks.spread_(*block.state_dict().values())  # all chose the same; to the last bit from here
+    ranks.broadcast_(*block.state_dict().values())  # all chose the same; to the last bit from here
     block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
     saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
     if not all(torch.isfinite(window).all() for window in hidden):

@@ -1,6 +1,8 @@
-"""What every run has around its work: errors, params of how to run, artifacts, progress, ranks, streams, memory,
-and what stands behind the sources that params.yaml names.
+"""The frame of every run: errors, artifacts, progress, ranks, streams, memory, the params of a machine, and the sources
+that params.yaml names.
 
-Computes nothing of a result, so no stage depends on it in dvc.yaml: what changes an artifact's layout raises
-`artifacts.FORMAT_VERSION`. Read `artifacts.py` first. Imports from no other room.
+Nothing here computes a result, so the fingerprints of `code.py` leave this room out. Whoever changes the layout of an
+artifact raises `artifacts.FORMAT_VERSION`. Read `artifacts.py` first. May import from: none.
+
+`params.py` is tested in tests/test_params.py, the other modules in the test file of their name.
 """

@@ -1,4 +1,4 @@
-"""What command lines are given, checked before any work begins; what is wrong is one message.
+"""Command-line arguments, checked before any work begins. Each mistake becomes one message.
 
 parser = Parser(description=__doc__)
 parser.add_argument("--windows", type=whole(1))
@@ -17,11 +17,11 @@ from pipeline.runtime.errors import PipelineError
 
 
 class ArgumentError(PipelineError):
-    """A command line asks for what cannot be."""
+    """A command line holds an argument that cannot be used."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with the module's docstring as it stands, and an error that `run_main` shows."""
+    """An argument parser that shows the module's docstring unchanged and raises an error that `run_main` can show."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -31,61 +31,65 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of an argument that is a whole number."""
+    """Return the `type` of an argument that is a whole number from `least` to `most`."""
 
-    def parse(text: str) -> int:
+    def parse(value: str) -> int:
         try:
-            value = int(text)
+            number = int(value)
         except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} to {most}")
-        return value
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from {least} to {most}")
+        return number
 
     return parse
 
 
-def positive(text: str) -> float:
-    """The type of an argument that is 0 or more."""
+def non_negative(value: str) -> float:
+    """Parse an argument that is a number of 0 or more. The `type` of such an argument."""
     try:
-        value = float(text)
+        number = float(value)
     except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of 0 or more")
+    return number
+
+
+def text(value: str) -> str:
+    """Check an argument that a model will read. The `type` of such an argument."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not encoded in UTF-8") from None
     return value
 
 
-def text(text: str) -> str:
-    """The type of an argument that a model reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not encoded in UTF-8") from None
-    return text
-
-
-def device(text: str) -> torch.device:
-    """The type of an argument that names a device that is there."""
-    if (problem := find_problem(text)) is not None:
+def device(name: str) -> torch.device:
+    """Parse the name of a device that can be used. The `type` of such an argument."""
+    if (problem := find_device_problem(name)) is not None:
         raise argparse.ArgumentTypeError(problem)
-    return torch.device(text)
+    return torch.device(name)
 
 
-def find_problem(device: str) -> str | None:
-    """Why nothing can be put on a device, or None."""
+def find_device_problem(name: str) -> str | None:
+    """Return why no tensor can be put on the device of this name, or None where it can be used."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except Exception as error:  # each backend has its own way to say that it is not there
-        return f"{device!r} cannot be used ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return f"{device!r} holds no numbers" if found.type == "meta" else None
+        candidate = torch.device(name)
+        torch.empty(0, device=candidate)
+    except Exception as error:  # each backend raises its own type where its device is missing
+        return f"{name!r} cannot be used ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return f"{name!r} cannot be used (its tensors hold no numbers)" if candidate.type == "meta" else None
 
 
 def check_writable(path: Path) -> None:
-    """Raises ArgumentError where a file could not be written, before there is anything to write."""
+    """Check that a file can be written, before there is anything to write.
+
+    Raises:
+        ArgumentError: `path` is a folder, or the folder it would be in cannot be written to.
+    """
     if path.is_dir():
-        raise ArgumentError(f"{path} cannot be written: it is a folder")
+        raise ArgumentError(f"{path} cannot be written: it is a folder. Add a file name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(f"{path} cannot be written: {folder} is no folder that can be written to")
+        raise ArgumentError(f"{path} cannot be written: {folder} is not a folder that you may write to")

@@ -1,20 +1,22 @@
-"""Artifacts: safetensors and JSON, written whole or not at all, each with a header that says where it comes from.
+"""Artifacts are safetensors and JSON files, written whole or not at all. A header says where each one comes from.
 
-Every safetensors file carries one metadata key, `prefixquant`, holding canonical JSON (sorted keys, no time, host or
-path): the producing stage, the format version, a fingerprint of the values that determine the tensors, and the
-fingerprints of the artifacts it was made from. One key, because safetensors writes several in random order, which
-would change the file's hash. A folder that other tools read too (a checkpoint) carries the same header once more in
-`artifact.json`.
+Every safetensors file carries one metadata key, `prefixquant`. It holds canonical JSON (sorted keys; no time, host or
+path): the stage that wrote the file, the format version, a fingerprint of the values that determine the tensors, the
+fingerprints of the artifacts it was made from, and the versions of the packages that computed it. There is only one key
+because safetensors writes several keys in random order, which would change the file's hash. A folder that other tools
+read too (a checkpoint) has the same header once more in `artifact.json`.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,47 +33,87 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 METADATA_KEY = "prefixquant"
 FOLDER_HEADER = "artifact.json"
+# Packages that determine results: they compute, tokenize, or read models and texts.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "datasets",
+    "mwparserfromhell",
+    "lm-eval",
+    "fast-hadamard-transform",
+)
 
 
 class ArtifactError(PipelineError):
-    """An artifact is missing, damaged, of another format, or made from other inputs; the message names the stage."""
+    """An artifact is missing, damaged, of another format or made from other inputs. The message names the stage."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Where an artifact comes from.
+    """The origin of an artifact.
 
     Attributes:
         stage: the stage that wrote it.
-        fingerprint: of the values that determine its tensors, see `fingerprint`.
+        fingerprint: a hash of the values that determine its tensors; see `fingerprint`.
         inputs: name of each artifact it was made from -> that artifact's fingerprint.
-        format_version: of the layout; raised whenever it changes.
+        format_version: the version of the layout, raised whenever the layout changes.
+        versions: name of each package that determines results -> its version. Information only: two headers that differ
+            in nothing else are equal. Empty in artifacts of older versions of this project.
     """
 
     stage: str
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    versions: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def make_header(stage: str, values: dict[str, Any], inputs: dict[str, "Header"] | None = None) -> Header:
-    """The header of an artifact determined by `values` (params) and by the artifacts `inputs`."""
+    """Return the header of an artifact that is determined by `values` (params) and by the artifacts `inputs`."""
     fingerprints = {name: header.fingerprint for name, header in (inputs or {}).items()}
-    own = fingerprint({"stage": stage, "format": FORMAT_VERSION, "values": values, "inputs": fingerprints})
-    return Header(stage, own, fingerprints)
+    content = {"stage": stage, "format": FORMAT_VERSION, "values": values, "inputs": fingerprints}
+    return Header(stage, fingerprint(content), fingerprints, versions=list_versions())
+
+
+def make_content_header(stage: str, tensors: dict[str, torch.Tensor]) -> Header:
+    """Return the header of an artifact that is identified by its tensors alone, such as an imported model."""
+    return Header(stage, fingerprint_tensors(tensors), versions=list_versions())
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that determine results: {"torch": "2.13.0", …}."""
+    return dict(_read_versions())
+
+
+@functools.cache
+def _read_versions() -> dict[str, str]:
+    """Read the versions from the packages' metadata, which imports none of them."""
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        # Damaged metadata has no version, or cannot be read.
+        with suppress(importlib.metadata.PackageNotFoundError, KeyError, OSError, ValueError):
+            if version := importlib.metadata.version(package):
+                versions[package] = version
+    return versions
 
 
 def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    """Return the first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
 def fingerprint_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """The first 16 hex digits of the SHA-256 of CPU tensors' names, dtypes, shapes and bytes, in order of name."""
+    """Return the first 16 hex digits of a SHA-256 of CPU tensors: names, dtypes, shapes and bytes, in order of name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -80,15 +122,15 @@ def fingerprint_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def fingerprint_file(path: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of a file's bytes."""
+    """Return the first 16 hex digits of the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table for `dvc plots`, numbers to 6 digits, making its folder.
+    """Write a table for `dvc plots` as JSON, with 6 significant digits; make its folder.
 
-    Every row gets every column; what it lacks, or is not finite, is null, of which nothing is drawn.
+    Every row gets every column. A value that is missing or not finite becomes null, and is not drawn.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -102,49 +144,56 @@ def _round(value: Any) -> Any:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
-    """Write tensors (any device; stored contiguous, on the CPU) with their header, replacing `path` in one step."""
+    """Write tensors of any device with their header, replacing `path` in one step. They are stored contiguous."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
         save_file(stored, temporary, metadata={METADATA_KEY: canonical_json(asdict(header))})
-        temporary.chmod(0o644)  # safetensors writes for the owner alone
+        temporary.chmod(0o644)  # safetensors lets only the owner read its files
 
 
 def load_tensors(path: Path, stage: str) -> tuple[dict[str, torch.Tensor], Header]:
-    """Read a whole artifact file written by `stage`; see `open_tensors`."""
+    """Return all tensors and the header of an artifact file that `stage` wrote. Raises as `open_tensors`."""
     with open_tensors(path, stage) as (file, header):
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
 def load_json(path: Path, stage: str) -> Any:
-    """What a JSON file says that `stage` wrote. Raises ArtifactError when it is missing or damaged."""
+    """Return the content of a JSON file that `stage` wrote.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
-    with reading(lambda why: ArtifactError(f"{path} is damaged ({why}); {_remedy(stage)}")):
+    with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}); {_remedy(stage)}")):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_unfinished(path: Path, header: Header) -> dict[str, torch.Tensor] | None:
-    """The state that an unfinished run of the same header left in `path`, or None, saying why where there is one."""
+    """Return the tensors that an unfinished run with an equal header left in `path`, or None where there are none.
+
+    A file that cannot be used is reported: it is damaged, or its run had other settings or inputs.
+    """
     if not path.is_file():
         return None
     try:
-        tensors, found = load_tensors(path, header.stage)
+        tensors, stored_header = load_tensors(path, header.stage)
     except ArtifactError as error:
         logger.warning("starting over: %s", error)
         return None
-    if found != header:
+    if stored_header != header:
         logger.warning("starting over: the unfinished run in %s had other settings or inputs", path.parent)
         return None
     return tensors
 
 
 def write_folder_header(folder: Path, header: Header) -> None:
-    """Put a header into a folder, as `artifact.json`."""
+    """Write a header into a folder, as `artifact.json`."""
     write_json(folder / FOLDER_HEADER, asdict(header))
 
 
 def read_header(path: Path, stage: str) -> Header:
-    """Read and check the header of one artifact file, or of a folder that holds `artifact.json`."""
+    """Return the header of an artifact file, or of a folder that holds `artifact.json`. Raises as `open_tensors`."""
     path = Path(path)
     if path.is_dir():
         return _read_folder_header(path, stage)
@@ -154,10 +203,10 @@ def read_header(path: Path, stage: str) -> Header:
 
 @contextmanager
 def open_tensors(path: Path, stage: str) -> Iterator[tuple[Any, Header]]:
-    """Open an artifact file for reading tensor by tensor, yielding (the safetensors handle, its header).
+    """Open an artifact file to read it tensor by tensor. Yields (the safetensors handle, the header).
 
     Raises:
-        ArtifactError: the file is missing, cut off or not safetensors, carries no header of ours, was written by
+        ArtifactError: the file is missing, cut off or not safetensors, has no header of this project, was written by
             another stage, or has another format version.
     """
     path = Path(path)
@@ -172,14 +221,14 @@ def open_tensors(path: Path, stage: str) -> Iterator[tuple[Any, Header]]:
         try:
             yield handle, header
         except SafetensorError as error:  # a tensor that is not there
-            raise ArtifactError(f"{path} is not whole ({error}); {_remedy(stage)}") from error
+            raise ArtifactError(f"{path} is incomplete ({error}); {_remedy(stage)}") from error
 
 
 def check_input(header: Header, name: str, expected: Header, path: Path) -> None:
-    """Check that the artifact with `header` was made from the artifact `expected`.
+    """Check that the artifact with `header`, at `path`, was made from the artifact `expected`.
 
     Raises:
-        ArtifactError: it was made from another one; names the stage to rerun.
+        ArtifactError: it was made from another one. The message names the stage to rerun.
     """
     if header.inputs.get(name) != expected.fingerprint:
         raise ArtifactError(
@@ -189,10 +238,10 @@ def check_input(header: Header, name: str, expected: Header, path: Path) -> None
 
 
 def check_same_origin(first: Header, second: Header, name: str) -> None:
-    """Check that two artifacts were made from the same artifact `name` (say, the model).
+    """Check that two artifacts were made from the same artifact `name`, for example the model.
 
     Raises:
-        ArtifactError: they were not; names both stages.
+        ArtifactError: they were not. The message names both stages.
     """
     if first.inputs.get(name) != second.inputs.get(name):
         raise ArtifactError(
@@ -204,7 +253,7 @@ def check_same_origin(first: Header, second: Header, name: str) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder to fill; on success it takes the place of `folder`, on failure it is removed."""
+    """Yield an empty folder to fill. On success it takes the place of `folder`; on failure it is removed."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -218,7 +267,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, removing what stood there."""
+    """Rename `source` to `target`, replacing a folder that exists there."""
     if target.exists():
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all. Imports no torch: what must start quickly writes by this too."""
+"""Write files whole or not at all. This module imports no torch, so that commands which must start fast can use it."""
 
 import json
 import os
@@ -9,7 +9,11 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, replacing `path` in one step. Raises ValueError on NaN and infinities."""
+    """Write `value` as indented JSON, replacing `path` in one step.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -17,13 +21,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` to write to; on success that file takes its place, its folder is made."""
+    """Yield a temporary path to write to; make its folder. On success the file takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        # To disk before the rename: after a power cut the name must not stand for a file whose blocks never arrived.
-        with open(temporary, "rb") as file:
+        # Sync before the rename: after a power cut, the name must not refer to a file whose content never arrived.
+        with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -1,4 +1,4 @@
-"""What every group of params is made of, and the group `runtime`, which changes speed and memory only."""
+"""The base class of the groups of params.yaml, and the group `runtime`, which changes only speed and memory."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -9,11 +9,14 @@ from pipeline.runtime.errors import PipelineError
 
 
 class ParamsError(PipelineError):
-    """params.yaml cannot be used; the message lists every problem found, one per line."""
+    """params.yaml cannot be used. The message lists all problems, one per line."""
 
 
 def _number(value: Any) -> Any:
-    """PyYAML reads `5e-5` as a string (YAML 1.1), and `dvc exp run -S` writes that form: convert by declared type."""
+    """Return text as a float where it is one.
+
+    PyYAML (YAML 1.1) reads `5e-5` as text, and `dvc exp run -S` writes that form.
+    """
     if isinstance(value, str):
         try:
             return float(value)
@@ -37,12 +40,14 @@ FloatDtype = Literal["float32", "bfloat16"]
 
 
 class Group(BaseModel):
+    """A group of params.yaml: frozen, without conversion of types, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
     def _bound_whole_numbers(cls, value: Any) -> Any:
-        """Seeds, counts and sizes end up in 64 bits, where more than that is a traceback, or never done."""
+        """Refuse whole numbers that overflow 64 bits later, or that no run would finish."""
         if any(isinstance(number, int) and abs(number) > LARGEST for number in _flatten(value)):
             raise ValueError(f"whole numbers go up to {LARGEST}")
         return value
@@ -60,12 +65,12 @@ class RuntimeParams(Group):
 
 
 def list_problems(where: str, problems: list[str]) -> str:
-    """One message of all problems, a line each."""
+    """Return one message that lists all problems, one per line."""
     return f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  " + "\n  ".join(problems)
 
 
 def check_packaged(key: str, source: str, known: tuple[str, ...]) -> list[str]:
-    """A problem where `source` is said to be packaged and is not."""
+    """Return a problem where `source` begins with `packaged:` and is not one of `known`; otherwise an empty list."""
     if not source.startswith("packaged:") or source in known:
         return []
     return [f"{key}={source!r} is not packaged; packaged are: {', '.join(known)}"]

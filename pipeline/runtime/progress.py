@@ -1,10 +1,8 @@
-"""What every stage does around its work: start-up of torch, one progress bar, the closing line and metrics file."""
+"""The frame of every stage: torch is set up, a progress bar is shown, and the metrics file is written at the end."""
 
 import ctypes
 import logging
-import os
 import random
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _bars: list[tqdm] = []
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_STATUS = Path("/proc/self/status")  # Linux
 
 _MKL_FUNCTIONS = (
     *(torch.acos, torch.asin, torch.atan, torch.cos, torch.sin, torch.tan, torch.tanh, torch.erf, torch.erfc),
@@ -33,20 +32,21 @@ _MKL_FUNCTIONS = (
 
 
 class DeviceError(PipelineError):
-    """The device asked for is not there."""
+    """The device that was asked for is not available."""
 
 
 @contextmanager
 def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Seed, set threads, time the body and write what it puts into the yielded dict, with `seconds` and `peak_rss_gib`.
+    """Seed the generators, set the threads, time the body and write the metrics file.
 
-    Where a GPU was used, `peak_gpu_gib` is what tensors took of its memory at most. The body adds its measurements to
-    the dict; the metrics file appears only when the body ends well. Of several ranks the first one writes and logs.
+    The body puts its measurements into the yielded dict. Added at the end: `seconds`, `peak_rss_gib` where the platform
+    gives it, and `peak_gpu_gib` (the most that tensors took of GPU memory) where a GPU was used. The file is written
+    only if the body succeeds. Among several ranks, only the first one writes and logs.
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    for noisy in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers", "gguf"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for package in ("httpx", "huggingface_hub", "datasets", "fsspec", "transformers", "gguf"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     settle_kernels()
@@ -59,7 +59,8 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
     if not first:
         return
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    metrics["peak_rss_gib"] = round(peak_rss_gib(), 3)
+    if (peak := peak_rss_gib()) is not None:
+        metrics["peak_rss_gib"] = round(peak, 3)
     if torch.cuda.is_initialized():
         metrics["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     write_json(metrics_path, metrics)
@@ -67,11 +68,11 @@ def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int =
 
 
 def settle_kernels() -> None:
-    """Call each elementwise function that oneMKL computes once, on one number and so on one thread.
+    """Call each elementwise function of oneMKL once, on one number and therefore on one thread.
 
-    oneMKL looks for a function's kernel in its first call. Where several threads make that call at once, one of them
-    may get a kernel of low precision for its share (https://github.com/pytorch/pytorch/issues/188792): RoPE's cosines
-    of half of the positions, and with them all results, then differ from those of any other run.
+    oneMKL selects a function's kernel in its first call. If several threads make that call at once, one of them may get
+    a kernel of low precision (https://github.com/pytorch/pytorch/issues/188792). RoPE's cosines of half of the
+    positions, and with them all results, then differ from those of any other run.
     """
     for dtype in (torch.float32, torch.float64):
         number = torch.full((1,), 0.5, dtype=dtype)
@@ -80,21 +81,25 @@ def settle_kernels() -> None:
 
 
 def select_device(runtime: RuntimeParams) -> torch.device:
-    """`auto` is the GPU where torch sees one. Raises DeviceError when `cuda` is asked for and there is none."""
+    """Return the device of `runtime.device`; `auto` is the GPU if torch finds one.
+
+    Raises:
+        DeviceError: the setting is `cuda`, and torch finds no GPU.
+    """
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("runtime.device='cuda', but torch sees no GPU; use cpu or auto, or install a CUDA build")
+        raise DeviceError("runtime.device='cuda': torch finds no GPU. Use cpu or auto, or install a CUDA build.")
     return torch.device(runtime.device)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes and logs."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Return whether this process is the one that writes and logs."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Iterate with a bar on a terminal, silently elsewhere and on all ranks but the first."""
+    """Iterate over `items` with a progress bar. Only the first rank shows it, and only on a terminal."""
     disable = None if is_first_rank() else True
     bar = tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
     _bars.append(bar)
@@ -105,28 +110,32 @@ def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[
 
 
 def note_progress(**values: Any) -> None:
-    """Show values (the current loss, …) at the end of the bar that was begun last."""
+    """Show values, such as the current loss, at the end of the progress bar that was started last."""
     if _bars and not _bars[-1].disable:
         _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
 
 
-def peak_rss_gib() -> float:
-    """Peak resident memory of this process in GiB.
+def peak_rss_gib() -> float | None:
+    """Return the peak resident memory of this process in GiB, or None where the platform does not give it.
 
-    Read from VmHWM where there is one: unlike getrusage's figure it does not start at the parent's size.
+    Linux gives it as VmHWM. The figure of getrusage is the fallback, because on Linux it starts at the parent's size.
     """
-    if os.path.exists("/proc/self/status"):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if (peak := _read_status("VmHWM")) is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # macOS counts in bytes, all other systems in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def return_freed_memory() -> None:
-    """Have glibc give large blocks (4 MiB and more) back as soon as they are freed; does nothing elsewhere.
+    """Make glibc return large blocks (4 MiB and more) to the system when they are freed. Does nothing without glibc.
 
-    By default it keeps blocks of up to 32 MiB, and aligned ones, as torch asks for, are seldom reused: a backward pass
-    through all blocks grows the process to twice what is in use. Measured on it: 2.8 GiB become 1.9, at the same speed.
+    By default glibc keeps blocks of up to 32 MiB. Torch asks for aligned blocks, which are seldom reused, so a backward
+    pass through all blocks of a model grows the process to twice the memory in use. Measured there: 2.8 GiB before,
+    1.9 GiB after, at the same speed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -134,12 +143,18 @@ def return_freed_memory() -> None:
 
 
 def current_rss_gib() -> float:
-    """Resident memory of this process in GiB; 0 where the system does not say."""
-    path = Path("/proc/self/status")
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        if line.startswith("VmRSS:"):
+    """Return the resident memory of this process in GiB; 0 where the platform does not give it."""
+    return _read_status("VmRSS") or 0.0
+
+
+def _read_status(key: str) -> float | None:
+    """Return a size in /proc/self/status in GiB, or None where there is no such file or line."""
+    if not _STATUS.is_file():
+        return None
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 2**20
-    return 0.0
+    return None
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,8 @@
-"""What stands behind a source: the contents of files, the commit of a hub id, the version of a package.
+"""Identify sources: the contents of files, the commit of a hub model, the version of a package.
 
-A name in params.yaml stays the same while what it names changes. What is found here says so: JSON values that are the
-same exactly as long as the source is, without a path or a time. Imports no torch: this runs before every `dvc repro`.
+A name in params.yaml may stay the same while the thing it names changes. The functions here describe that thing as JSON
+values that are equal exactly as long as it is the same. The values hold no path and no time. This module imports no
+torch, because it runs before every `dvc repro`.
 """
 
 import hashlib
@@ -23,24 +24,29 @@ logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
-# Seconds given to the hub: where a commit is known, not asking in vain matters more than hearing of a newer one.
+# Seconds to wait for the hub. Where a commit is already known, a short wait matters more than news of a newer commit.
 _PATIENCE, _FIRST_PATIENCE = 1.0, 10.0
 
 
 class SourceError(PipelineError):
-    """A source is not there or cannot be read; the message names its key in params.yaml."""
+    """A source is missing or cannot be read. The message names its key in params.yaml."""
 
 
 class FileHashes:
-    """SHA-256 of files; `path` keeps them, so that a file is not read again while its size and times stand still.
+    """Computes the SHA-256 of files, and stores the hashes so that an unchanged file is not read again.
 
-    with FileHashes(path) as hashes: hashes.hash(file)      # kept when the block is left, also by an error
+    A file counts as unchanged while its size and times are the same.
+
+        with FileHashes(path) as hashes:
+            hashes.hash(file)
+
+    New hashes are written to `path` at the end of the block, also after an error.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._kept = read_json(path)
-        self._read = 0
+        self._stored = read_json(path)
+        self._files_read = 0
 
     def __enter__(self) -> "FileHashes":
         return self
@@ -48,36 +54,37 @@ class FileHashes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._read:
-            write_json(self.path, self._kept)
+        if self._files_read:
+            write_json(self.path, self._stored)
 
     def hash(self, path: Path) -> str:
-        """Of the bytes of one file, as 64 hex digits. Raises OSError."""
-        status = path.stat()  # before it is read: what is written meanwhile has a later time
-        # The time of change is set by the system: it also moves where a copy keeps the time of modification.
+        """Return the hash of a file's bytes as 64 hex digits. Raises OSError."""
+        status = path.stat()  # before reading: a write in the meantime has a later time
+        # The system sets the time of change (ctime), so it moves even where a copy keeps the time of modification.
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        *kept, digest = self._kept.get(str(path.absolute()), [None])
-        if kept != state:
+        *stored_state, digest = self._stored.get(str(path.absolute()), [None])
+        if stored_state != state:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._kept[str(path.absolute())] = [*state, digest]
-            self._read += 1
+            self._stored[str(path.absolute())] = [*state, digest]
+            self._files_read += 1
         return digest
 
 
 def as_path(source: str) -> Path:
-    """A path as people write it: `~/` is their home."""
+    """Return a path in which `~/` is the user's home folder."""
     return Path(os.path.expanduser(source))
 
 
 def describe_files(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
-    """Of a file or folder: {"sha256": {name: of its contents}}, sorted by name; a folder's files with all below it.
+    """Describe a file or a folder: {"sha256": {name: hash of its contents}}, sorted by name.
 
-    What is hidden and `__pycache__` do not count; of a GGUF file in several parts all parts do.
+    A folder counts with all files below it, except hidden ones and `__pycache__`. A GGUF file that is split counts with
+    all of its parts.
 
     Args:
-        key: of params.yaml, for messages.
-        source: a path that is there, as people write it (`~/`).
+        key: the key in params.yaml, for messages.
+        source: a path that exists; `~/` is the user's home folder.
 
     Raises:
         SourceError: a file cannot be read.
@@ -89,27 +96,31 @@ def describe_files(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
 
 
 def describe_hub_model(repository: str, revision: str | None, last: dict[str, Any]) -> dict[str, Any]:
-    """Of a model on the Hugging Face Hub: {"repository", "revision", "commit"}.
+    """Describe a model on the Hugging Face Hub: {"repository", "revision", "commit"}.
 
-    Where the hub does not answer in time, the commit is the one in `last` (what this returned for it before), or the
-    one that was downloaded last; where there is neither it is None, and "reason" says so.
+    If the hub does not answer in time, the commit is the one in `last` (the previous description), or else the one that
+    was downloaded last. If both are missing, the commit is None and "reason" says why.
     """
-    asked = {"repository": repository, "revision": revision}
+    name = {"repository": repository, "revision": revision}
     if revision is not None and _COMMIT.fullmatch(revision):
-        return asked | {"commit": revision}
-    same = {key: last.get(key) for key in asked} == asked
-    known = (last.get("commit") if same else None) or _find_downloaded(repository, revision)
+        return name | {"commit": revision}
+    same_name = {key: last.get(key) for key in name} == name
+    known = (last.get("commit") if same_name else None) or _find_downloaded(repository, revision)
     commit, problem = _ask_hub(repository, revision, _FIRST_PATIENCE if known is None else _PATIENCE)
     if commit is None:
-        went_on = "no commit of it is known" if known is None else f"going by the commit known from before, {known[:8]}"
-        logger.warning("model.source=%r: the hub does not say what it holds (%s); %s", repository, problem, went_on)
+        fallback = "no commit of it is known" if known is None else f"using the last known commit, {known[:8]}"
+        logger.warning("model.source=%r: the hub does not name its commit (%s); %s", repository, problem, fallback)
     if commit is None and known is None:
-        return asked | {"commit": None, "reason": "never seen: not on this machine, and the hub has not answered"}
-    return asked | {"commit": commit or known}
+        return name | {"commit": None, "reason": "never seen: not on this machine, and the hub has not answered"}
+    return name | {"commit": commit or known}
 
 
 def describe_package(key: str, source: str, package: str) -> dict[str, Any]:
-    """Of `packaged:…`: {"package", "version"}. Raises SourceError when it is not installed."""
+    """Describe a source `packaged:…`: {"package", "version"}.
+
+    Raises:
+        SourceError: the package is not installed.
+    """
     try:
         return {"package": package, "version": importlib.metadata.version(package)}
     except importlib.metadata.PackageNotFoundError:
@@ -119,31 +130,32 @@ def describe_package(key: str, source: str, package: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A mapping written before; empty where there is none, or a damaged one."""
+    """Return the mapping in a JSON file, or an empty one where the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _list_files(path: Path) -> dict[str, Path]:
-    """Name below `path` -> file."""
+    """Return the files of a source: name below `path` -> file."""
     if path.is_file():
         part = _GGUF_PART.fullmatch(path.name)
         if part is None:
             return {path.name: path}
         others = {file.name: (file, _GGUF_PART.fullmatch(file.name)) for file in path.parent.iterdir()}
         return {name: file for name, (file, other) in others.items() if other and other.groups() == part.groups()}
-    found = {}
-    for folder, inner, names in os.walk(path):
-        inner[:] = [name for name in inner if not name.startswith(".") and name != "__pycache__"]
+    listed: dict[str, Path] = {}
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
         files = [Path(folder) / name for name in names if not name.startswith(".")]
-        found |= {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
-    return found
+        listed |= {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
+    return listed
 
 
 def _find_downloaded(repository: str, revision: str | None) -> str | None:
+    """Return the commit of the model that the hub's client downloaded last, or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -155,7 +167,7 @@ def _find_downloaded(repository: str, revision: str | None) -> str | None:
 
 
 def _ask_hub(repository: str, revision: str | None, seconds: float) -> tuple[str | None, str]:
-    """(commit, "") or (None, why not), within `seconds`: the client's own timeout leaves out looking up a name."""
+    """Return (commit, "") or (None, problem) within `seconds`. The client's timeout does not cover the DNS lookup."""
     from huggingface_hub import HfApi
 
     answers: queue.SimpleQueue[tuple[str | None, str]] = queue.SimpleQueue()
@@ -163,7 +175,7 @@ def _ask_hub(repository: str, revision: str | None, seconds: float) -> tuple[str
     def ask() -> None:
         try:
             answers.put((HfApi().model_info(repository, revision=revision, timeout=seconds).sha, ""))
-        except Exception as error:  # whatever its client raises: there is no answer, and the stage `model` says more
+        except Exception as error:  # of any type: there is no answer, and the stage `model` will say more
             answers.put((None, (str(error).strip().splitlines() or [type(error).__name__])[0]))
 
     threading.Thread(target=ask, daemon=True).start()

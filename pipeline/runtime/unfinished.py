@@ -1,10 +1,11 @@
-"""Hidden states behind the last finished block, kept on disk by every rank, so that a killed run continues.
+"""Unfinished work on disk, so that a killed run continues after its last finished block.
 
-Written behind everything else a block leaves, and with the number of finished blocks inside: whatever a kill leaves,
-these files are the truth. Of several ranks one may be killed before the others have written; so they keep two
-generations, and continue behind the last block that all of them have finished.
+Every rank saves its hidden states after a block, and only after the block's other files. The number of finished blocks
+is inside the same file, so whatever a kill leaves, this file is right. One of several ranks may be killed before the
+others have saved. So each rank keeps its last two generations, and all continue after the last block that all have
+finished.
 
-What one version of the code has begun another one must not finish: a work folder says which it is of.
+A run must not be continued by another version of the code. So a work folder stores a hash of the code.
 """
 
 import functools
@@ -29,18 +30,19 @@ _CODE = "code"
 
 @functools.cache
 def describe_code() -> str:
-    """A hash of this project's Python files: pipeline/ and, where they are beside it, stages/."""
-    found, root = hashlib.sha256(), Path(pipeline.__file__).parent.parent
+    """Return a hash of this project's Python files: pipeline/ and, where it is next to that folder, stages/."""
+    digest, root = hashlib.sha256(), Path(pipeline.__file__).parent.parent
     for path in sorted(path for folder in ("pipeline", "stages") for path in (root / folder).rglob("*.py")):
-        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 @contextmanager
-def work_of_this_code(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """A stage's work folder: without what other code left there, gone once the stage is through.
+def open_work_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Open a stage's work folder for the body; remove it once the stage has succeeded.
 
-    What a stage that fails has finished is kept; where that is nothing, no folder is left.
+    The work of another version of the code is removed first. A stage that fails leaves its finished work, and leaves no
+    folder where there is none.
     """
     stamp = folder / _CODE
     if ranks.first:
@@ -50,39 +52,45 @@ def work_of_this_code(folder: Path, ranks: Ranks) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(describe_code(), encoding="utf-8")
     ranks.wait()
-    through = False
+    succeeded = False
     try:
         yield
-        through = True
+        succeeded = True
     finally:
-        if ranks.first and (through or [*folder.glob("*")] == [stamp]):
+        if ranks.first and (succeeded or [*folder.glob("*")] == [stamp]):
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # there are others' folders
+            with suppress(OSError):  # other stages have folders there
                 folder.parent.rmdir()
 
 
-def save_generation(work: Path, streams: dict[str, torch.Tensor], finished: int, header: Header, ranks: Ranks) -> None:
-    """Keep this rank's streams behind `finished` blocks, and wait for the other ranks to have done so."""
+def save_generation(
+    work_folder: Path, streams: dict[str, torch.Tensor], finished: int, header: Header, ranks: Ranks
+) -> None:
+    """Save this rank's streams after `finished` blocks, then wait until the other ranks have saved theirs."""
     state = {"finished": torch.tensor(finished), "ranks": torch.tensor(ranks.world)}
-    save_tensors(_path(work, ranks, finished), streams | state, header)
+    save_tensors(_path(work_folder, ranks, finished), streams | state, header)
     ranks.wait()
 
 
-def load_generation(work: Path, header: Header, ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
-    """How many blocks an unfinished run of the same header has finished on all ranks, and this rank's streams there."""
-    found = {}
-    for path in {_path(work, ranks, generation) for generation in (0, 1)}:
+def load_generation(work_folder: Path, header: Header, ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
+    """Return how many blocks an unfinished run has finished on all ranks, and this rank's streams after them.
+
+    Returns (0, {}) where no run with an equal header and the same number of ranks has left its work.
+    """
+    generations: dict[int, dict[str, torch.Tensor]] = {}
+    for path in {_path(work_folder, ranks, generation) for generation in (0, 1)}:
         saved = load_unfinished(path, header)
         if saved is not None and int(saved["ranks"]) == ranks.world:
-            found[int(saved["finished"])] = saved
+            generations[int(saved["finished"])] = saved
         elif saved is not None:
-            logger.warning("starting over: the unfinished run in %s had another number of processes", work)
-    newest = torch.tensor(max(found, default=0))
-    ranks.least_(newest)
-    everywhere = torch.tensor(int(newest) if int(newest) in found else 0)
-    ranks.least_(everywhere)
-    return int(everywhere), found.get(int(everywhere), {})
+            logger.warning("starting over: the unfinished run in %s had another number of processes", work_folder)
+    newest = torch.tensor(max(generations, default=0))
+    ranks.min_(newest)
+    everywhere = torch.tensor(int(newest) if int(newest) in generations else 0)
+    ranks.min_(everywhere)
+    return int(everywhere), generations.get(int(everywhere), {})
 
 
-def _path(work: Path, ranks: Ranks, finished: int) -> Path:
-    return work / _STREAMS.format(rank=ranks.rank, generation=finished % 2 if ranks.world > 1 else 0)
+def _path(work_folder: Path, ranks: Ranks, finished: int) -> Path:
+    generation = finished % 2 if ranks.world > 1 else 0
+    return work_folder / _STREAMS.format(rank=ranks.rank, generation=generation)

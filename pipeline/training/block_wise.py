@@ -131,7 +131,7 @@ def finetune_blocks(
     wanted = TARGETS[params.blocks.target]
     start_token = load_start_token(initial.folder / PREFIX, initial.stage)
     windows = {
-        split: put_in_front(ids[ranks.own(len(ids))], start_token)
+        split: put_in_front(ids[ranks.slice_windows(len(ids))], start_token)
         for split, ids in {"train": train, "validation": validation}.items()
     }
     if not params.blocks.enabled:  # the rest of them nobody would look at

@@ -89,7 +89,7 @@ def _finetune_end_to_end(
     """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
     data = []
     for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
-        own = ids[place.ranks.own(len(ids))]
+        own = ids[place.ranks.slice_windows(len(ids))]
         reference = run_original(models.original, own, place.runner, windows.start_token)
         reference = place.offload.keep(f"original-{name}", reference)
         read = put_in_front(own, unpack_start_token(prefix))

@@ -40,9 +40,17 @@ def test_the_summary_of_a_hand_made_run():
     }
 
 
-def build(evaluations=EVALUATIONS, settings=None, pictures=()):
-    summary = summarise_run("W4A4KV4 static", "found", evaluations, COSTS, 12.5)
-    return build_page(summary, evaluations, PREFIX, SATURATION, COSTS, settings or {}, pictures)
+def build(evaluations=EVALUATIONS, settings=None, pictures=(), costs=COSTS):
+    summary = summarise_run("W4A4KV4 static", "found", evaluations, costs, 12.5)
+    return build_page(summary, evaluations, PREFIX, SATURATION, costs, settings or {}, pictures)
+
+
+def test_a_platform_without_memory_figures_leaves_them_out():
+    costs = {"model": {"seconds": 90.0}, "export": {"seconds": 30.0}}
+    assert "gib" not in summarise_run("W4A4KV4 static", "found", EVALUATIONS, costs, 12.5)
+    page = build(costs=costs)
+    assert "<td>model</td><td>90.0</td><td></td>" in page
+    assert "<td>model</td><td>90.0</td><td>0.50</td>" in build()
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes do what one does."""
+"""Several processes compute the same as one."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import torch.multiprocessing
 import yaml
 
 from pipeline.runtime.params import RuntimeParams
-from pipeline.runtime.ranks import Ranks, shuffle
+from pipeline.runtime.ranks import ALONE, RankError, Ranks, shuffle
 from stages.launcher import join_ranks
 from tests.conftest import ROOT
 from tests.training.test_finetuning import BlockData, quantized, trainer_of  # noqa: F401 (a fixture)
@@ -20,7 +20,7 @@ RUNTIME = RuntimeParams.model_validate(
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 64, 100])
-def test_shuffled_windows_are_all_windows_spread_evenly(count):
+def test_every_batch_of_a_shuffled_order_spreads_evenly_over_ranks(count):
     orders = [shuffle(count, torch.Generator().manual_seed(seed)) for seed in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(count))
@@ -31,18 +31,34 @@ def test_shuffled_windows_are_all_windows_spread_evenly(count):
                 assert sorted((order[start : start + 4] % 4).tolist()) == [0, 1, 2, 3]
 
 
-def test_windows_are_owned_by_one_rank_and_found_there():
+def test_every_window_belongs_to_one_rank_and_is_located_there():
     windows = torch.arange(7)
     ranks = [Ranks(rank, 3) for rank in range(3)]
-    assert [windows[rank.own(7)].tolist() for rank in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [windows[rank.slice_windows(7)].tolist() for rank in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
     batch = torch.tensor([6, 2, 4, 0])
     for rank in ranks:
-        own = windows[rank.own(7)][rank.locate(batch)]
-        assert own.tolist() == [index for index in batch.tolist() if index % 3 == rank.rank]
+        rank_windows = windows[rank.slice_windows(7)][rank.locate(batch)]
+        assert rank_windows.tolist() == [index for index in batch.tolist() if index % 3 == rank.rank]
+
+
+def test_fewer_windows_than_ranks_are_refused():
+    message = r"^runtime\.processes=3: there are only 2 windows\. Use at most 2\.$"
+    with pytest.raises(RankError, match=message):
+        Ranks(0, 3).slice_windows(2)
+
+
+def test_one_process_keeps_its_tensors():
+    values = torch.arange(6.0).view(3, 2)
+    ALONE.sum_(values)
+    ALONE.broadcast_(values)
+    assert ALONE.count(3) == 3
+    assert ALONE.collect(values, 3) is values
+    assert ALONE.join(values) is values
+    assert values.flatten().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def measure(trainer, data):
-    """Losses of some batches, the gradients of a whole one, and the course of a training run."""
+    """Return the losses of some batches, the gradients of a whole one, and the validation losses of a training run."""
     losses = {
         "batch": trainer.differentiate(data, torch.tensor([3, 0])),
         "one rank has none": trainer.differentiate(data, torch.tensor([0, 2])),
@@ -54,15 +70,36 @@ def measure(trainer, data):
     return losses, gradients, [row["validation"] for row in trainer.state.history]
 
 
+def check_collectives(ranks):
+    """Check each collective on two ranks that hold [1, 2] and [3, 0]."""
+    values = {operation: torch.tensor([[1, 2], [3, 0]][ranks.rank]) for operation in ("sum_", "min_", "max_")}
+    for operation, tensor in values.items():
+        getattr(ranks, operation)(tensor)
+    assert {operation: tensor.tolist() for operation, tensor in values.items()} == {
+        "sum_": [4, 2],
+        "min_": [1, 0],
+        "max_": [3, 2],
+    }
+    windows = torch.arange(10).view(5, 2)
+    assert torch.equal(ranks.collect(windows[ranks.slice_windows(5)], 5), windows)
+    assert ranks.join(torch.full((ranks.rank + 1,), ranks.rank)).tolist() == [0, 1, 1]
+    assert ranks.count(ranks.rank + 1) == 3
+    first = torch.tensor(float(ranks.rank))
+    ranks.broadcast_(first)
+    assert first == 0
+    ranks.wait()
+
+
 def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     with join_ranks(RUNTIME) as (ranks, _):
         trainer, _, data = trainer_of(quantized)
-        own = ranks.own(data.count)
+        windows = ranks.slice_windows(data.count)
         trainer.ranks = ranks
-        shard = BlockData(data.inputs[own], [target[own] for target in data.targets], data.count)
+        shard = BlockData(data.inputs[windows], [target[windows] for target in data.targets], data.count)
+        check_collectives(ranks)
         torch.save(measure(trainer, shard), folder / f"{rank}.pt")
 
 
@@ -74,10 +111,10 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(quantized, tmp_path):  #
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_differentiate, (2, port, quantized, tmp_path), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for found_losses, found_gradients, found_history in both:
+    for rank_losses, rank_gradients, rank_history in both:
         for name, loss in losses.items():
-            assert found_losses[name] == pytest.approx(loss, rel=1e-5), name
-        for found, expected in zip(found_gradients, gradients, strict=True):
-            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-        assert found_history == pytest.approx(history, rel=1e-2)
+            assert rank_losses[name] == pytest.approx(loss, rel=1e-5), name
+        for gradient, expected in zip(rank_gradients, gradients, strict=True):
+            assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert rank_history == pytest.approx(history, rel=1e-2)
     assert both[0][2] == both[1][2]  # ranks agree to the last bit: they choose the same epoch

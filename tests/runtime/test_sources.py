@@ -1,4 +1,4 @@
-"""What stands behind a source: the same exactly as long as the source is."""
+"""A source is described by values that are equal exactly as long as the source is the same."""
 
 import hashlib
 import os
@@ -11,8 +11,8 @@ from pipeline.runtime import sources
 from pipeline.runtime.sources import FileHashes, SourceError, describe_files, describe_hub_model, describe_package
 
 
-def describe(path, kept):
-    with FileHashes(kept) as hashes:
+def describe(path, hashes_file):
+    with FileHashes(hashes_file) as hashes:
         return describe_files("model.source", str(path), hashes)
 
 
@@ -25,7 +25,7 @@ def write(folder, **files):
 
 
 def deny_reading(name):
-    """`hashlib.file_digest`, as where one file may not be read."""
+    """`hashlib.file_digest` on a machine where one file may not be read."""
     digest = hashlib.file_digest
 
     def read(file, kind):
@@ -37,7 +37,7 @@ def deny_reading(name):
 
 
 @pytest.fixture
-def kept(tmp_path):
+def hashes_file(tmp_path):
     return tmp_path / "work/hashes.json"
 
 
@@ -52,85 +52,87 @@ def read_files(monkeypatch):
     return names
 
 
-def test_names_and_contents_count_and_nothing_else(tmp_path, kept):
-    first = describe(write(tmp_path / "a", x="one", inner__y="two"), kept)
+def test_only_names_and_contents_change_a_description(tmp_path, hashes_file):
+    first = describe(write(tmp_path / "a", x="one", inner__y="two"), hashes_file)
     assert first == {"sha256": {"inner/y": hashlib.sha256(b"two").hexdigest(), "x": hashlib.sha256(b"one").hexdigest()}}
     assert list(first["sha256"]) == ["inner/y", "x"]
     other = write(tmp_path / "b", inner__y="two", x="one")
     write(other, **{".hidden": "1", ".git__z": "1", "__pycache__": ""} | {"inner__.swp": "1"})
-    assert describe(other, kept) == first
+    assert describe(other, hashes_file) == first
     (other / "x").rename(other / "z")
-    assert describe(other, kept) != first
+    assert describe(other, hashes_file) != first
 
 
-def test_a_single_file_is_described_by_its_name_and_contents(tmp_path, kept):
+def test_a_single_file_is_described_by_its_name_and_contents(tmp_path, hashes_file):
     write(tmp_path, **{"prose.txt": "text", "other.txt": "more"})
-    assert describe(tmp_path / "prose.txt", kept) == {"sha256": {"prose.txt": hashlib.sha256(b"text").hexdigest()}}
+    assert describe(tmp_path / "prose.txt", hashes_file) == {
+        "sha256": {"prose.txt": hashlib.sha256(b"text").hexdigest()}
+    }
 
 
-def test_home_is_found_as_people_write_it(tmp_path, kept, monkeypatch):
+def test_a_tilde_is_the_home_folder(tmp_path, hashes_file, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "texts", x="one")
-    assert describe("~/texts", kept) == describe(tmp_path / "texts", kept)
+    assert describe("~/texts", hashes_file) == describe(tmp_path / "texts", hashes_file)
 
 
-def test_of_a_gguf_file_in_parts_all_parts_count(tmp_path, kept):
+def test_a_split_gguf_file_is_described_by_all_its_parts(tmp_path, hashes_file):
     names = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m-00001-of-00003.gguf", "n-00001-of-00002.gguf")
     write(tmp_path, **dict.fromkeys(names, "tensors"))
-    assert list(describe(tmp_path / names[0], kept)["sha256"]) == list(names[:2])
+    assert list(describe(tmp_path / names[0], hashes_file)["sha256"]) == list(names[:2])
 
 
-def test_a_file_is_read_once_and_again_when_touched(tmp_path, kept, read_files):
+def test_a_file_is_read_once_and_again_after_it_was_touched(tmp_path, hashes_file, read_files):
     folder = write(tmp_path / "a", x="one", y="two")
-    first = describe(folder, kept)
+    first = describe(folder, hashes_file)
     assert read_files == ["x", "y"]
-    stored = kept.read_bytes()
-    assert describe(folder, kept) == first
+    stored = hashes_file.read_bytes()
+    assert describe(folder, hashes_file) == first
     assert read_files == ["x", "y"]
-    assert kept.read_bytes() == stored
+    assert hashes_file.read_bytes() == stored
     os.utime(folder / "y")
-    assert describe(folder, kept) == first
+    assert describe(folder, hashes_file) == first
     assert read_files == ["x", "y", "y"]
 
 
-@pytest.mark.parametrize("times_kept", [False, True])
-def test_a_change_of_the_same_size_is_noticed(times_kept, tmp_path, kept):
+@pytest.mark.parametrize("keeps_times", [False, True])
+def test_a_change_of_the_same_size_is_noticed(keeps_times, tmp_path, hashes_file):
     folder = write(tmp_path / "a", x="one")
-    first = describe(folder, kept)
+    first = describe(folder, hashes_file)
     status = (folder / "x").stat()
     time.sleep(0.02)  # a file system's clock has ticks
     (folder / "x").write_text("two")
-    if times_kept:  # as `cp -p` and `rsync -t` leave it
+    if keeps_times:  # as `cp -p` and `rsync -t` leave it
         os.utime(folder / "x", ns=(status.st_atime_ns, status.st_mtime_ns))
         assert (folder / "x").stat().st_mtime_ns == status.st_mtime_ns
-    assert describe(folder, kept)["sha256"]["x"] == hashlib.sha256(b"two").hexdigest() != first["sha256"]["x"]
+    assert describe(folder, hashes_file)["sha256"]["x"] == hashlib.sha256(b"two").hexdigest() != first["sha256"]["x"]
 
 
-def test_what_was_read_before_an_error_is_not_read_again(tmp_path, kept, read_files, monkeypatch):
+def test_files_read_before_an_error_are_not_read_again(tmp_path, hashes_file, read_files, monkeypatch):
     folder = write(tmp_path / "a", x="one", y="two")
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "file_digest", deny_reading("y"))
         with pytest.raises(SourceError, match="a/y cannot be read"):
-            describe(folder, kept)
-    describe(folder, kept)
+            describe(folder, hashes_file)
+    describe(folder, hashes_file)
     assert read_files == ["x", "y"]
 
 
-def test_damaged_records_are_begun_anew(tmp_path, kept):
+def test_a_damaged_hashes_file_is_replaced(tmp_path, hashes_file):
     folder = write(tmp_path / "a", x="one")
-    first = describe(folder, kept)
-    kept.write_text("{")
-    assert describe(folder, kept) == first
+    first = describe(folder, hashes_file)
+    hashes_file.write_text("{")
+    assert describe(folder, hashes_file) == first
 
 
-def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, kept, monkeypatch):
+def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, hashes_file, monkeypatch):
     folder = write(tmp_path / "a", x="one")
     monkeypatch.setattr(hashlib, "file_digest", deny_reading("x"))
     with pytest.raises(SourceError, match=r"^model\.source='.*/a': .*/a/x cannot be read \(Permission denied\)$"):
-        describe(folder, kept)
+        describe(folder, hashes_file)
 
 
-def test_a_package_counts_by_its_version():
+def test_a_package_is_described_by_its_version():
     assert describe_package("model.source", "packaged:x", "pytest") == {
         "package": "pytest",
         "version": pytest.__version__,
@@ -144,7 +146,7 @@ COMMITS = "1" * 40, "2" * 40
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What the hub answers: a commit, or None when it is not reached; and no model downloaded yet."""
+    """The hub's answer: a commit, or None where it is not reached. No model is downloaded yet."""
     answer = {"sha": COMMITS[0], "asked": []}
 
     def model_info(self, repository, revision, timeout):
@@ -158,28 +160,28 @@ def hub(monkeypatch, tmp_path):
     return answer
 
 
-def test_a_hub_id_counts_by_its_commit_which_is_kept_when_offline(hub, caplog):
+def test_a_hub_model_is_described_by_its_commit_which_stays_when_offline(hub, caplog):
     first = describe_hub_model("org/model", None, {})
     assert first == {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
     hub["sha"] = None
     assert describe_hub_model("org/model", None, first) == first
-    assert "(Name or service not known); going by the commit known from before, 11111111" in caplog.text
+    assert "(Name or service not known); using the last known commit, 11111111" in caplog.text
     hub["sha"] = COMMITS[1]
     assert describe_hub_model("org/model", None, first)["commit"] == COMMITS[1]
     assert hub["asked"] == [("org/model", None)] * 3
 
 
 @pytest.mark.parametrize("asked", [("org/other", None), ("org/model", "v2")])
-def test_another_models_commit_is_not_taken_for_this_ones(asked, hub):
+def test_the_commit_of_another_model_is_not_used(asked, hub):
     first = describe_hub_model("org/model", None, {})
     hub["sha"] = None
-    found = describe_hub_model(*asked, first)
-    assert found["commit"] is None
-    assert found["reason"] == "never seen: not on this machine, and the hub has not answered"
-    assert describe_hub_model(*asked, found) == found
+    other = describe_hub_model(*asked, first)
+    assert other["commit"] is None
+    assert other["reason"] == "never seen: not on this machine, and the hub has not answered"
+    assert describe_hub_model(*asked, other) == other
 
 
-def test_offline_the_commit_downloaded_last_serves(hub, tmp_path):
+def test_the_commit_downloaded_last_is_used_when_offline(hub, tmp_path):
     hub["sha"] = None
     folder = tmp_path / "hub/models--org--model"
     write(folder, refs__main=COMMITS[1], **{f"snapshots__{COMMITS[1]}__config.json": "{}"})
@@ -191,7 +193,7 @@ def test_a_revision_that_is_a_commit_needs_no_hub(hub):
     assert hub["asked"] == []
 
 
-def test_a_hub_that_hangs_is_not_waited_for(hub, monkeypatch):
+def test_a_hub_that_does_not_answer_costs_no_more_than_the_patience(hub, monkeypatch):
     monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: time.sleep(5))
     monkeypatch.setattr(sources, "_PATIENCE", 0.1)
     last = {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
@@ -200,6 +202,6 @@ def test_a_hub_that_hangs_is_not_waited_for(hub, monkeypatch):
     assert time.monotonic() - start < 2
 
 
-def test_a_name_that_no_repository_can_have_is_left_to_the_import(hub):
+def test_an_impossible_repository_name_has_no_commit(hub):
     hub["sha"] = None
     assert describe_hub_model("no such..name", None, {})["commit"] is None

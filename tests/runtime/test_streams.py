@@ -1,4 +1,4 @@
-"""Hidden states in files behave like tensors, and the files go away."""
+"""Hidden states in files behave like tensors, and the files are removed."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_streams_in_memory_are_the_tensors_themselves():
         assert as_tensor(values) is values
 
 
-def test_two_runs_in_one_folder_do_not_meet(tmp_path):
+def test_two_runs_in_one_folder_do_not_share_files(tmp_path):
     with Offload(tmp_path) as first, Offload(tmp_path) as second:
         a, b = first.keep("a", torch.zeros(2)), second.keep("a", torch.ones(2))
         assert as_tensor(a).tolist() == [0, 0]
