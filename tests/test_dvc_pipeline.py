@@ -131,6 +131,7 @@ def test_what_stands_behind_sources_is_looked_at_always_and_each_reader_depends_
     assert {name: paths for name, paths in read.items() if paths} == {
         "model": ["artifacts/sources/model.json"],
         "corpora": ["artifacts/sources/corpora/${key}.json"],
+        "export": ["artifacts/sources/model.json"],
         "evaluation": ["artifacts/sources/tasks.json"],
     }
 
