@@ -46,7 +46,7 @@ from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.planning.rotation import plan_rotation
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
-from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.quantizer_init import resolve_settings
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.memory import GIB
 from pipeline.runtime.progress import select_device
@@ -267,7 +267,7 @@ class Shape:
         self._block = build_skeleton(LlamaConfig(**shapes | {"num_hidden_layers": 1})).model.layers[0]
         self.settings: dict[str, Any] = {}
         if quantized:
-            settings, _ = plan_block(parse_params(read_params()).quantizer_init, self, 0)
+            settings, _ = resolve_settings(parse_params(read_params()).quantizer_init, self, 0)
             self.settings = describe_blocks([settings])
 
     def build_block(self, index: int) -> nn.Module:

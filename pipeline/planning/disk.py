@@ -16,7 +16,7 @@ from pipeline.inference.packed_block import pack_block_
 from pipeline.models.checkpoint import EMBEDDINGS, Checkpoint, list_companions
 from pipeline.planning.sizes import Sizes
 from pipeline.quantization.params import QuantizerInitParams
-from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.quantizer_init import resolve_settings
 from pipeline.runtime.artifacts import open_tensors
 
 _COMPARED_ROWS = 64  # enough to tell a tied lm_head from one that was rotated
@@ -72,7 +72,7 @@ def _count_block(checkpoint: Checkpoint, index: int, settings: BlockSettings | N
 
 def count_quantized_blocks(rotated: Checkpoint, params: QuantizerInitParams) -> BlockFiles:
     """Return the bytes of the blocks that `quantizer_init` makes of a rotated checkpoint."""
-    return count_blocks(rotated, lambda index: plan_block(params, rotated, index)[0])
+    return count_blocks(rotated, lambda index: resolve_settings(params, rotated, index)[0])
 
 
 def count_tables(sizes: Sizes, dtype: torch.dtype) -> int:
