@@ -117,17 +117,24 @@ class Bench:
         runner = BlockRunner(rotated, self.device, 4)
         cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
         cheap |= {} if name in SEARCHED else {"weights.range": "max"}
-        init = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
+        params = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
         prefix = load_prefix(self.artifacts / "prefix_training" / "prefix.safetensors", use)
         train = load_windows(self.artifacts / "calibration" / "train.safetensors")
         start_token = start_behind(train.start_token, prefix.begun_from)
         folder = self.work / "quantized"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        place = folder / "blocks", folder / "model", make_header("quantizer_init", {})
-        windows = train.token_ids[: self.calibration, : self.length]
         init_quantizers(
-            rotated, (prefix.token_ids, prefix.embeddings), windows, init, runner, *place, start_token=start_token
+            rotated,
+            folder / "model",
+            params=params,
+            prefix_token_ids=prefix.token_ids,
+            prefix_embeddings=prefix.embeddings,
+            token_ids=train.token_ids[: self.calibration, : self.length],
+            runner=runner,
+            work_folder=folder / "blocks",
+            header=make_header("quantizer_init", {}),
+            text_start_token_id=start_token,
         )
         quantized = Checkpoint(folder / "model", "quantizer_init")
         held_out = {

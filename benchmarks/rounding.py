@@ -21,7 +21,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range
 from pipeline.quantization.equalization import Equalizer, select_block
-from pipeline.quantization.scale_search import Candidate, search_factors, weight_error
+from pipeline.quantization.scale_search import Candidate, make_weight_objective, search_factors
 from pipeline.quantization.statistics import SiteStatistics, record_block
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.arguments import Parser, whole
@@ -114,11 +114,12 @@ def _take_hessians(kept: dict[str, SiteStatistics]) -> dict[str, torch.Tensor]:
 def _round(linear: QuantizedLinear, range_: str, hessian: torch.Tensor, factor: InverseFactor) -> torch.Tensor:
     """What GPTQ adds to a weight, [out, in], float32."""
     weight, spec = linear.weight.float(), linear.spec
-    ends = measure_range(group(weight, spec.group_size))
-    candidate = Candidate(spec, *ends, tuple(ends[0].shape))
-    search = search_factors(*weight_error(weight, candidate, hessian if range_ == "layer" else None))
-    kept = candidate.parameters(search.factor)
-    return dequantize_weight(round_gptq(weight, factor, *kept, spec.grid), *kept, spec.grid) - weight
+    low, high = measure_range(group(weight, spec.group_size))
+    candidate = Candidate(spec, low, high, tuple(low.shape))
+    search = search_factors(make_weight_objective(weight, candidate, hessian if range_ == "layer" else None))
+    scale, zero_point = candidate.find_parameters(search.factor)
+    codes = round_gptq(weight, factor, scale, zero_point, spec.grid)
+    return dequantize_weight(codes, scale, zero_point, spec.grid) - weight
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import Equalizer
 from pipeline.quantization.params import QuantizerInitParams
-from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.quantizer_init import resolve_settings
 from pipeline.quantization.statistics import choose_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
 from pipeline.runtime.artifacts import write_json
@@ -80,7 +80,7 @@ def measure(
     start = time.perf_counter()
     runner.advance_(plain, copy, prefix_kv)
     forward = time.perf_counter() - start
-    settings, plan = plan_block(init, rotation, index)
+    settings, site_settings = resolve_settings(init, rotation, index)
     block = fill_block(rotation, index, rotation.load_block_tensors(index), settings)
     sample = hidden[choose_windows(len(hidden), init.mse_samples)]
     r2 = load_rotation(rotation.folder, "r2")
@@ -89,7 +89,14 @@ def measure(
         block, rotation.architecture, hidden, prefix_kv, runner=runner, mse_samples=init.mse_samples
     )
     start = time.perf_counter()
-    choose_quantizers_(block, rotation.architecture, statistics, prefix_kv, plan, runner)
+    choose_quantizers_(
+        block,
+        rotation.architecture,
+        statistics,
+        prefix_kv=prefix_kv,
+        site_settings=site_settings,
+        runner=runner,
+    )
     seconds = time.perf_counter() - start
     return seconds / forward, measure_block_error(block, statistics, prefix_kv, runner) / statistics.energy
 

@@ -29,7 +29,7 @@ QUANTIZER_INIT = Path("artifacts/quantizer_init")
 
 
 def main(run: Run) -> None:
-    own, prefix = run.params.quantizer_init, run.params.prefix
+    quantizer_init, prefix = run.params.quantizer_init, run.params.prefix
     checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
     widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
     check_against_model(run.params, widths, checkpoint.block_count, find_max_positions(checkpoint.config))
@@ -37,22 +37,22 @@ def main(run: Run) -> None:
     check_same_origin(checkpoint.header, candidate.header, "model")
     header = make_header(
         "quantizer_init",
-        own.model_dump() | {"prefix": prefix.model_dump()},
+        quantizer_init.model_dump() | {"prefix": prefix.model_dump()},
         {"rotation": checkpoint.header, "prefix_training": candidate.header, "windows": windows.header},
     )
-    start_token = start_behind(windows.start_token, candidate.begun_from)
     run.metrics.update(
         init_quantizers(
             checkpoint,
-            (candidate.token_ids, candidate.embeddings),
-            windows.token_ids,
-            own,
-            run.runner(checkpoint),
-            WORK,
             QUANTIZER_INIT,
-            header,
-            run.ranks,
-            start_token,
+            params=quantizer_init,
+            prefix_token_ids=candidate.token_ids,
+            prefix_embeddings=candidate.embeddings,
+            token_ids=windows.token_ids,
+            runner=run.runner(checkpoint),
+            work_folder=WORK,
+            header=header,
+            ranks=run.ranks,
+            text_start_token_id=start_behind(windows.start_token, candidate.begun_from),
         )
     )
 

@@ -97,9 +97,17 @@ def test_sixteen_bits_everywhere_is_the_original(folder, original, rotated, toke
     checkpoint, runner, _ = rotated
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "keys", "values")}
     init = init_params(off | {"embedding_dtype": "float32"})
-    empty = torch.tensor([], dtype=torch.int64), torch.zeros(0, 576)
-    header = make_header("quantizer_init", {})
-    init_quantizers(checkpoint, empty, token_ids, init, runner, tmp_path / "work", tmp_path / "out", header)
+    init_quantizers(
+        checkpoint,
+        tmp_path / "out",
+        params=init,
+        prefix_token_ids=torch.tensor([], dtype=torch.int64),
+        prefix_embeddings=torch.zeros(0, 576),
+        token_ids=token_ids,
+        runner=runner,
+        work_folder=tmp_path / "work",
+        header=make_header("quantizer_init", {}),
+    )
     quantized = Checkpoint(tmp_path / "out", "quantizer_init")
     assert block_settings(quantized, 0).online_r4
     assert block_settings(quantized, 0).online_r5

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.params import check_against_model, load_params, parse_params
-from pipeline.quantization.params import site_params
+from pipeline.quantization.params import resolve_site
 from pipeline.runtime.params import ParamsError
 from tests.conftest import ROOT
 
@@ -140,7 +140,7 @@ WIDTHS = {"q_proj": 256, "down_proj": 200, "o_proj": 100, "mlp_hidden": 200, "ke
 def test_group_size_that_does_not_divide_lists_every_site():
     params = parse_params(changed("quantizer_init.weights.group_size", 128))
     with pytest.raises(
-        ParamsError, match=r"weights\.group_size=128 does not divide 200, the width of down_proj"
+        ParamsError, match=r"weights\.group_size=128: does not divide 200, the width of down_proj"
     ) as error:
         check_against_model(params, WIDTHS, 4, 2048)
     assert "width of o_proj" in str(error.value)
@@ -148,7 +148,7 @@ def test_group_size_that_does_not_divide_lists_every_site():
     assert "mlp_hidden" not in str(error.value)
     check_against_model(params, {"q_proj": 256}, 4, 2048)
     params = parse_params(changed("quantizer_init.keys.group_size", 48))
-    with pytest.raises(ParamsError, match=r"1 problem\s+quantizer_init\.keys\.group_size=48 does not divide 64"):
+    with pytest.raises(ParamsError, match=r"1 problem\s+quantizer_init\.keys\.group_size=48: does not divide 64"):
         check_against_model(params, WIDTHS, 4, 2048)
 
 
@@ -228,9 +228,9 @@ def test_an_adapter_of_a_model_that_slides_is_refused_at_once():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"sites": ["down_prj"], "bits": 8}, r"overrides\[0\]\.sites='down_prj': .*did you mean 'down_proj'"),
+        ({"sites": ["down_prj"], "bits": 8}, r"overrides\[0\]\.sites='down_prj': .*Did you mean 'down_proj'"),
         ({"sites": ["down_proj"], "blocks": [2, 4], "bits": 8}, r"blocks=4: the model has blocks 0 to 3"),
-        ({"sites": ["key"], "group_size": 48}, r"overrides\[0\]\.group_size=48 does not divide 64, the width of key"),
+        ({"sites": ["key"], "group_size": 48}, r"overrides\[0\]\.group_size=48: does not divide 64, the width of key"),
     ],
 )
 def test_overrides_are_checked_against_the_model(override, message):
@@ -260,7 +260,7 @@ def test_contradictory_overrides_are_refused(override, message):
 def test_dynamic_percentiles_are_refused():
     params = changed("quantizer_init.activations.mode", "dynamic")
     params["quantizer_init"]["activations"]["range"] = "percentile"
-    with pytest.raises(ParamsError, match=r"activations\.range='percentile' needs mode: static"):
+    with pytest.raises(ParamsError, match=r"activations\.range='percentile': needs mode: static"):
         parse_params(params)
 
 
@@ -278,10 +278,10 @@ def test_the_last_override_that_names_site_and_block_wins():
         {"sites": ["down_proj"], "blocks": [2], "bits": 6, "symmetric": False},
     ]
     init = parse_params(changed("quantizer_init.overrides", overrides)).quantizer_init
-    found = [site_params(init, "down_proj", block)[1] for block in (1, 2)]
-    assert [(values["bits"], values["symmetric"]) for values in found] == [(8, True), (6, False)]
-    assert site_params(init, "key", 0)[1]["bits"] == 8
-    assert site_params(init, "value", 0)[1]["bits"] == 4
+    down_proj = [resolve_site(init, "down_proj", block) for block in (1, 2)]
+    assert [(settings.bits, settings.symmetric) for settings in down_proj] == [(8, True), (6, False)]
+    assert resolve_site(init, "key", 0).bits == 8
+    assert resolve_site(init, "value", 0).bits == 4
 
 
 def write_changed(folder, *replacements):
@@ -384,12 +384,15 @@ def _sibling_or_parent_is_explained(lines: list[str], number: int) -> bool:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": {"format": "fp8_e4m3"}}, r"weights\.bits=4: fp8_e4m3 has 8 \(weights\); set bits: 8"),
+        ({"weights": {"format": "fp8_e4m3"}}, r"weights\.bits=4: fp8_e4m3 has 8 bits \(weights\)\. Set bits: 8"),
         (
             {"activations": {"format": "nvfp4", "symmetric": False}},
             r"activations\.symmetric=false: nvfp4 has no zero point",
         ),
-        ({"keys": {"format": "mxfp4"}}, r"keys\.mode='static': mxfp4 has no static part \(keys\); set mode: dynamic"),
+        (
+            {"keys": {"format": "mxfp4"}},
+            r"keys\.mode='static': mxfp4 has no static scales \(keys\)\. Set mode: dynamic",
+        ),
         ({"values": {"format": "nvfp4", "group_size": 8}}, r"values\.group_size=8: nvfp4 has blocks of 16"),
         ({"weights": {"format": "fp4"}}, r"weights\.format='fp4': allowed are .*'nvfp4'"),
     ],

@@ -1,14 +1,12 @@
 """Choose the scales, zero points and clip factors of every quantizer of one block, and round its weights.
 
-Quantizers are taken in the order data flows through the block, activations first. Each is judged with the statistics of
-the block in full precision (`scale_search.py`), except for the objective `block`: there the block is run with the
-quantizers chosen so far in place, for every factor tried, and its output compared with the full-precision one.
+Quantizers are taken in the order in which data flows through the block, activations before weights. Each is judged by
+the statistics of the block in full precision (`scale_search.py`). The objective `block` is the exception: for every
+factor, the block runs with all quantizers chosen so far, and its output is compared with the full-precision output.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,28 +15,30 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
-from pipeline.models.sites import Site
+from pipeline.models.sites import INPUT_SITES, Site
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
+from pipeline.quantization.params import SiteSettings
 from pipeline.quantization.scale_search import (
+    AttentionProbabilities,
     Candidate,
     ClipSearch,
-    ErrorOf,
-    activation_error,
-    attention_error,
-    attention_output_error,
+    Objective,
+    find_product_dtype,
     keep_range,
-    product_dtype,
+    make_activation_objective,
+    make_key_objective,
+    make_tensor_objective,
+    make_value_objective,
+    make_weight_objective,
     search_factors,
-    tensor_error,
-    weight_error,
 )
 from pipeline.quantization.statistics import BlockStatistics
 
-_COLUMNS = 2048  # of a weight whose product with a Gram matrix is in memory
+_COLUMNS = 2048  # of a weight, whose product with a Gram matrix is in memory at a time
 _MANY = 2**16  # values, over which a sum of errors is smooth
-_ROWS = 1024  # of a weight, evenly spread, on which the error is reported; up to twice as many are all taken
-SitePlan = dict[str, Any]  # the values of a site's params: bits, range, rounding, …
+_ROWS = 1024  # of a weight, evenly spread, that its reported error is measured on (all, up to twice as many)
+SiteReport = dict[str, float]  # clip_factor, relative_error, at_grid_edge, damping
 
 
 @torch.no_grad()
@@ -46,193 +46,209 @@ def choose_quantizers_(
     block: nn.Module,
     architecture: Architecture,
     statistics: BlockStatistics,
+    *,
     prefix_kv: torch.Tensor | None,
-    plan: dict[str, SitePlan],
+    site_settings: dict[str, SiteSettings],
     runner: BlockRunner,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, SiteReport]:
     """Calibrate every quantizer of `block` in place and replace its weights by integers.
 
     Args:
         block: as it was recorded, not calibrated.
-        plan: site -> its values as in params.yaml, overrides applied.
+        statistics: of the block; Gram matrices are used up.
+        prefix_kv: [2, kv_heads, P, d] or None.
+        site_settings: for each site and linear that is to be quantized.
 
     Returns:
-        Site -> {"clip_factor", "relative_error", "at_grid_edge"} (weights also "damping", where GPTQ took it): the
-        mean factor, the error relative to the signal in the objective of the site (weights: in the layer's outputs, of
-        large ones on a part of them), how many optima lie on the grid's end.
+        Site or linear -> {"clip_factor": the mean factor, "relative_error": the error relative to the signal, in the
+        site's objective, "at_grid_edge": how many optima lie at the low end of the grid}. The error of a weight is that
+        of its layer's outputs (of large layers: some of them). A weight rounded by GPTQ also has "damping".
     """
-    chooser = _Chooser(block, architecture, statistics, prefix_kv, plan, runner)
+    chooser = _Chooser(
+        block=block,
+        architecture=architecture,
+        statistics=statistics,
+        prefix_kv=prefix_kv,
+        site_settings=site_settings,
+        runner=runner,
+    )
     report = {}
     for site, quantizer in chooser.quantizers.items():
         if quantizer.spec.enabled:
             report[site] = chooser.calibrate_(site)
-    for site, readers in chooser.readers.items():
+    for site, readers in architecture.site_readers.items():
         for name in readers:
             if block.get_submodule(name).spec.enabled:
-                report[name.rpartition(".")[2]] = chooser.quantize_weight_(name, site)
+                report[_shorten(name)] = chooser.quantize_weight_(name, site)
         chooser.forget_(site)
     return report
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Chooser:
-    """What `choose_quantizers_` was given, and what several of its choices share."""
+    """The arguments of `choose_quantizers_`, and the matrices that several of its choices share."""
 
     block: nn.Module
     architecture: Architecture
     statistics: BlockStatistics
     prefix_kv: torch.Tensor | None
-    plan: dict[str, SitePlan]
+    site_settings: dict[str, SiteSettings]
     runner: BlockRunner
 
     def __post_init__(self) -> None:
-        self.readers = self.architecture.site_readers
         self.quantizers = find_site_quantizers(self.block, self.architecture)
         self._hessians: dict[tuple[str, bool], torch.Tensor] = {}
         self._factors: dict[tuple[str, bool], InverseFactor] = {}
 
-    def calibrate_(self, site: str) -> dict[str, Any]:
-        quantizer, plan, kept = self.quantizers[site], self.plan[site], self.statistics.sites[site]
-        spec, samples = quantizer.spec, kept.sample
-        mean = kept.channels.mean if spec.centered else None
-        if plan["range"] == "percentile":
-            ends = kept.histogram.find_range(plan["percentile"])
+    def calibrate_(self, site: str) -> SiteReport:
+        """Choose the scales, or the clip factors of dynamic scales, of a site's quantizer."""
+        quantizer, settings, statistics = self.quantizers[site], self.site_settings[site], self.statistics.sites[site]
+        spec, samples = quantizer.spec, statistics.sample
+        mean = statistics.channels.mean if spec.centered else None
+        if settings.range == "percentile":
+            ends = statistics.histogram.find_range(settings.percentile)
         else:
-            ends = kept.channels.find_range(spec.group_size, mean)
-        fixed = {} if mean is None else {"shift": mean.reshape(quantizer.shift.shape)}
+            ends = statistics.channels.find_range(spec.group_size, mean)
+        shift = {} if mean is None else {"shift": mean.reshape(quantizer.shift.shape)}
         scales = quantizer.clip_factor[..., 0] if spec.dynamic else quantizer.scale
-        candidate = Candidate.for_samples(spec, samples, ends, tuple(scales.shape), fixed.get("shift"))
+        candidate = Candidate.for_samples(spec, samples, ends, tuple(scales.shape), shift.get("shift"))
 
         def apply(factor: torch.Tensor) -> None:
             if spec.dynamic:
-                quantizer.calibrate_(clip_factor=factor.expand(candidate.count, 2), **fixed)
+                quantizer.calibrate_(clip_factor=factor.expand(candidate.count, 2), **shift)
                 return
-            scale, zero_point = candidate.parameters(factor)
-            chosen = {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}
-            quantizer.calibrate_(**chosen, **fixed)
+            scale, zero_point = candidate.find_parameters(factor)
+            offset = {} if zero_point is None else {"zero_point": zero_point}
+            quantizer.calibrate_(scale=scale, **offset, **shift)
 
-        if plan["range"] == "block":
-            error_of, reference = self._block_error(apply)
-        elif plan["range"] == "tensor":
-            error_of, reference = tensor_error(samples, candidate)
+        if settings.range == "block":
+            objective = self._make_block_objective(apply)
+        elif settings.range == "tensor":
+            objective = make_tensor_objective(samples, candidate)
         else:
-            error_of, reference = self._layer_error(site, samples, candidate)
-        clipping = plan["clipping"]
-        if plan["range"] in ("max", "percentile") or (spec.dynamic and not clipping):
-            search = keep_range(error_of, reference)
+            objective = self._make_layer_objective(site, samples, candidate)
+        if settings.range in ("max", "percentile") or (spec.dynamic and not settings.clipping):
+            search = keep_range(objective)
         else:
-            two_sided = clipping and not spec.symmetric
-            summed = plan["range"] == "tensor" or (plan["range"] == "layer" and site in self.readers)
-            smooth = summed and samples.numel() >= _MANY
-            search = search_factors(error_of, reference, two_sided, smooth)
+            is_sum = settings.range == "tensor" or (settings.range == "layer" and site in INPUT_SITES)
+            search = search_factors(
+                objective,
+                two_sided=settings.clipping and not spec.symmetric,
+                smooth=is_sum and samples.numel() >= _MANY,
+            )
         apply(search.factor)
         return _describe(search)
 
-    def quantize_weight_(self, name: str, site: str) -> dict[str, Any]:
-        """Choose the scales of a weight, round it, and measure the error of the layer's output that is left."""
+    def quantize_weight_(self, name: str, site: str) -> SiteReport:
+        """Choose the scales of a weight that reads `site`, round it, and measure the remaining error of the outputs."""
         linear: QuantizedLinear = self.block.get_submodule(name)
-        plan, spec = self.plan[name.rpartition(".")[2]], linear.spec
-        products, weight = product_dtype(linear.weight), linear.weight.float()
-        hessian = self._hessian(site, spec.centered)
-        ends = measure_range(group(weight, spec.group_size))
-        candidate = Candidate(spec, *ends, tuple(ends[0].shape))
+        settings, spec = self.site_settings[_shorten(name)], linear.spec
+        product_dtype, weight = find_product_dtype(linear.weight), linear.weight.float()
+        hessian = self._find_hessian(site, spec.centered)
+        low, high = measure_range(group(weight, spec.group_size))
+        candidate = Candidate(spec, low, high, tuple(low.shape))
 
         def apply(factor: torch.Tensor) -> None:
-            scale, zero_point = candidate.parameters(factor)
+            scale, zero_point = candidate.find_parameters(factor)
             linear.set_integers_(quantize_weight(weight, scale, spec.grid, zero_point), scale, zero_point)
 
-        if plan["range"] == "block":
-            error_of, reference = self._block_error(apply)
+        if settings.range == "block":
+            objective = self._make_block_objective(apply)
         else:
-            error_of, reference = weight_error(weight, candidate, None if plan["range"] == "tensor" else hessian)
-        if plan["range"] == "max":
-            search = keep_range(error_of, reference)
+            objective = make_weight_objective(weight, candidate, None if settings.range == "tensor" else hessian)
+        if settings.range == "max":
+            search = keep_range(objective)
         else:
-            search = search_factors(error_of, reference, two_sided=not spec.symmetric)
-        report = {}
-        if plan["rounding"] == "gptq":
-            scale, zero_point = candidate.parameters(search.factor)
-            factor = self._factor_inverse(site, spec.centered, plan["damping"])
+            search = search_factors(objective, two_sided=not spec.symmetric)
+        report = _describe(search)
+        if settings.rounding == "gptq":
+            scale, zero_point = candidate.find_parameters(search.factor)
+            factor = self._find_inverse_factor(site, spec.centered, settings.damping)
             linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.grid), scale, zero_point)
-            report = {"damping": factor.damping}
+            report["damping"] = factor.damping
         else:
             apply(search.factor)
-        # Not `dense_weight`, which keeps what it computes: a whole block in float32, in the end.
-        kept = linear.weight, linear.weight_scale, linear.weight_zero_point
-        change = dequantize_weight(*kept, spec.grid).sub_(weight)
+        # `dense_weight` would keep its result: in the end a whole block in float32.
+        rounded = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point, spec.grid)
+        change = rounded.sub_(weight)
         if spec.centered:
             linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
         rows = slice(None, None, max(1, len(weight) // _ROWS))
-        error, energy = (_output_energy(x[rows], hessian, products) for x in (change, weight))
-        return _describe(search) | {"relative_error": error / energy if energy > 0 else 0.0} | report
+        error, energy = (_output_energy(x[rows], hessian, product_dtype) for x in (change, weight))
+        report["relative_error"] = error / energy if energy > 0 else 0.0
+        return report
 
-    def _hessian(self, site: str, centered: bool) -> torch.Tensor:
-        """Computed once for all linears that read a site, as is its inverse factor."""
+    def _find_hessian(self, site: str, centered: bool) -> torch.Tensor:
+        """Return the Hessian of a site [C, C]: the mean of x^T x, or of (x - mean)^T (x - mean) if `centered`.
+
+        The first call uses up the site's Gram matrix, so it computes all Hessians that the readers of the site need.
+        """
         if (site, centered) not in self._hessians:
-            kept, linears = self.statistics.sites[site], map(self.block.get_submodule, self.readers[site])
+            statistics = self.statistics.sites[site]
+            linears = [self.block.get_submodule(name) for name in self.architecture.site_readers[site]]
             kinds = {linear.spec.centered for linear in linears if linear.spec.enabled}
-            hessian = kept.take_hessian()
-            for kind in sorted(kinds):  # the one that is not centered first, copied where the other is asked for too
-                own = hessian.clone() if len(kinds) > 1 and not kind else hessian
-                self._hessians[site, kind] = kept.center_(own) if kind else own
+            hessian = statistics.take_hessian()
+            if False in kinds:  # a copy if the other is needed too, because centering happens in place
+                self._hessians[site, False] = hessian.clone() if True in kinds else hessian
+            if True in kinds:
+                self._hessians[site, True] = statistics.center_(hessian)
         return self._hessians[site, centered]
 
-    def forget_(self, site: str) -> None:
-        """Drop what only the readers of `site` need."""
-        for kind in (False, True):
-            self._hessians.pop((site, kind), None)
-            self._factors.pop((site, kind), None)
-        self.statistics.sites[site].gram = None
-
-    def _factor_inverse(self, site: str, centered: bool, damping: float) -> InverseFactor:
+    def _find_inverse_factor(self, site: str, centered: bool, damping: float) -> InverseFactor:
+        """Return the factor that GPTQ needs of a Hessian, computed once for all readers of the site."""
         if (site, centered) not in self._factors:
-            self._factors[site, centered] = factor_inverse(self._hessian(site, centered), damping)
+            self._factors[site, centered] = factor_inverse(self._find_hessian(site, centered), damping)
         return self._factors[site, centered]
 
-    def _layer_error(self, site: str, samples: torch.Tensor, candidate: Candidate) -> tuple[ErrorOf, torch.Tensor]:
-        if site in self.readers:
-            weights = [self.block.get_submodule(name).weight for name in self.readers[site]]
-            return activation_error(samples, candidate, weights)
-        attention, kept = self.block.self_attn, self.statistics
-        cap = getattr(attention, "attn_logit_softcapping", None)
-        window = find_sliding_window(self.runner.config, self.block)
-        prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(kept.queries)
+    def forget_(self, site: str) -> None:
+        """Drop the matrices that only the readers of `site` need."""
+        for centered in (False, True):
+            self._hessians.pop((site, centered), None)
+            self._factors.pop((site, centered), None)
+        self.statistics.sites[site].gram = None
+
+    def _make_layer_objective(self, site: str, samples: torch.Tensor, candidate: Candidate) -> Objective:
+        """Return the objective `layer` of a site."""
+        if site in INPUT_SITES:
+            weights = [self.block.get_submodule(name).weight for name in self.architecture.site_readers[site]]
+            return make_activation_objective(samples, candidate, weights)
+        queries, keys = self.statistics.queries, self.statistics.keys
+        prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(queries)
         if site == Site.VALUE:
-            return attention_output_error(
-                kept.queries, kept.keys, samples, prefix_keys, candidate, attention.scaling, cap, window
-            )
-        keys, prefix_tokens = attention.key_quantizer, 0 if prefix_keys is None else prefix_keys.shape[-2]
-        tables = functools.partial(self.runner.rotary_tables, self.block, kept.inputs, prefix_tokens)
-        if keys.before_rope:
-            cos, sin = tables()
-            return attention_error(
-                kept.queries,
-                samples,
-                prefix_keys,
-                candidate,
-                attention.scaling,
-                lambda own: apply_rotary_pos_emb(own, own, cos, sin)[1],
-                cap,
-                window,
+            return make_value_objective(self._attend_to(queries, prefix_keys), keys, samples, candidate)
+        quantizer = self.block.self_attn.key_quantizer
+        if quantizer.before_rope:
+            cos, sin = self._make_rotary_tables()
+            attend = self._attend_to(queries, prefix_keys)
+            return make_key_objective(
+                attend, samples, candidate, finish=lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1]
             )
         constant = torch.zeros((), device=samples.device)
-        if keys.mean_taken_out:
-            constant = keys.to_basis(keys.turn_mean(*tables()))
-        prefix_keys = None if prefix_keys is None else keys.to_basis(prefix_keys)
-        return attention_error(
-            keys.to_basis(kept.queries),
-            samples,
+        if quantizer.mean_taken_out:
+            constant = quantizer.to_basis(quantizer.turn_mean(*self._make_rotary_tables()))
+        prefix_keys = None if prefix_keys is None else quantizer.to_basis(prefix_keys)
+        attend = self._attend_to(quantizer.to_basis(queries), prefix_keys)
+        return make_key_objective(attend, samples, candidate, finish=lambda varying: varying + constant)
+
+    def _attend_to(self, queries: torch.Tensor, prefix_keys: torch.Tensor | None) -> AttentionProbabilities:
+        """Return the block's attention probabilities as a function of the keys."""
+        attention = self.block.self_attn
+        return AttentionProbabilities(
+            queries,
             prefix_keys,
-            candidate,
-            attention.scaling,
-            lambda varying: varying + constant,
-            cap,
-            window,
+            kv_heads=self.statistics.keys.shape[1],
+            scaling=attention.scaling,
+            cap=getattr(attention, "attn_logit_softcapping", None),
+            window=find_sliding_window(self.runner.config, self.block),
         )
 
-    def _block_error(self, apply: Callable[[torch.Tensor], None]) -> tuple[ErrorOf, torch.Tensor]:
-        """One factor for all scales of a site, judged by the whole block's output."""
+    def _make_rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (cos, sin) of the positions of the sampled windows."""
+        prefix_tokens = 0 if self.prefix_kv is None else self.prefix_kv.shape[-2]
+        return self.runner.rotary_tables(self.block, self.statistics.inputs, prefix_tokens)
 
+    def _make_block_objective(self, apply: Callable[[torch.Tensor], None]) -> Objective:
+        """Return the objective `block`: one factor for all scales of a site, judged by the whole block's output."""
         device = self.statistics.inputs.device
 
         def error_of(factor: torch.Tensor) -> torch.Tensor:
@@ -240,33 +256,38 @@ class _Chooser:
             error = measure_block_error(self.block, self.statistics, self.prefix_kv, self.runner)
             return torch.tensor([error], device=device)
 
-        return error_of, torch.tensor([self.statistics.energy], device=device)
+        return Objective(error_of, torch.tensor([self.statistics.energy], device=device))
 
 
 @torch.no_grad()
 def measure_block_error(
     block: nn.Module, statistics: BlockStatistics, prefix_kv: torch.Tensor | None, runner: BlockRunner
 ) -> float:
-    """How far a block's output on the sampled windows is from that in full precision: the squared error, summed."""
+    """Return the summed squared error of a block's output on the sampled windows, against full precision."""
     error = torch.zeros((), dtype=torch.float64, device=statistics.inputs.device)
     for rows in batches(len(statistics.inputs), runner.batch_size):
-        found = runner.run(block, statistics.inputs[rows], prefix_kv)
-        error += (found.float() - statistics.outputs[rows]).square().sum()
+        output = runner.run(block, statistics.inputs[rows], prefix_kv)
+        error += (output.float() - statistics.outputs[rows]).square().sum()
     return error.item()
 
 
 def _output_energy(weight: torch.Tensor, hessian: torch.Tensor, dtype: torch.dtype) -> float:
-    """The sum of (W H) * W for a symmetric H, from its upper triangle, `_COLUMNS` at a time; products in `dtype`."""
+    """Return the sum of (W H) * W for a symmetric H, from its upper triangle, with products in `dtype`."""
     total, narrow = 0.0, weight.to(dtype)
     for start in range(0, weight.shape[1], _COLUMNS):
-        here = slice(start, start + _COLUMNS)
-        total += ((narrow[:, here] @ hessian[here, here].to(dtype)) * weight[:, here]).sum().item()
+        columns = slice(start, start + _COLUMNS)
+        total += ((narrow[:, columns] @ hessian[columns, columns].to(dtype)) * weight[:, columns]).sum().item()
         if start:
-            total += 2 * ((narrow[:, :start] @ hessian[:start, here].to(dtype)) * weight[:, here]).sum().item()
+            total += 2 * ((narrow[:, :start] @ hessian[:start, columns].to(dtype)) * weight[:, columns]).sum().item()
     return total
 
 
-def _describe(search: ClipSearch) -> dict[str, Any]:
+def _shorten(name: str) -> str:
+    """Return a linear's short name, as in params and reports: mlp.up_proj -> up_proj."""
+    return name.rpartition(".")[2]
+
+
+def _describe(search: ClipSearch) -> SiteReport:
     return {
         "clip_factor": search.factor.mean().item(),
         "relative_error": search.relative_error,

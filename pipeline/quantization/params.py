@@ -1,21 +1,26 @@
-"""The group `quantizer_init` of params.yaml, what its sites resolve to, and what contradicts itself in it."""
+"""The group `quantizer_init` of params.yaml: its types, the settings of each site, and its contradictions."""
 
 import difflib
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.models.sites import REPRESENTATIVES, site_group
+from pipeline.models.sites import REPRESENTATIVES, QuantizerGroup, site_group
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
 FormatName = Literal["int", "fp8_e4m3", "mxfp4", "nvfp4"]
+Mode = Literal["static", "dynamic"]
+WeightRange = Literal["max", "tensor", "layer", "block"]
+ActivationRange = Literal["max", "percentile", "tensor", "layer", "block"]
+Rounding = Literal["rtn", "gptq"]
 # Written out for type checkers; tests/models/test_sites.py compares it with the table of sites.
 EqualizedSite = Literal["attention_input", "key", "value", "mlp_input", "mlp_hidden"]
 
 
 class QuantizerParams(Group):
-    """What every quantizer has."""
+    """The settings that every quantizer has."""
 
     format: FormatName
     bits: Bits
@@ -25,14 +30,14 @@ class QuantizerParams(Group):
 
 
 class WeightParams(QuantizerParams):
-    range: Literal["max", "tensor", "layer", "block"]
-    rounding: Literal["rtn", "gptq"]
+    range: WeightRange
+    rounding: Rounding
     damping: Annotated[Number, Field(gt=0, le=1)]
 
 
 class ActivationParams(QuantizerParams):
-    mode: Literal["static", "dynamic"]
-    range: Literal["max", "percentile", "tensor", "layer", "block"]
+    mode: Mode
+    range: ActivationRange
     percentile: Annotated[Number, Field(gt=50, le=100)]
     clipping: bool
 
@@ -42,18 +47,22 @@ class KeyParams(ActivationParams):
 
 
 class OverrideParams(Group):
-    """What some sites of some blocks have different; null: as in the site's group."""
+    """Settings in which some sites of some blocks differ; null: as in the site's group."""
 
     sites: Annotated[list[str], Field(min_length=1)]
     blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     format: FormatName | None = None
     bits: Bits | None = None
-    mode: Literal["static", "dynamic"] | None = None
+    mode: Mode | None = None
     symmetric: bool | None = None
     group_size: int | None = None
     centered: bool | None = None
-    range: Literal["max", "percentile", "tensor", "layer", "block"] | None = None
-    rounding: Literal["rtn", "gptq"] | None = None
+    range: ActivationRange | None = None
+    rounding: Rounding | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """Return the settings that differ: key -> value."""
+        return self.model_dump(exclude={"sites", "blocks"}, exclude_none=True)
 
 
 class QuantizerInitParams(Group):
@@ -67,120 +76,160 @@ class QuantizerInitParams(Group):
     embedding_dtype: FloatDtype
 
 
-def site_params(init: QuantizerInitParams, site: str, block: int | None = None) -> tuple[str, dict[str, Any]]:
-    """The group of params a site belongs to (weights | activations | keys | values), and its values.
+@dataclass(frozen=True)
+class SiteSettings:
+    """The settings of one site, or of one linear's weight, in one block: overrides are applied.
 
-    With a `block` the overrides that name it and the site are applied, the last one winning. A weight's site is the
-    linear's short name (q_proj, …).
+    The attributes are the keys of params.yaml. Weights have no `mode`, `percentile` and `clipping`, all others no
+    `rounding` and `damping`; those keep the defaults below.
     """
-    group = site_group(site)
-    values = getattr(init, group).model_dump()
-    for override in init.overrides if block is not None else ():
+
+    format: FormatName
+    bits: int
+    symmetric: bool
+    group_size: int
+    centered: bool
+    range: ActivationRange
+    mode: Mode = "static"
+    percentile: float = 100.0
+    clipping: bool = False
+    rounding: Rounding = "rtn"
+    damping: float = 0.0
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is measured on every token."""
+        return self.mode == "dynamic"
+
+    def find_group_size(self, group: QuantizerGroup) -> int:
+        """Return how many channels share a stored scale: `group_size`, or the block that the format fixes.
+
+        The exception is nvfp4 outside of weights, where blocks get their scales at run time (`QuantizerSpec.format`).
+        """
+        block = FORMATS[self.format].block
+        if block is None:
+            return self.group_size
+        return -1 if self.format == "nvfp4" and group != "weights" else block
+
+
+def resolve_site(params: QuantizerInitParams, site: str, block: int) -> SiteSettings:
+    """Return the settings of a site, or of a weight by its linear's short name (q_proj, …), in a block.
+
+    Of the overrides that name the site and the block, the last one wins.
+    """
+    values = _read_group(params, site)
+    for override in params.overrides:
         if site in override.sites and (override.blocks is None or block in override.blocks):
-            own = override.model_dump(exclude={"sites", "blocks"})
-            values |= {key: value for key, value in own.items() if value is not None}
-    return group, values
+            values |= override.changes()
+    return SiteSettings(**{field.name: values[field.name] for field in fields(SiteSettings) if field.name in values})
 
 
-def find_group_size(site: str, values: dict[str, Any]) -> int:
-    """What shares a kept scale at a site: its group_size, or what its format fixes (see `QuantizerSpec.format`)."""
-    block = FORMATS[values["format"]].block
-    if block is None:
-        return values["group_size"]
-    return -1 if values["format"] == "nvfp4" and site_group(site) != "weights" else block
+def _read_group(params: QuantizerInitParams, site: str) -> dict[str, Any]:
+    """Return the values of the group of params that a site belongs to, without overrides."""
+    return getattr(params, site_group(site)).model_dump()
 
 
 def _find_format_problems(key: str, site: str, values: dict[str, Any]) -> list[str]:
-    """What a site's values ask for that their format does not have."""
+    """Return a line for each setting of a site that its number format does not have."""
     name = values["format"]
     if name == INT or values["bits"] == 16:
         return []
-    own, problems = FORMATS[name], []
-    if values["bits"] != own.bits:
-        problems.append(f"{key}.bits={values['bits']}: {name} has {own.bits} ({site}); set bits: {own.bits}")
-    if not values["symmetric"]:
-        problems.append(f"{key}.symmetric=false: {name} has no zero point ({site}); set symmetric: true")
-    if own.block is not None and values["group_size"] not in (-1, own.block):
+    number_format, problems = FORMATS[name], []
+    if values["bits"] != number_format.bits:
         problems.append(
-            f"{key}.group_size={values['group_size']}: {name} has blocks of {own.block} ({site}); set group_size: -1"
+            f"{key}.bits={values['bits']}: {name} has {number_format.bits} bits ({site}). Set bits: "
+            f"{number_format.bits}."
+        )
+    if not values["symmetric"]:
+        problems.append(f"{key}.symmetric=false: {name} has no zero point ({site}). Set symmetric: true.")
+    if number_format.block is not None and values["group_size"] not in (-1, number_format.block):
+        problems.append(
+            f"{key}.group_size={values['group_size']}: {name} has blocks of {number_format.block} ({site}). "
+            "Set group_size: -1."
         )
     if name == "mxfp4" and values.get("mode") == "static":
-        problems.append(f"{key}.mode='static': mxfp4 has no static part ({site}); set mode: dynamic")
+        problems.append(f"{key}.mode='static': mxfp4 has no static scales ({site}). Set mode: dynamic.")
     return problems
 
 
-def find_contradictions(init: QuantizerInitParams) -> list[str]:
-    """What cannot be meant, whatever the model: a line for each."""
+def find_contradictions(params: QuantizerInitParams) -> list[str]:
+    """Return a line for each combination of settings that contradicts itself, whatever the model."""
     problems = []
-    named = [
-        (f"quantizer_init.{group}", getattr(init, group)) for group in ("weights", "activations", "keys", "values")
-    ]
-    named += [(f"quantizer_init.overrides[{number}]", override) for number, override in enumerate(init.overrides)]
-    for key, group in named:
-        if group.group_size is not None and group.group_size != -1 and group.group_size < 2:
-            problems.append(
-                f"{key}.group_size={group.group_size}: allowed are -1 (whole rows) and sizes from 2 on; use -1"
-            )
-    for number, override in enumerate(init.overrides):
-        key = f"quantizer_init.overrides[{number}]"
+    sizes = {f"quantizer_init.{group}": getattr(params, group).group_size for group in REPRESENTATIVES}
+    sizes |= {_override_key(number): override.group_size for number, override in enumerate(params.overrides)}
+    for key, size in sizes.items():
+        if size is not None and size != -1 and size < 2:
+            problems.append(f"{key}.group_size={size}: allowed are -1 (whole rows) and sizes from 2 on. Use -1.")
+    for number, override in enumerate(params.overrides):
+        key, changes = _override_key(number), override.changes()
         for site in override.sites:
-            own = override.model_dump(exclude={"sites", "blocks"}, exclude_none=True)
-            values = site_params(init, site)[1]
-            if (values | own).get("mode") == "dynamic" and (values | own)["range"] == "percentile":
-                problems.append(f"{key}: {site} would be dynamic with range='percentile', which needs mode: static")
-            problems += _find_format_problems(key, site, values | own)
-            for name in own.keys() - values.keys():
-                problems.append(f"{key}.{name}: {site} has no such setting; remove it or the site")
-            if site.endswith("_proj") and override.range == "percentile":
-                problems.append(f"{key}.range='percentile': not for weights; use max, tensor, layer or block")
-        if all(value is None for name, value in override if name not in ("sites", "blocks")):
-            problems.append(f"{key} changes nothing; add a setting (bits, …) or remove it")
+            group_values = _read_group(params, site)
+            values = group_values | changes
+            if values.get("mode") == "dynamic" and values["range"] == "percentile":
+                problems.append(
+                    f"{key}: {site} would be dynamic with range='percentile', which needs mode: static. Set a range "
+                    "or a mode for it."
+                )
+            problems += _find_format_problems(key, site, values)
+            for name in changes.keys() - group_values.keys():
+                problems.append(f"{key}.{name}: {site} has no such setting. Remove it, or the site.")
+            if site_group(site) == "weights" and override.range == "percentile":
+                problems.append(f"{key}.range='percentile': not for weights ({site}). Use max, tensor, layer or block.")
+        if not changes:
+            problems.append(f"{key} changes nothing. Add a setting (bits, …) or remove it.")
     for group, site in REPRESENTATIVES.items():
-        _, values = site_params(init, site)
+        values = _read_group(params, site)
         problems += _find_format_problems(f"quantizer_init.{group}", group, values)
         if values.get("mode") == "dynamic" and values["range"] == "percentile":
             problems.append(
-                f"quantizer_init.{group}.range='percentile' needs mode: static (a dynamic range is measured on each "
-                "token); use max, tensor, layer or block"
+                f"quantizer_init.{group}.range='percentile': needs mode: static, because a dynamic range is measured "
+                "on each token. Use max, tensor, layer or block."
             )
     return problems
 
 
-def find_misfits(init: QuantizerInitParams, widths: dict[str, int], blocks: int) -> list[str]:
-    """What does not fit a model: a line for each.
+def find_misfits(params: QuantizerInitParams, widths: dict[str, int], blocks: int) -> list[str]:
+    """Return a line for each setting that does not fit a model.
 
     Args:
-        widths: every quantizer site of a block -> the size of its last dimension.
+        widths: every site and linear of a block -> the size of its last dimension.
         blocks: how many blocks the model has.
     """
     problems = []
-    for number, override in enumerate(init.overrides):
-        key = f"quantizer_init.overrides[{number}]"
+    for number, override in enumerate(params.overrides):
+        key = _override_key(number)
         for site in override.sites:
             if site not in widths:
                 close = difflib.get_close_matches(site, widths, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "pick one of those"
-                problems.append(f"{key}.sites={site!r}: this model's sites are {', '.join(widths)}; {hint}")
+                hint = f"Did you mean {close[0]!r}?" if close else "Use one of them."
+                problems.append(f"{key}.sites={site!r}: this model's sites are {', '.join(widths)}. {hint}")
         for index in override.blocks or ():
             if index >= blocks:
-                problems.append(f"{key}.blocks={index}: the model has blocks 0 to {blocks - 1}; remove it")
+                problems.append(f"{key}.blocks={index}: the model has blocks 0 to {blocks - 1}. Remove it.")
     for site, width in widths.items():
-        group, _ = site_params(init, site)
-        sizes = {f"quantizer_init.{group}.group_size": getattr(init, group).group_size}
-        for number, override in enumerate(init.overrides):
-            if override.group_size is not None and site in override.sites:
-                sizes[f"quantizer_init.overrides[{number}].group_size"] = override.group_size
+        group = site_group(site)
+        sizes = {f"quantizer_init.{group}": getattr(params, group).group_size}
+        sizes |= {
+            _override_key(number): override.group_size
+            for number, override in enumerate(params.overrides)
+            if override.group_size is not None and site in override.sites
+        }
         for key, size in sizes.items():
             if size > 1 and width % size:
                 problems.append(
-                    f"{key}={size} does not divide {width}, the width of {site}; use a divisor or -1 for whole rows"
+                    f"{key}.group_size={size}: does not divide {width}, the width of {site}. Use a divisor, or -1 for "
+                    "whole rows."
                 )
-        resolved = [site_params(init, site, index)[1] for index in range(blocks)]
-        for name in dict.fromkeys(values["format"] for values in resolved if values["bits"] < 16):
+        resolved = [resolve_site(params, site, index) for index in range(blocks)]
+        for name in dict.fromkeys(settings.format for settings in resolved if settings.bits < 16):
             block = FORMATS[name].block
             if block is not None and width % block:
                 problems.append(
                     f"quantizer_init.{group}.format={name!r}: its blocks of {block} do not divide {width}, the width "
-                    f"of {site}; use int or fp8_e4m3 there (overrides)"
+                    f"of {site}. Use int or fp8_e4m3 there (quantizer_init.overrides)."
                 )
     return problems
+
+
+def _override_key(number: int) -> str:
+    return f"quantizer_init.overrides[{number}]"

@@ -1,16 +1,17 @@
-"""Initialise every quantizer of a rotated model, block by block, on what its quantized predecessors produce.
+"""Initialise every quantizer of a rotated model, block by block, on the outputs of its quantized predecessors.
 
-First, on some windows, walk the model in full precision to learn how much each channel counts (`sensitivity.py`). Then
-for each block, on all calibration windows, its channels scaled by that (`equalization.py`):
+First, walk some windows through the full-precision model to measure how sensitive its predictions are to each channel
+(`sensitivity.py`). Then, for each block and on all calibration windows:
 
-1. run it in full precision and record what its quantizers will see (`statistics.py`);
-2. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
-3. run it again, quantized, to get the next block's input, and count what falls beyond the static ranges
+1. scale its channels accordingly (`equalization.py`);
+2. run it in full precision and record what its quantizers will quantize (`statistics.py`);
+3. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
+4. run it again, quantized, to get the next block's input, and count the values beyond the static ranges
    (`inspection/saturation.py`).
 
-The prefix is in the cache throughout, in full precision; its positions enter no statistic. A finished block is on disk
-together with the hidden states behind it, so that a killed run continues at the first unfinished block and ends with
-the same bytes.
+The prefix is in the cache throughout, in full precision, and its positions enter no statistic. Each finished block is
+written to disk together with the hidden states after it. A killed run therefore continues at the first unfinished block
+and ends with the same bytes.
 """
 
 import json
@@ -24,20 +25,20 @@ import torch
 from torch import nn
 
 from pipeline.blocks.prefetch import prefetch_blocks
-from pipeline.blocks.prefix_kv import PREFIX
-from pipeline.blocks.quantized import BlockSettings, block_settings, describe_blocks, fill_block
+from pipeline.blocks.quantized import BlockSettings, block_settings, fill_block
 from pipeline.blocks.walk import BlockRunner
-from pipeline.inspection.saturation import SATURATION, advance_probed_, summarise_saturation, write_saturation
-from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions, save_block_file
+from pipeline.inspection.saturation import advance_probed_, summarise_saturation
+from pipeline.models.checkpoint import Checkpoint, save_block_file
 from pipeline.models.sites import site_group
 from pipeline.numerics.quantizer import QuantizerSpec
-from pipeline.quantization.block_init import SitePlan, choose_quantizers_, measure_block_error
+from pipeline.quantization.assembly import assemble_checkpoint
+from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
-from pipeline.quantization.params import QuantizerInitParams, find_group_size, site_params
+from pipeline.quantization.params import QuantizerInitParams, SiteSettings, resolve_site
 from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_rank_windows, record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
-from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, replacing_folder, save_tensors, write_json
+from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, save_tensors, write_json
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.unfinished import load_generation, save_generation
@@ -47,161 +48,202 @@ logger = logging.getLogger(__name__)
 
 _CHANNELS = "channels-{rank:05d}.safetensors"
 _SCALES = "equalization-{index:05d}.safetensors"
+_REPORT = "block-{index:05d}.json"
 _TINY = 1e-30
+BlockReport = dict[str, Any]  # see `init_blocks`
 
 
-def plan_block(
-    init: QuantizerInitParams, checkpoint: Checkpoint, index: int
-) -> tuple[BlockSettings, dict[str, SitePlan]]:
-    """What block `index` is asked for: its settings, and how to choose the parameters of each quantized site.
+def resolve_settings(
+    params: QuantizerInitParams, checkpoint: Checkpoint, index: int
+) -> tuple[BlockSettings, dict[str, SiteSettings]]:
+    """Return the settings of block `index`, and those of each of its sites and linears that is quantized.
 
     Args:
-        init: as in params.yaml; overrides that name the block are applied.
-        checkpoint: the rotated model, which says what online rotations it needs.
+        params: overrides that name the block are applied.
+        checkpoint: the rotated model, which says which online rotations it needs.
     """
     rotated = block_settings(checkpoint, index) or BlockSettings()
     sites = checkpoint.architecture.site_widths(checkpoint.build_block(index))
-    plan = {site: site_params(init, site, index)[1] for site in sites}
-    plan = {site: values for site, values in plan.items() if values["bits"] < 16}
+    resolved = {site: resolve_site(params, site, index) for site in sites}
+    site_settings = {site: settings for site, settings in resolved.items() if settings.bits < 16}
     specs = {
         site: QuantizerSpec(
-            values["bits"],
-            values["symmetric"],
-            find_group_size(site, values),
-            values.get("mode", "static") == "dynamic",
-            values["centered"],
-            values["format"],
+            bits=settings.bits,
+            symmetric=settings.symmetric,
+            group_size=settings.find_group_size(site_group(site)),
+            dynamic=settings.dynamic,
+            centered=settings.centered,
+            format=settings.format,
         )
-        for site, values in plan.items()
+        for site, settings in site_settings.items()
     }
-    return replace(rotated, key_before_rope=init.keys.before_rope, sites=specs), plan
+    return replace(rotated, key_before_rope=params.keys.before_rope, sites=specs), site_settings
 
 
 def init_quantizers(
     checkpoint: Checkpoint,
-    prefix: tuple[torch.Tensor, torch.Tensor],
-    token_ids: torch.Tensor,
-    init: QuantizerInitParams,
-    runner: BlockRunner,
-    work: Path,
     folder: Path,
+    *,
+    params: QuantizerInitParams,
+    prefix_token_ids: torch.Tensor,
+    prefix_embeddings: torch.Tensor,
+    token_ids: torch.Tensor,
+    runner: BlockRunner,
+    work_folder: Path,
     header: Header,
     ranks: Ranks = ALONE,
-    start_token: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """From a rotated model to a quantized one.
+    """Turn a rotated model into a quantized one.
 
     Args:
         checkpoint: the rotated model in full precision.
-        prefix: token ids [P] and embeddings [P, D] in the original model's basis; P may be 0.
-        token_ids: calibration windows [N, T], content alone.
-        work: where finished blocks are kept until the end; an unfinished run with the same header is continued.
         folder: replaced by the quantized checkpoint at the end.
+        prefix_token_ids, prefix_embeddings: [P], and [P, D] in the original model's basis; P may be 0.
+        token_ids: calibration windows [N, T], content alone.
+        work_folder: holds finished blocks until the end; an unfinished run with the same header is continued.
         header: of the artifact.
-        ranks: each runs its own windows; choices are made from all of them, and the first rank writes.
-        start_token: between this prefix and every text, or None; kept with the prefix. Quantized like any other token.
+        ranks: each runs its own windows. Choices are made from all windows, and the first rank writes.
+        text_start_token_id: put between this prefix and every text and kept with the prefix, or None. It is quantized
+            like any other token.
 
     Returns:
-        The stage's metrics: the mean error of the blocks' outputs and of each kind of site, saturation, prefix length.
+        The stage's metrics: mean errors of the blocks' outputs and of each kind of site, saturation, prefix length.
     """
-    prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix[1], runner)
-    embedding_dtype = getattr(torch, init.embedding_dtype)
-    own = put_in_front(token_ids[ranks.slice_windows(len(token_ids))], start_token)
-    hidden = checkpoint.embed(own).to(embedding_dtype).to(checkpoint.dtype)
-    report = init_blocks(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
-    kept_prefix = {"token_ids": prefix[0]} | ({} if prefix_kv is None else {"kv": prefix_kv})
-    kept_prefix |= pack_start_token(start_token)
+    prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix_embeddings, runner)
+    rank_windows = put_in_front(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
+    embedding_dtype = getattr(torch, params.embedding_dtype)
+    hidden = checkpoint.embed(rank_windows).to(embedding_dtype).to(checkpoint.dtype)
+    report = init_blocks(
+        checkpoint,
+        hidden,
+        prefix_kv,
+        params=params,
+        runner=runner,
+        work_folder=work_folder,
+        header=header,
+        ranks=ranks,
+    )
+    prefix = {"token_ids": prefix_token_ids} | ({} if prefix_kv is None else {"kv": prefix_kv})
+    prefix |= pack_start_token(text_start_token_id)
     if ranks.first:
-        assemble_checkpoint(checkpoint, work, folder, init, kept_prefix, report, header)
-        shutil.rmtree(work)
+        _write_checkpoint(
+            checkpoint, folder, params=params, prefix=prefix, report=report, work_folder=work_folder, header=header
+        )
+        shutil.rmtree(work_folder)
     ranks.wait()
     saturation = {block["block"]: block["saturation"] for block in report}
-    return {"prefix_tokens": len(prefix[1])} | _summarise(report) | summarise_saturation({"calibration": saturation})
+    metrics = {"prefix_tokens": len(prefix_embeddings)} | _summarise(report)
+    return metrics | summarise_saturation({"calibration": saturation})
 
 
 def init_blocks(
     checkpoint: Checkpoint,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
-    init: QuantizerInitParams,
+    *,
+    params: QuantizerInitParams,
     runner: BlockRunner,
-    work: Path,
+    work_folder: Path,
     header: Header,
     ranks: Ranks = ALONE,
-) -> list[dict[str, Any]]:
-    """Quantize all blocks into `work`, continuing there if an earlier run with the same header was cut short.
+) -> list[BlockReport]:
+    """Quantize all blocks into `work_folder`, and continue there if a run with the same header was cut short.
 
     Args:
         hidden: [N, T, D] embedded calibration windows, this rank's; overwritten.
         prefix_kv: [L, 2, kv_heads, P, d] or None.
 
     Returns:
-        Per block: {"block": i, "block_error": of its output on the sampled windows, relative to what the block adds,
-        "sites": {site: …} as `choose_quantizers_` returns, "saturation": {site: …} as `SaturationProbe.report`}.
+        For each block: {"block": its index, "block_error": the error of its output on the sampled windows, relative to
+        the change that it makes to its input, "sites": see `choose_quantizers_`, "saturation": see
+        `SaturationProbe.report`}.
 
     Raises:
-        NumericalError: NaN or infinity in a block's activations.
+        NumericalError: a block's activations are NaN or infinite.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    channels = measure_channels(checkpoint, hidden, prefix_kv, init, runner, work, header, ranks)
-    start, saved = load_generation(work, header, ranks)
+    work_folder.mkdir(parents=True, exist_ok=True)
+    channels = measure_channels(
+        checkpoint,
+        hidden,
+        prefix_kv,
+        params=params,
+        runner=runner,
+        work_folder=work_folder,
+        header=header,
+        ranks=ranks,
+    )
+    start, saved = load_generation(work_folder, header, ranks)
     if start:
         hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
 
     def load(index: int) -> nn.Module:
-        settings, _ = plan_block(init, checkpoint, index)
+        settings, _ = resolve_settings(params, checkpoint, index)
         return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
 
-    blocks = prefetch_blocks(load, range(start, checkpoint.block_count), runner.device)
+    indices = range(start, checkpoint.block_count)
+    blocks = prefetch_blocks(load, indices, runner.device)
     r2 = load_rotation(checkpoint.folder, "r2")
-    for index in show_progress(range(start, checkpoint.block_count), checkpoint.block_count - start, "quantizing"):
+    for index in show_progress(indices, len(indices), "quantizing"):
         block = next(blocks)
-        settings, plan = plan_block(init, checkpoint, index)
-        equalizer = Equalizer(block, checkpoint.architecture, settings, r2, tuple(init.equalize))
+        settings, site_settings = resolve_settings(params, checkpoint, index)
+        equalizer = Equalizer(block, checkpoint.architecture, settings, r2, tuple(params.equalize))
         scales = equalizer.choose(channels[index])
         equalizer.scale_(scales)
-        own_prefix = runner.take_prefix(prefix_kv, index)
-        own_prefix = None if own_prefix is None else scale_prefix(own_prefix, scales, r2)
-        report = _init_block_(checkpoint, index, block, plan, hidden, own_prefix, init, runner, ranks)
+        block_prefix = runner.take_prefix(prefix_kv, index)
+        report = _init_block_(
+            checkpoint,
+            index,
+            block,
+            hidden,
+            prefix_kv=None if block_prefix is None else scale_prefix(block_prefix, scales, r2),
+            params=params,
+            site_settings=site_settings,
+            runner=runner,
+            ranks=ranks,
+        )
         tensors = block.state_dict()
         if ranks.first:
             if scales:
-                save_tensors(work / _SCALES.format(index=index), scales, header)
-            write_json(work / f"block-{index:05d}.json", {"block": index} | report)
-            save_block_file(work, checkpoint.architecture, index, tensors, header)
-        save_generation(work, {"hidden": hidden}, index + 1, header, ranks)
+                save_tensors(work_folder / _SCALES.format(index=index), scales, header)
+            write_json(work_folder / _REPORT.format(index=index), {"block": index} | report)
+            save_block_file(work_folder, checkpoint.architecture, index, tensors, header)
+        save_generation(work_folder, {"hidden": hidden}, index + 1, header, ranks)
         del block, tensors
-    return [_read_report(work / f"block-{index:05d}.json") for index in range(checkpoint.block_count)]
+    return [_read_report(work_folder / _REPORT.format(index=index)) for index in range(checkpoint.block_count)]
 
 
 def measure_channels(
     checkpoint: Checkpoint,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
-    init: QuantizerInitParams,
+    *,
+    params: QuantizerInitParams,
     runner: BlockRunner,
-    work: Path,
+    work_folder: Path,
     header: Header,
     ranks: Ranks,
 ) -> list[dict[str, torch.Tensor]]:
-    """`measure_sensitivity` of `mse_samples` of the windows [N, T, D] before block 0; once a run, kept in `work`."""
-    if not init.equalize:
+    """Run `measure_sensitivity` on `mse_samples` of the windows [N, T, D] before block 0, once per run.
+
+    The result is kept in `work_folder`. If nothing is to be equalized, it is an empty dict for each block.
+    """
+    if not params.equalize:
         return [{}] * checkpoint.block_count
-    path = work / _CHANNELS.format(rank=ranks.rank)
+    path = work_folder / _CHANNELS.format(rank=ranks.rank)
     stored = load_unfinished(path, header)
-    known = torch.tensor(int(stored is not None))
-    ranks.min_(known)
-    if not known:
-        numbers = choose_rank_windows(ranks.count(len(hidden)), init.mse_samples, ranks)
-        among_all = [number * ranks.world + ranks.rank for number in numbers]
+    all_stored = torch.tensor(int(stored is not None))
+    ranks.min_(all_stored)
+    if not all_stored:
+        windows = choose_rank_windows(ranks.count(len(hidden)), params.mse_samples, ranks)
         channels = measure_sensitivity(
             checkpoint,
-            hidden[numbers],
+            hidden[windows],
             prefix_kv,
-            sites=tuple(init.equalize),
+            sites=tuple(params.equalize),
             runner=runner,
-            numbers=among_all,
+            numbers=[window * ranks.world + ranks.rank for window in windows],
             ranks=ranks,
         )
         stored = {f"{index}.{site}": sums for index, block in enumerate(channels) for site, sums in block.items()}
@@ -213,94 +255,108 @@ def _init_block_(
     checkpoint: Checkpoint,
     index: int,
     block: nn.Module,
-    plan: dict[str, SitePlan],
     hidden: torch.Tensor,
-    own_prefix: torch.Tensor | None,
-    init: QuantizerInitParams,
+    *,
+    prefix_kv: torch.Tensor | None,
+    params: QuantizerInitParams,
+    site_settings: dict[str, SiteSettings],
     runner: BlockRunner,
     ranks: Ranks,
-) -> dict[str, Any]:
-    """Quantize one equalized block and move `hidden` behind it; its report."""
+) -> BlockReport:
+    """Quantize one equalized block, move `hidden` through it, and return its report."""
     architecture = checkpoint.architecture
-    percentiles = frozenset(site for site, values in plan.items() if values["range"] == "percentile")
     try:
         statistics = record_block(
             block,
             architecture,
             hidden,
-            own_prefix,
+            prefix_kv,
             runner=runner,
-            mse_samples=init.mse_samples,
-            percentile_sites=percentiles,
+            mse_samples=params.mse_samples,
+            percentile_sites=find_percentile_sites(site_settings),
             ranks=ranks,
         )
-        report = choose_quantizers_(block, architecture, statistics, own_prefix, plan, runner)
+        sites = choose_quantizers_(
+            block, architecture, statistics, prefix_kv=prefix_kv, site_settings=site_settings, runner=runner
+        )
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
-    ranks.broadcast_(*block.state_dict().values())  # all chose the same; to the last bit from here
-    block_error = measure_block_error(block, statistics, own_prefix, runner) / max(statistics.energy, _TINY)
-    saturation = advance_probed_(runner, block, architecture, hidden, own_prefix)
+    ranks.broadcast_(*block.state_dict().values())  # all ranks made the same choices; from here they agree to the last bit
+    block_error = measure_block_error(block, statistics, prefix_kv, runner) / max(statistics.energy, _TINY)
+    saturation = advance_probed_(runner, block, architecture, hidden, prefix_kv)
     if not all(torch.isfinite(window).all() for window in hidden):
-        raise NumericalError(f"block {index}: its quantized output is not finite")
-    return {"block_error": block_error, "sites": report, "saturation": saturation}
+        raise NumericalError(
+            f"block {index}: its quantized output is not finite. Use more bits for this block "
+            "(quantizer_init.overrides)."
+        )
+    return {"block_error": block_error, "sites": sites, "saturation": saturation}
 
 
-def assemble_checkpoint(
+def find_percentile_sites(site_settings: dict[str, SiteSettings]) -> frozenset[str]:
+    """Return the sites whose range is read from a histogram."""
+    return frozenset(site for site, settings in site_settings.items() if settings.range == "percentile")
+
+
+def _write_checkpoint(
     checkpoint: Checkpoint,
-    work: Path,
     folder: Path,
-    init: QuantizerInitParams,
+    *,
+    params: QuantizerInitParams,
     prefix: dict[str, torch.Tensor],
-    report: list[dict[str, Any]],
+    report: list[BlockReport],
+    work_folder: Path,
     header: Header,
 ) -> None:
-    """Put the finished blocks of `work` and everything else a quantized checkpoint consists of into `folder`.
+    """Write the quantized checkpoint to `folder`.
 
     Args:
-        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] of the rotated model when P > 0, written as the blocks'
-            own keys and values are scaled; start_token [1] where texts have one.
+        prefix: token_ids [P], start_token [1] if texts have one, and kv [L, 2, kv_heads, P, d] of the rotated model if
+            P > 0. The KV is written scaled like the keys and values of each block.
         report: of `init_blocks`.
     """
-    architecture = checkpoint.architecture
-    settings = [plan_block(init, checkpoint, index)[0] for index in range(checkpoint.block_count)]
-    embedding_dtype = getattr(torch, init.embedding_dtype)
-    with replacing_folder(folder) as partial:
-        writer = CheckpointWriter(partial, architecture, header.stage, header)
-        for index in range(checkpoint.block_count):
-            writer.adopt_block(index, work / BLOCK.format(index=index))
-        names = (architecture.embedding, architecture.lm_head)
-        embeddings = {name: checkpoint.load_tensor(name).to(embedding_dtype) for name in names}
-        embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
-        writer.write_embeddings(embeddings)
-        scales = {
-            f"{index}.{site}": s
-            for index in range(checkpoint.block_count)
-            if (path := work / _SCALES.format(index=index)).is_file()
-            for site, s in load_tensors(path, header.stage)[0].items()
-        }
+    architecture, indices = checkpoint.architecture, range(checkpoint.block_count)
+    scales: dict[str, torch.Tensor] = {}
+    for index in indices:
+        path = work_folder / _SCALES.format(index=index)
+        if path.is_file():
+            tensors, _ = load_tensors(path, header.stage)
+            scales |= {f"{index}.{site}": s for site, s in tensors.items()}
+    if "kv" in prefix:
+        r2 = load_rotation(checkpoint.folder, "r2")
+        scaled = [scale_prefix(kv, select_block(scales, index), r2) for index, kv in enumerate(prefix["kv"])]
+        prefix = prefix | {"kv": torch.stack(scaled)}
+    embedding_dtype = getattr(torch, params.embedding_dtype)
+    embeddings = {
+        name: checkpoint.load_tensor(name).to(embedding_dtype)
+        for name in (architecture.embedding, architecture.lm_head)
+    }
+    embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
+
+    def write_scales(unfinished: Path) -> None:
         if scales:
-            save_tensors(partial / EQUALIZATION, scales, header)
-        if "kv" in prefix:
-            r2 = load_rotation(checkpoint.folder, "r2")
-            blocks = enumerate(prefix["kv"])
-            scaled = torch.stack([scale_prefix(kv, select_block(scales, index), r2) for index, kv in blocks])
-            prefix = prefix | {"kv": scaled}
-        save_tensors(partial / PREFIX, prefix, header)
-        write_json(partial / REPORT, {"blocks": report})
-        blocks = {block["block"]: block["saturation"] for block in report}
-        write_saturation(partial / SATURATION, {"calibration": blocks})
-        copy_companions(checkpoint.folder, partial)
-        writer.finish(checkpoint.read_config(), describe_blocks(settings))
+            save_tensors(unfinished / EQUALIZATION, scales, header)
+
+    assemble_checkpoint(
+        checkpoint,
+        folder,
+        work_folder=work_folder,
+        settings=[resolve_settings(params, checkpoint, index)[0] for index in indices],
+        embeddings=embeddings,
+        prefix=prefix,
+        report={"blocks": report},
+        header=header,
+        write_extras=write_scales,
+    )
 
 
-def _summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over blocks, by kind of site with the seven linears as one; warns of optima on the edge of the grid."""
+def _summarise(report: list[BlockReport]) -> dict[str, Any]:
+    """Average errors over blocks by kind of site, all linears being one kind; warn of optima at the grid's edge."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for block in report:
         for site, values in block["sites"].items():
             kinds.setdefault("weights" if site_group(site) == "weights" else site, []).append(values)
 
-    def mean(kind: str, key: str) -> float:
+    def average(kind: str, key: str) -> float:
         return round(sum(values[key] for values in kinds[kind]) / len(kinds[kind]), 5)
 
     at_edge = sum(values["at_grid_edge"] for all_values in kinds.values() for values in all_values)
@@ -308,10 +364,10 @@ def _summarise(report: list[dict[str, Any]]) -> dict[str, Any]:
         logger.warning("%d clip factors lie on the low end of their grid; see report.json for the sites", at_edge)
     return {
         "block_error": round(sum(block["block_error"] for block in report) / len(report), 5),
-        "relative_error": {kind: mean(kind, "relative_error") for kind in kinds},
+        "relative_error": {kind: average(kind, "relative_error") for kind in kinds},
         "at_grid_edge": at_edge,
     }
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def _read_report(path: Path) -> BlockReport:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -38,11 +38,18 @@ def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=P
     plain, _ = open_model(imported[family])
     ids = torch.tensor(prefix, dtype=torch.int64)
     windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))
-    header = make_header("quantizer_init", {})
-    params = init_params({"weights.rounding": "rtn"} | (changes or {}))
-    place = folder / "work", folder / "quantized"
-    both = ids, plain.embed(ids)
-    init_quantizers(rotated, both, windows, params, runner, *place, header, start_token=start_token)
+    init_quantizers(
+        rotated,
+        folder / "quantized",
+        params=init_params({"weights.rounding": "rtn"} | (changes or {})),
+        prefix_token_ids=ids,
+        prefix_embeddings=plain.embed(ids),
+        token_ids=windows,
+        runner=runner,
+        work_folder=folder / "work",
+        header=make_header("quantizer_init", {}),
+        text_start_token_id=start_token,
+    )
     return Checkpoint(folder / "quantized", "quantizer_init"), runner
 
 

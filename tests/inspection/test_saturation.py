@@ -12,7 +12,7 @@ from pipeline.inspection.saturation import SaturationProbe, count_beyond, summar
 from pipeline.models.sites import Site
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.quantization.block_init import choose_quantizers_
-from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.quantizer_init import resolve_settings
 from pipeline.quantization.statistics import record_block
 from tests.conftest import init_params, open_model
 
@@ -20,10 +20,12 @@ from tests.conftest import init_params, open_model
 def quantized(imported):
     checkpoint, runner = open_model(imported["qwen2"])
     hidden = torch.randn(3, 12, 48, generator=torch.Generator().manual_seed(0))
-    settings, plan = plan_block(init_params(), checkpoint, 1)
+    settings, site_settings = resolve_settings(init_params(), checkpoint, 1)
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
     statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=3)
-    choose_quantizers_(block, checkpoint.architecture, statistics, None, plan, runner)
+    choose_quantizers_(
+        block, checkpoint.architecture, statistics, prefix_kv=None, site_settings=site_settings, runner=runner
+    )
     return checkpoint, runner, block, hidden
 
 

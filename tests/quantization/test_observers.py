@@ -1,4 +1,4 @@
-"""Extrema, means and percentiles, whatever the order and size of the batches."""
+"""Extrema, means and percentiles do not depend on the order and size of the batches."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ def observe(kind, values, sizes):
     return observer
 
 
-def test_extrema_and_means_are_those_of_all_values_in_any_order():
+def test_extrema_and_means_cover_all_values_in_any_order():
     values = torch.randn(100, 2, 6, generator=GENERATOR) * 5
-    values[-1, 1, 2] = 1000.0  # an average that forgets would miss it, one that starts there would keep it too long
+    values[-1, 1, 2] = 1000.0  # a moving average would miss it, or keep it too long in another order
     observers = [
         observe(ChannelObserver, values, 100),
         observe(ChannelObserver, values, 7),
@@ -30,7 +30,7 @@ def test_extrema_and_means_are_those_of_all_values_in_any_order():
         assert observer.count == 100
 
 
-def test_ranges_are_of_groups_after_the_shift_and_hold_zero():
+def test_ranges_of_groups_are_taken_after_the_shift_and_include_zero():
     values = torch.randn(50, 2, 6, generator=GENERATOR) + 3
     observer = observe(ChannelObserver, values, 11)
     shift = observer.mean
@@ -45,24 +45,24 @@ def test_ranges_are_of_groups_after_the_shift_and_hold_zero():
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9, 100.0])
-def test_percentiles_are_those_of_torch_to_the_bins_width(percentile):
+def test_percentiles_agree_with_torch_within_the_width_of_a_bin(percentile):
     values = torch.randn(500, 3, 40, generator=GENERATOR) * torch.tensor([1e-3, 1.0, 1e4]).view(1, 3, 1)
     low, high = observe(ValueHistogram, values, 77).find_range(percentile)
     flat = values.movedim(1, 0).flatten(1)
-    for found, share in ((high, percentile / 100), (low, 1 - percentile / 100)):
+    for end, share in ((high, percentile / 100), (low, 1 - percentile / 100)):
         expected = torch.quantile(flat, share, dim=1)
-        assert torch.allclose(found, expected, rtol=0.02)  # measured: 0.009; a bin is 0.4 % to 0.8 % wide
+        assert torch.allclose(end, expected, rtol=0.02)  # measured: 0.009; a bin is 0.4 % to 0.8 % wide
     assert (low < 0).all()
 
 
-def test_histograms_count_the_same_in_any_order():
+def test_histograms_do_not_depend_on_the_order_of_values():
     values = torch.randn(60, 2, 4, generator=GENERATOR)
     first, second = observe(ValueHistogram, values, 60), observe(ValueHistogram, values.flip(0), 13)
     assert torch.equal(first.counts, second.counts)
     assert first.counts.sum(1).tolist() == [240, 240]
 
 
-def test_percentiles_of_one_sign_and_of_zeros_hold_zero():
+def test_percentile_ranges_of_one_sign_include_zero():
     histogram = observe(ValueHistogram, torch.full((10, 1, 2), 3.0), 10)
     assert [end.item() for end in histogram.find_range(99)] == [0.0, 3.0]
     histogram = observe(ValueHistogram, torch.zeros(10, 1, 2), 10)

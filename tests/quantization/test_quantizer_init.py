@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.blocks.quantized import fill_block, load_block
 from pipeline.importing.import_model import import_model
-from pipeline.quantization.quantizer_init import init_blocks, plan_block
+from pipeline.quantization.quantizer_init import init_blocks, resolve_settings
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import init_params
 from tests.quantization.test_statistics import MAX, record
@@ -16,7 +16,15 @@ from tests.rotation.test_merging import rotate
 
 def run_blocks(checkpoint, runner, token_ids, work, changes=None):
     hidden = checkpoint.embed(token_ids)
-    init_blocks(checkpoint, hidden, None, init_params(changes or MAX), runner, work, make_header("q", {}))
+    init_blocks(
+        checkpoint,
+        hidden,
+        None,
+        params=init_params(changes or MAX),
+        runner=runner,
+        work_folder=work,
+        header=make_header("q", {}),
+    )
     return [load_tensors(work / f"block-{index:05d}.safetensors", "q")[0] for index in range(3)]
 
 
@@ -35,7 +43,7 @@ def test_each_block_is_initialised_on_the_output_of_its_quantized_predecessors(r
     blocks = run_blocks(checkpoint, runner, token_ids, tmp_path / "a")
     hidden = checkpoint.embed(token_ids)
     quantized = {name.removeprefix("model.layers.0."): tensor for name, tensor in blocks[0].items()}
-    runner.advance_(fill_block(checkpoint, 0, quantized, plan_block(init_params(MAX), checkpoint, 0)[0]), hidden)
+    runner.advance_(fill_block(checkpoint, 0, quantized, resolve_settings(init_params(MAX), checkpoint, 0)[0]), hidden)
 
     def scale_of(statistics):
         channels = statistics.sites["attention_input"].channels
@@ -48,20 +56,22 @@ def test_each_block_is_initialised_on_the_output_of_its_quantized_predecessors(r
     assert not torch.allclose(scale_of(record(checkpoint, runner, unquantized)[1]), expected, rtol=1e-3)
 
 
-def test_plans_combine_bits_modes_and_overrides_with_the_models_online_rotations(rotated):
+def test_settings_combine_params_and_overrides_with_the_online_rotations_of_the_model(rotated):
     checkpoint, _ = rotated
     override = {"sites": ["down_proj", "mlp_hidden"], "blocks": [2], "bits": 8}
-    init = init_params({"overrides": [override], "keys.bits": 16, "values.mode": "dynamic", "values.symmetric": False})
-    settings, own = plan_block(init, checkpoint, 1)
+    params = init_params(
+        {"overrides": [override], "keys.bits": 16, "values.mode": "dynamic", "values.symmetric": False}
+    )
+    settings, site_settings = resolve_settings(params, checkpoint, 1)
     assert settings.online_r3
     assert settings.online_r4
     assert settings.online_r5
-    assert "key" not in own
+    assert "key" not in site_settings
     assert not settings.spec("key").enabled
     assert settings.spec("value").dynamic
     assert not settings.spec("value").symmetric
     assert settings.spec("down_proj").bits == 4
-    other, _ = plan_block(init, checkpoint, 2)
+    other, _ = resolve_settings(params, checkpoint, 2)
     assert (other.spec("down_proj").bits, other.spec("mlp_hidden").bits, other.spec("up_proj").bits) == (8, 8, 4)
 
 
@@ -88,9 +98,15 @@ def test_large_key_biases_do_not_enlarge_the_error_of_centered_keys(model_folder
     hidden = torch.randn(4, 48, 48, generator=torch.Generator().manual_seed(1))
     errors = {}
     for centered in (True, False):
-        work, header = tmp_path / f"work-{centered}", make_header("quantizer_init", {"centered": centered})
-        params = init_params({"keys.centered": centered})
-        reports = init_blocks(checkpoint, hidden.clone(), None, params, runner, work, header)
+        reports = init_blocks(
+            checkpoint,
+            hidden.clone(),
+            None,
+            params=init_params({"keys.centered": centered}),
+            runner=runner,
+            work_folder=tmp_path / f"work-{centered}",
+            header=make_header("quantizer_init", {"centered": centered}),
+        )
         errors[centered] = max(report["sites"]["key"]["relative_error"] for report in reports)
     assert errors[True] < 0.02  # measured: 0.004
     assert errors[False] > 5 * errors[True]

@@ -8,7 +8,7 @@ from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import fill_block, load_block
 from pipeline.models.sites import CACHE_SITES
 from pipeline.numerics.hadamard import hadamard_transform
-from pipeline.quantization.quantizer_init import plan_block
+from pipeline.quantization.quantizer_init import resolve_settings
 from pipeline.quantization.statistics import choose_windows, record_block
 from tests.conftest import init_params, open_model
 
@@ -19,7 +19,7 @@ MAX |= {"weights.rounding": "rtn", "equalize": []}
 
 def record(checkpoint, runner, hidden, prefix_kv=None, mse_samples=2, changes=None, percentile_sites=frozenset()):
     """Return block 1 and its statistics."""
-    settings, _ = plan_block(init_params(changes or MAX), checkpoint, 1)
+    settings, _ = resolve_settings(init_params(changes or MAX), checkpoint, 1)
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
     return block, record_block(
         block,

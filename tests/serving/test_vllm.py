@@ -83,9 +83,17 @@ def make_served(folder, config, changes, prefix, rotations):
     if prefix is None:
         embeddings = torch.randn(4, config.hidden_size, generator=torch.Generator().manual_seed(2)) * 0.1
     windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))
-    params = init_params({"weights.rounding": "rtn"} | changes)
-    header = make_header("quantizer_init", {})
-    init_quantizers(rotated, (ids, embeddings), windows, params, runner, folder / "work", folder / "quantized", header)
+    init_quantizers(
+        rotated,
+        folder / "quantized",
+        params=init_params({"weights.rounding": "rtn"} | changes),
+        prefix_token_ids=ids,
+        prefix_embeddings=embeddings,
+        token_ids=windows,
+        runner=runner,
+        work_folder=folder / "work",
+        header=make_header("quantizer_init", {}),
+    )
     checkpoint = Checkpoint(folder / "quantized", "quantizer_init")
     kept, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     export_model(checkpoint, kept, folder / "model", folder / "export", "5GB", make_header("export", {}), RESULTS)

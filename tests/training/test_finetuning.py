@@ -61,9 +61,17 @@ def quantized(imported, tmp_path_factory):
     init = yaml.safe_load((ROOT / "params.yaml").read_text())["quantizer_init"]
     init = QuantizerInitParams.model_validate(init | {"mse_samples": 2})
     original, _ = open_model(imported["llama_tied"])
-    prefix = (PREFIX, original.embed(PREFIX))
-    header = make_header("quantizer_init", {"test": 1})
-    init_quantizers(rotated, prefix, ids[:4], init, runner, root / "work", root / "quantized", header)
+    init_quantizers(
+        rotated,
+        root / "quantized",
+        params=init,
+        prefix_token_ids=PREFIX,
+        prefix_embeddings=original.embed(PREFIX),
+        token_ids=ids[:4],
+        runner=runner,
+        work_folder=root / "work",
+        header=make_header("quantizer_init", {"test": 1}),
+    )
     return Models(original, rotated, Checkpoint(root / "quantized", "quantizer_init")), ids[:4], ids[4:]
 
 
@@ -371,13 +379,14 @@ def test_every_kind_of_quantizer_can_be_trained_and_frozen(changes, imported, tm
     nothing = torch.zeros(0, dtype=torch.int64)
     init_quantizers(
         rotated,
-        (nothing, original.embed(nothing)),
-        ids[:4],
-        QuantizerInitParams.model_validate(init),
-        runner,
-        tmp_path / "w",
         tmp_path / "q",
-        make_header("quantizer_init", {"test": 2}),
+        params=QuantizerInitParams.model_validate(init),
+        prefix_token_ids=nothing,
+        prefix_embeddings=original.embed(nothing),
+        token_ids=ids[:4],
+        runner=runner,
+        work_folder=tmp_path / "w",
+        header=make_header("quantizer_init", {"test": 2}),
     )
     models = Models(original, rotated, Checkpoint(tmp_path / "q", "quantizer_init"))
     metrics, checkpoint = run_whole((models, ids[:4], ids[4:]), tmp_path, end_to_end={"enabled": True})
