@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from pipeline.blocks.prefix_kv import PREFIX
-from pipeline.blocks.quantized import block_settings, describe_blocks
-from pipeline.inspection.saturation import SATURATION, write_saturation
-from pipeline.models.checkpoint import BLOCK, CONFIG_KEY, REPORT, Checkpoint, CheckpointWriter, copy_companions
-from pipeline.runtime.artifacts import Header, load_tensors, replacing_folder, save_tensors, write_json, write_rows
+from pipeline.blocks.quantized import block_settings
+from pipeline.quantization.assembly import assemble_checkpoint
+from pipeline.runtime.artifacts import load_tensors, write_rows
 from pipeline.text.windows import put_in_front, unpack_start_token
 from pipeline.training.block_wise import Models, finetune_blocks
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
@@ -72,7 +71,19 @@ def finetune(
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
     if place.ranks.first:
-        assemble_checkpoint(models.initial, finished, folder, prefix, report, place.header)
+        initial, architecture = models.initial, models.initial.architecture
+        names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
+        assemble_checkpoint(
+            initial,
+            folder,
+            work_folder=finished,
+            settings=[block_settings(initial, index) for index in range(initial.block_count)],
+            embeddings={name: initial.load_tensor(name) for name in names},
+            prefix=prefix,
+            report=report,
+            header=place.header,
+            write_extras=lambda unfinished: write_losses(unfinished, report),
+        )
         shutil.rmtree(place.work)
     place.ranks.wait()
     return metrics
@@ -108,44 +119,14 @@ def _finetune_end_to_end(
     return outcome, None
 
 
-def assemble_checkpoint(
-    initial: Checkpoint,
-    work: Path,
-    folder: Path,
-    prefix: dict[str, torch.Tensor],
-    report: dict[str, Any],
-    header: Header,
-) -> None:
-    """Put the finished blocks of `work` and what else `initial` consists of into `folder`, with losses for dvc plots.
+def write_losses(folder: Path, report: dict[str, Any]) -> None:
+    """Write the losses of a report for dvc plots.
 
-    Args:
-        prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] when P > 0; start_token [1] where texts have one.
-        report: {"blocks": of `finetune_blocks`, …}.
+    losses.json has a row per block and epoch, relative to the block's start; blocks.json a row per block;
+    end_to_end.json a row per epoch of the second phase.
     """
-    architecture = initial.architecture
-    with replacing_folder(folder) as partial:
-        writer = CheckpointWriter(partial, architecture, header.stage, header)
-        for index in range(initial.block_count):
-            writer.adopt_block(index, work / BLOCK.format(index=index))
-        names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
-        writer.write_embeddings({name: initial.load_tensor(name) for name in names})
-        save_tensors(partial / PREFIX, prefix, header)
-        write_json(partial / REPORT, report)
-        write_losses(partial, report["blocks"])
-        write_rows(partial / END_TO_END_LOSSES, report.get("end_to_end", {"history": []})["history"])
-        saturation = {block["block"]: block["saturation"] for block in report["blocks"]}
-        write_saturation(partial / SATURATION, {"calibration": saturation})
-        copy_companions(initial.folder, partial)
-        settings = [block_settings(initial, index) for index in range(initial.block_count)]
-        config = initial.read_config()
-        config.pop(CONFIG_KEY)
-        writer.finish(config, describe_blocks(settings))
-
-
-def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
-    """losses.json, a row per block and epoch, relative to the block's start, and blocks.json, a row per block."""
     epochs, before_after = [], []
-    for block in blocks:
+    for block in report["blocks"]:
         first = block["validation_before"] or 1.0
         for row in block["history"]:
             own = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
@@ -156,6 +137,7 @@ def write_losses(folder: Path, blocks: list[dict[str, Any]]) -> None:
         before_after.append({"block": block["block"]} | values)
     write_rows(folder / EPOCH_LOSSES, epochs)
     write_rows(folder / BLOCK_LOSSES, before_after)
+    write_rows(folder / END_TO_END_LOSSES, report.get("end_to_end", {"history": []})["history"])
 
 
 def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
