@@ -54,8 +54,8 @@ def choose_quantizers_(
     """Calibrate every quantizer of `block` in place and replace its weights by integers.
 
     Args:
-        block: as it was recorded, not calibrated.
-        statistics: of the block; Gram matrices are used up.
+        block: not calibrated, as when its statistics were recorded.
+        statistics: the block's; Gram matrices are used up.
         prefix_kv: [2, kv_heads, P, d] or None.
         site_settings: for each site and linear that is to be quantized.
 

@@ -80,7 +80,7 @@ class Equalizer:
     Attributes:
         block: with float weights and quantizers, none of them calibrated.
         settings: the block's. At centered sites the energy about the mean counts.
-        r2: of the rotated model that the block belongs to.
+        r2: R2 of the rotated model that the block belongs to.
         sites: the sites to scale. Those that this block cannot scale are left out.
     """
 
@@ -264,7 +264,7 @@ def _measured_site(site: str) -> str:
 
 
 def _spread_pairs(pairs: torch.Tensor) -> torch.Tensor:
-    """Return the scale of each channel [..., d] from those of pairs [..., d / 2]: RoPE turns channel i with i + d/2."""
+    """Return scales of channels [..., d] from scales of pairs [..., d / 2]: RoPE turns channels i and i + d/2."""
     return torch.cat((pairs, pairs), dim=-1)
 
 

@@ -4,7 +4,7 @@ First, walk some windows through the full-precision model to measure how sensiti
 (`sensitivity.py`). Then, for each block and on all calibration windows:
 
 1. scale its channels accordingly (`equalization.py`);
-2. run it in full precision and record what its quantizers will quantize (`statistics.py`);
+2. run it in full precision and record the values that its quantizers will quantize (`statistics.py`);
 3. choose the scale, zero point or clip factors of every quantizer and round the weights (`block_init.py`);
 4. run it again, quantized, to get the next block's input, and count the values beyond the static ranges
    (`inspection/saturation.py`).
@@ -56,7 +56,7 @@ BlockReport = dict[str, Any]  # see `init_blocks`
 def resolve_settings(
     params: QuantizerInitParams, checkpoint: Checkpoint, index: int
 ) -> tuple[BlockSettings, dict[str, SiteSettings]]:
-    """Return the settings of block `index`, and those of each of its sites and linears that is quantized.
+    """Return the settings of block `index`, and the settings of each quantized site and linear in it.
 
     Args:
         params: overrides that name the block are applied.
@@ -102,7 +102,7 @@ def init_quantizers(
         prefix_token_ids, prefix_embeddings: [P], and [P, D] in the original model's basis; P may be 0.
         token_ids: calibration windows [N, T], content alone.
         work_folder: holds finished blocks until the end; an unfinished run with the same header is continued.
-        header: of the artifact.
+        header: the artifact's.
         ranks: each runs its own windows. Choices are made from all windows, and the first rank writes.
         text_start_token_id: put between this prefix and every text and kept with the prefix, or None. It is quantized
             like any other token.
@@ -281,7 +281,7 @@ def _init_block_(
         )
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
-    ranks.broadcast_(*block.state_dict().values())  # all ranks made the same choices; from here they agree to the last bit
+    ranks.broadcast_(*block.state_dict().values())  # all ranks chose the same; now they agree to the last bit
     block_error = measure_block_error(block, statistics, prefix_kv, runner) / max(statistics.energy, _TINY)
     saturation = advance_probed_(runner, block, architecture, hidden, prefix_kv)
     if not all(torch.isfinite(window).all() for window in hidden):
@@ -312,7 +312,7 @@ def _write_checkpoint(
     Args:
         prefix: token_ids [P], start_token [1] if texts have one, and kv [L, 2, kv_heads, P, d] of the rotated model if
             P > 0. The KV is written scaled like the keys and values of each block.
-        report: of `init_blocks`.
+        report: from `init_blocks`.
     """
     architecture, indices = checkpoint.architecture, range(checkpoint.block_count)
     scales: dict[str, torch.Tensor] = {}

@@ -41,7 +41,7 @@ def measure_sensitivity(
         hidden: [n, T, D] embedded windows of this rank, which may have none; overwritten.
         prefix_kv: [L, 2, kv_heads, P, d] or None.
         sites: the sites to be scaled, see `equalization.py`; the result has `attention_output` in place of `value`.
-        numbers: of these windows among those of all ranks. A window's number decides its labels.
+        numbers: the windows' numbers among the windows of all ranks. A number decides the labels of its window.
     """
     tokens = ranks.count(hidden.shape[0] * hidden.shape[1])
     block_inputs: list[torch.Tensor] = []

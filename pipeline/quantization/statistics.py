@@ -1,4 +1,4 @@
-"""Record what the quantizers of one block will quantize: ranges, samples and Gram matrices, in one forward.
+"""Record the values that the quantizers of one block will quantize: ranges, samples and Gram matrices.
 
 The block runs in full precision over all calibration windows, with hooks on its quantizers, none of which is calibrated
 yet. Each statistic is therefore of exactly the values that will be quantized: mlp_hidden after R4, keys after RoPE and
@@ -62,7 +62,7 @@ class SiteStatistics:
 
     Attributes:
         channels: extrema and mean of every channel, [C] or [heads, d].
-        histogram: of the values, less the channels' means where the quantizer is centered; filled only on request.
+        histogram: counts the values, less the channels' means where the quantizer is centered; filled only on request.
         samples: one tensor per batch: some tokens [n, C] of the linears' inputs, whole windows [B, heads, T, d] of keys
             and values.
         gram: sum over all tokens of x^T x, [C, C], for sites that a weight to be quantized reads. Only entries above
@@ -104,7 +104,7 @@ class SiteStatistics:
         return hessian
 
     def center_(self, hessian: torch.Tensor) -> torch.Tensor:
-        """Turn the mean of x^T x into that of (x - mean)^T (x - mean), in place, and return it."""
+        """Turn the mean of x^T x into the mean of (x - mean)^T (x - mean), in place, and return it."""
         for row, mean in zip(hessian.split(_ROWS), self.channels.mean.split(_ROWS), strict=True):
             row -= torch.outer(mean, self.channels.mean)
         return hessian
@@ -115,7 +115,7 @@ class BlockStatistics:
     """The statistics of one block.
 
     Attributes:
-        sites: those of every input of linears, and of keys and values where they are to be quantized.
+        sites: statistics of every input of linears, and of keys and values that are to be quantized.
         queries, keys: [B, heads, T, d] of the sampled windows, as attention multiplies them (after RoPE).
         inputs, outputs: [B, T, D], the hidden states of the sampled windows before and after the block.
     """
@@ -128,7 +128,7 @@ class BlockStatistics:
 
     @functools.cached_property
     def energy(self) -> float:
-        """The summed square of what the block adds to its input on the sampled windows."""
+        """The summed square of the block's change to its input on the sampled windows."""
         return (self.outputs - self.inputs.float()).square().sum().item()
 
 
@@ -139,7 +139,7 @@ def choose_windows(windows: int, wanted: int) -> list[int]:
 
 
 def choose_rank_windows(windows: int, wanted: int, ranks: Ranks) -> list[int]:
-    """Choose windows as `choose_windows` does and return those of this rank, numbered as this rank counts."""
+    """Choose windows as `choose_windows` does and return this rank's, by its own numbers."""
     return ranks.locate(torch.tensor(choose_windows(windows, wanted))).tolist()
 
 
@@ -155,7 +155,7 @@ def record_block(
     percentile_sites: frozenset[str] = frozenset(),
     ranks: Ranks = ALONE,
 ) -> BlockStatistics:
-    """Run a block in full precision over all windows and record what its quantizers will quantize.
+    """Run a block in full precision over all windows and record the values that its quantizers will quantize.
 
     Args:
         block: with quantizers, none of them calibrated.
