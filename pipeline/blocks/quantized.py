@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.blocks.kv_cache import KeyQuantizer, quantize_cache_
 from pipeline.blocks.sites import site_group
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
@@ -255,9 +255,8 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     attention.key_quantizer = KeyQuantizer(settings.spec("key"), kv_heads, widths["key"], rotate, before_rope)
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
-    if attention.key_quantizer.mean_taken_out:
-        attention.key_quantizer.watch_positions_(attention)
     attention.value_quantizer = ActivationQuantizer(settings.spec("value"), widths["value"], kv_heads)
+    quantize_cache_(attention)
 
 
 def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
