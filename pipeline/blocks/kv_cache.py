@@ -120,15 +120,19 @@ class QuantizingCache:
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys (after RoPE) and values [B, heads, T, d] to a layer, and return all that it then holds."""
-        quantizer = self.attention.key_quantizer
-        if not quantizer.before_rope:
+        quantizer = getattr(self.attention, "key_quantizer", None)
+        if quantizer is not None and not quantizer.before_rope:
             key_states = quantizer(key_states, self.positions)
         value_states = self.attention.value_quantizer(value_states)
         return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def quantize_cache_(attention: nn.Module) -> None:
-    """Have each call of an attention module that has `key_quantizer` and `value_quantizer` quantize what it caches."""
+    """Have each call of an attention module quantize the keys and values that it caches.
+
+    Args:
+        attention: it has a `value_quantizer`, and a `key_quantizer` unless keys are left as they are.
+    """
     attention.register_forward_pre_hook(_wrap_cache, with_kwargs=True)
 
 

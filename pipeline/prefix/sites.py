@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.blocks.kv_cache import quantize_cache_
 from pipeline.models.architectures import Architecture
 
 See = Callable[[str, torch.Tensor], torch.Tensor]
@@ -30,7 +31,7 @@ def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[s
     hang: dict[str, Callable[[str], Any]] = {
         "attention_input": watch_input_module,
         "key": lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
-        "value": lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+        "value": lambda site: _watch_values_(block.self_attn, _CacheSite(see, site)),
         "attention_output": lambda site: watch_input(site, architecture.attention_output),
         "o_proj": lambda site: watch_output(site, architecture.attention_output),
         "mlp_input": watch_input_module,
@@ -55,10 +56,13 @@ def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
     source.register_forward_hook(replace)
 
 
-class _CacheSite(nn.Module):
-    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
+def _watch_values_(attention: nn.Module, site: "_CacheSite") -> None:
+    attention.value_quantizer = site
+    quantize_cache_(attention)
 
-    before_rope = False
+
+class _CacheSite(nn.Module):
+    """Takes the place of a block's quantizer of values, and shows them to `see`."""
 
     def __init__(self, see: See, site: str) -> None:
         super().__init__()

@@ -289,11 +289,11 @@ def attention_error(
     Args:
         queries: [B, heads, T, d], in the basis of the keys' quantizer (rotated when R3 is on).
         keys: [B, kv_heads, T, d] as the quantizer sees them. Groups are judged with the others left exact.
-        prefix_keys: [kv_heads, P, d] in the basis of the queries; attended to by every query, never quantized.
+        prefix_keys: [kv_heads, P, d] in the basis of the queries, the positions before the text; never quantized.
         scaling: what attention multiplies the scores by.
         turn: what happens to the keys between the quantizer and the scores: RoPE when they are quantized before it.
         cap: what the scores are softly kept within (Gemma 2), or None.
-        window: positions of text that a query sees, its own included, where the block slides, or None.
+        window: positions that a query sees, its own included, where the block slides, or None.
     """
     attend = _Attention(queries, keys.shape[1], prefix_keys, scaling, cap, window)
     exact = attend(turn(keys))
@@ -359,7 +359,12 @@ class _Attention:
         self.cap = cap
         self.prefix_scores = None
         if prefix_keys is not None:
-            self.prefix_scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
+            scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
+            if window is not None:  # the prefix slides out of sight
+                count = prefix_keys.shape[1]
+                distance = rows.unsqueeze(1) + count - torch.arange(count, device=queries.device)  # [t, P]
+                scores = scores.masked_fill_(distance >= window, -math.inf)
+            self.prefix_scores = scores
 
     def __call__(self, keys: torch.Tensor) -> torch.Tensor:
         scores = self._cap(torch.einsum("bkatd,bksd->bkats", self.queries, keys)).masked_fill_(self.hidden, -math.inf)
