@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.kept_dtype import KeepsDtype
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
 # The name of the argument that transformers passes a cache as, and of the output it returns it as; `cache` since 5.24.
@@ -42,7 +43,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 Positions = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [B or 1, T, d] each
 
 
-class KeyQuantizer(nn.Module):
+class KeyQuantizer(KeepsDtype):
     """Quantizes keys [B, heads, T, d]: after RoPE, in the basis of R3 if `rotate`, or before RoPE.
 
     A hook on `quantizer` receives the keys as they are quantized: rotated, and without their mean if they are centered.
@@ -62,7 +63,8 @@ class KeyQuantizer(nn.Module):
         self.mean_taken_out = spec.enabled and spec.centered and not before_rope
         self.quantizer = ActivationQuantizer(replace(spec, centered=spec.centered and before_rope), head_dim, heads)
         if self.mean_taken_out:
-            self.register_buffer("mean", torch.full((heads, head_dim), torch.nan))
+            # The default dtype is the model's while transformers loads it: a mean without a dtype would get that one.
+            self.register_buffer("mean", torch.full((heads, head_dim), torch.nan, dtype=torch.float32))
 
     def forward(self, keys: torch.Tensor, positions: Positions | None = None) -> torch.Tensor:
         """Quantize keys. `positions` are those of the keys; only a quantizer with a `mean` needs them."""

@@ -15,10 +15,10 @@ The model equals the original reading prefix + text, at every length, in layers 
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -54,6 +54,24 @@ class PrefixedModel(PreTrainedModel):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class it was made from: its own has no name to be found by."""
         return _new_prefixed, (type(self).__mro__[2],), self.__dict__
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Cast or move the model, but never cast the frequencies of RoPE: the prefix was turned by exact ones."""
+        rotary = self.base_model.rotary_emb
+        exact = dict(rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in rotary.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(rotary, name, exact[name].to(buffer.device))
+        return self
+
+    def half(self) -> Self:
+        """As `to(torch.float16)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """As `to(torch.float32)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        return self.to(torch.float32)
 
     def make_cache(self) -> PrefixCache:
         """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix."""
