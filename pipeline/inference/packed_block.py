@@ -76,7 +76,7 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         if self.product is None:
             return super().forward(x)
         self.fired = True
-        return self.product(self.prepare_input(x)).to(x.dtype)  # the model may have been cast since
+        return self.product(self.prepare_input(x))
 
 
 def pack_block_(block: nn.Module, architecture: Architecture) -> None:
