@@ -114,42 +114,6 @@ def randomize_(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@torch.no_grad()
-def read_pinned(model: torch.nn.Module, embedded: torch.Tensor, prefix: int = 0, real: torch.Tensor | None = None):
-    """transformers' own model, whole or without lm_head, reads prefix and text at once, its masks written out by hand.
-
-    Layers that slide see the prefix and W positions of text.
-
-    Args:
-        embedded: [B, prefix + T, D].
-        real: [B, T], 0 for padding.
-    """
-    batch, total, _ = embedded.shape
-    config, window = model.config, getattr(model.config, "sliding_window", None)
-    model.set_attn_implementation("eager")
-    if real is None:
-        real = torch.ones(batch, total - prefix, dtype=torch.int64)
-    count = real.cumsum(-1)
-    hidden = torch.finfo(embedded.dtype).min
-    full = torch.full((batch, 1, total, total), hidden)
-    sliding = full.clone()
-    for row in range(batch):
-        for query in range(total):
-            for key in range(query + 1):
-                if key < prefix:
-                    full[row, 0, query, key] = sliding[row, 0, query, key] = 0
-                elif real[row, key - prefix]:
-                    full[row, 0, query, key] = 0
-                    if count[row, query - prefix] - count[row, key - prefix] < (window or total):
-                        sliding[row, 0, query, key] = 0
-    positions = torch.cat((torch.arange(prefix).expand(batch, -1), prefix + (count - 1).clamp_min(0)), dim=1)
-    if getattr(config, "layer_types", None):
-        mask = {"full_attention": full, "sliding_attention": sliding}
-    else:
-        mask = full if window is None else sliding
-    return model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
-
-
 def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A random model of one of the families."""
     torch.manual_seed(seed)

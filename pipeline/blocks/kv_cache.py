@@ -1,25 +1,28 @@
-"""A KV cache that begins with the prefix, in full precision, and quantizes what is appended to it.
+"""A KV cache that begins with the prefix, in full precision, and quantizes the keys and values appended to it.
 
-Its lengths count the prefix while the model runs, so that masks and positions do; to everybody else (`generate`, which
-cuts what it has read off its input by them) a whole model's cache counts the text alone.
+The prefix is never quantized. The full-precision model computes its keys and values once, and every sequence starts
+with them. To the layers the prefix is ordinary text at positions 0 to P - 1: lengths, masks and positions count it, and
+a layer with a sliding window forgets it like any other token. `PrefixCache` hides it from callers, whose lengths count
+the text alone. `generate` needs that: it cuts the tokens that were read already off its input by this length.
 
-In blocks that slide the prefix stays, and of the text only what the next token can see (`SlidingLayer`).
+R3, the online rotation of queries and keys, cancels in q·k. It only changes the values that the key quantizer rounds,
+so it is applied inside the key quantizer: rotate, quantize, rotate back. Queries and prefix keys stay as the model made
+them, and no attention function needs to know about R3. A kernel that keeps the rotated integers rotates its queries
+instead: (q R3) · Q(k R3) = q · (Q(k R3) R3^T), the same number.
 
-The prefix is never quantized: its keys and values are computed once by the full-precision model and put in front of
-every sequence. R3, the online rotation of queries and keys, cancels in q·k; all it does is change what the key
-quantizer sees. So it lives here, wholly inside the key's quantizer: rotate, quantize, rotate back. Queries and prefix
-keys stay as the model made them, and no attention function needs to know about R3. (A kernel that keeps the rotated
-integers rotates its queries instead: (q R3) · Q(k R3) = q · (Q(k R3) R3^T), the same number.)
+Biases of k_proj can be hundreds of times larger than the part of the keys that varies (Qwen2). Before RoPE such a
+constant m is one vector per head. After RoPE it turns with the position and fills the whole range. A centered key
+quantizer therefore subtracts it before RoPE. RoPE is linear: RoPE(k) = RoPE(k - m) + RoPE(m). The first part is
+quantized, the second is computed from the position.
 
-Biases of k_proj can be hundreds of times what varies (Qwen2). In front of RoPE such a constant m is one vector a head;
-behind it, it turns with the position and fills the whole range. So a centered key quantizer takes it out in front:
-RoPE is linear, RoPE(k) = RoPE(k - m) + RoPE(m), the first part is quantized, the second is known by position.
+No module holds the state of a call, and no cache holds a module. Each call of an attention module gets a
+`QuantizingCache` in place of its cache. It lives as long as the call, knows the positions of the call's tokens, and
+quantizes on the way to the cache.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,22 +34,23 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.kept_dtype import KeepsDtype
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
-# What transformers calls the argument that a cache is passed as, and what it is returned as; `cache` since 5.24.
+# The name of the argument that transformers passes a cache as, and of the output it returns it as; `cache` since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
+Positions = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [B or 1, T, d] each
 
-class KeyQuantizer(nn.Module):
-    """Quantizes keys [B, heads, T, d]: after RoPE, in the basis of R3 when `rotate`, or before RoPE.
 
-    A hook on `quantizer` sees the keys as they are quantized, that is, rotated, and without what is constant before
-    RoPE where they are centered. Before RoPE the cache cannot apply it: `hook_before_rope_` hangs it on the module
-    whose output RoPE turns.
+class KeyQuantizer(KeepsDtype):
+    """Quantizes keys [B, heads, T, d]: after RoPE, in the basis of R3 if `rotate`, or before RoPE.
+
+    A hook on `quantizer` receives the keys as they are quantized: rotated, and without their mean if they are centered.
+    The cache cannot quantize keys before RoPE. `hook_before_rope_` adds a hook to the module whose output RoPE turns.
 
     Attributes:
-        mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts behind RoPE.
-        positions: (cos, sin), each [B or 1, T, d], of the keys that come next; `watch_positions_` keeps them.
+        mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts after RoPE.
         transform: R3 and, called with True, its inverse.
     """
 
@@ -58,36 +62,34 @@ class KeyQuantizer(nn.Module):
         self.transform: Callable[..., torch.Tensor] = hadamard_transform
         self.mean_taken_out = spec.enabled and spec.centered and not before_rope
         self.quantizer = ActivationQuantizer(replace(spec, centered=spec.centered and before_rope), head_dim, heads)
-        self.positions: tuple[torch.Tensor, torch.Tensor] | None = None
         if self.mean_taken_out:
-            self.register_buffer("mean", torch.full((heads, head_dim), torch.nan))
+            # The default dtype is the model's while transformers loads it: a mean without a dtype would get that one.
+            self.register_buffer("mean", torch.full((heads, head_dim), torch.nan, dtype=torch.float32))
 
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, keys: torch.Tensor, positions: Positions | None = None) -> torch.Tensor:
+        """Quantize keys. `positions` are those of the keys; only a quantizer with a `mean` needs them."""
         if not self.quantizer.spec.enabled:
             return keys
         varying, constant = keys, None
         if self.mean_taken_out:
-            constant = self.turn_mean(*self.positions)
+            assert positions is not None, "a centered key quantizer needs the positions of the keys"
+            constant = self.turn_mean(*positions)
             varying = keys.float() - constant
         quantized = self.quantizer(self.to_basis(varying))
-        if not self.quantizer.calibrated:  # that was for the hooks
+        if not self.quantizer.calibrated:  # the call above was for hooks on the quantizer
             return keys
         if self.rotate:
             quantized = self.transform(quantized, True)
         return quantized if constant is None else (quantized + constant).to(keys.dtype)
 
     def to_basis(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys [..., d] in the basis in which keys are quantized."""
+        """Return queries or keys [..., d] in the basis in which keys are quantized."""
         return self.transform(x) if self.rotate else x
 
     def turn_mean(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d]."""
+        """Return RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d]."""
         mean = self.mean[None, :, None]
         return apply_rotary_pos_emb(mean, mean, cos.float(), sin.float())[1]
-
-    def watch_positions_(self, attention: nn.Module) -> None:
-        """Learn from each call of the attention at which positions its keys stand: caches are not told."""
-        attention.register_forward_pre_hook(_keep_positions, with_kwargs=True)
 
     def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
         """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
@@ -97,59 +99,75 @@ class KeyQuantizer(nn.Module):
         """
         find_key_source(attention).register_forward_hook(functools.partial(self._quantize_output, heads_first))
 
-    def _quantize_output(self, heads_first: bool, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _quantize_output(
+        self, heads_first: bool, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         keys = self(self.split_heads(output, heads_first))
         return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
 
     def split_heads(self, output: torch.Tensor, heads_first: bool) -> torch.Tensor:
-        """Keys [B, heads, T, d] from what `find_key_source`'s module gives."""
+        """Return keys [B, heads, T, d] from the output of `find_key_source`'s module."""
         if heads_first:
             return output
         return output.view(*output.shape[:2], self.heads, self.head_dim).transpose(1, 2)
 
 
-def _keep_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    module.key_quantizer.positions = kwargs["position_embeddings"]
+class QuantizingCache:
+    """The cache that one call of an attention module writes to: quantizes, then appends to the cache it was given."""
+
+    def __init__(self, cache: Cache, attention: nn.Module, positions: Positions) -> None:
+        self.cache, self.attention, self.positions = cache, attention, positions
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys (after RoPE) and values [B, heads, T, d] to a layer, and return all that it then holds."""
+        quantizer = getattr(self.attention, "key_quantizer", None)
+        if quantizer is not None and not quantizer.before_rope:
+            key_states = quantizer(key_states, self.positions)
+        value_states = self.attention.value_quantizer(value_states)
+        return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def quantize_cache_(attention: nn.Module) -> None:
+    """Have each call of an attention module quantize the keys and values that it caches.
+
+    Args:
+        attention: it has a `value_quantizer`, and a `key_quantizer` unless keys are left as they are.
+    """
+    attention.register_forward_pre_hook(_wrap_cache, with_kwargs=True)
+
+
+def _wrap_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cache = kwargs.get(CACHE)
+    if cache is None:  # a caller that wants neither cache nor quantizers
+        return args, kwargs
+    return args, kwargs | {CACHE: QuantizingCache(cache, module, kwargs["position_embeddings"])}
 
 
 def find_key_source(attention: nn.Module) -> nn.Module:
-    """The module whose output RoPE turns into keys."""
+    """Return the module whose output RoPE turns into keys."""
     return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
 
 
 class PrefixLayer(DynamicLayer):
-    """One layer's cache: `get_seq_length()` starts at P, so that masks and positions count the prefix.
+    """One layer's cache, which begins with the prefix: `get_seq_length()` is P before any text.
 
     Args:
         prefix_kv: [2, heads, P, d] keys (after RoPE) and values, or None for no prefix.
-        key_quantizer, value_quantizer: applied to every appended key and value, never to the prefix.
     """
 
-    def __init__(
-        self,
-        prefix_kv: torch.Tensor | None = None,
-        key_quantizer: nn.Module | None = None,
-        value_quantizer: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, prefix_kv: torch.Tensor | None = None) -> None:
         super().__init__()
         self.prefix_kv = prefix_kv
-        self.key_quantizer = key_quantizer
-        self.value_quantizer = value_quantizer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         if self.prefix_kv is not None:
             prefix = self.prefix_kv.to(key_states)
             self.keys, self.values = prefix.unsqueeze(1).expand(2, key_states.shape[0], *prefix.shape[1:])
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.key_quantizer is not None:
-            key_states = self.key_quantizer(key_states)
-        if self.value_quantizer is not None:
-            value_states = self.value_quantizer(value_states)
-        return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all text. Older versions of transformers fill it with zeros and keep its length."""
@@ -158,136 +176,129 @@ class PrefixLayer(DynamicLayer):
         super().reset()
 
     def get_seq_length(self) -> int:
+        """Return how many positions were read, the prefix among them."""
         if not self.is_initialized and self.prefix_kv is not None:
             return self.prefix_kv.shape[-2]
         return super().get_seq_length()
 
 
 class SlidingLayer(PrefixLayer):
-    """The cache of a block that slides: the prefix, and of the text what the next token can see; lengths count all.
+    """The cache of a layer with a sliding window. `drop_` forgets positions; lengths still count them.
 
     Attributes:
-        window: positions of text a position sees, its own included.
-        dropped: how many positions of text, from its beginning on, are gone.
-        first_visible: of the text, the first position to be kept at the next `update`.
-        record_past: nothing is dropped until the next `PrefixCache.crop`, so that `generate` can take tokens back.
+        window: positions that a position sees, itself included.
+        dropped: how many positions, from the first one on, are gone.
+        complete_from: lengths from here on can be cropped to, because all that the next token sees is still there.
+        record_past: whether the cache keeps all positions, so that `generate` can take tokens back.
     """
 
     is_sliding = True
 
-    def __init__(
-        self,
-        window: int,
-        prefix_kv: torch.Tensor | None = None,
-        key_quantizer: nn.Module | None = None,
-        value_quantizer: nn.Module | None = None,
-    ) -> None:
-        super().__init__(prefix_kv, key_quantizer, value_quantizer)
+    def __init__(self, window: int, prefix_kv: torch.Tensor | None = None) -> None:
+        super().__init__(prefix_kv)
         self.window = window
-        self.dropped = self.first_visible = 0
+        self.dropped = self.complete_from = 0
         self.record_past = False
 
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that the new tokens can see; what is kept is what the next one can."""
-        seen = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past:
-            self.drop_(self.first_visible)
-        return seen
-
     def drop_(self, first: int) -> None:
-        """Forget the text in front of position `first`."""
-        prefix = 0 if self.prefix_kv is None else self.prefix_kv.shape[-2]
-        start = prefix + first - self.dropped
-        if start > prefix:
-            self.keys, self.values = (
-                torch.cat((states[..., :prefix, :], states[..., start:, :]), dim=-2)
-                for states in (self.keys, self.values)
-            )
+        """Forget all positions before `first`."""
+        if self.is_initialized and first > self.dropped:
+            start = first - self.dropped
+            self.complete_from = self.get_seq_length()
+            self.keys, self.values = (states[..., start:, :].clone() for states in (self.keys, self.values))
             self.dropped = first
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() + self.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys `query_length` new tokens will meet, and the position of the first one."""
         return super().get_mask_sizes(query_length)[0] - self.dropped, self.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` positions.
+
+        Raises:
+            ValueError: the next token would see positions that are gone.
+        """
+        if self.get_seq_length() + tokens_to_remove < self.complete_from:
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back: layers with sliding_window={self.window} keep only "
+                "the positions that the next token sees. Call activate_past_recording() on the cache first."
+            )
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.dropped = self.first_visible = 0
+        self.dropped = self.complete_from = 0
 
 
 class PrefixCache(Cache):
-    """The cache of a whole model: a `PrefixLayer` per block."""
+    """The cache of a whole model: a `PrefixLayer` per block. Its lengths count the text alone."""
 
     def __init__(self, layers: list[PrefixLayer]) -> None:
         super().__init__(layers=layers)
         prefix_kv = layers[0].prefix_kv
         self.prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
-        self._hidden_tokens = self.prefix_tokens
-        self._sliding = [layer for layer in layers if isinstance(layer, SlidingLayer)]
-        self._text_mask: torch.Tensor | None = None
-
-    @property
-    def dropped(self) -> int:
-        """How many positions of text the blocks that slide have forgotten."""
-        return self._sliding[0].dropped if self._sliding else 0
-
-    def expect_(self, length: int, text_mask: torch.Tensor | None) -> None:
-        """Before a call behind which the text has `length` tokens, those of padding 0 in text_mask [B, length]."""
-        if self._sliding:
-            self._text_mask = text_mask
-            first = find_first_visible(self._sliding[0].window, length, text_mask)
-            for layer in self._sliding:
-                layer.first_visible = first
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove tokens. Raises ValueError where what the next one sees is gone."""
-        if not self._sliding or not self._sliding[0].is_initialized:
-            super().crop(tokens_to_remove)
-            return
-        window, length = self._sliding[0].window, self.get_seq_length() + tokens_to_remove
-        mask = None if self._text_mask is None else self._text_mask[:, :length]
-        first = find_first_visible(window, length, mask)
-        if first < self.dropped:
-            raise ValueError(
-                f"{-tokens_to_remove} tokens cannot be taken back: blocks with sliding_window={window} keep only what "
-                "the next token sees; call activate_past_recording() on the cache first"
-            )
-        super().crop(tokens_to_remove)
-        self._text_mask = mask
-        for layer in self._sliding:
-            layer.drop_(first)
-
-    @contextmanager
-    def counting_prefix(self) -> Iterator[None]:
-        """Inside, lengths count the prefix."""
-        self._hidden_tokens = 0
-        try:
-            yield
-        finally:
-            self._hidden_tokens = self.prefix_tokens
+        self._was_cropped = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) - self._hidden_tokens
+        return super().get_seq_length(layer_idx) - self.prefix_tokens
+
+    def count_prefix(self) -> Cache:
+        """Return a cache of the same layers, whose lengths count the prefix: the one that the model itself reads."""
+        return Cache(layers=self.layers)
+
+    def begin_call_(self, mask: torch.Tensor | None) -> None:
+        """Make room before a call: forget the positions that tokens which were taken back had kept in memory.
+
+        Args:
+            mask: [B, P + past], 0 for padding; None if there is no padding.
+        """
+        if self._was_cropped:
+            self._was_cropped = False
+            self._drop_unseen_(mask)
+
+    def end_call_(self, mask: torch.Tensor | None) -> None:
+        """After a call, forget all positions that no later token sees, unless the past is recorded.
+
+        Args:
+            mask: [B, P + past + T], 0 for padding; None if there is no padding.
+        """
+        if not any(getattr(layer, "record_past", False) for layer in self.layers):
+            self._drop_unseen_(mask)
+
+    def _drop_unseen_(self, mask: torch.Tensor | None) -> None:
+        firsts: dict[int, int] = {}
+        for layer in self.layers:
+            if isinstance(layer, SlidingLayer):
+                if layer.window not in firsts:
+                    firsts[layer.window] = find_first_visible(layer.window, layer.get_seq_length(), mask)
+                layer.drop_(firsts[layer.window])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of text.
+
+        Raises:
+            ValueError: in a layer with a sliding window, the next token would see positions that are gone.
+        """
+        super().crop(max(tokens_to_remove, -self.get_seq_length()))
+        self._was_cropped = True
 
 
-def make_layer(block: nn.Module, prefix_kv: torch.Tensor | None, window: int | None = None) -> PrefixLayer:
-    """The cache of one block, with its share of the prefix [2, heads, P, d] and the quantizers the block carries.
+def make_layer(prefix_kv: torch.Tensor | None, window: int | None = None) -> PrefixLayer:
+    """Return the empty cache of one block.
 
-    `window` is that of a block that slides; None keeps everything.
+    Args:
+        prefix_kv: the block's share of the prefix, [2, heads, P, d].
+        window: the block's sliding window; None if it sees everything.
     """
-    attention = block.self_attn
-    keys = getattr(attention, "key_quantizer", None)
-    keys = None if keys is None or keys.before_rope else keys
-    quantizers = keys, getattr(attention, "value_quantizer", None)
-    return PrefixLayer(prefix_kv, *quantizers) if window is None else SlidingLayer(window, prefix_kv, *quantizers)
+    return PrefixLayer(prefix_kv) if window is None else SlidingLayer(window, prefix_kv)
 
 
-def make_block_cache(block: nn.Module, prefix_kv: torch.Tensor | None) -> Cache:
-    """A one-layer cache for one call of a single decoder layer (its `layer_idx` is 0)."""
-    return Cache(layers=[make_layer(block, prefix_kv)])
+def make_block_cache(prefix_kv: torch.Tensor | None) -> Cache:
+    """Return a one-layer cache for one call of a single decoder layer, whose `layer_idx` is 0."""
+    return Cache(layers=[make_layer(prefix_kv)])

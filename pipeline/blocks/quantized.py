@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import KeyQuantizer
+from pipeline.blocks.kv_cache import KeyQuantizer, quantize_cache_
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import RESIDUAL_SITES, Site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.kept_dtype import KeepsDtype
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, dequantize_weight, fake_quantize, group
 
 _QUANTIZER = tuple(f"quantizer.{name}" for name in ("scale", "zero_point", "clip_factor", "shift", "mean"))
@@ -69,7 +70,7 @@ class BlockSettings:
         return cls(**values | {"sites": {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}})
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(KeepsDtype):
     """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
 
     Attributes:
@@ -81,6 +82,8 @@ class QuantizedLinear(nn.Module):
         fired: whether a quantized weight has been multiplied by.
         bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
     """
+
+    kept_tensors = frozenset({"weight_scale", "weight_zero_point", "weight_common"})
 
     def __init__(
         self,
@@ -140,9 +143,10 @@ class QuantizedLinear(nn.Module):
             return rounded.flatten(-2).to(dtype)
         if self.unfrozen:
             return self._dequantize().to(dtype)
-        if self._dequantized is None or self._dequantized.dtype != dtype:
-            self._dequantized = self._dequantize().to(dtype)
-        return self._dequantized
+        dequantized = self._dequantized  # read once: another thread may ask for another dtype meanwhile
+        if dequantized is None or (dequantized.dtype, dequantized.device) != (dtype, self.weight.device):
+            dequantized = self._dequantized = self._dequantize().to(dtype)
+        return dequantized
 
     def _dequantize(self) -> torch.Tensor:
         return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)
@@ -255,9 +259,8 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     attention.key_quantizer = KeyQuantizer(settings.spec(Site.KEY), kv_heads, widths[Site.KEY], rotate, before_rope)
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
-    if attention.key_quantizer.mean_taken_out:
-        attention.key_quantizer.watch_positions_(attention)
     attention.value_quantizer = ActivationQuantizer(settings.spec(Site.VALUE), widths[Site.VALUE], kv_heads)
+    quantize_cache_(attention)
 
 
 def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:

@@ -1,12 +1,16 @@
-"""Sliding windows with the prefix pinned: which positions a position sees in blocks that slide.
+"""Which positions a position sees where transformers' own masks do not say it: padding after the prefix, packed texts.
 
-In such a block a position was trained to see W positions, its own included (`sliding_window` of the config). The prefix
-is no part of what slides: position t of the text sees
+In a layer with a sliding window of W (`sliding_window` of the config), a position sees itself and the W - 1 positions
+before it. The prefix is text like any other: it slides out of sight, so that a model with a prefix equals the original
+reading prefix + text, at every length. One running text needs no mask from here: transformers builds its own from the
+lengths of the cache.
 
-    the whole prefix, however far it is      and the text's positions s with t - W < s <= t
+Two cases are different, because keys are not where the original would have them:
 
-that is, W positions of text, with a prefix or without one, where it is what the model's makers meant. RoPE stays what
-it is: the prefix is at 0 to P - 1, text begins at P. Padding is not counted: a text sees the same however it is padded.
+    padding   p p · · a b c      The prefix comes before the padding. `a` is 1 position after it, not 3.
+    packing   p p a b | d e      Each text has the prefix before it. `d` is 1 position after it, and does not see a, b.
+
+So distances are counted in positions that the text really has.
 """
 
 from typing import Any
@@ -15,81 +19,81 @@ import torch
 from transformers import AttentionMaskInterface
 
 
-def make_sliding_mask(
+def count_places(mask: torch.Tensor) -> torch.Tensor:
+    """Return the place of each position in its text, [B, length], without the padding (0 in `mask` [B, length])."""
+    return mask.long().cumsum(-1)
+
+
+def make_mask(
     config: Any,
-    window: int,
     hidden: torch.Tensor,
-    prefix: int,
+    *,
     past: int,
     dropped: int = 0,
-    text_mask: torch.Tensor | None = None,
+    window: int | None = None,
+    places: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    texts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mask of a block that slides, as its attention takes it: [B, 1, T, keys], bool (sdpa) or added (eager).
+    """Return the mask of a layer as its attention takes it: [B, 1, T, keys], bool (sdpa) or added (eager).
 
-    P = 2, T = 4 behind it, window 2:
+    Window 3, P = 2, one text of 3 tokens after 2 positions of padding (rows of padding are left out):
 
-        1 1 | 1 0 0 0
-        1 1 | 1 1 0 0
-        1 1 | 0 1 1 0
-        1 1 | 0 0 1 1
+        p p · · a b c
+        1 1 0 0 1 0 0
+        0 1 0 0 1 1 0
+        0 0 0 0 1 1 1
 
     Args:
         config: the model's; names its attention implementation.
-        window: W.
-        hidden: [B, T, …] what attention is about to read; its shape, dtype and device count.
-        prefix: how many positions in front of the text are pinned, be they in the cache or the first of `hidden`.
-        past: positions in front of `hidden`, the prefix's and the dropped ones included.
-        dropped: how many positions, the text's first ones, are no longer among the keys.
-        text_mask: [B, past + T - prefix], 0 for padding; None: there is none.
-
-    Raises:
-        ValueError: the attention implementation takes no mask of its own.
+        hidden: [B, T, …], the input of attention; only its shape, dtype and device count.
+        past: how many positions were read before `hidden`, the prefix's and the dropped ones included.
+        dropped: how many of those, the first ones, are no longer in the cache.
+        window: W; None if the layer sees everything.
+        places: [B, past + T], the place of each position in its text; needed with a window.
+        mask: [B, past + T], 0 for padding; None if there is none.
+        texts: [B, past + T], the number of the text that a position belongs to, -1 for the prefix, which all texts
+            see; None if each row is one text.
     """
-    if "flash" in config._attn_implementation:
-        raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} cannot keep the prefix in sight of layers that slide "
-            f"(sliding_window={window}); use sdpa or eager"
-        )
-    batch, length = hidden.shape[:2]
-    device, total = hidden.device, past + length
-    everything = torch.arange(total, device=device)
-    places = torch.cat((everything[:prefix], everything[prefix + dropped :]))  # of the keys
-    real = counted = None
-    if text_mask is not None:
-        real = torch.nn.functional.pad(text_mask.to(device).bool(), (prefix, 0), value=True)
-        counted = real.cumsum(-1)
+    real = None if mask is None else mask.to(hidden.device).bool()
 
     def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        place = places[key]
-        distance = query - place if counted is None else counted[row, query] - counted[row, place]
-        seen = (place <= query) & ((distance < window) | (place < prefix))
-        return seen if real is None else seen & real[row, place]
+        visible = key <= query
+        if window is not None:
+            visible = visible & (places[row, query] - places[row, key] < window)
+        if real is not None:
+            visible = visible & real[row, key]
+        if texts is not None:
+            visible = visible & ((texts[row, key] == texts[row, query]) | (texts[row, key] < 0))
+        return visible
 
+    batch, length = hidden.shape[:2]
     return AttentionMaskInterface()[config._attn_implementation](
         batch_size=batch,
         q_length=length,
-        kv_length=len(places),
+        kv_length=past + length - dropped,
         q_offset=past,
+        kv_offset=dropped,
         mask_function=sees,
         allow_is_causal_skip=False,
         dtype=hidden.dtype,
         config=config,
-        device=device,
+        device=hidden.device,
     )
 
 
-def find_first_visible(window: int, length: int, text_mask: torch.Tensor | None = None) -> int:
-    """The first position of a text [length] that a token behind it can see; of several texts the least.
+def find_first_visible(window: int, length: int, mask: torch.Tensor | None = None) -> int:
+    """Return the first of `length` positions that the next token sees; of several texts the lowest.
 
-    Window 3: length 5 -> 3; text_mask 0 0 1 1 1 -> 3; 1 1 1 0 0 -> 1.
+    Window 3: length 5 -> 3; mask 0 0 1 1 1 -> 3; 1 1 1 0 0 -> 1.
 
     Args:
-        text_mask: [B, length], 0 for padding.
+        mask: [B, length], 0 for padding.
     """
-    if text_mask is None or length == 0:
+    if mask is None or length == 0:
         return max(0, length - window + 1)
-    real = text_mask.bool()
-    counted = real.cumsum(-1)
-    visible = real & (counted[:, -1:] - counted < window - 1)
+    real = mask.bool()
+    places = count_places(real)
+    visible = real & (places[:, -1:] - places < window - 1)
     first = torch.where(visible.any(-1), visible.int().argmax(-1), length)
     return int(first.min())

@@ -5,9 +5,9 @@
     for index, block in enumerate(load_blocks(checkpoint, device)):
         runner.advance_(block, hidden, prefix_kv[index])     # now before block index + 1
 
-Walking equals the model's own forward: the block is the model's own layer, the mask and the rotary embedding are built
-by the model's own code from the cache's length, so that a prefix in the cache is counted by both. In blocks that slide
-the prefix stays in sight (`sliding.py`).
+Walking equals the model's own forward. The block is the model's own layer. Mask and rotary embedding are built by the
+model's own code from the length of the cache, so both count a prefix that is in the cache. In a layer with a sliding
+window the prefix leaves the window like any other token.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from pipeline.blocks.kv_cache import CACHE, make_block_cache
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import load_block
-from pipeline.blocks.sliding import make_sliding_mask
 from pipeline.models.architectures import check_window, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.progress import show_progress
@@ -37,40 +36,41 @@ class BlockRunner:
         self._rotary = checkpoint.build_rotary_embedding().to(device)
         self._prepared: dict[tuple, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def run(
-        self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None, pinned: int = 0
-    ) -> torch.Tensor:
-        """One batch through one block.
+    def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
+        """Run one batch through one block.
 
         Args:
             block: a decoder layer from `load_block`, on the runner's device.
             hidden: [B, T, D] before the block, on the runner's device.
             prefix_kv: [2, heads, P, d], the prefix's keys and values in this block, or None.
-            pinned: how many positions of `hidden` are a prefix that stays in sight where the block slides.
 
         Returns:
             [B, T, D] after the block.
         """
-        return self._run(block, hidden, make_block_cache(block, prefix_kv), pinned)
+        return self._run(block, hidden, make_block_cache(prefix_kv))
 
     def take_prefix(self, prefix_kv: torch.Tensor | None, index: int) -> torch.Tensor | None:
-        """Of [L, 2, heads, P, d] what belongs to block `index`, on the device: not to be sent with each batch."""
+        """Return the share of [L, 2, heads, P, d] that belongs to block `index`, sent to the device once."""
         return None if prefix_kv is None else prefix_kv[index].to(self.device)
 
     def run_prefix(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix itself, [1, P, D], through one block: its outputs, and its keys and values [2, heads, P, d]."""
-        cache = make_block_cache(block, None)
-        hidden = self._run(block, hidden, cache, pinned=hidden.shape[1])
+        """Run the prefix itself, [1, P, D], through one block.
+
+        Returns:
+            Its outputs, and its keys and values [2, heads, P, d].
+        """
+        cache = make_block_cache(None)
+        hidden = self._run(block, hidden, cache)
         return hidden, torch.stack((cache.layers[0].keys[0], cache.layers[0].values[0]))
 
     def run_with_kv(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `run` without a prefix in the cache; also keys (behind RoPE) and values, [B, heads, T, d] each."""
-        cache = make_block_cache(block, None)
+        """As `run` without a prefix in the cache; also return keys (after RoPE) and values, [B, heads, T, d] each."""
+        cache = make_block_cache(None)
         hidden = self._run(block, hidden, cache)
         return hidden, cache.layers[0].keys, cache.layers[0].values
 
-    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int = 0) -> torch.Tensor:
-        mask, positions = self._prepare(block, hidden, cache, pinned)
+    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
+        mask, positions = self._prepare(block, hidden, cache)
         return block(hidden, attention_mask=mask, position_embeddings=positions, use_cache=True, **{CACHE: cache})
 
     @torch.no_grad()
@@ -82,9 +82,11 @@ class BlockRunner:
         into: Stream | None = None,
         windows: range | None = None,
     ) -> None:
-        """Replace `hidden` [N, T, D] (anywhere) by the block's outputs, batch by batch, in place or `into` another.
+        """Replace `hidden` [N, T, D] (on any device) by the block's outputs, batch by batch.
 
-        `windows`, consecutive ones, are those to advance; None: all.
+        Args:
+            into: written to in place of `hidden`.
+            windows: consecutive windows to advance; None for all.
         """
         target = hidden if into is None else into
         windows = range(len(hidden)) if windows is None else windows
@@ -95,44 +97,42 @@ class BlockRunner:
     def rotary_tables(
         self, block: nn.Module, hidden: torch.Tensor, prefix_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of the positions of hidden [B, T, D] behind a prefix, each [1, T, d]."""
+        """Return (cos, sin) of the positions of hidden [B, T, D] after a prefix, each [1, T, d]."""
         positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
         kind = self._rope_kind(block)
         return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
 
     def _rope_kind(self, block: nn.Module) -> str | None:
-        """The kind of layer, where RoPE depends on it."""
+        """Return the kind of layer, where RoPE depends on it."""
         kind = getattr(block.self_attn, "layer_type", None)
         return kind if kind in self.config.rope_parameters else None
 
     def _prepare(
-        self, block: nn.Module, hidden: torch.Tensor, cache: Cache, pinned: int
+        self, block: nn.Module, hidden: torch.Tensor, cache: Cache
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Mask and rotary tables for a batch's shape; the same in every block of a kind, hence kept."""
+        """Return mask and rotary tables for the shape of a batch; the same in every block of a kind, hence kept."""
         batch, length, _ = hidden.shape
         prefix = cache.get_seq_length()
         window = find_sliding_window(self.config, block)
-        if window is not None and length - pinned <= window:
+        if window is not None and prefix + length <= window:
             window = None  # nothing is out of sight
-        key = (batch, length, prefix, self._rope_kind(block), window, pinned if window else 0)
+        key = (batch, length, prefix, self._rope_kind(block), window)
         if key not in self._prepared:
             check_window(self.config, prefix + length)
-            if window is None:
-                position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
-                mask = create_causal_mask(self.config, hidden, None, cache, position_ids)
-            else:
-                mask = make_sliding_mask(self.config, window, hidden, prefix + pinned, past=prefix)
+            position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
+            create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
+            mask = create_mask(self.config, hidden, None, cache, position_ids)
             self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)
         return self._prepared[key]
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
-    """Slices that cover range(count) in order."""
+    """Yield slices that cover range(count) in order."""
     return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
 
 
 def load_blocks(checkpoint: Checkpoint, device: torch.device, start: int = 0) -> Iterator[nn.Module]:
-    """The blocks from `start` on, as `load_block` gives them; see `prefetch_blocks`."""
+    """Yield the blocks from `start` on, as `load_block` returns them; see `prefetch_blocks`."""
     indices = range(start, checkpoint.block_count)
     return prefetch_blocks(lambda index: load_block(checkpoint, index), indices, device)
 
@@ -150,8 +150,8 @@ def walk(
 
     Args:
         prefix_kv: [L, 2, heads, P, d] or None.
-        watch: called with (index, block) before a block runs, to hang hooks on it; the block is dropped afterwards.
-        after: called with (index, block) when `hidden` stands behind the block.
+        watch: called with (index, block) before a block runs, to add hooks to it; the block is dropped afterwards.
+        after: called with (index, block) once `hidden` is after the block.
     """
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, description):

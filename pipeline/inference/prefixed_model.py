@@ -1,31 +1,35 @@
-"""A whole model with its prefix in front of whatever it reads: quantized or not, an ordinary transformers model.
+"""A whole model with its prefix before every text it reads: quantized or not, an ordinary transformers model.
 
     checkpoint = Checkpoint(Path("artifacts/finetuning"), "finetuning")
     model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
     model.generate(**checkpoint.tokenizer(["Once upon"], return_tensors="pt"))
 
-It is the model's own class, with quantizers in its blocks, and a `forward` that prepares three things before the
-class's own: a cache that begins with the prefix, a mask that lets everybody see it, positions that start behind it.
-Callers pass what they would pass without a prefix: token ids, a mask over them, the cache of an earlier call.
+It is the model's own class, with quantizers in its blocks and a `forward` of its own. That `forward` prepares a cache
+that begins with the prefix, positions that start after it, and, where transformers' own mask would not do, a mask. Then
+it calls the class's `forward`. Callers pass what they would pass without a prefix: token ids, a mask over them, the
+cache of an earlier call.
+
+The model equals the original reading prefix + text, at every length, in layers of every kind.
 """
 
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
 
 from pipeline.blocks.kv_cache import CACHE, PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
-from pipeline.blocks.sliding import make_sliding_mask
+from pipeline.blocks.sliding import count_places, make_mask
 from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
@@ -34,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class PrefixedModel(PreTrainedModel):
-    """Goes in front of a causal language model's class; made by `prefix_model_`.
+    """Comes before a causal language model's class in its bases; made by `prefix_model_`.
 
     Attributes:
-        prefix_kv: [L, 2, kv_heads, P, d], keys (behind RoPE) and values of the prefix, or None.
-        start_token_id: what must not stand at the beginning of a text, as the prefix has it already, or None.
-        text_start_token_id: what belongs at the beginning of every text, or None.
+        prefix_kv: [L, 2, kv_heads, P, d], keys (after RoPE) and values of the prefix, or None.
+        start_token_id: the start token that a text must not begin with, because the prefix ends in it, or None.
+        text_start_token_id: the start token that belongs at the beginning of every text, or None.
     """
 
     prefix_kv: torch.Tensor | None
@@ -48,15 +52,33 @@ class PrefixedModel(PreTrainedModel):
     supports_gradient_checkpointing = False  # see `forward`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its class has no name to be found by: pickles hold the one behind it."""
+        """Pickle the class it was made from: its own has no name to be found by."""
         return _new_prefixed, (type(self).__mro__[2],), self.__dict__
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Cast or move the model, but never cast the frequencies of RoPE: the prefix was turned by exact ones."""
+        rotary = self.base_model.rotary_emb
+        exact = dict(rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in rotary.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(rotary, name, exact[name].to(buffer.device))
+        return self
+
+    def half(self) -> Self:
+        """As `to(torch.float16)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """As `to(torch.float32)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        return self.to(torch.float32)
+
     def make_cache(self) -> PrefixCache:
-        """An empty cache, to be passed as `past_key_values` (`cache`): the prefix, and quantizers for what follows."""
+        """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix."""
         blocks = self.base_model.layers
-        own: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv
+        prefixes: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv.clone()
         windows = [find_sliding_window(self.config, block) for block in blocks]
-        return PrefixCache([make_layer(*each) for each in zip(blocks, own, windows, strict=True)])
+        return PrefixCache([make_layer(*each) for each in zip(prefixes, windows, strict=True)])
 
     def forward(
         self,
@@ -74,81 +96,92 @@ class PrefixedModel(PreTrainedModel):
         Args:
             attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
                 does not mask.
-            past_key_values, cache: None, or what an earlier call returned, or `make_cache()`. One argument of two
-                names, of which transformers has the second since 5.24.
+            position_ids: [B or 1, T], without the prefix. Where they restart, several texts are packed in a row: each
+                is read with the prefix and without the others. That needs `use_cache=False` and no mask.
+            past_key_values, cache: None, the cache returned by an earlier call, or `make_cache()`. Two names of one
+                argument; transformers uses the second since 5.24.
 
         Raises:
-            ValueError: a cache of another kind or under both names, a mask that is not [B, past + T], attention kernels
-                that cannot keep the prefix in sight where blocks slide, or gradient checkpointing.
-            UnsupportedModelError: a text so long that RoPE would turn what is in the cache in another way.
+            ValueError: a cache of another kind or under both names, a mask that is not [B, past + T], packed texts
+                with a cache or for kernels that take no mask, or gradient checkpointing.
+            UnsupportedModelError: a text so long that RoPE would turn the keys in the cache in another way.
         """
         if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base_model.layers):
             raise ValueError(
                 "gradient checkpointing takes the cache away from blocks, and with it the prefix and the quantizers of "
-                "keys and values; switch it off"
+                "keys and values. Switch it off."
             )
-        given = _choose_cache(past_key_values, cache)
-        cache = self.make_cache() if given is None else given
+        passed = _choose_cache(past_key_values, cache)
+        cache = self.make_cache() if passed is None else passed
         if not isinstance(cache, PrefixCache):
             raise ValueError(
-                f"{CACHE} is a {type(cache).__name__}, which holds no prefix and quantizes nothing; pass None, "
-                "or model.make_cache()"
+                f"{CACHE} is a {type(cache).__name__}, which holds no prefix and quantizes nothing. Pass None, "
+                "or model.make_cache()."
             )
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        past, prefix = cache.get_seq_length(), cache.prefix_tokens
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        shape, past, prefix = tokens.shape[:2], cache.get_seq_length(), cache.prefix_tokens
+        length = shape[1]
         if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
             check_rope(self.config, prefix + past + length)
+        keeps_cache = passed is not None or (self.config.use_cache if use_cache is None else use_cache)
+        texts = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
                 raise ValueError(
-                    f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, {past + length}], a 1 for "
-                    "every token read so far that is no padding, without the prefix"
+                    f"attention_mask has shape {list(attention_mask.shape)}. Pass [batch, {past + length}], a 1 for "
+                    "every token read so far that is no padding, without the prefix."
                 )
             if position_ids is None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+            whole_mask = torch.nn.functional.pad(attention_mask, (prefix, 0), value=1)
+        else:
+            whole_mask = None
+            if position_ids is not None:
+                texts = _number_texts(position_ids.expand(shape), keeps_cache)
         if past == 0 and input_ids is not None:
             self._warn_of_second_start(input_ids, attention_mask)
-        cache.expect_(past + length, attention_mask)
         if position_ids is not None:
             position_ids = position_ids + prefix
-        with cache.counting_prefix():
-            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            attention_mask = self._make_mask(shape, attention_mask, cache)
-            output = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{CACHE: cache},
-                **kwargs,
-            )
-        if use_cache is False and CACHE in output:
-            output[CACHE] = None  # it was there for the prefix alone
-        return output
+        cache.begin_call_(None if whole_mask is None else whole_mask[:, : prefix + past])
+        counting = cache.count_prefix()
+        mask = self._make_mask(shape, whole_mask, texts, cache=counting, prefix=prefix, device=tokens.device)
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{CACHE: counting},
+            **kwargs,
+        )
+        if keeps_cache:
+            cache.end_call_(whole_mask)
+        return _replace_cache(output, counting, None if use_cache is False or not keeps_cache else cache)
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """As the model's own; the cache is one that begins with the prefix.
+        """As the model's own, with a cache that begins with the prefix.
 
-        A `cache_implementation` that came with the model, as Gemma's does, is left out of account.
+        A `cache_implementation` that came with the model, as Gemma's does, is ignored.
 
         Raises:
-            ValueError: one is asked for that is not "dynamic".
+            ValueError: the caller asks for a `cache_implementation` that is not "dynamic".
         """
         config, kind = generation_config or self.generation_config, kwargs.get("cache_implementation")
         if kind is None and config.cache_implementation != self.generation_config.cache_implementation:
             kind = config.cache_implementation
         if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r} holds no prefix and quantizes nothing; leave it out")
+            raise ValueError(f"cache_implementation={kind!r} holds no prefix and quantizes nothing. Leave it out.")
         if kind is not None or config.cache_implementation is not None:
             kwargs["cache_implementation"] = None
-        given = _choose_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        if given is None and kwargs.get("use_cache", config.use_cache) is not False:
-            given = self.make_cache()
-        if given is not None:
-            kwargs[CACHE] = given
+        cache = _choose_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is None and kwargs.get("use_cache", config.use_cache) is not False:
+            cache = self.make_cache()
+            if getattr(config, "is_assistant", False):  # tokens that it guessed wrongly are taken back
+                cache.activate_past_recording()
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,26 +203,57 @@ class PrefixedModel(PreTrainedModel):
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
     def _make_mask(
-        self, shape: tuple[int, int], text_mask: torch.Tensor | None, cache: PrefixCache
+        self,
+        shape: tuple[int, int],
+        mask: torch.Tensor | None,
+        texts: torch.Tensor | None,
+        *,
+        cache: Cache,
+        prefix: int,
+        device: torch.device,
     ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
-        """The mask over prefix and text that the class's own forward takes for [B, T] new tokens.
+        """Return the mask that the class's own forward takes for [B, T] new tokens after prefix and text.
 
-        Where blocks slide it is ready-made: its own would let the prefix slide out of sight.
+        Args:
+            mask: [B, P + past + T], 0 for padding, or None.
+            texts: [B, T], the numbers of packed texts, or None.
+            cache: one that counts the prefix.
+            device: of the tokens.
         """
-        prefix, whole = cache.prefix_tokens, text_mask
-        if text_mask is not None:
-            whole = torch.cat((text_mask.new_ones(len(text_mask), prefix), text_mask), dim=1)
-        if not prefix or not any(cache.is_sliding):
-            return whole
-        like, past = self.get_input_embeddings().weight.new_empty(*shape, 0), cache.get_seq_length()
-        window = self.config.sliding_window
-        sliding = make_sliding_mask(self.config, window, like, prefix, past, cache.dropped, text_mask)
-        if find_architecture(self.config).slides_throughout:
-            return sliding
-        return {"full_attention": create_causal_mask(self.config, like, whole, cache), "sliding_attention": sliding}
+        slides = any(cache.is_sliding)
+        takes_mask = "flash" not in self.config._attn_implementation
+        if texts is None and not (mask is not None and prefix and slides and takes_mask):
+            return mask  # the class's own mask is right, as flash kernels are: they read texts without their padding
+        if not takes_mask:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} takes no mask that keeps packed texts apart "
+                "(position_ids restart). Use sdpa or eager, or one text per row."
+            )
+        hidden = torch.empty(*shape, 0, dtype=self.get_input_embeddings().weight.dtype, device=device)
+        past = cache.get_seq_length()
+        places = None
+        if texts is not None:
+            places = torch.nn.functional.pad(_count_within(texts), (prefix, 0))
+            places[:, :prefix] = torch.arange(-prefix, 0, device=places.device)
+            texts = torch.nn.functional.pad(texts, (prefix, 0), value=-1)
+        elif mask is not None:
+            places = count_places(mask)
+        options = {"past": past, "places": places, "mask": mask, "texts": texts}
+        full = sliding = None
+        if slides:
+            layer = cache.layers[cache.is_sliding.index(True)]
+            sliding = make_mask(self.config, hidden, window=layer.window, dropped=layer.dropped, **options)
+        if not all(cache.is_sliding):
+            if texts is None:
+                full = create_causal_mask(self.config, hidden, mask, cache)
+            else:
+                full = make_mask(self.config, hidden, **options)
+        if sliding is None or find_architecture(self.config).slides_throughout:
+            return full if sliding is None else sliding
+        return {"full_attention": full, "sliding_attention": sliding}
 
     def _warn_of_second_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        if self.start_token_id is None or input_ids.shape[1] == 0:
+        if self.start_token_id is None or input_ids.shape[1] == 0 or torch.compiler.is_compiling():
             return
         first = input_ids[:, :1] if attention_mask is None else input_ids.gather(1, attention_mask.argmax(1, True))
         if (first == self.start_token_id).any():
@@ -202,8 +266,49 @@ class PrefixedModel(PreTrainedModel):
 
 def _choose_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument; pass one of them")
+        raise ValueError("past_key_values and cache are two names of one argument. Pass one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def _number_texts(position_ids: torch.Tensor, keeps_cache: bool) -> torch.Tensor | None:
+    """Return the number of the text that each token [B, T] belongs to, or None if each row is one text.
+
+    As in transformers, a new text begins where a position does not follow the one before it.
+
+    Raises:
+        ValueError: positions restart, and the call has a cache, which is that of one text.
+    """
+    begins = position_ids.diff(dim=-1) != 1
+    if torch.compiler.is_compiling():  # no branch on data
+        return None if keeps_cache else torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
+    if keeps_cache:
+        if (position_ids.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "position_ids restart within a row: several texts are packed, and a cache is that of one text. Pass "
+                "use_cache=False to read each text with the prefix and without the others, or one text per row with an "
+                "attention_mask."
+            )
+        return None
+    return torch.nn.functional.pad(begins, (1, 0)).cumsum(-1) if begins.any() else None
+
+
+def _count_within(texts: torch.Tensor) -> torch.Tensor:
+    """Return the place of each token in its own text [B, T]: texts 0 0 1 1 1 -> 0 1 0 1 2."""
+    steps = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
+    begins = torch.nn.functional.pad(texts.diff(dim=-1), (1, 0), value=1) != 0
+    return steps - torch.where(begins, steps, 0).cummax(-1).values
+
+
+def _replace_cache(output: Any, counting: Cache, cache: PrefixCache | None) -> Any:
+    """Return a model's output with `cache` in the place of the one that counts the prefix; None leaves it out."""
+    if isinstance(output, ModelOutput):
+        if output.get(CACHE) is counting:
+            output[CACHE] = cache
+        return output
+    if not isinstance(output, tuple):
+        return output
+    values = (cache if value is counting else value for value in output)
+    return tuple(value for value in values if value is not None)
 
 
 def _new_prefixed(model_class: type) -> PrefixedModel:

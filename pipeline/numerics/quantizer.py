@@ -36,6 +36,7 @@ from pipeline.numerics.formats import INT
 from pipeline.numerics.grids import Grid, as_grid, find_grid
 from pipeline.numerics.grids import integer_range as integer_range  # known from here, too
 from pipeline.numerics.grids import round_through as round_through
+from pipeline.numerics.kept_dtype import KeepsDtype
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def dequantize_weight(
     return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(codes.shape)
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(KeepsDtype):
     """Fake-quantizes whatever passes: activations [..., C], or keys and values [B, heads, T, d] when it has `heads`.
 
     Until it is calibrated (and always at 16 bits) it passes its input on unchanged, which is how statistics are taken:

@@ -122,5 +122,5 @@ class FrozenModel:
 
     def _run_block(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._terms = []
-        output = self.runner.run(self.blocks[index], hidden, pinned=self._prefix_tokens)
+        output = self.runner.run(self.blocks[index], hidden)
         return output, torch.stack(self._terms).mean(0) if self._terms else hidden.new_zeros(())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.blocks.kv_cache import quantize_cache_
 from pipeline.models.architectures import Architecture
 from pipeline.models.sites import Site
 
@@ -31,7 +32,7 @@ def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[s
     hang: dict[str, Callable[[str], Any]] = {
         Site.ATTENTION_INPUT: watch_input_module,
         Site.KEY: lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
-        Site.VALUE: lambda site: setattr(block.self_attn, "value_quantizer", _CacheSite(see, site)),
+        Site.VALUE: lambda site: _watch_values_(block.self_attn, _CacheSite(see, site)),
         Site.ATTENTION_OUTPUT: lambda site: watch_input(site, architecture.attention_output),
         "o_proj": lambda site: watch_output(site, architecture.attention_output),
         Site.MLP_INPUT: watch_input_module,
@@ -56,10 +57,13 @@ def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
     source.register_forward_hook(replace)
 
 
-class _CacheSite(nn.Module):
-    """Stands where a block's cache looks for the quantizer of keys or values, and shows them to `see`."""
+def _watch_values_(attention: nn.Module, site: "_CacheSite") -> None:
+    attention.value_quantizer = site
+    quantize_cache_(attention)
 
-    before_rope = False
+
+class _CacheSite(nn.Module):
+    """Takes the place of a block's quantizer of values, and shows them to `see`."""
 
     def __init__(self, see: See, site: str) -> None:
         super().__init__()

@@ -339,7 +339,12 @@ class AttentionProbabilities:
         self.cap = cap
         self.prefix_scores = None
         if prefix_keys is not None:
-            self.prefix_scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
+            scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
+            if window is not None:  # the prefix slides out of sight
+                count = prefix_keys.shape[1]
+                distance = rows.unsqueeze(1) + count - torch.arange(count, device=queries.device)  # [t, P]
+                scores = scores.masked_fill_(distance >= window, -math.inf)
+            self.prefix_scores = scores
 
     def __call__(self, keys: torch.Tensor) -> torch.Tensor:
         scores = self._cap(torch.einsum("bkatd,bksd->bkats", self.queries, keys)).masked_fill_(self.masked, -math.inf)

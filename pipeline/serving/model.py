@@ -27,7 +27,7 @@ from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.inference.packed_block import find_rotation
 from pipeline.inference.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.kernels.compiler import find_kernels
-from pipeline.models.architectures import find_architecture, find_narrowest_window
+from pipeline.models.architectures import find_architecture, find_sliding_window
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.models.sites import Site
 from pipeline.serving.attention import CachedValues, TurnedKeys
@@ -48,7 +48,7 @@ class PrefixQuantModel(nn.Module):
         with torch.device("cpu"):  # vLLM has set the engine's
             skeleton = build_skeleton(skeleton_config)
             build_packed_(skeleton, self.exported)
-        stop_sliding_(vllm_config, skeleton, self.exported.prefix["tokens"])
+        match_sliding_(vllm_config, skeleton)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
@@ -82,23 +82,27 @@ class PrefixQuantModel(nn.Module):
         return loaded
 
 
-def stop_sliding_(config: VllmConfig, skeleton: nn.Module, prefix: int) -> None:
-    """Where a text is never longer than the window nothing slides; longer ones would lose the prefix out of sight.
+def match_sliding_(config: VllmConfig, skeleton: nn.Module) -> None:
+    """Have vLLM slide exactly the layers that slide in the exported model.
+
+    vLLM knows models in which every layer slides. It takes a stray `sliding_window` in config.json for such a model. Of
+    models in which some layers slide (Qwen), it can serve texts that are no longer than the window.
 
     Raises:
-        ServingError: texts may be longer than the window, and there is a prefix.
+        ServingError: some layers slide, and texts may be longer than their window.
     """
     model = config.model_config
-    window = find_narrowest_window(model.hf_config, skeleton.model.layers)
-    if window is None or not prefix:
+    windows = [find_sliding_window(model.hf_config, block) for block in skeleton.model.layers]
+    if None not in windows:
         return
-    if model.max_model_len > window + prefix:
+    narrowest = min((window for window in windows if window is not None), default=None)
+    if narrowest is not None and model.max_model_len > narrowest:
         raise ServingError(
-            f"max_model_len={model.max_model_len}: blocks with sliding_window={window} would lose the prefix out of "
-            f"sight, which vLLM cannot pin; pass --max-model-len {window + prefix}, or run long texts by "
-            "pipeline.quantized_model.load"
+            f"max_model_len={model.max_model_len}: in this model some layers slide (sliding_window={narrowest}) and "
+            f"others do not, which vLLM cannot serve beyond the window. Pass --max-model-len {narrowest}, or run long "
+            "texts by pipeline.quantized_model.load."
         )
-    for text_config in {id(own): own for own in (model.hf_config, model.hf_text_config)}.values():
+    for text_config in {id(one): one for one in (model.hf_config, model.hf_text_config)}.values():
         text_config.sliding_window = None
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = ["full_attention"] * len(text_config.layer_types)
@@ -145,9 +149,10 @@ def fill_layer_(
         if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
             raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
         places[site].quant_method.take(places[site], served)
-    turned = TurnedKeys(attention.rotary_emb, block.self_attn.key_quantizer, dtype, device)
-    attention.rotary_emb = turned
-    attention.attn = CachedValues(attention.attn, turned, block.self_attn.value_quantizer, prefix_kv, device)
+    keys, values = block.self_attn.key_quantizer, block.self_attn.value_quantizer
+    prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
+    attention.rotary_emb = TurnedKeys(attention.rotary_emb, keys, dtype, device, prefix_tokens)
+    attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
 
 
 class PrefixQuantLlamaForCausalLM(PrefixQuantModel, LlamaForCausalLM):

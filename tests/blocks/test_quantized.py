@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import KeyQuantizer, PrefixLayer, find_key_source
+from pipeline.blocks.kv_cache import KeyQuantizer, find_key_source
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import (
     BlockSettings,
@@ -20,7 +20,7 @@ from pipeline.blocks.quantized import (
 )
 from pipeline.models.sites import INPUT_SITES
 from pipeline.numerics.hadamard import hadamard_matrix
-from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, fake_quantize, quantize_weight
+from pipeline.numerics.quantizer import QuantizerSpec, fake_quantize, quantize_weight
 from tests.conftest import FAMILIES, POST_NORMS, open_model
 from tests.rotation.test_merging import rotate
 
@@ -259,22 +259,6 @@ def test_the_mean_of_keys_is_taken_out_before_rope_and_put_back_turned(family, i
     wrong = (found - expected).abs() > 1e-5
     assert wrong.double().mean() < 0.02
     assert (found - turn(before)).abs().max() > 0.01  # it acted
-
-
-def test_cache_quantizes_what_is_appended_and_never_the_prefix():
-    prefix = torch.randn(2, 2, 3, 8)
-    quantizer = ActivationQuantizer(QuantizerSpec(4), 8, 2)
-    quantizer.calibrate_(scale=torch.tensor([0.5, 0.5]))
-    layer = PrefixLayer(prefix, quantizer, quantizer)
-    assert layer.get_seq_length() == 3
-    keys, values = torch.randn(2, 4, 2, 5, 8).unbind(0)
-    found = layer.update(keys, values)
-    assert layer.get_seq_length() == 8
-    for whole, own, appended in zip(found, prefix, (keys, values), strict=True):
-        assert torch.equal(whole[:, :, :3], own.expand(4, -1, -1, -1))
-        assert torch.equal(whole[:, :, 3:], fake_quantize(appended, torch.tensor(0.5), 4))
-    layer.reset()
-    assert layer.get_seq_length() == 3
 
 
 def test_widths_of_sites_for_the_plan(imported):

@@ -1,15 +1,16 @@
-"""A model whose blocks slide, with a prefix: text of any length, however it is fed, is read as by one dense forward."""
+"""A model whose layers slide, with a prefix, however it is fed: the original reading prefix + text in one forward."""
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, Qwen3Config
 
 from pipeline.blocks.kv_cache import SlidingLayer
-from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.blocks.prefix_kv import compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.quantized import QuantizedLinear
+from pipeline.importing.import_model import import_model
 from pipeline.inference.prefixed_model import assemble_model
 from tests.blocks.test_walk import walked_logits
-from tests.conftest import SLIDING, WINDOW, read_pinned
+from tests.conftest import SIZES, SLIDING, WINDOW, make_tokenizer, open_model, randomize_
 from tests.inference.test_prefixed_model import PAD, PREFIX, QUANTIZERS, make_quantized, pad, prefixed
 
 GENERATOR = torch.Generator().manual_seed(11)
@@ -17,10 +18,11 @@ TEXTS = [torch.randint(2, 320, (length,), generator=GENERATOR).tolist() for leng
 STEPS = {"token by token": [1] * 72, "in parts": [10, 1, 30, 1, 1, 29], "prompt and tokens": [50] + [1] * 22}
 
 
+@torch.no_grad()
 def reference(original, embeddings, text):
-    """[T, V]: one text behind the prefix in one dense forward."""
+    """[T, V]: one text after the prefix in one forward of transformers' own model."""
     embedded = torch.cat((embeddings, original.model.embed_tokens(torch.tensor(text))))
-    return read_pinned(original, embedded[None], len(embeddings)).logits[0, len(embeddings) :]
+    return original(inputs_embeds=embedded[None], use_cache=False).logits[0, len(embeddings) :]
 
 
 def greedy(original, embeddings, text, count):
@@ -34,9 +36,9 @@ def assert_close(found, expected):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: at most 4e-6
 
 
-def held(cache):
-    """How many positions of text each block that slides keeps."""
-    return {layer.keys.shape[2] - len(PREFIX) for layer in cache.layers if isinstance(layer, SlidingLayer)}
+def count_kept(cache):
+    """How many positions each layer that slides keeps."""
+    return {layer.keys.shape[2] for layer in cache.layers if isinstance(layer, SlidingLayer)}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -48,8 +50,8 @@ def test_a_padded_batch_at_once(imported, family, side):
     output = model(token_ids, attention_mask=mask)
     for row, text in enumerate(TEXTS):
         assert_close(output.logits[row][mask[row].bool()], reference(original, embeddings, text))
-    if side == "left":
-        assert held(output.past_key_values) == {WINDOW - 1}
+    # The prefix stands before the padding, and the third text is so short that its next token sees the prefix.
+    assert count_kept(output.past_key_values) == {3 + 72}
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -62,7 +64,7 @@ def test_fed_in_steps_with_memory_bounded(imported, family, steps):
         ids = torch.tensor([TEXTS[0][start : start + step]])
         logits.append(model(ids, past_key_values=cache).logits[0])
         start += step
-        assert held(cache) == {min(start, WINDOW - 1)}
+        assert count_kept(cache) == {min(3 + start, WINDOW - 1)}
         assert cache.get_seq_length() == start
     assert_close(torch.cat(logits), reference(original, embeddings, TEXTS[0]))
 
@@ -71,7 +73,7 @@ def test_fed_in_steps_with_memory_bounded(imported, family, steps):
 @pytest.mark.parametrize("family", SLIDING)
 @torch.no_grad()
 def test_a_padded_batch_goes_on_token_by_token(imported, family, side):
-    """On the right, padding then stands between what was read and what follows: a window counts text alone."""
+    """Padding on the right is then in the middle of the texts: a window counts text alone."""
     model, original, embeddings = prefixed(imported, family)
     token_ids, mask = pad([text[: len(text) - 4] for text in TEXTS], side)
     cache = model(token_ids, attention_mask=mask).past_key_values
@@ -131,6 +133,33 @@ def test_tokens_guessed_ahead_are_taken_back(imported, family):
     assert found[0].tolist() == greedy(original, embeddings, text, 8)
 
 
+@pytest.mark.parametrize("length", [5, 25, 45])
+@pytest.mark.parametrize("assistant", ["itself", "another with a prefix", "one without"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
+def test_an_assistant_changes_no_token(imported, family, assistant, length):
+    """It guesses several tokens, which are taken back in its own cache where they were wrong."""
+    model, original, embeddings = prefixed(imported, family)
+    helper = model
+    if assistant == "another with a prefix":  # guesses that are often wrong
+        helper, _, _ = prefixed(imported, family)
+        with torch.no_grad():
+            helper.lm_head.weight.add_(0.05 * torch.randn_like(helper.lm_head.weight))
+    if assistant == "one without":
+        helper = original
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "assistant_model": helper}
+    text = TEXTS[0][:length]
+    assert model.generate(torch.tensor([text]), **options)[0].tolist() == greedy(original, embeddings, text, 14)
+
+
+def test_the_cache_that_generation_returns_can_be_continued(imported):
+    model, original, embeddings = prefixed(imported, "gemma3_text")
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "max_new_tokens": 5}
+    for extra in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": prefixed(imported, "gemma3_text")[0]}):
+        first = model.generate(torch.tensor([TEXTS[1]]), **options, **extra)
+        second = model.generate(first.sequences, past_key_values=first.past_key_values, **options)
+        assert second.sequences[0].tolist() == greedy(original, embeddings, TEXTS[1], 10)
+
+
 def test_a_conversation_goes_on_in_its_cache(imported):
     model, original, embeddings = prefixed(imported, "gemma3_text")
     cache = model.make_cache()
@@ -139,7 +168,7 @@ def test_a_conversation_goes_on_in_its_cache(imported):
     both = torch.cat((first, torch.tensor([TEXTS[3]])), dim=1)
     second = model.generate(both, past_key_values=cache, **options)
     assert second[0].tolist() == greedy(original, embeddings, both[0].tolist(), 4)
-    assert held(cache) == {WINDOW - 1}
+    assert count_kept(cache) == {WINDOW - 1}
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "keys before RoPE"])
@@ -163,7 +192,6 @@ def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family
             module.compute_dtype = torch.float64
     cache = model.make_cache()
     steps = [model(text[:, step : step + 1], past_key_values=cache).logits[0, 0] for step in range(72)]
-    # With a window of one more: 0.39, none of the 44 positions beyond it.
     assert agree(torch.stack(steps), model(text).logits[0]) == 1
 
 
@@ -172,8 +200,49 @@ def agree(found, expected):
     return ((found - expected).abs().amax(-1) <= 1e-5 * expected.abs().max()).float().mean()
 
 
-def test_kernels_that_take_no_mask_are_refused(imported):
-    model, _, _ = prefixed(imported, "mistral")
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2' cannot keep the prefix"):
-        model(torch.tensor(TEXTS[:1]))
+CONFIGS = {  # windows longer than the prefix, as long, shorter; one layer in three that sees everything
+    "a wide window": MistralConfig(**SIZES, head_dim=20, sliding_window=9),
+    "as long as the prefix": MistralConfig(**SIZES, head_dim=20, sliding_window=len(PREFIX)),
+    "two positions": MistralConfig(**SIZES, head_dim=20, sliding_window=2),
+    "a pattern": Qwen3Config(
+        **SIZES,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix_length", [1, 3, 12])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_windows_shorter_and_longer_than_the_prefix(tmp_path, name, prefix_length):
+    torch.manual_seed(0)
+    original = randomize_(AutoModelForCausalLM.from_config(CONFIGS[name]))
+    original.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    import_model(str(tmp_path / "source"), None, torch.float32, tmp_path / "model")
+    checkpoint, runner = open_model(tmp_path / "model")
+    embeddings = checkpoint.embed(torch.arange(2, 2 + prefix_length))
+    model = assemble_model(checkpoint, compute_prefix_kv(checkpoint, embeddings, runner))
+    for side in ("left", "right"):
+        token_ids, mask = pad([TEXTS[0][:20], TEXTS[1][:3], TEXTS[2]], side)
+        logits = model(token_ids, attention_mask=mask).logits
+        for row, text in enumerate([TEXTS[0][:20], TEXTS[1][:3], TEXTS[2]]):
+            assert_close(logits[row][mask[row].bool()], reference(original, embeddings, text))
+    token_ids, mask = pad([TEXTS[0][:20], TEXTS[1][:3], TEXTS[2]], "left")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    found = model.generate(token_ids, attention_mask=mask, **options)
+    for row, text in zip(found, [TEXTS[0][:20], TEXTS[1][:3], TEXTS[2]], strict=True):
+        assert row[-len(text) - 6 :].tolist() == greedy(original, embeddings, text, 6)
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    model(torch.tensor([TEXTS[0][:20]]), past_key_values=cache)
+    cache.crop(-7)
+    again = model(torch.tensor([TEXTS[0][13:30]]), past_key_values=cache).logits[0]
+    assert_close(again, reference(original, embeddings, TEXTS[0][:30])[13:])
+    cache.reset()
+    assert_close(
+        model(torch.tensor([TEXTS[2]]), past_key_values=cache).logits[0], reference(original, embeddings, TEXTS[2])
+    )

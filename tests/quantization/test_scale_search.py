@@ -176,7 +176,8 @@ def test_weight_factors_minimise_the_error_per_channel_and_group(symmetric, grou
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    ("dynamic", "cap", "window"), [(True, None, None), (False, None, None), (False, 2.0, None), (False, None, 3)]
+    ("dynamic", "cap", "window"),
+    [(True, None, None), (False, None, None), (False, 2.0, None), (False, None, 3), (False, None, 6)],
 )
 def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic, cap, window):
     """Compare with a loop over heads, masks and groups."""
@@ -193,11 +194,11 @@ def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
         for batch in range(2):
             for head in range(4):
                 for row in range(7):
-                    first = 0 if window is None else max(0, row + 1 - window)
-                    visible = torch.cat((prefix[head // 2], k[batch, head // 2, first : row + 1] @ turn))
+                    first = 0 if window is None else max(0, 3 + row + 1 - window)  # position in prefix and text
+                    visible = torch.cat((prefix[head // 2], k[batch, head // 2] @ turn))[first : 3 + row + 1]
                     scores = visible @ queries[batch, head, row] * 0.5
                     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-                    result[batch, head, row, [0, 1, 2, *range(3 + first, 3 + row + 1)]] = scores.softmax(0)
+                    result[batch, head, row, first : 3 + row + 1] = scores.softmax(0)
         return result
 
     def slow(factor):
@@ -222,7 +223,7 @@ def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
     assert (search.error <= objective.error_of(torch.ones(2 * groups, 2))).all()
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("window", [None, 2, 5])
 def test_value_factors_minimise_the_error_of_the_attention_output(window):
     queries, keys, values, prefix = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(2, 3, 8)
     candidate = candidate_for(QuantizerSpec(3, group_size=4), values, (2, 1, 2))
@@ -234,10 +235,10 @@ def test_value_factors_minimise_the_error_of_the_attention_output(window):
     for batch in range(2):
         for head in range(4):
             for row in range(6):
-                first = 0 if window is None else max(0, row + 1 - window)
-                visible = torch.cat((prefix[head // 2], keys[batch, head // 2, first : row + 1]))
-                p = (visible @ queries[batch, head, row] * 0.5).softmax(0)[3:]
-                output = p @ change[batch, head // 2, first : row + 1]
+                first = 0 if window is None else max(0, 3 + row + 1 - window)  # position in prefix and text
+                visible = torch.cat((prefix[head // 2], keys[batch, head // 2]))[first : 3 + row + 1]
+                p = (visible @ queries[batch, head, row] * 0.5).softmax(0)[max(0, 3 - first) :]
+                output = p @ change[batch, head // 2, max(0, first - 3) : row + 1]
                 errors[head // 2] += output.view(2, 4).square().sum(1)
     assert torch.allclose(error_of(factor), errors.flatten(), rtol=1e-3)
 

@@ -122,21 +122,21 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     queries, keys, values = (torch.randn(TOKENS, heads * WIDTH, generator=generator) for heads in (4, HEADS, HEADS))
     positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 40, 1])  # pieces of several texts, as they come in a batch
     rope, engine = Rope(), Attention()
-    turned = TurnedKeys(rope, keys_, torch.float32)
+    turned = TurnedKeys(rope, keys_, torch.float32, prefix_tokens=len(PREFIX))
     assert not turned.in_one_pass  # a head of 12 channels has no transform of Sylvester's
-    served = CachedValues(engine, turned, values_, prefix_kv)
+    served = CachedValues(engine, values_, HEADS, prefix_kv)
     own_queries, own_keys = turned(positions, queries, keys)
     served(own_queries, own_keys, values)
 
     def split(x):
         return x.unflatten(-1, (HEADS, WIDTH)).transpose(0, 1)[None]
 
-    keys_.positions = tuple(rope.tables(positions))
+    tables = tuple(rope.tables(positions))
     if kind == "keys before RoPE":
         before = keys_(split(keys))[0].transpose(0, 1).flatten(1)
         expected_keys = split(rope(positions, queries, before)[1])
     else:
-        expected_keys = keys_(split(rope(positions, queries, keys)[1]))
+        expected_keys = keys_(split(rope(positions, queries, keys)[1]), tables)
     expected = torch.stack((expected_keys, values_(split(values))))[:, 0].clone()
     for row, position in enumerate(positions.tolist()):
         if position < len(PREFIX):
@@ -146,8 +146,8 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     assert torch.equal(own_queries, rope(positions, queries, keys)[0])
     with GpuDouble() as gpu:
         engine = Attention()
-        turned = TurnedKeys(Rope().to(CUDA), keys_, torch.float32, CUDA)
-        served = CachedValues(engine, turned, values_, prefix_kv, CUDA)
+        turned = TurnedKeys(Rope().to(CUDA), keys_, torch.float32, CUDA, len(PREFIX))
+        served = CachedValues(engine, values_, HEADS, prefix_kv, CUDA)
         positions, queries, keys, values = (x.to(CUDA) for x in (positions, queries, keys, values))
         gpu.waits.clear()
         own_queries, own_keys = turned(positions, queries, keys)
@@ -155,6 +155,14 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
         assert not gpu.waits
         found = torch.stack([split(x.cpu())[0] for x in engine.seen])
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_places_travel_with_the_keys(dtype):
+    keys, positions = torch.randn(5, 6).to(dtype), torch.tensor([0, 2, 299, 300, 70_000])
+    found, places = attention.split_places(attention.append_places(keys, positions, 300))
+    assert torch.equal(found, keys)
+    assert places.tolist() == [0, 2, 299, 300, 300]
 
 
 def make_keys(width, spec, rotate, dtype):
@@ -178,16 +186,15 @@ def make_keys(width, spec, rotate, dtype):
 @torch.no_grad()
 def test_keys_in_one_pass_are_those_of_their_quantizer(width, rotate, symmetric, centered, dtype):
     spec = QuantizerSpec(4, symmetric, centered=centered)
-    keys, turned = make_keys(width, spec, rotate, dtype)
+    _, turned = make_keys(width, spec, rotate, dtype)
     assert turned.in_one_pass
     generator = torch.Generator().manual_seed(8)
     tokens = 200
     queries, states = (torch.randn(tokens, HEADS * width, generator=generator).to(dtype) for _ in range(2))
     positions = torch.randint(0, 64, (tokens,), generator=generator)
     own_queries, found = turned(positions, queries, states)
-    keys.positions = tuple(turned.rope.tables(positions))
-    plain_queries, behind = turned.rope(positions, queries, states)
-    expected = turned.quantize(behind)
+    plain_queries, after_rope = turned.rope(positions, queries, states)
+    expected = turned.quantize(after_rope, tuple(turned.rope.tables(positions)))
     assert torch.equal(own_queries, plain_queries)
     assert found.dtype == dtype
     # A value on the edge between two integers changes its head: few do, and by one step of one channel.

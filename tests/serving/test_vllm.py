@@ -49,11 +49,33 @@ MODELS = {
         None,
     ),
     "mistral, keys before RoPE, 8 bits": (
-        MistralConfig(**OWN, head_dim=32, sliding_window=157),
+        MistralConfig(**OWN, head_dim=32, sliding_window=50),  # the prefix slides out of it
         {"keys.before_rope": True, "activations.bits": 8, "activations.symmetric": False},
         [7, 9, 0],
         {"r3": "identity"},
+        None,
+    ),
+    "qwen3, some layers slide": (
+        Qwen3Config(
+            **OWN,
+            head_dim=32,
+            use_sliding_window=True,
+            sliding_window=160,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+        {},
+        [7, 9, 0],
+        ONLINE,
         160,
+    ),
+    "qwen3, every layer slides": (
+        Qwen3Config(
+            **OWN, head_dim=32, use_sliding_window=True, sliding_window=50, layer_types=["sliding_attention"] * 3
+        ),
+        {},
+        [7, 9, 0],
+        ONLINE,
+        None,
     ),
 }
 ENVIRONMENT = os.environ | {
@@ -136,6 +158,15 @@ def compare(exports, name, *options):
         assert found["largest_difference"] <= 1e-4
         assert found["largest_tie"] <= 1e-4
     return found
+
+
+def test_layers_of_two_kinds_are_served_up_to_the_window(exports):
+    folder = exports["qwen3, some layers slide"]
+    program = f"from vllm import LLM; LLM({str(folder)!r}, dtype='float32', enforce_eager=True)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "some layers slide (sliding_window=160)" in done.stderr
+    assert "Pass --max-model-len 160" in done.stderr
 
 
 REFUSED = {
