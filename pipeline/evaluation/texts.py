@@ -24,7 +24,7 @@ from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, de
 from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import return_freed_memory
-from pipeline.text.calibration import cut_documents
+from pipeline.text.calibration import check_token_ids, cut_documents
 from pipeline.text.corpora import read_local_documents
 
 
@@ -73,6 +73,7 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
         for path, name in zip(arguments.text, name_texts(arguments.text), strict=True):
             documents = read_local_documents(path, arguments.text_field)
             windows[name] = cut_documents(documents, arguments.windows, arguments.length, tokenizer, str(path))
+            check_token_ids(windows[name], model.config.vocab_size, tokenizer, str(path))
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
     if asked:
         results |= run_tasks(model, tokenizer, tasks, arguments.batch_size)
