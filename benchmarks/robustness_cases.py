@@ -371,7 +371,8 @@ def break_corpus(rng: random.Random, bases: Bases, folder: Path) -> Trial:
             fetch_corpus(str(source if nested else path), None, field, partial)
 
     def judge() -> str | None:
-        found = [document for split in SPLITS for document in read_documents(out / f"{split}.jsonl")]
+        documents = [document for split in SPLITS for document in read_documents(out / f"{split}.jsonl")]
+        found = [document if isinstance(document, str) else document.messages for document in documents]
         expected = read_reference(path, suffix, compression) if damaged else keep_texts(rows, suffix)
         if expected is None:
             return None  # the reference cannot read it at all

@@ -15,8 +15,9 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.params import ParamsError, list_problems
 from pipeline.text.calibration import (
+    check_token_ids,
     count_conversations,
-    count_shared,
+    count_overlapping_windows,
     cut_calibration_windows,
     cut_evaluation_windows,
     load_tokenizer,
@@ -38,20 +39,36 @@ def main(run: Run) -> None:
     tokenizer, tokenizer_id = load_tokenizer(MODEL)
     cuts = {
         name: cut_calibration_windows(
-            name, split.corpora, split.windows, split.length, calibration.seed, DATA, tokenizer, tokenizer_id
+            name,
+            corpora=split.corpora,
+            windows=split.windows,
+            length=split.length,
+            seed=calibration.seed,
+            data=DATA,
+            tokenizer=tokenizer,
+            tokenizer_id=tokenizer_id,
         )
         for name, split in calibration.splits().items()
         if name != "evaluation"
     }
-    if "end_to_end" in cuts and (shared := count_shared(cuts["end_to_end"].token_ids, cuts["train"].token_ids)):
-        logger.warning("%d windows of calibration.end_to_end share text with calibration.train", shared)
+    if "end_to_end" in cuts and (
+        overlapping := count_overlapping_windows(cuts["end_to_end"].token_ids, cuts["train"].token_ids)
+    ):
+        logger.warning("%d windows of calibration.end_to_end share text with calibration.train", overlapping)
     cuts.setdefault("end_to_end", cuts["train"])
     held_out = calibration.evaluation
     for corpus in held_out.corpora:
         cuts[f"evaluation/{corpus}"] = cut_evaluation_windows(
-            corpus, held_out.windows, held_out.length, DATA, tokenizer, tokenizer_id
+            corpus,
+            windows=held_out.windows,
+            length=held_out.length,
+            data=DATA,
+            tokenizer=tokenizer,
+            tokenizer_id=tokenizer_id,
         )
     checkpoint = Checkpoint(MODEL, "model")
+    for name, cut in cuts.items():
+        check_token_ids(cut.token_ids, checkpoint.config.vocab_size, tokenizer, f"calibration.{name}")
     token_ids = cuts["train"].token_ids
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
     logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)

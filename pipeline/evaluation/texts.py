@@ -24,7 +24,7 @@ from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, de
 from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import return_freed_memory
-from pipeline.text.calibration import cut_documents
+from pipeline.text.calibration import check_token_ids, cut_documents
 from pipeline.text.corpora import read_local_documents
 
 
@@ -69,6 +69,8 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
         tasks = open_tasks(asked, arguments.task_folder)
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
+    for name, token_ids in windows.items():
+        check_token_ids(token_ids, model.config.vocab_size, tokenizer, name)
     if windows:
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
     if asked:

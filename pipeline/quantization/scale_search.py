@@ -325,10 +325,10 @@ class AttentionProbabilities:
 
         Args:
             queries: [B, heads, T, d], in the same basis as the keys (rotated if R3 is on).
-            prefix_keys: [kv_heads, P, d] in that basis, or None; read by every query and never quantized.
+            prefix_keys: [kv_heads, P, d] in that basis, or None: the positions before the text; never quantized.
             scaling: the factor of the scores.
             cap: the bound within which the scores are softly capped (Gemma 2), or None.
-            window: the number of text positions that a query reads, its own included, in a sliding block; None: all.
+            window: the number of positions (prefix and text) that a query reads, its own included, in a sliding block; None: all.
         """
         length = queries.shape[2]
         rows = torch.arange(0, length, max(1, length // _QUERIES), device=queries.device)

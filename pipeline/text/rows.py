@@ -1,14 +1,14 @@
-"""Rows of text in files of many formats, each judged by one rule, whatever held it.
+"""Read the rows of text files in many formats. One rule decides what each row is, whatever file held it.
 
     a string                                   a document
     null, an empty or blank string or list     nothing: skipped and counted
-    [{"role": "user", "content": "Hi"}, …]     a conversation, kept as messages; `calibration.py` puts it through the
-                                               tokenizer's chat template, since corpora know no model
+    [{"role": "user", "content": "Hi"}, …]     a conversation (`conversations.py` lists the forms). It is kept as
+                                               messages, because corpora know no tokenizer: `calibration.py` puts it
+                                               through the tokenizer's chat template
     anything else                              an error that names file and row
 
 Formats: text (documents separated by blank lines), JSON lines, JSON, CSV, parquet; all but the last also compressed
-(.gz, .bz2, .zst). Files of a folder may lie in folders of their own, and keep the split that their name, or their
-folder's, says, as on the Hugging Face Hub.
+(.gz, .bz2, .zst).
 """
 
 import bz2
@@ -18,131 +18,110 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
 
 from pipeline.runtime.errors import PipelineError, reading
+from pipeline.text.conversations import (
+    TEMPLATE_INPUTS,
+    Conversation,
+    RowError,
+    parse_messages,
+    read_conversation,
+    show_value,
+)
 
-Document = str | list[dict[str, str]]
-
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
-_WORDS = "|".join(sorted(_SPLIT_OF, key=len, reverse=True))
-_AT_THE_START = re.compile(rf"({_WORDS})(?![a-z])")
-_OF_A_SHARD = re.compile(rf"(?<![a-z])({_WORDS})[-._ ]?\d+-of-\d+")  # c4-train.00000-of-01024
-_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of `datasets`, no rows
+Document = str | Conversation
+Reader = Callable[[Path, str], Iterator[Any]]
+PLAIN_TEXT = (".txt", ".raw")
 
 
 class CorpusError(PipelineError):
-    """A corpus cannot be had; one line saying what was asked for and what to do."""
-
-
-class RowError(PipelineError):
-    """A row holds no text; without saying where it stands."""
-
-
-def list_files(path: Path) -> list[Path]:
-    """The readable files of a folder and all folders below it, sorted; what is hidden does not count."""
-    found = []
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        if not hidden and find_reader(file) and file.name not in _DESCRIPTIONS and file.is_file():
-            found.append(file)
-    return found
-
-
-def find_split(name: Path) -> str | None:
-    """Which split a file says it is of, by its name, else by a folder's; None where nothing does.
-
-    train-00000-of-00002.parquet, test.txt, dev/part-1.jsonl -> train, test, validation
-    """
-    stem = name.name.lower()
-    match = _AT_THE_START.match(stem) or _OF_A_SHARD.search(stem)
-    if match is not None:
-        return _SPLIT_OF[match[1]]
-    return next((_SPLIT_OF[part.lower()] for part in reversed(name.parent.parts) if part.lower() in _SPLIT_OF), None)
+    """A corpus cannot be read. The message names the corpus and says what to do."""
 
 
 def read_file(source: str, path: Path, text_field: str) -> Iterator[Document | None]:
-    """The document of each row, None for one with nothing in it. Raises CorpusError, naming file and row.
+    """Yield the document of each row of a file, None for a row that holds nothing.
 
     Args:
-        source: what params.yaml or the command line names, for messages.
+        source: the corpus as params.yaml or the command line names it, for messages.
         text_field: the field that holds the text, where rows have fields.
+
+    Raises:
+        CorpusError: names file and row.
     """
+    reader = find_reader(path)
+    if reader is None:
+        raise CorpusError(f"corpus {source!r}: {path.name}: cannot be read. Allowed are files ending in {FORMATS}")
     row = 1
     with reading(lambda why: CorpusError(f"corpus {source!r}: {path.name}, row {row}: cannot be read ({why})")):
         try:
-            for value in find_reader(path)(path, text_field):
+            for value in reader(path, text_field):
                 yield judge_row(value, text_field)
                 row += 1
         except RowError as error:
             raise CorpusError(f"corpus {source!r}: {path.name}, row {row}, {error}") from None
 
 
-def judge_row(row: Any, text_field: str) -> Document | None:
-    """See the module's docstring. Raises RowError."""
+def judge_row(row: object, text_field: str) -> Document | None:
+    """Return the document that a row holds, None where it holds nothing.
+
+    Raises:
+        RowError: the row is neither; see the module's docstring.
+    """
+    fields: Mapping[str, Any] = {}
     if isinstance(row, dict):
         if text_field not in row:
-            fields = ", ".join(map(str, row)) or "none"
-            raise RowError(f"has no field {text_field!r} (it has: {fields}); set text_field")
-        row = row[text_field]
-    if row is None or (isinstance(row, list) and not row):
+            names = ", ".join(map(str, row)) or "none"
+            raise RowError(f"has no field {text_field!r} (it has: {names}); set text_field")
+        fields, row = row, row[text_field]
+    if isinstance(row, str):
+        _check_encoding([row])
+        if (parsed := parse_messages(row)) is not None:
+            messages, more = parsed
+            row, fields = messages, {**fields, **more}
+        else:
+            return row if row.strip() else None
+    if row is None or row == []:
         return None
-    document = _read_messages(row) if isinstance(row, list) else row
-    if not isinstance(document, str | list):
+    if not isinstance(row, list):
         raise RowError(
-            f"holds {_show(row)} ({type(row).__name__}) where text is expected; texts are strings, or lists of "
+            f"holds {show_value(row)} ({type(row).__name__}) where text is expected; texts are strings, or lists of "
             "messages with role and content"
         )
-    texts = [document] if isinstance(document, str) else [text for message in document for text in message.values()]
+    conversation = read_conversation(row, fields)
+    _check_encoding(conversation.list_strings())
+    return None if conversation.is_empty else conversation
+
+
+def count_characters(document: Document) -> int:
+    """Return the length of a document; of a conversation, of the contents of its messages."""
+    return len(document) if isinstance(document, str) else sum(map(len, document.texts))
+
+
+def _check_encoding(texts: Iterable[str]) -> None:
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise RowError("holds half of a character (a lone surrogate), which no file can; mend its source") from None
-    empty = not document.strip() if isinstance(document, str) else not any(m["content"].strip() for m in document)
-    return None if empty else document
-
-
-def count_characters(document: Document) -> int:
-    return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
-
-
-def _read_messages(row: list[Any]) -> list[dict[str, str]]:
-    messages = []
-    for number, message in enumerate(row, start=1):
-        values = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else []
-        if not values or not all(isinstance(value, str) for value in values):
-            raise RowError(f"is a list, but its item {number} is no message with role and content: {_show(message)}")
-        messages.append(dict(zip(("role", "content"), values, strict=True)))
-    return messages
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[io.TextIOBase]:
-    opened = _COMPRESSIONS.get(path.suffix.lower(), lambda path: path.open("rb"))(path)
-    with opened as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+    open_file = _COMPRESSIONS.get(path.suffix.lower(), lambda path: path.open("rb"))
+    with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         yield text
 
 
 def _open_zstd(path: Path) -> Any:
-    return pyarrow.input_stream(str(path), compression="zstd")  # which `datasets` brings; it minds where a file ends
+    # pyarrow comes with `datasets`, and it notices where a compressed file is cut off.
+    return pyarrow.input_stream(str(path), compression="zstd")
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
@@ -153,21 +132,68 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
 
 def _read_lines(path: Path, text_field: str) -> Iterator[Any]:
     with _open_text(path) as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+        lines = (line for line in file if line.strip())
+        first = next(lines, None)
+        if first is None:
+            return
+        try:
+            yield json.loads(first)
+        except json.JSONDecodeError:
+            if _is_json(first + file.read()):
+                raise RowError(
+                    "does not hold a whole JSON value, but the whole file does. Rename it to end in .json, or write "
+                    "one value per line"
+                ) from None
+            raise
+        yield from map(json.loads, lines)
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[Any]:
+    """Yield the rows of a list, of an object that wraps one list, or of JSON lines under another name."""
     with _open_text(path) as file:
         text = file.read()
-    if text.lstrip().startswith("{"):  # JSON lines by another name, as many on the hub are
-        yield from (json.loads(line) for line in text.split("\n") if line.strip())
+    try:
+        value = json.loads(text)
+    except ValueError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if not lines or not _is_json(lines[0]):
+            raise
+        yield from map(json.loads, lines)
         return
-    rows = json.loads(text)
-    if not isinstance(rows, list):
+    if isinstance(value, dict):
+        yield from _unwrap_rows(value, text_field)
+    elif isinstance(value, list):
+        yield from value
+    else:
         raise ValueError("expected a list of rows")
-    yield from rows
+
+
+def _unwrap_rows(value: dict[str, Any], text_field: str) -> list[Any]:
+    """Return the rows of a JSON file that is one object: the object itself, or the only list in it."""
+    texts = value.get(text_field)
+    columns = list(texts.values()) if isinstance(texts, dict) else texts
+    if isinstance(columns, list) and columns and all(isinstance(text, str) for text in columns):
+        raise RowError(
+            f"is one object that holds columns, {text_field!r} among them. Write one object for each row (in pandas: "
+            "orient='records')"
+        )
+    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows]
+    if text_field in value or not lists:
+        return [value]
+    if len(lists) > 1:
+        raise RowError(
+            f"is one object with several lists ({', '.join(lists)}). Write a file for each of them that is text, with "
+            "the list alone"
+        )
+    return value[lists[0]]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_csv(path: Path, text_field: str) -> Iterator[Any]:
@@ -188,12 +214,28 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Any]:
         if text_field not in columns:
             yield dict.fromkeys(columns)
             return
-        for batch in file.iter_batches(columns=[text_field]):
-            yield from batch.to_pylist()
+        names = [text_field, *(name for name in TEMPLATE_INPUTS if name in columns and name != text_field)]
+        for batch in file.iter_batches(columns=names):
+            for row in batch.to_pylist():
+                yield {name: _drop_nulls(value) for name, value in row.items()}
 
 
-_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}
-_READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
+def _drop_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its structs: columns have every field that any row has.
+
+    A null `content` is kept: it is usual in messages that call tools.
+    """
+    if isinstance(value, dict):
+        return {name: _drop_nulls(item) for name, item in value.items() if item is not None or name == "content"}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+_COMPRESSIONS: dict[str, Callable[[Path], AbstractContextManager[IO[bytes]]]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".zst": _open_zstd,
+}
+_READERS: dict[str, Reader] = {
     ".txt": _read_text,
     ".raw": _read_text,
     ".jsonl": _read_lines,
@@ -205,9 +247,19 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
 FORMATS = f"{', '.join(_READERS)}, all but the last also with {', '.join(_COMPRESSIONS)}"
 
 
-def find_reader(path: Path) -> Callable[[Path, str], Iterator[Any]] | None:
-    """By the end of a file's name, in whatever case."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+def find_reader(path: Path) -> Reader | None:
+    """Return the reader for the ending of a file's name, in upper or lower case; None where there is none."""
+    compressed = path.suffix.lower() in _COMPRESSIONS
+    ending = find_ending(path)
+    return None if compressed and ending == ".parquet" else _READERS.get(ending)
+
+
+def find_ending(path: Path) -> str:
+    """Return the ending that tells a file's format, in lower case and without that of a compression.
+
+    x.jsonl.gz -> .jsonl
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
-        return None if suffixes[:-1] in ([], [".parquet"]) else _READERS.get(suffixes[-2])
-    return _READERS.get(suffixes[-1]) if suffixes else None
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

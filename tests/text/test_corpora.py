@@ -1,3 +1,5 @@
+"""Corpora: local files and folders, hub data sets and packaged text, dealt to three splits."""
+
 import itertools
 import json
 
@@ -5,10 +7,7 @@ import datasets
 import pytest
 
 from pipeline.text import corpora
-from pipeline.text.calibration import WindowsError, cut_calibration_windows, cut_evaluation_windows
 from pipeline.text.corpora import CorpusError, fetch_corpus, read_documents
-from pipeline.text.params import split_windows
-from tests.conftest import make_tokenizer
 
 DOCUMENTS = [f"Document {number} speaks of the number {number} and of nothing else." for number in range(60)]
 
@@ -78,7 +77,7 @@ def test_max_documents_caps(tmp_path):
             lambda folder: write(folder / "x.jsonl", DOCUMENTS),
             r"row 1, has no field 'text' \(it has: body\); set text",
         ),
-        (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf: nothing to read; allowed are"),
+        (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf: nothing to read. Allowed are"),
         (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl, row 1: cannot"),
     ],
 )
@@ -133,108 +132,3 @@ def test_wikipedia_markup_is_stripped():
         "{| class=x\n| a table\n|}\n[[File:a.png|thumb|A [[picture]]]]{{box|y=1}}<!-- note -->[[Category:A]] End."
     )
     assert text.replace("\n", " ").split() == ["Stone", "is", "hard.", "End."]
-
-
-@pytest.fixture
-def data(tmp_path):
-    for name in ("a", "b"):
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
-        fetch_corpus(str(write(tmp_path / f"{name}.txt", [name + text for text in DOCUMENTS])), None, "text", folder)
-    return tmp_path / "data"
-
-
-def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0):
-    names = corpora_names if isinstance(corpora_names, dict) else list(corpora_names)
-    return cut_calibration_windows(split, names, windows, length, seed, data, make_tokenizer(), "id")
-
-
-def test_windows_of_different_purposes_share_no_document(data):
-    tokenizer = make_tokenizer()
-    seen = {}
-    for split in ("search", "train", "end_to_end", "validation"):
-        text = tokenizer.decode(cut(data, split, windows=9, length=24).token_ids.flatten().tolist())
-        seen[split] = {word for word in text.split() if word.isdigit()}
-    seen["evaluation"] = {
-        word
-        for word in tokenizer.decode(
-            cut_evaluation_windows("a", None, 24, data, tokenizer, "id").token_ids.flatten().tolist()
-        ).split()
-        if word.isdigit()
-    }
-    assert all(len(numbers) >= 3 for numbers in seen.values())
-    for first in seen:
-        for second in seen:
-            assert first == second or not seen[first] & seen[second]
-
-
-def test_windows_follow_seed_and_fingerprints_follow_what_determines_them(data):
-    base = cut(data, "train")
-    assert (cut(data, "train").token_ids == base.token_ids).all()
-    assert cut(data, "train").header == base.header
-    assert not (cut(data, "train", seed=1).token_ids == base.token_ids).all()
-    others = [
-        cut(data, "train", seed=1),
-        cut(data, "search"),
-        cut(data, "end_to_end"),
-        cut(data, "train", windows=3),
-        cut(data, "train", ("b",)),
-    ]
-    assert len({windows.header.fingerprint for windows in [base, *others]}) == 6
-
-
-def test_more_windows_begin_with_the_same_ones(data):
-    assert (cut(data, "train", windows=8).token_ids[:4] == cut(data, "train", windows=4).token_ids).all()
-
-
-def test_a_mix_takes_turns(data):
-    mixed = cut(data, "train", ("a", "b"), windows=5).token_ids
-    assert (mixed[0::2] == cut(data, "train", ("a",), windows=3).token_ids).all()
-    assert (mixed[1::2] == cut(data, "train", ("b",), windows=2).token_ids).all()
-
-
-def test_a_mix_by_shares_spreads_each_corpus_over_all_windows(data):
-    mixed = cut(data, "train", {"a": 3, "b": 1}, windows=8).token_ids
-    assert (mixed[[0, 1, 3, 4, 5, 7]] == cut(data, "train", ("a",), windows=6).token_ids).all()
-    assert (mixed[[2, 6]] == cut(data, "train", ("b",), windows=2).token_ids).all()
-    equal, fractions = cut(data, "train", ("a", "b"), windows=8), cut(data, "train", {"a": 0.5, "b": 0.5}, windows=8)
-    assert (equal.token_ids == fractions.token_ids).all()
-    others = cut(data, "train", {"a": 3, "b": 1}, windows=8), cut(data, "train", {"b": 3, "a": 1}, windows=8)
-    assert len({windows.header.fingerprint for windows in (equal, *others)}) == 3
-
-
-@pytest.mark.parametrize(
-    ("windows", "corpora", "expected"),
-    [
-        (5, ["a", "b"], {"a": 3, "b": 2}),
-        (8, ["a", "b", "c"], {"a": 3, "b": 3, "c": 2}),
-        (10, {"a": 0.1, "b": 0.2, "c": 0.7}, {"a": 1, "b": 2, "c": 7}),
-        (384, {"a": 324, "b": 60}, {"a": 324, "b": 60}),
-        (7, {"a": 2, "b": 1}, {"a": 5, "b": 2}),  # 4.67 and 2.33
-        (3, {"a": 1e9, "b": 1e-300}, {"a": 3, "b": 0}),
-    ],
-)
-def test_shares_are_of_whole_windows(windows, corpora, expected):
-    assert split_windows(windows, corpora) == expected
-
-
-def test_evaluation_is_the_whole_test_split_joined_by_blank_lines(data):
-    tokenizer = make_tokenizer()
-    whole = tokenizer("\n\n".join(read_documents(data / "a" / "test.jsonl")), add_special_tokens=False).input_ids
-    windows = cut_evaluation_windows("a", None, 20, data, tokenizer, "id").token_ids
-    assert windows.flatten().tolist() == whole[: len(whole) // 20 * 20]
-    first = cut_evaluation_windows("a", 3, 20, data, tokenizer, "id").token_ids
-    assert (first == windows[:3]).all()
-
-
-def test_no_special_tokens_are_added(data):
-    assert not set(cut(data, "train").token_ids.flatten().tolist()) & {0, 1}
-
-
-def test_a_corpus_too_small_says_what_it_has_and_needs(data):
-    with pytest.raises(
-        WindowsError, match=r"validation from a: needs 50 windows of 64 = 3200 tokens, the corpus has \d+"
-    ):
-        cut(data, "validation", windows=50, length=64)
-    with pytest.raises(WindowsError, match=r"evaluation from a: needs 1 windows of 100000"):
-        cut_evaluation_windows("a", None, 100000, data, make_tokenizer(), "id")

@@ -1,4 +1,4 @@
-"""What rows of text may hold, in whatever file; none is lost or half read, and none of the test split is trained on."""
+"""What rows of text may hold, in files of every format. None is lost or half read."""
 
 import gzip
 import itertools
@@ -8,13 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.text.calibration import WindowsError, cut_calibration_windows, cut_evaluation_windows, render_documents
+from pipeline.text.conversations import Conversation
 from pipeline.text.corpora import SPLITS, CorpusError, fetch_corpus, read_documents, read_local_documents
-from tests.conftest import make_tokenizer
 
 TEXTS = [f"Document {number} speaks of the number {number} and of nothing else." for number in range(40)]
 CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
 def write_lines(path, values):
@@ -36,13 +34,28 @@ def fetch(source, folder):
         ("x.jsonl", '{"text": "a"}\n5\n', r"x\.jsonl, row 2, holds 5 \(int\)"),
         ("x.jsonl", '{"text": {"a": 1}}\n', r"row 1, holds \{'a': 1\} \(dict\)"),
         ("x.jsonl", '{"text": true}\n', r"row 1, holds True \(bool\)"),
-        ("x.jsonl", '{"text": ["a", "b"]}\n', r"row 1, is a list, but its item 1 is no message with role and cont"),
-        ("x.jsonl", '{"text": [{"role": "user"}]}\n', r"row 1, is a list, but its item 1 is no message"),
+        (
+            "x.jsonl",
+            '{"text": ["a", "b"]}\n',
+            r"row 1, is a list, but its item 1 is not a message with role and content",
+        ),
+        ("x.jsonl", '{"text": [{"role": "user"}]}\n', r"row 1, is a list, but its item 1 is not a message"),
         ("x.jsonl", '{"text": "a"}\n{"other": "b"}\n', r"row 2, has no field 'text' \(it has: other\)"),
         ("x.jsonl", '{"text": "\\ud800"}\n', r"row 1, holds half of a character"),
         ("x.jsonl", "[" * 100_000 + "\n", r"row 1: cannot be read \(maximum recursion depth"),
         ("x.json", '{"rows": []}', r"row 1, has no field 'text'"),
         ("x.json", '"text"', r"expected a list of rows"),
+        ("x.json", '{\n "a": [{"text": "b"}],\n "c": [{"text": "d"}]\n}', r"is one object with several lists \(a, c\)"),
+        ("x.json", '{"text": ["a", "b"], "id": [1, 2]}', r"is one object that holds columns, 'text' among them"),
+        ("x.json", '{"text": {"0": "a", "1": "b"}}', r"is one object that holds columns.*orient='records'"),
+        ("x.json", '{\n "version": 2\n}', r"row 1, has no field 'text' \(it has: version\)"),
+        ("x.json", '{\n "data": [\n {"text": "a"},', r"row 1: cannot be read"),
+        (
+            "x.jsonl",
+            '{\n "data": [\n {"text": "a"}\n ]\n}\n',
+            r"row 1, does not hold a whole JSON.*Rename it to end",
+        ),
+        ("x.ndjson", '[\n {"text": "a"}\n]', r"row 1, does not hold a whole JSON value, but the whole file does"),
         ("x.csv", 'text\n"a"\n"never closed\n', r"x\.csv, row 2: cannot be read \(unexpected end of data"),
         ("x.csv", "id,text\n1,Well, not quoted\n", r"row 1, has more fields than the first line names"),
         ("x.csv", "", r"nothing|no text|too few"),
@@ -54,7 +67,7 @@ def fetch(source, folder):
             r"x\.jsonl\.gz, row \d+: cannot be read",
         ),
         ("x.jsonl.gz", b"no gzip", r"x\.jsonl\.gz, row 1: cannot be read \(Not a gzipped file"),
-        ("x.tar.gz", b"", r"x\.tar\.gz: nothing to read; allowed are files ending in \.txt, "),
+        ("x.tar.gz", b"", r"x\.tar\.gz: nothing to read. Allowed are files ending in \.txt, "),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -93,58 +106,37 @@ def test_compressed_files_are_read_as_the_files_they_hold(tmp_path):
         read_local_documents(tmp_path / "y.jsonl.zst", "text")
 
 
-def test_files_named_as_on_the_hub_keep_their_split_in_nested_folders(tmp_path):
-    table = pyarrow.table({"text": TEXTS[:10]})
-    (tmp_path / "in/data").mkdir(parents=True)
-    pyarrow.parquet.write_table(table, tmp_path / "in/data/train-00000-of-00002.parquet")
-    write_lines(tmp_path / "in/data/train-00001-of-00002.jsonl", TEXTS[10:20])
-    write_lines(tmp_path / "in/data/test-00000-of-00001.jsonl", TEXTS[20:30])
-    write_lines(tmp_path / "in/dev/part-1.jsonl", TEXTS[30:])
-    (tmp_path / "in/dataset_info.json").write_text('{"description": "no rows"}')
-    _, splits = fetch(tmp_path / "in", tmp_path / "out")
-    assert splits == {"train": TEXTS[:20], "test": TEXTS[20:30], "validation": TEXTS[30:]}
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", json.dumps({"version": "1.1", "data": [{"text": text} for text in TEXTS]}, indent=2)),
+        ("x.json", json.dumps({"rows": [{"text": text} for text in TEXTS], "total": 40, "errors": []})),
+        ("x.json", json.dumps({"data": TEXTS}, indent=1)),
+        ("x.json", json.dumps([{"text": text} for text in TEXTS], indent=4)),
+        ("x.json", "\n\n".join(json.dumps({"text": text}) for text in TEXTS)),
+        ("x.json", "\n".join(map(json.dumps, TEXTS))),
+    ],
+)
+def test_json_is_read_as_a_list_as_a_wrapped_list_or_as_lines(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert read_local_documents(tmp_path / name, "text") == TEXTS
 
 
-@pytest.mark.parametrize("has", [["test"], ["validation", "test"], ["validation"], ["train", "test"]])
-def test_no_document_goes_to_two_splits(has, tmp_path):
-    for place, split in enumerate(has):
-        write_lines(tmp_path / f"in/{split}-0.jsonl", TEXTS[20 * place : 20 * place + 10])
-        write_lines(tmp_path / f"in/{split}-1.jsonl", TEXTS[20 * place + 10 : 20 * place + 20])
-    _, splits = fetch(tmp_path / "in", tmp_path / "out")
-    assert sorted(itertools.chain(*splits.values())) == sorted(TEXTS[: 20 * len(has)])
-    assert all(splits.values())
-    if len(has) > 1:
-        assert splits["test"] == TEXTS[20:]
+def test_one_json_object_with_the_field_is_one_row(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"text": "a", "tags": ["b", "c"]}, indent=2))
+    assert read_local_documents(tmp_path / "x.json", "text") == ["a"]
 
 
-def test_conversations_go_through_the_tokenizers_chat_template(tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", [CHAT] * 20 + TEXTS)
-    (tmp_path / "data").mkdir()
-    counts, splits = fetch(path, tmp_path / "data/chat")
-    assert counts["conversations"] == 20
-    assert CHAT in splits["train"]
-    tokenizer = make_tokenizer()
-    arguments = ("chat", None, 16, tmp_path / "data", tokenizer, "id")
-    with pytest.raises(WindowsError, match=r"evaluation from chat: holds conversations, .* has no chat template"):
-        cut_evaluation_windows(*arguments)
-    tokenizer.chat_template = TEMPLATE
-    windows = cut_evaluation_windows(*arguments)
-    rendered = "[user] Hello?\n[assistant] Yes.\n"
-    assert tokenizer.decode(windows.token_ids.flatten()).startswith(rendered)
-    assert render_documents([CHAT, "plain"], tokenizer, "x") == [rendered, "plain"]
-    tokenizer.chat_template = TEMPLATE + " "
-    assert cut_evaluation_windows(*arguments).header != windows.header
-    train = cut_calibration_windows("train", ["chat"], 2, 16, 0, tmp_path / "data", tokenizer, "id").header
-    tokenizer.chat_template = TEMPLATE
-    assert cut_calibration_windows("train", ["chat"], 2, 16, 0, tmp_path / "data", tokenizer, "id").header != train
-
-
-def test_a_start_token_of_the_template_alone_is_left_to_calibration(tmp_path):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
-    assert render_documents([CHAT], tokenizer, "x") == ["[user] Hello?\n[assistant] Yes.\n"]
-    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"  # here it marks turns
-    assert render_documents([CHAT], tokenizer, "x") == ["<s>Hello?<s>Yes."]
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(WindowsError, match=r"x: the chat template refuses conversation 1 \(roles must alternate\)"):
-        render_documents([CHAT], tokenizer, "x")
+def test_null_fields_that_columns_fill_in_are_left_out(tmp_path):
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a", "arguments": {"city": "x"}}}]},
+        {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "c", "arguments": {"day": "y"}}}]},
+    ]
+    tools = [{"name": "a", "strict": True}, {"name": "c"}]
+    table = pyarrow.table({"messages": [messages, CHAT], "tools": [tools, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert read_local_documents(tmp_path / "x.parquet", "messages") == [
+        Conversation(messages, {"tools": tools}),
+        Conversation(CHAT),
+    ]
