@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from pipeline import presets
 from pipeline.params import load_params, parse_params
@@ -80,6 +81,7 @@ def test_merged_text_has_the_values_and_every_comment(name):
     assert yaml.safe_load(text) == resolve(name)
     comments = [[line for line in file.splitlines() if line.lstrip().startswith("#")] for file in (PARAMS, text)]
     assert comments[0] == comments[1]
+    assert dumps_yaml(loads_yaml(text, typ="rt")) == text  # the form that DVC writes
 
 
 def test_a_mapping_of_settings_is_merged_and_one_of_names_is_replaced():
