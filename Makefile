@@ -1,7 +1,7 @@
 # make repro   set up and run the whole pipeline on the model in params.yaml
 # make test    set up and run all tests
 # make lint    set up, check format and style
-# make preset NAME=…   put presets/NAME.yaml into params.yaml
+# make preset NAME=…   merge presets/NAME.yaml into params.yaml (FORCE=1: over local changes); without NAME: list them
 # make serve-setup an environment with vLLM and this project's plugin: .venv-serving
 # make serve-test  the plugin's tests in it
 # make table   the results of the last run
@@ -42,9 +42,8 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-preset:
-	@test -f "presets/$(NAME).yaml" || { echo "NAME is one of:"; ls presets | sed 's/\.yaml$$//'; exit 1; }
-	cp "presets/$(NAME).yaml" params.yaml
+preset: setup
+	@python -m pipeline.presets $(NAME) $(if $(filter 1,$(FORCE)),--force)
 
 table: setup
 	@python -m benchmarks.summary

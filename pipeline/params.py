@@ -174,7 +174,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
     if kind == "extra_forbidden" and key in RENAMED_KEYS:
         return f"{key}: renamed; use {RENAMED_KEYS[key]}"
     if kind == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = list_known_keys(location[:-1])
         close = difflib.get_close_matches(_show(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "remove it"
         return f"{_show(key)}: unknown key; {hint} (known here: {', '.join(known)})"
@@ -219,7 +219,7 @@ def _path_in(raw: Any, location: tuple[Any, ...], missing: bool) -> tuple[Any, .
     return tuple(path)
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def list_known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys allowed below `location`, found by descending the declared types."""
     kind: Any = Params
     for part in location:

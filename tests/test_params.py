@@ -1,16 +1,20 @@
 import copy
+import difflib
 import re
 from datetime import date
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import modify_yaml
 
 from pipeline.params import check_against_model, load_params, parse_params
 from pipeline.quantization.params import resolve_site
 from pipeline.runtime.params import ParamsError
 from tests.conftest import ROOT
 
-DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text())
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+DEFAULT = yaml.safe_load(TEXT)
 
 
 def changed(dotted: str, value: object) -> dict:
@@ -362,8 +366,56 @@ def test_missing_and_broken_files_say_so(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
+def list_leaves(values, path=()):
+    """(dotted key, value) of everything that is not a mapping."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from list_leaves(value, (*path, key))
+        else:
+            yield ".".join((*path, key)), value
+
+
+def override_text(path, *overrides):
+    """params.yaml after `dvc exp run` with an -S for each override, which DVC applies with this function."""
+    path.write_text(TEXT, encoding="utf-8")
+    apply_overrides(path, list(overrides))
+    return path.read_text(encoding="utf-8")
+
+
+def test_params_yaml_has_the_form_that_dvc_writes(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+    with modify_yaml(path):
+        pass
+    assert path.read_text(encoding="utf-8") == TEXT
+
+
+SCALARS = [(key, value) for key, value in list_leaves(DEFAULT) if not isinstance(value, list)]
+
+
+@pytest.mark.parametrize("group", DEFAULT)
+def test_one_override_changes_one_line(group, tmp_path):
+    for key, value in SCALARS:
+        if key.startswith(f"{group}."):
+            other = str(not value).lower() if isinstance(value, bool) else 7 if value != 7 else 8
+            changed_text = override_text(tmp_path / "params.yaml", f"{key}={other}")
+            compared = difflib.ndiff(TEXT.splitlines(), changed_text.splitlines())
+            changed_lines = [line for line in compared if line[0] in "+-"]
+            assert len(changed_lines) == 2, key
+            assert changed_lines[1].partition(":")[0].removeprefix("+ ").strip() == key.rpartition(".")[2]
+
+
+def test_overrides_of_lists_keep_every_comment(tmp_path):
+    comments = [line for line in TEXT.splitlines() if line.lstrip().startswith("#")]
+    lists = [key for key, value in list_leaves(DEFAULT) if isinstance(value, list)]
+    assert len(lists) == 9
+    for key in lists:
+        changed_text = override_text(tmp_path / "params.yaml", f"{key}=[news]")
+        assert [line for line in changed_text.splitlines() if line.lstrip().startswith("#")] == comments, key
+
+
 def test_every_key_is_explained_by_a_comment_above_it_or_its_group():
-    lines = (ROOT / "params.yaml").read_text().splitlines()
+    lines = TEXT.splitlines()
     for number, line in enumerate(lines):
         if line.strip() and not line.lstrip().startswith(("#", "-")) and line.startswith("  ") and ":" in line:
             above = lines[number - 1].strip()
@@ -398,15 +450,15 @@ def _sibling_or_parent_is_explained(lines: list[str], number: int) -> bool:
     ],
 )
 def test_what_a_number_format_fixes_cannot_be_asked_otherwise(changes, message):
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for group, own in changes.items():
-        raw["quantizer_init"][group] |= own
+    raw = copy.deepcopy(DEFAULT)
+    for group, values in changes.items():
+        raw["quantizer_init"][group] |= values
     with pytest.raises(ParamsError, match=message):
         parse_params(raw)
 
 
 def test_blocks_that_do_not_divide_a_model_are_reported():
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = copy.deepcopy(DEFAULT)
     raw["rotation"] |= {"r1": "block_hadamard", "block_size": 7}
     raw["quantizer_init"]["weights"]["format"] = "nvfp4"
     params = parse_params(raw)
