@@ -189,7 +189,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else "; pick one of those"
         return f"{key}={_show(repr(value))}: allowed are {choices}{hint}"
     if kind in ("model_type", "dict_type"):
-        known = ", ".join(_known_keys(location)) or "names that you choose"
+        known = ", ".join(list_known_keys(location)) or "names that you choose"
         if value is None:
             return f"{key}=null: the group is empty. Put its keys below it ({known}), or restore them from git."
         return f"{key}={_show(repr(value))}: expected a group of keys. Put its keys below it ({known})."

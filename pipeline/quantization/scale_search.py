@@ -328,7 +328,7 @@ class AttentionProbabilities:
             prefix_keys: [kv_heads, P, d] in that basis, or None: the positions before the text; never quantized.
             scaling: the factor of the scores.
             cap: the bound within which the scores are softly capped (Gemma 2), or None.
-            window: the number of positions (prefix and text) that a query reads, its own included, in a sliding block; None: all.
+            window: the number of positions of prefix and text that a query reads in a sliding block, or None for all.
         """
         length = queries.shape[2]
         rows = torch.arange(0, length, max(1, length // _QUERIES), device=queries.device)

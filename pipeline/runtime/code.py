@@ -15,7 +15,7 @@ Some modules compute no result at all and are not followed (`EXEMPT`). Otherwise
 in the params of another stage, would rerun everything. Whoever changes the layout of artifacts raises
 `artifacts.FORMAT_VERSION` instead.
 
-Imports that only exist at run time (`importlib.import_module`, `exec`, …) would escape the fingerprint: they are refused.
+Imports that only exist at run time (`importlib.import_module`, `exec`, …) would escape it, so they are refused.
 """
 
 import ast

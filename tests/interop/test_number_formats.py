@@ -143,10 +143,8 @@ def test_loaded_and_trained_blocks_compute_what_was_evaluated(wide, tmp_path, ki
         trained = runner.run(block, hidden, prefix["kv"][0])
         assert torch.allclose(trained, before, atol=1e-6)
         trained.square().sum().backward()
-        silent = [
-            parameter.shape for parameter in [*trainables.quantizers, *trainables.weights] if not parameter.grad.any()
-        ]
-        assert silent == []
+        parameters = [*trainables.quantizers, *trainables.weights]
+        assert [parameter.shape for parameter in parameters if not parameter.grad.any()] == []
         with torch.no_grad():
             for parameter in parameters:
                 parameter -= 0.05 * parameter.grad.sign() * (parameter.abs().mean() if parameter.dim() and start else 1)
