@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pipeline.evaluation import texts
-from pipeline.inference import generation
 from pipeline.importing.import_model import import_model
+from pipeline.inference import generation
 from pipeline.inference.loading import load
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.inspection.import_gate import check_import
