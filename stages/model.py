@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.evaluation.task_data import check_tasks
+from pipeline.evaluation.task_data import check_task_tokenizer, check_tasks
 from pipeline.importing.import_model import import_model
 from pipeline.inspection.import_gate import check_import
 from pipeline.params import check_against_model
@@ -22,11 +22,18 @@ MODEL = Path("artifacts/model")
 
 
 def main(run: Run) -> None:
-    own = run.params.model
-    check_tasks(run.params.evaluation)  # before hours of work, not behind them
-    plan = functools.partial(check_against_model, run.params)
-    gate = functools.partial(check_import, limit=memory_limit(run.params.runtime))
-    run.metrics.update(import_model(own.source, own.revision, getattr(torch, own.dtype), MODEL, plan, gate))
+    model = run.params.model
+    check_tasks(run.params.evaluation)  # before hours of work
+    metrics = import_model(
+        model.source,
+        model.revision,
+        getattr(torch, model.dtype),
+        MODEL,
+        check_plan=functools.partial(check_against_model, run.params),
+        check_tokenizer=functools.partial(check_task_tokenizer, run.params.evaluation),
+        check_result=functools.partial(check_import, limit=memory_limit(run.params.runtime)),
+    )
+    run.metrics.update(metrics)
 
 
 if __name__ == "__main__":

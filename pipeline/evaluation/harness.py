@@ -72,6 +72,11 @@ class PrefixedLM(HFLM):
             names = (kwargs.keys() - inspect.signature(HFLM).parameters.keys()) | (kwargs.keys() & {"dtype"})
             options = {name: kwargs.pop(name) for name in sorted(names)}
             pretrained, tokenizer = load(Path(path), choose_device(device), **options)
+        if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise PipelineError(
+                "lm-eval needs a tokenizer with a start or end token, and this one has neither. Set bos_token or "
+                "eos_token in its tokenizer_config.json"
+            )
         replaced = interface.prefix_tokens > 0 and interface.text_start_token_id is None
         self.start_token = tokenizer.bos_token if replaced else None
         if replaced:
@@ -90,6 +95,14 @@ class PrefixedLM(HFLM):
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        if self.tokenizer.eos_token_id is None:
+            raise PipelineError(
+                "lm-eval needs a tokenizer with an end token for tasks that generate, and this one has none. Set "
+                "eos_token in its tokenizer_config.json"
+            )
+        return super().generate_until(*args, **kwargs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         with reading(lambda why: PipelineError(f"the model's chat template cannot be applied ({why})")):

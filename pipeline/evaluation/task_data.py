@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
 import pipeline.evaluation.packaged_tasks  # noqa: F401  (tasks/*.yaml call it)
 from pipeline.evaluation.params import EvaluationParams, TaskParams
@@ -41,6 +42,15 @@ def check_tasks(own: EvaluationParams) -> None:
     """See that the data of all tasks can be had. Raises TaskError."""
     if own.tasks:
         open_tasks(own.tasks, own.task_folder, own.skip_unavailable)
+
+
+def check_task_tokenizer(params: EvaluationParams, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise TaskError if tasks are asked for and the tokenizer lacks the special tokens that lm-eval needs."""
+    if params.tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise TaskError(
+            "evaluation.tasks: lm-eval needs a tokenizer with a start or end token, and the model's has neither. Set "
+            "bos_token or eos_token in its tokenizer_config.json, or remove the tasks"
+        )
 
 
 def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_unavailable: bool = False) -> Tasks:

@@ -1,11 +1,13 @@
-"""A GGUF file as a container: settings and tensors by name, each read when it is asked for.
+"""A GGUF file as a container: settings and tensors by name, each tensor read when it is asked for.
 
     file = GgufFile(path)
     file.settings["llama.block_count"].value
     file.read("blk.0.attn_q.weight")          float32 [out, in], dequantized now
 
-A model may be split into several files, `name-00001-of-00003.gguf`: settings stand in the first one, tensors in all.
-Only the table of contents is kept; the `gguf` package's own reader makes an object of every token of the vocabulary.
+A model may be split into several files, `name-00001-of-00003.gguf`. The first one has the settings, and all have
+tensors. Only the table of contents is read at first: the reader of the package `gguf` would make an object of every
+token of the vocabulary.
+
 Layout (versions 2 and 3): https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -39,11 +41,11 @@ _CHUNK = 1 << 22  # values dequantized at a time
 
 
 class GgufError(ValueError):
-    """What is wrong with the file; without saying which model it belongs to."""
+    """A file that cannot be read. The message says why, but not which model it belongs to."""
 
 
 class Setting(NamedTuple):
-    """A value of the file's metadata: a number, a string, a list of numbers; of a list of strings its length."""
+    """A value of the file's metadata: a number, a string, a list of numbers, or the length of a list of strings."""
 
     value: Any
     kind: GGUFValueType
@@ -67,44 +69,49 @@ class GgufFile:
     """The settings and tensors of a file, or of all files of a split set.
 
     Attributes:
-        path: of the file with the settings: the first one.
+        path: the file with the settings, which is the first one.
         settings: name -> value.
-        tensors: name -> where it is.
+        tensors: name -> its place in a file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises GgufError: not a GGUF file, cut off, an unknown type, or a set of which parts are missing."""
+        """Read the table of contents.
+
+        Raises:
+            GgufError: this is not a GGUF file, it is cut off, has an unknown type, or parts of the set are missing.
+        """
         parts = find_parts(path)
         self.path = parts[0]
         self.settings, self.tensors = _read_contents(self.path)
         if "general.architecture" not in self.settings:
-            raise GgufError(f"{self.path.name} does not say of what architecture it is (general.architecture)")
+            raise GgufError(f"{self.path.name} does not name its architecture (general.architecture)")
         count = self._read_number("split.count", 1)
         if count not in (len(parts), 0):
             raise GgufError(
-                f"{self.path.name} is one of {count} parts (split.count); get all of them, named as they were made "
+                f"{self.path.name} is one of {count} parts (split.count). Get all of them, under their first names "
                 f"(…-00001-of-{count:05d}.gguf)"
             )
         for number, part in enumerate(parts[1:], start=1):
             settings, tensors = _read_contents(part)
             if "split.no" in settings and settings["split.no"].value != number:
-                raise GgufError(f"{part.name} says that it is part {settings['split.no'].value + 1}; get the set again")
+                raise GgufError(f"{part.name} says that it is part {settings['split.no'].value + 1}. Get the set again")
             if both := self.tensors.keys() & tensors.keys():
-                raise GgufError(f"{part.name} holds {min(both)} a second time; get the set again")
+                raise GgufError(f"{part.name} holds {min(both)} a second time. Get the set again")
             self.tensors |= tensors
         total = self._read_number("split.tensors.count", len(self.tensors))
         if total != len(self.tensors):
-            raise GgufError(f"all of {self.path.name} hold {len(self.tensors)} of {total} tensors; get the set again")
+            raise GgufError(f"all of {self.path.name} hold {len(self.tensors)} of {total} tensors. Get the set again")
 
     def _read_number(self, name: str, default: int) -> int:
         return self.settings[name].value if name in self.settings else default
 
     @property
     def architecture(self) -> str:
+        """The name of llama.cpp's architecture."""
         return str(self.settings["general.architecture"].value)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in float32, as `gguf` dequantizes it, some rows at a time: little more than the result is held."""
+        """Return a tensor in float32, as `gguf` dequantizes it, in little more memory than the result takes."""
         tensor = self.tensors[name]
         result = torch.empty(tensor.shape)
         rows = result.view(-1, tensor.shape[-1]).numpy()
@@ -123,15 +130,17 @@ class GgufFile:
         try:
             return dequantize(data, self.tensors[name].kind)
         except NotImplementedError:
-            raise GgufError(f"{name} is stored as {self.tensors[name].kind.name}, which cannot be read") from None
+            raise GgufError(
+                f"{name} is stored as {self.tensors[name].kind.name}, which cannot be read. Take another format"
+            ) from None
 
     def write_excerpt(self, path: Path, settings: dict[str, Setting], tensors: dict[str, str], rows: list[int]) -> None:
-        """A smaller file of some of this one's tensors, copied as they are stored.
+        """Write a smaller file with some of this file's tensors, copied as they are stored.
 
         Args:
-            settings: all it is to say, `general.architecture` excepted.
-            tensors: name there -> name here.
-            rows: of tensors that stand outside the blocks and have two dimensions, these rows alone.
+            settings: all its settings, except `general.architecture`.
+            tensors: name in the smaller file -> name in this one.
+            rows: the only rows that are copied of tensors outside the blocks with two dimensions.
         """
         writer = GGUFWriter(path, self.architecture)
         for name, setting in settings.items():
@@ -155,7 +164,11 @@ class GgufFile:
 
 
 def find_parts(path: Path) -> list[Path]:
-    """All files of the set that `path` belongs to, in order; a file that is not split alone. Raises GgufError."""
+    """Return all files of the set that `path` belongs to, in order; `path` alone where it is not split.
+
+    Raises:
+        GgufError: a part is missing.
+    """
     match = _PART.search(path.name)
     if match is None:
         return [path]
@@ -164,7 +177,7 @@ def find_parts(path: Path) -> list[Path]:
     parts = [path.with_name(f"{stem}-{number:05d}-of-{match[2]}{suffix}") for number in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise GgufError(f"{', '.join(missing)} of the {count} parts is missing beside {path.name}")
+        raise GgufError(f"{', '.join(missing)} of the {count} parts is missing next to {path.name}. Get it as well")
     return parts
 
 
@@ -172,11 +185,11 @@ def _read_contents(path: Path) -> tuple[dict[str, Setting], dict[str, _Tensor]]:
     try:
         return _Reader(path).read_contents()
     except (struct.error, UnicodeDecodeError, IndexError):
-        raise GgufError(f"{path.name} is cut off or damaged in its table of contents; get it again") from None
+        raise GgufError(f"{path.name} is cut off or damaged in its table of contents. Get it again") from None
 
 
 class _Reader:
-    """Walks through the beginning of one file."""
+    """Reads through the beginning of one file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -185,11 +198,11 @@ class _Reader:
 
     def read_contents(self) -> tuple[dict[str, Setting], dict[str, _Tensor]]:
         if bytes(self.data[:4]) != b"GGUF":
-            raise GgufError(f"{self.path.name} does not begin as a GGUF file does")
+            raise GgufError(f"{self.path.name} does not begin as a GGUF file does. Get it again")
         self.position = 4
         version, tensor_count, setting_count = self._unpack("IQQ")
         if version not in (2, 3):
-            raise GgufError(f"{self.path.name} is of GGUF version {version}; 2 and 3, little-endian, can be read")
+            raise GgufError(f"{self.path.name} is of GGUF version {version}. Only 2 and 3, little-endian, can be read")
         settings = {}
         for _ in range(setting_count):
             name = self._read_string()
@@ -205,15 +218,16 @@ class _Reader:
         try:
             tensor = _Tensor(self.path, start, shape, GGMLQuantizationType(kind))
         except ValueError:
-            raise GgufError(f"{self.path.name}: {name} is of the unknown type {kind}") from None
+            raise GgufError(f"{self.path.name}: {name} has the unknown type {kind}") from None
         end = start + math.prod(shape[:-1]) * tensor.row_bytes
         if shape[-1] % GGML_QUANT_SIZES[tensor.kind][0]:
             raise GgufError(f"{self.path.name}: {name} of shape {list(shape)} cannot be stored as {tensor.kind.name}")
         if end > len(self.data):
-            raise GgufError(f"{self.path.name} is cut off: {name} ends at byte {end} of {len(self.data)}; get it again")
+            raise GgufError(f"{self.path.name} is cut off: {name} ends at byte {end} of {len(self.data)}. Get it again")
         return tensor
 
     def _read_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return name, shape, type and offset of the next tensor."""
         name = self._read_string()
         (dimensions,) = self._unpack("I")
         shape = self._unpack(f"{dimensions}Q")
@@ -242,7 +256,7 @@ class _Reader:
         try:
             return GGUFValueType(kind)
         except ValueError:
-            raise GgufError(f"{self.path.name}: {name} is of the unknown type {kind}") from None
+            raise GgufError(f"{self.path.name}: {name} has the unknown type {kind}") from None
 
     def _read_string(self) -> str:
         (length,) = self._unpack("Q")
@@ -250,5 +264,6 @@ class _Reader:
         return bytes(self.data[start : self.position]).decode()
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
+        """Return the next values in struct's format `form`, little-endian."""
         start, self.position = self.position, self.position + struct.calcsize(f"<{form}")
         return struct.unpack_from(f"<{form}", self.data, start)

@@ -1,14 +1,14 @@
-"""A model in a GGUF file: its config, its tensors under transformers' names, and what transformers itself makes of it.
+"""A GGUF file as a source: its config, its tensors under transformers' names, and transformers' own reading of it.
 
-Settings and tokenizer are converted by transformers; what its conversion drops is read here. Tensors are dequantized
-here, one by one, bit for bit as transformers does, which would dequantize the whole file. What the converter of
-llama.cpp did to them is undone:
+Transformers converts settings and tokenizer, and this module reads the settings that its conversion drops. Tensors are
+dequantized here one by one, bit for bit as transformers does it for the whole file at once. The changes that the
+converter of llama.cpp made to tensors are undone:
 
-    Llama           rows of q and k, of each head: two halves [d/2, 2] <- pairs [2, d/2]
+    Llama           rows of q and k in each head: pairs [d/2, 2] -> two halves [2, d/2]
     Gemma 2, 3      norm weights are stored plus one
 
-A setting of the file is converted by transformers, read here, known to change nothing, or refused by name; so is a
-tensor. The reference is llama.cpp: what it computes with a setting is what the file means.
+Every setting and every tensor is converted by transformers, read here, known to change nothing, or refused by name.
+llama.cpp is the reference: a setting means what llama.cpp computes with it.
 """
 
 import logging
@@ -74,10 +74,10 @@ class _Family:
     """One of llama.cpp's architectures.
 
     Attributes:
-        parts: name within a block -> transformers'.
-        permuted: whether rows of q and k stand in llama.cpp's order.
+        parts: name within a block -> transformers' name.
+        permuted: whether rows of q and k are in llama.cpp's order.
         offset_norms: whether norm weights are stored plus one.
-        large_blocks: (Gemma) how many blocks the one size has whose scores are scaled by D / heads, not by d.
+        large_blocks: (Gemma) the number of blocks of the one size whose scores are scaled by D / heads instead of d.
     """
 
     parts: dict[str, str] = field(default_factory=lambda: COMMON)
@@ -122,8 +122,8 @@ _NEUTRAL = {
     "rope.scaling.attn_factor": 1,
     "use_parallel_residual": False,
 }
-# What transformers knows of the ways in which byte-level tokenizers split text; then those that are GPT-2's (smollm
-# splits digits off, of which its tokens hold one alone).
+# Ways in which byte-level tokenizers split text: those that transformers knows, then those that split as GPT-2 does
+# (smollm also splits off every digit, which changes nothing: no token of it holds two).
 # fmt: off
 _SPLITS = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "dbrx",
@@ -132,14 +132,20 @@ _SPLITS = {
     "gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm",
 }
 # fmt: on
-# How it came about, or what no reader of today looks at.
-_SILENT = ("rope.scaling.finetuned", "tensor_data_layout")
+# Settings about the history of a file, or that no current reader uses.
+_UNUSED = ("rope.scaling.finetuned", "tensor_data_layout")
 _ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-_OLD_TABLE = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")  # llama.cpp skips it, too
+_NAMED_TEMPLATE = "tokenizer.chat_template."
+_DEFAULT_IDS = {  # config's key -> the setting that says it
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+_OLD_TABLE = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")  # llama.cpp skips it as well
 
 
 class _Settings:
-    """Settings of the model's own, `llama.…`; what is taken is understood, what is left is not."""
+    """The settings under the name of the architecture (`llama.…`). A setting that is not taken is not understood."""
 
     def __init__(self, file: GgufFile) -> None:
         prefix = f"{file.architecture}."
@@ -150,7 +156,7 @@ class _Settings:
         }
         missing = sorted(_REQUIRED - self._left.keys())
         if missing:
-            raise GgufError(f"it does not say {', '.join(missing)}")
+            raise GgufError(f"the file lacks the settings {', '.join(missing)}. Take the original checkpoint")
         for name in sorted(_CONVERTED & self._left.keys()):
             if isinstance(self._left[name], list):
                 if len(set(self._left[name])) > 1:
@@ -158,71 +164,84 @@ class _Settings:
                 raise GgufError(f"{prefix}{name} is a list, which transformers does not convert")
 
     def take(self, name: str, default: Any = None) -> Any:
+        """Return the value of a setting, which counts as understood from now on."""
         return self._left.pop(name, default)
 
     def finish(self, architecture: str) -> None:
-        """Raises GgufError if anything is left."""
+        """Raise GgufError if a setting was not understood."""
+        if self._left.get("attention.causal") is False:
+            raise GgufError(
+                f"{architecture}.attention.causal=False: attention reads later positions, as in encoders and embedding "
+                "models. Only causal language models are supported"
+            )
         for name, value in _NEUTRAL.items():
             if self._left.get(name, value) == value:
                 self.take(name)
-        for name in _SILENT:
+        for name in _UNUSED:
             self.take(name)
         if self._left:
             listed = ", ".join(f"{architecture}.{name}={value}" for name, value in sorted(self._left.items()))
-            raise GgufError(f"settings that are not known to this project: {listed}; take the original checkpoint")
+            raise GgufError(f"settings that are not known to this project: {listed}. Take the original checkpoint")
 
 
 def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
-    """A GGUF file, or a split set by any of its parts, whose converted tokenizer lives as long as `stack`.
+    """Return a GGUF file as a source, or a split set, named by any of its parts.
+
+    The folder of its converted tokenizer lives as long as `stack`.
 
     Raises:
-        ModelImportError: damaged, incomplete, or says something that is not understood; one line.
-        UnsupportedModelError: of an architecture that is not supported.
+        ModelImportError: the file is damaged, incomplete, or has a setting or tensor that is not understood.
+        UnsupportedModelError: its architecture is not supported.
     """
     check_file(source, path)
-    with _explained(source):
+    with _explaining(source):
         file = GgufFile(path)
         if file.architecture not in _FAMILIES:
             supported = ", ".join(sorted(_FAMILIES))
             raise UnsupportedModelError(
-                f"model.source={source!r}: GGUF architecture {file.architecture!r} is not supported; supported are: "
-                f"{supported}; take the original checkpoint"
+                f"model.source={source!r}: GGUF architecture {file.architecture!r} is not supported. Supported are: "
+                f"{supported}. Take the original checkpoint"
             )
+        _check_token_ids(file)
         config = _read_config(file)
-        where = _name_tensors(file)
+        file_names = _name_tensors(file)
     companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    with _explained(source):
+    with _explaining(source):
         _convert_tokenizer(file, config).save_pretrained(companions)
     GenerationConfig.from_model_config(config).save_pretrained(companions)
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-        with _explained(source), tempfile.TemporaryDirectory() as folder:
-            return _load_block(source, file, Path(folder), config, index, token_ids, dtype)
+        with _explaining(source), tempfile.TemporaryDirectory() as folder:
+            return _load_block(
+                source, file, folder=Path(folder), config=config, index=index, token_ids=token_ids, dtype=dtype
+            )
 
     def read(name: str) -> torch.Tensor:
-        with _explained(source):
-            return _read_tensor(file, where[name], config)
+        with _explaining(source):
+            return _read_tensor(file, file_names[name], config)
 
-    return Source(config, set(where), read, companions, None, load_block)
+    return Source(config, set(file_names), read, companions, None, load_block)
 
 
 def find_gguf(source: str, folder: Path) -> Path | None:
-    """The one GGUF file, or a part of the one split set, in a folder without safetensors; None where there is none.
+    """Return the GGUF file, or a part of the split set, in a folder without safetensors; None where there is none.
 
-    Raises ModelImportError where there are several.
+    Raises:
+        ModelImportError: there are several.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
     if not files or any(folder.glob("*.safetensors")):
         return None
-    with _explained(source):
+    with _explaining(source):
         if not set(files) <= set(find_parts(files[0])):
             listed = ", ".join(path.name for path in files)
-            raise GgufError(f"that folder holds several GGUF files ({listed}); name one")
+            raise GgufError(f"that folder holds several GGUF files ({listed}). Name one")
     return files[0]
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def _explaining(source: str) -> Iterator[None]:
+    """Add the source's name to a GgufError, and turn errors of transformers into one line."""
     with loading(source, "this GGUF file"):
         try:
             yield
@@ -230,17 +249,30 @@ def _explained(source: str) -> Iterator[None]:
             raise ModelImportError(f"model.source={source!r}: {error}") from None
 
 
-def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
-    """The tokenizer in the file, whatever lies beside it.
+def _check_token_ids(file: GgufFile) -> None:
+    """Raise GgufError for a special token beyond the vocabulary, on which transformers would fail."""
+    tokens = file.settings.get("tokenizer.ggml.tokens")
+    for name, setting in file.settings.items():
+        is_id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id") and isinstance(setting.value, int)
+        if tokens is not None and is_id and setting.value >= tokens.value:
+            raise GgufError(
+                f"{name}={setting.value} is beyond the vocabulary of {tokens.value} tokens. Take the original checkpoint"
+            )
 
-    The class is the one that AutoTokenizer takes; that would read the whole vocabulary once more, for a config.
-    Raises GgufError where text is to be split in a way that transformers does not know: it would split as GPT-2 does;
-    of versions of transformers that do so whatever the file says.
+
+def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
+    """Return the tokenizer that the file holds, whatever tokenizer lies next to it.
+
+    Its class is the one that AutoTokenizer would choose, which would read the whole vocabulary again for the config.
+
+    Raises:
+        GgufError: text is split in a way that transformers does not know, or this version of transformers ignores how.
+            It would then split as GPT-2 does.
     """
     if Version(transformers.__version__) < _READS_TOKENIZERS:
         raise GgufError(
             f"transformers {transformers.__version__} reads GGUF tokenizers wrong (text is split in another way, "
-            f"special tokens are missing); install {_READS_TOKENIZERS} or newer, or take the original checkpoint"
+            f"special tokens are missing). Install {_READS_TOKENIZERS} or newer, or take the original checkpoint"
         )
     kind, split, space = (
         getattr(file.settings.get(f"tokenizer.ggml.{name}"), "value", None)
@@ -248,37 +280,54 @@ def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
     )
     if kind == "gpt2" and split not in _SPLITS:
         if split not in (None, "default"):
-            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers; take the original checkpoint")
-        logger.warning("the file does not say how text is split (tokenizer.ggml.pre=%r): as GPT-2 does it", split)
+            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers. Take the original checkpoint")
+        logger.warning("tokenizer.ggml.pre=%r does not say how text is split: it is split as GPT-2 does", split)
     if kind == "llama" and space is False and not config.model_type.startswith("gemma"):
         logger.warning("tokenizer.ggml.add_space_prefix=False is not converted: texts begin with a space")
     tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "model.gguf"
         link.symlink_to(file.path.resolve())
-        return tokenizer_class.from_pretrained(folder, gguf_file=link.name)
+        tokenizer = tokenizer_class.from_pretrained(folder, gguf_file=link.name)
+    named = {
+        name.removeprefix(_NAMED_TEMPLATE): str(setting.value)
+        for name, setting in file.settings.items()
+        if name.startswith(_NAMED_TEMPLATE)
+    }
+    if named:  # transformers converts the default alone
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = default | named
+    return tokenizer
 
 
 def _name_tensors(file: GgufFile) -> dict[str, str]:
-    """Transformers' names -> the file's. Raises GgufError, naming tensors that have no place in the model."""
+    """Return {transformers' name: the file's name} of all tensors.
+
+    Raises:
+        GgufError: names tensors that have no place in the model.
+    """
     parts = _FAMILIES[file.architecture].parts
-    where, unknown = {}, []
+    file_names, unknown = {}, []
     for name in file.tensors:
         stem, _, suffix = name.rpartition(".")
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if suffix in ("weight", "bias") and match and match[2] in parts:
-            where[f"model.layers.{match[1]}.{parts[match[2]]}.{suffix}"] = name
+            file_names[f"model.layers.{match[1]}.{parts[match[2]]}.{suffix}"] = name
         elif suffix in ("weight", "bias") and stem in _OUTSIDE:
-            where[f"{_OUTSIDE[stem]}.{suffix}"] = name
+            file_names[f"{_OUTSIDE[stem]}.{suffix}"] = name
         elif name not in _ROPE_TENSORS and not _OLD_TABLE.fullmatch(name):
             unknown.append(name)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise GgufError(f"tensors that are no part of a {file.architecture} model: {', '.join(unknown[:3])}{more}")
-    return where
+        raise GgufError(
+            f"tensors that do not belong to a {file.architecture} model: {', '.join(unknown[:3])}{more}. Take the "
+            "original checkpoint"
+        )
+    return file_names
 
 
 def _read_tensor(file: GgufFile, name: str, config: Any) -> torch.Tensor:
+    """Return a tensor as transformers has it, by its name in the file."""
     family, tensor = _FAMILIES[file.architecture], file.read(name)
     if family.permuted and ".attn_q." in name:
         return _unpermute(tensor, config.num_attention_heads)
@@ -288,86 +337,93 @@ def _read_tensor(file: GgufFile, name: str, config: Any) -> torch.Tensor:
 
 
 def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from pairs that are turned together, next to each other, to two halves.
+    """Return rows [heads * d, …] with each head in two halves instead of pairs: the order in which RoPE pairs them.
 
-    Of a head with d = 4: rows 0 1 2 3 -> 0 2 1 3.
+    For a head with d = 4: rows 0 1 2 3 -> 0 2 1 3.
     """
     pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
 def _read_config(file: GgufFile) -> Any:
-    """The config as transformers converts it, and what its conversion drops."""
+    """Return the config as transformers converts it, completed by the settings that its conversion drops."""
     settings = _Settings(file)
     with tempfile.TemporaryDirectory() as folder:
-        # transformers reads every token of the vocabulary for it; it needs their count.
+        # Transformers would read every token of the vocabulary, and needs only their number.
         path = Path(folder) / "settings.gguf"
         tensors = {name: name for name in ("output_norm.weight", "output.weight") if name in file.tensors}
         file.write_excerpt(path, _excerpt_settings(file), tensors, rows=[0])
         config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
-    if (config.pad_token_id or 0) >= config.vocab_size:
-        config.pad_token_id = None  # the family's default, of a larger vocabulary
+    for name, setting in _DEFAULT_IDS.items():  # the family's defaults fit a larger vocabulary
+        index = getattr(config, name)
+        if setting not in file.settings and isinstance(index, int) and index >= config.vocab_size:
+            setattr(config, name, None)
     for name in _CONVERTED:
         taken = settings.take(name)
         if name == "attention.head_count_kv" and taken is None:
             config.num_key_value_heads = config.num_attention_heads
         if name == "rope.freq_base" and taken is None:
             if "rope_theta" not in config.rope_parameters:  # one for each kind of layer
-                raise GgufError("it does not say rope.freq_base")
+                raise GgufError("the file lacks the setting rope.freq_base. Take the original checkpoint")
             config.rope_parameters["rope_theta"] = 10000.0  # llama.cpp's default
-    _complete_heads(config, settings)
-    _complete_biases(config, file)
-    _complete_windows(config, settings)
-    _complete_caps(config, settings, _FAMILIES[file.architecture])
-    _complete_rope(config, settings, file)
+    _complete_heads_(config, settings)
+    _complete_biases_(config, file)
+    _complete_windows_(config, settings)
+    _complete_caps_(config, settings, _FAMILIES[file.architecture])
+    _complete_rope_(config, settings, file)
     settings.finish(file.architecture)
     return config
 
 
 def _excerpt_settings(file: GgufFile) -> dict[str, Setting]:
-    """What transformers makes a config of: all but lists of strings, with the size of the vocabulary in their place."""
-    own = f"{file.architecture}."
-    kept = {
+    """Return the settings that transformers makes a config of: without lists, but with the size of the vocabulary."""
+    prefix = f"{file.architecture}."
+    settings = {
         name: setting
         for name, setting in file.settings.items()
-        if name.startswith((own, "tokenizer.ggml.", "general.name")) and setting.kind != GGUFValueType.ARRAY
+        if name.startswith((prefix, "tokenizer.ggml.", "general.name")) and setting.kind != GGUFValueType.ARRAY
     }
-    if getattr(kept.get("general.name"), "value", None) == "mistral":
-        del kept["general.name"]  # transformers would look for tensors of an architecture that gguf does not know
-    if f"{own}vocab_size" not in kept and "tokenizer.ggml.tokens" in file.settings:
-        kept[f"{own}vocab_size"] = Setting(file.settings["tokenizer.ggml.tokens"].value, GGUFValueType.UINT32)
-    return kept
+    if getattr(settings.get("general.name"), "value", None) == "mistral":
+        del settings["general.name"]  # transformers would look for tensors of an architecture that gguf does not know
+    if f"{prefix}vocab_size" not in settings and "tokenizer.ggml.tokens" in file.settings:
+        settings[f"{prefix}vocab_size"] = Setting(file.settings["tokenizer.ggml.tokens"].value, GGUFValueType.UINT32)
+    return settings
 
 
-def _complete_heads(config: Any, settings: _Settings) -> None:
-    """head_dim. Raises GgufError where queries, keys and values are not of one size, or only a part of it is turned."""
+def _complete_heads_(config: Any, settings: _Settings) -> None:
+    """Set head_dim.
+
+    Raises:
+        GgufError: queries, keys and values differ in size, or RoPE turns only a part of a head.
+    """
     turned = settings.take("rope.dimension_count")
     default = config.hidden_size // config.num_attention_heads
     size = settings.take("attention.key_length", turned if config.model_type == "llama" and turned else default)
     values = settings.take("attention.value_length", size)
     if values != size:
-        raise GgufError(f"attention.key_length={size} and attention.value_length={values} differ; not supported")
+        raise GgufError(f"attention.key_length={size} and attention.value_length={values} differ: not supported")
     if turned not in (None, size):
-        raise GgufError(f"rope.dimension_count={turned}: only a part of each head ({size}) is turned; not supported")
+        raise GgufError(f"rope.dimension_count={turned}: RoPE turns only a part of each head ({size}): not supported")
     if getattr(config, "head_dim", None) not in (None, size):
         config.head_dim = size
     elif not hasattr(config, "head_dim") and size != default:
-        raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}; not supported")
+        raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}: not supported")
 
 
-def _complete_biases(config: Any, file: GgufFile) -> None:
+def _complete_biases_(config: Any, file: GgufFile) -> None:
+    """Set the flags of biases that the file has."""
     for name, parts in (("attention_bias", ("attn_q", "attn_output")), ("mlp_bias", ("ffn_gate", "ffn_down"))):
         if hasattr(config, name) and any(f"blk.0.{part}.bias" in file.tensors for part in parts):
             setattr(config, name, True)
 
 
-def _complete_windows(config: Any, settings: _Settings) -> None:
-    """Sliding windows: how far they see, and in which layers."""
+def _complete_windows_(config: Any, settings: _Settings) -> None:
+    """Set the length of sliding windows, and the layers that have one."""
     window = settings.take("attention.sliding_window")
     pattern = settings.take("attention.sliding_window_pattern")
     if config.model_type.startswith("gemma"):
         if window is None:
-            raise GgufError("it does not say attention.sliding_window")
+            raise GgufError("the file lacks the setting attention.sliding_window. Take the original checkpoint")
         if isinstance(pattern, int):
             pattern = [bool((index + 1) % pattern) for index in range(config.num_hidden_layers)]
         if pattern is not None:
@@ -378,12 +434,12 @@ def _complete_windows(config: Any, settings: _Settings) -> None:
         raise GgufError(f"attention.sliding_window={window} in a {config.model_type} model is not supported")
 
 
-def _complete_caps(config: Any, settings: _Settings, family: _Family) -> None:
-    """How attention scores are scaled, and within what they and logits are kept."""
+def _complete_caps_(config: Any, settings: _Settings, family: _Family) -> None:
+    """Set the factor of attention scores, and the soft caps of scores and logits."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = settings.take("attention.scale")
     if config.model_type.startswith("gemma"):
-        # Not in the file: llama.cpp knows it by the number of blocks.
+        # The file does not say it: llama.cpp tells it by the number of blocks.
         large = config.num_hidden_layers == family.large_blocks
         scalar = config.hidden_size // config.num_attention_heads if large else size
         config.query_pre_attn_scalar = scalar if scale is None else round(scale**-2)
@@ -392,11 +448,11 @@ def _complete_caps(config: Any, settings: _Settings, family: _Family) -> None:
             if cap is not None:
                 setattr(config, name, cap or None)
     elif scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-6):
-        raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}; not supported")
+        raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}: not supported")
 
 
-def _complete_rope(config: Any, settings: _Settings, file: GgufFile) -> None:
-    """What is done to RoPE for long texts: nothing, linear, yarn, Llama 3's or LongRoPE."""
+def _complete_rope_(config: Any, settings: _Settings, file: GgufFile) -> None:
+    """Set the scaling of RoPE for long texts: none, linear, yarn, Llama 3's or LongRoPE."""
     kind = settings.take("rope.scaling.type")
     factor = settings.take("rope.scaling.factor") or settings.take("rope.scale_linear")
     original = settings.take("rope.scaling.original_context_length")
@@ -413,9 +469,8 @@ def _complete_rope(config: Any, settings: _Settings, file: GgufFile) -> None:
     elif tables == _ROPE_TENSORS - {"rope_freqs.weight"} and kind in (None, "none", "longrope"):
         short, long = (file.read(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
         original = original or config.max_position_embeddings
-        _check_attention_factor(
-            settings.take("rope.scaling.attn_factor", 1.0), config.max_position_embeddings, original
-        )
+        attention_factor = settings.take("rope.scaling.attn_factor", 1.0)
+        _check_attention_factor(attention_factor, config.max_position_embeddings, original)
         config.original_max_position_embeddings = original
         rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         rope["original_max_position_embeddings"] = original
@@ -434,18 +489,21 @@ def _complete_rope(config: Any, settings: _Settings, file: GgufFile) -> None:
 
 
 def _check_attention_factor(factor: float, positions: int, original: int) -> None:
-    """LongRoPE scales what RoPE gives by sqrt(1 + ln(s) / ln(original)), s = positions / original."""
+    """Raise GgufError unless `factor` is LongRoPE's: sqrt(1 + ln(s) / ln(original)), s = positions / original."""
     ratio = positions / original
     expected = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     if not math.isclose(factor, expected, rel_tol=1e-5):
-        raise GgufError(f"rope.scaling.attn_factor={factor} is not {expected:.6g}, which LongRoPE has; not supported")
+        raise GgufError(f"rope.scaling.attn_factor={factor} is not LongRoPE's {expected:.6g}: not supported")
 
 
 def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
-    """The settings of Llama 3's RoPE whose frequencies are those of plain RoPE over `divisors` [d/2]; {} if all are 1.
+    """Return the settings of Llama 3's RoPE whose frequencies are plain RoPE's over `divisors` [d/2]; {} if all are 1.
 
-    The file holds the result alone. Low and high factors are 1 and 4 in every Llama, the original context is a power of
-    two: that which gives these numbers to 1e-5. Raises GgufError where none does.
+    The file holds only the result. The low and high factors are 1 and 4 in every Llama, and the original context is a
+    power of two. The one that gives these divisors to 1e-5 is taken.
+
+    Raises:
+        GgufError: none does.
     """
     factor = divisors.max().item()
     if (divisors == 1).all():
@@ -453,8 +511,8 @@ def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
     wavelengths = 2 * math.pi * theta ** (torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
     for exponent in range(5, 24):
         original = 2**exponent
-        share = ((original / wavelengths - 1) / (4 - 1)).clamp(0, 1)
-        if torch.allclose(1 / ((1 - share) / factor + share), divisors.double(), rtol=1e-5, atol=0):
+        smooth = ((original / wavelengths - 1) / (4 - 1)).clamp(0, 1)
+        if torch.allclose(1 / ((1 - smooth) / factor + smooth), divisors.double(), rtol=1e-5, atol=0):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -462,24 +520,24 @@ def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    raise GgufError("rope_freqs.weight is not what Llama 3 does to RoPE; take the original checkpoint")
+    raise GgufError("rope_freqs.weight does not scale RoPE as Llama 3 does. Take the original checkpoint")
 
 
 def _load_block(
     source: str,
     file: GgufFile,
+    *,
     folder: Path,
     config: Any,
     index: int,
     token_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Have transformers load block `index` from a file that holds no other."""
+    """Return a model of block `index` alone, which transformers loads from a file with that block, made in `folder`."""
     block = re.compile(rf"blk\.{index}\.")
     names = {block.sub("blk.0.", name): name for name in file.tensors if block.match(name)}
     names |= {name: name for name in file.tensors if not name.startswith("blk.") and name not in _ROPE_TENSORS}
-    own = file.architecture
-    replaced = {f"{own}.block_count": 1, f"{own}.vocab_size": len(token_ids)}
+    replaced = {f"{file.architecture}.block_count": 1, f"{file.architecture}.vocab_size": len(token_ids)}
     settings = _excerpt_settings(file) | {
         name: Setting(value, GGUFValueType.UINT32) for name, value in replaced.items()
     }

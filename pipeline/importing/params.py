@@ -1,4 +1,4 @@
-"""The group `model` of params.yaml: where a model comes from."""
+"""The group `model` of params.yaml: the source of the model."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What a model is imported from, whatever its form: its config, its tensors one by one, transformers' own reading."""
+"""The source of a model, in whatever form: its config, its tensors one by one, and transformers' own reading of it."""
 
 import contextlib
 import io
@@ -12,91 +12,143 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.models.architectures import UnsupportedModelError
 from pipeline.runtime.errors import PipelineError, reading
 
+Read = Callable[[str], torch.Tensor]
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 10**8}
+_LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**7)
+_TOKEN_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 class ModelImportError(PipelineError):
-    """The model cannot be imported; one line saying what was asked for and what to do."""
+    """A model cannot be imported. The message names `model.source` and says what to do."""
 
 
 @dataclass
 class Source:
-    """An opened source: its config, names and shapes are known, tensors are read on demand.
+    """An opened source. Its config, names and shapes are known; tensors are read on demand.
 
     Attributes:
-        config: of the family it is stored as.
-        names, read: of its tensors, as that family names them; each is read anew, on the CPU.
+        config: the config of the family that the source stores.
+        names: the names of its tensors, as that family has them.
+        read: name -> the tensor, on the CPU; each call reads it again.
         companions: a folder with its tokenizer and generation config.
-        load_whole: `dtype` -> the whole model, loaded by transformers itself; None where it always takes too much.
-        load_block: `(index, token_ids [K], dtype)` -> transformers' own model of block `index` alone, whose embedding
-            and lm_head hold the rows of these tokens alone.
+        load_whole: `dtype` -> the whole model, loaded by transformers itself; None where that takes too much memory.
+        load_block: `(index, token_ids [K], dtype)` -> a model of block `index` alone, loaded by transformers itself.
+            Its embedding and lm_head have only the rows of these tokens.
     """
 
     config: Any
     names: set[str]
-    read: Callable[[str], torch.Tensor]
+    read: Read
     companions: Path
     load_whole: Callable[[torch.dtype], nn.Module] | None
     load_block: Callable[[int, torch.Tensor, torch.dtype], nn.Module]
 
 
 def check_file(source: str, path: Path) -> None:
-    """Raises ModelImportError where `path` is what Git LFS leaves in place of a large file."""
+    """Raise ModelImportError if `path` is a Git LFS pointer: the placeholder of a large file that was not fetched."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ModelImportError(
-                f"model.source={source!r}: {path.name} is a Git LFS pointer, not the file itself; run: git lfs pull"
+                f"model.source={source!r}: {path.name} is a Git LFS pointer, not the file itself. Run: git lfs pull"
             )
 
 
 def read_json_object(source: str, path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelImportError where it is cut off, or something else."""
+    """Return the object in a JSON file.
+
+    Raises:
+        ModelImportError: the file is damaged, or holds another JSON value.
+    """
     check_file(source, path)
     damaged = f"model.source={source!r}: {path.name} is damaged"
-    with reading(lambda why: ModelImportError(f"{damaged} ({why}); get it again")):
+    with reading(lambda reason: ModelImportError(f"{damaged} ({reason}). Get it again")):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object; get it again")
+        raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object. Get it again")
     return value
 
 
-_LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 10**8}
-_LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**7)
-
-
 def check_sizes(source: str, values: dict[str, Any]) -> None:
-    """Raises ModelImportError where a size in config.json is none: transformers would build a model of it for ever."""
+    """Raise ModelImportError for a size in config.json from which transformers would try to build a model for ever."""
     for key, largest in _LARGEST.items():
         value = values.get(key, 1)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest):
-            raise ModelImportError(f"model.source={source!r}: {key}={str(value)[:40]} in its config is no size")
+            raise ModelImportError(
+                f"model.source={source!r}: {key}={str(value)[:40]} in its config is not a size. Expected is an integer "
+                f"from 1 to {largest}"
+            )
 
 
-def make_block_config(config: Any, index: int, vocabulary: int) -> Any:
-    """The config of a model of block `index` alone with a `vocabulary` of so many tokens."""
-    values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocabulary}
+def check_causal(source: str, values: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for a config whose attention reads later positions, as that of encoders does."""
+    wrong = [key for key in ("use_bidirectional_attention", "bidirectional") if values.get(key)]
+    if not values.get("is_causal", True):
+        wrong.append("is_causal")
+    if wrong:
+        setting = f"{wrong[0]}={values[wrong[0]]!r}"
+        raise UnsupportedModelError(
+            f"model.source={source!r}: {setting} in its config: attention reads later positions, as in encoders and "
+            "embedding models. Only causal language models are supported. Use the model that this one was made from"
+        )
+
+
+def check_special_ids(source: str, name: str, values: dict[str, Any], rows: int) -> None:
+    """Raise ModelImportError for special tokens without a row in the embedding.
+
+    Args:
+        name: of the file that says them.
+        values: its content. An id may be a list of ids.
+        rows: of the embedding.
+    """
+    for key in _TOKEN_IDS:
+        ids = values.get(key)
+        if any(isinstance(index, int) and index >= rows for index in (ids if isinstance(ids, list) else [ids])):
+            raise ModelImportError(
+                f"model.source={source!r}: {key}={ids} is beyond vocab_size={rows}. Correct it in {name}"
+            )
+
+
+def make_block_config(config: Any, index: int, vocab_size: int) -> Any:
+    """Return the config of a model of block `index` alone, with `vocab_size` tokens."""
+    values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocab_size}
     if values.get("layer_types"):
         values["layer_types"] = [values["layer_types"][index]]
-    # Ids of special tokens may lie beyond the vocabulary that is left.
+    # Ids of special tokens may lie beyond the smaller vocabulary.
     return type(config).from_dict(values | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
 
 
 @contextmanager
 def loading(source: str, form: str) -> Iterator[None]:
-    """Around what transformers does: its errors become one line, and it shows no bars, block after block.
+    """Turn errors of transformers into one line, and keep its progress bars (one for each block) off the screen.
 
     Args:
-        form: what it is given, "this GGUF file", for the message.
+        form: the thing it loads ("this GGUF file"), for the message.
     """
     refused = f"model.source={source!r}: transformers cannot read {form}"
-    with reading(lambda why: ModelImportError(f"{refused} ({why})")), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        reading(lambda reason: ModelImportError(f"{refused} ({reason})")),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         yield
 
 
 def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.Module:
-    """What `from_pretrained(…, output_loading_info=True)` gave. Raises ModelImportError if it filled anything in."""
+    """Return the model of `from_pretrained(…, output_loading_info=True)` in eval mode, without gradients.
+
+    Raises:
+        ModelImportError: transformers had to fill in tensors that the source lacks.
+    """
     filled = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if filled:
         raise ModelImportError(f"model.source={source!r}: transformers finds no values for {', '.join(filled[:3])}")

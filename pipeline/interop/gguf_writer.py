@@ -209,9 +209,18 @@ def _describe_tokenizer(checkpoint: Checkpoint) -> dict[str, tuple[Any, ...]]:
         if index is not None and index < rows:
             values[f"tokenizer.ggml.{name}_token_id"] = (index, _WHOLE)
     values["tokenizer.ggml.add_bos_token"] = (False, GGUFValueType.BOOL)
-    if tokenizer.chat_template:
-        values["tokenizer.chat_template"] = (tokenizer.chat_template, GGUFValueType.STRING)
-    return values
+    return values | _describe_templates(tokenizer.chat_template or {})
+
+
+def _describe_templates(templates: str | dict[str, str]) -> dict[str, tuple[Any, ...]]:
+    """Return the settings of one chat template, or of several by name, as llama.cpp names them."""
+    named = {"default": templates} if isinstance(templates, str) else templates
+    settings: dict[str, tuple[Any, ...]] = {
+        "tokenizer.chat_template" + ("" if name == "default" else f".{name}"): (template, GGUFValueType.STRING)
+        for name, template in named.items()
+    }
+    others = sorted(named.keys() - {"default"})
+    return settings | ({"tokenizer.chat_templates": (others, *_STRINGS)} if others else {})
 
 
 def _find_pre_tokenizer(tokenizer: Any) -> str | None:

@@ -46,6 +46,7 @@ REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = "embeddings.safetensors"
 BLOCK = "block-{index:05d}.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder, as transformers names it
 
 
 class Checkpoint:
@@ -229,16 +230,19 @@ def build_skeleton(config: Any) -> nn.Module:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what makes a checkpoint usable beside its tensors: tokenizer, chat template, generation config.
+    """Copy the files that make a checkpoint usable with its tensors: tokenizer, chat templates, generation config.
 
-    Not what a stage wrote about its own work.
+    Chat templates for special uses lie in a folder of their own. Files that a stage wrote about its own work are left
+    out.
     """
     for path in list_companions(source):
-        shutil.copyfile(path, target / path.name)
+        file = target / path.relative_to(source)
+        file.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, file)
 
 
 def list_companions(folder: Path) -> list[Path]:
     """Return the files that `copy_companions` copies."""
     suffixes, others = {".json", ".jinja", ".txt", ".model"}, {CONFIG, INDEX, FOLDER_HEADER, REPORT}
-    paths = sorted(Path(folder).glob("*"))
-    return [path for path in paths if path.suffix in suffixes and path.name not in others and path.is_file()]
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix in suffixes and path.name not in others]
+    return [path for path in (*paths, *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))) if path.is_file()]

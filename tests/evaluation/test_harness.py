@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 
 from pipeline.evaluation.harness import COMMONSENSE, PrefixedLM, run_tasks
 from pipeline.evaluation.packaged_tasks import find_passages, load_last_words, load_word_analogies
-from pipeline.evaluation.params import TaskParams
-from pipeline.evaluation.task_data import TaskError, Tasks, open_tasks
+from pipeline.evaluation.params import EvaluationParams, TaskParams
+from pipeline.evaluation.task_data import TaskError, Tasks, check_task_tokenizer, open_tasks
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.params import parse_params
 from pipeline.runtime.errors import PipelineError
@@ -317,3 +317,21 @@ def test_the_command_line_is_lm_evals_with_our_tasks_in_it():
     )
     assert listed.returncode == 0, listed.stderr[-2000:]
     assert "word_analogies" in listed.stdout + listed.stderr
+
+
+def test_a_tokenizer_without_special_tokens_is_refused_before_lm_eval_fails_on_it(imported, tmp_path):
+    checkpoint, _ = open_model(imported["llama_tied"])
+    tokenizer = checkpoint.tokenizer
+    tokenizer.eos_token = None
+    generation = {"until": ["\n"], "max_gen_toks": 2}
+    lm = PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)
+    assert len(ask(lm, "loglikelihood", ("The house", " had stood"))) == 1
+    with pytest.raises(PipelineError, match="needs a tokenizer with an end token for tasks that generate"):
+        ask(lm, "generate_until", ("The house", generation))
+    tokenizer.bos_token = None
+    with pytest.raises(PipelineError, match="needs a tokenizer with a start or end token, and this one has neither"):
+        PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["evaluation"]
+    check_task_tokenizer(EvaluationParams.model_validate(values | {"tasks": {}}), tokenizer)
+    with pytest.raises(TaskError, match=r"evaluation\.tasks: lm-eval needs a tokenizer with a start or end token"):
+        check_task_tokenizer(EvaluationParams.model_validate(values | {"tasks": {"colours": {}}}), tokenizer)

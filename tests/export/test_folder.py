@@ -311,6 +311,18 @@ def test_exports_are_byte_identical(imported, tmp_path):
     assert all(path.read_bytes() == (two / path.name).read_bytes() for path in one.iterdir())
 
 
+@pytest.mark.parametrize("start_token", [None, 0])
+def test_chat_templates_in_their_folder_reach_the_export(imported, tmp_path, start_token):
+    source = shutil.copytree(imported["llama_tied"], tmp_path / "imported")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    folder, _, _ = make_export({"llama_tied": source}, tmp_path, prefix=(7, 9, 4), start_token=start_token)
+    _, loaded = load(folder)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert find_added_token(loaded) == start_token
+
+
 def test_sizes_are_parsed():
     assert [parse_size(text) for text in ("5GB", "200MB", "64KB")] == [5 * 10**9, 2 * 10**8, 64_000]
     with pytest.raises(ValueError, match=r"export\.max_shard_size='5 GB': expected a whole number with KB, MB or GB"):

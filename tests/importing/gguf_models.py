@@ -108,7 +108,10 @@ def write_gguf(
     """
     architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
     own = {f"{architecture}.{name}": value for name, value in describe(model).items()}
-    own |= describe_tokenizer(tokenizer) | (settings or {})
+    own |= describe_tokenizer(tokenizer)
+    if model.config.model_type.startswith("gemma"):  # its tokenizer class fails on unknown characters without one
+        own["tokenizer.ggml.unknown_token_id"] = (tokenizer.eos_token_id, GGUFValueType.UINT32)
+    own |= settings or {}
     contents = {
         name: values for name, values in (convert_tensors(model) | (tensors or {})).items() if values is not None
     }

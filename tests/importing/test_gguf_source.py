@@ -114,7 +114,27 @@ def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_
         import_model(str(path), None, torch.float32, tmp_path / "out")
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {"tokenizer.ggml.pre": None})
     assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
-    assert "does not say how text is split (tokenizer.ggml.pre=None)" in caplog.text
+    assert "tokenizer.ggml.pre=None does not say how text is split" in caplog.text
+
+
+def test_chat_templates_with_names_are_read_though_transformers_drops_them(tmp_path):
+    settings = {
+        "tokenizer.chat_template": ("{{ messages }}", TEXT),
+        "tokenizer.chat_template.tool_use": ("{{ tools }}", TEXT),
+        "tokenizer.chat_templates": (["tool_use"], LIST, TEXT),
+    }
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    import_model(str(path), None, torch.float32, tmp_path / "out")
+    templates = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert templates == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown"])
+def test_a_special_id_beyond_the_vocabulary_is_refused_by_setting(name, tmp_path):
+    settings = {f"tokenizer.ggml.{name}_token_id": (400, WHOLE)}
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    with pytest.raises(ModelImportError, match=rf"{name}_token_id=400 is beyond the vocabulary of 320 tokens"):
+        import_model(str(path), None, torch.float32, tmp_path / "out")
 
 
 def test_the_splits_listed_are_those_transformers_has():
@@ -208,19 +228,23 @@ def test_layers_slide_as_the_file_says(pattern, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("logit_scale", (0.5, REAL), r"not known to this project: llama\.logit_scale=0\.5; take the original"),
+        ("logit_scale", (0.5, REAL), r"not known to this project: llama\.logit_scale=0\.5\. Take the original"),
         ("embedding_scale", (12.0, REAL), r"llama\.embedding_scale=12\.0"),
         ("attention.scale", (0.5, REAL), r"attention\.scale=0\.5 is not one over the root of the head's size 16"),
         ("final_logit_softcapping", (30.0, REAL), r"llama\.final_logit_softcapping=30\.0"),
         ("expert_count", (8, WHOLE), r"llama\.expert_count=8"),
-        ("attention.causal", (False, GGUFValueType.BOOL), r"llama\.attention\.causal=False"),
+        (
+            "attention.causal",
+            (False, GGUFValueType.BOOL),
+            r"llama\.attention\.causal=False: attention reads later",
+        ),
         ("attention.sliding_window", (64, WHOLE), r"attention\.sliding_window=64 in a llama model is not supported"),
         ("rope.scaling.type", ("yarn", TEXT), r"rope\.scaling\.type='yarn' with factor=None is not supported"),
         ("rope.scaling.attn_factor", (1.2, REAL), r"llama\.rope\.scaling\.attn_factor=1\.2"),
-        ("rope.dimension_count", (8, WHOLE), r"rope\.dimension_count=8: only a part of each head \(16\) is turned"),
+        ("rope.dimension_count", (8, WHOLE), r"rope\.dimension_count=8: RoPE turns only a part of each head \(16\)"),
         ("attention.value_length", (8, WHOLE), r"key_length=16 and attention\.value_length=8 differ"),
         ("feed_forward_length", ([96, 96, 64], LIST, WHOLE), r"feed_forward_length differs from block to block"),
-        ("attention.head_count", None, r"it does not say attention\.head_count"),
+        ("attention.head_count", None, r"the file lacks the settings attention\.head_count"),
         ("something.new", (1, WHOLE), r"llama\.something\.new=1"),
     ],
 )
@@ -253,10 +277,10 @@ def test_settings_that_change_nothing_are_no_obstacle(tmp_path):
     [
         ({"blk.1.ffn_up.weight": None}, r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
         ({"output_norm.weight": None}, r"1 missing \(model\.norm\.weight\)"),
-        ({"blk.0.ffn_gate_exps.weight": numpy.zeros((2, 2), numpy.float32)}, r"no part of a llama model: blk\.0\.ff"),
+        ({"blk.0.ffn_gate_exps.weight": numpy.zeros((2, 2), numpy.float32)}, r"do not belong to a llama model: blk\.0"),
         ({"blk.0.attn_q.bias": numpy.zeros(64, numpy.float32)}, r"missing \(model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"blk.3.ffn_up.weight": numpy.zeros((96, 64), numpy.float32)}, r"1 unexpected \(model\.layers\.3\.mlp"),
-        ({"rope_freqs.weight": numpy.linspace(1, 9, 8, dtype=numpy.float32)}, r"rope_freqs\.weight is not what Ll"),
+        ({"rope_freqs.weight": numpy.linspace(1, 9, 8, dtype=numpy.float32)}, r"rope_freqs\.weight does not scale"),
         ({"rope_factors_long.weight": numpy.ones(8, numpy.float32)}, r"rope_factors_long\.weight with rope\.scaling"),
         ({"token_embd.weight": numpy.zeros((300, 64), numpy.float32)}, r"has shape \[300, 64\], its config asks"),
         ({"blk.0.ffn_up.weight": numpy.zeros((96, 64), numpy.int32)}, r"blk\.0\.ffn_up\.weight is stored as I32"),
@@ -281,15 +305,15 @@ def test_a_split_set_is_read_whole_by_any_of_its_parts_or_refused(tmp_path, toke
         assert torch.equal(import_logits(source, tmp_path / "out", token_ids), expected)
         shutil.rmtree(tmp_path / "out")
     alone = shutil.copyfile(first, tmp_path / "alone.gguf")
-    with pytest.raises(ModelImportError, match=r"alone\.gguf is one of 3 parts \(split\.count\); get all of them"):
+    with pytest.raises(ModelImportError, match=r"alone\.gguf is one of 3 parts \(split\.count\)\. Get all of them"):
         import_model(str(alone), None, torch.float32, tmp_path / "out")
     alone.unlink()
     shutil.copyfile(first, second)
-    with pytest.raises(ModelImportError, match=r"00002-of-00003\.gguf says that it is part 1; get the set again"):
+    with pytest.raises(ModelImportError, match=r"00002-of-00003\.gguf says that it is part 1\. Get the set again"):
         import_model(str(first), None, torch.float32, tmp_path / "out")
     second.unlink()
     with pytest.raises(
-        ModelImportError, match=r"model-00002-of-00003\.gguf of the 3 parts is missing beside model-00001"
+        ModelImportError, match=r"model-00002-of-00003\.gguf of the 3 parts is missing next to model-00001"
     ):
         import_model(str(first), None, torch.float32, tmp_path / "out")
 
@@ -308,7 +332,7 @@ def test_architectures_that_are_not_supported_are_listed(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
     path.write_bytes(path.read_bytes().replace(b"llama", b"gpt2x"))
     with pytest.raises(
-        UnsupportedModelError, match="architecture 'gpt2x' is not supported; supported are: gemma2, gemma3,"
+        UnsupportedModelError, match=r"architecture 'gpt2x' is not supported\. Supported are: gemma2, gemma3,"
     ):
         import_model(str(path), None, torch.float32, tmp_path / "out")
     assert Olmo2Config.model_type not in ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
@@ -324,7 +348,7 @@ def test_paths_are_taken_as_people_write_them(tmp_path, monkeypatch):
     with pytest.raises(ModelImportError, match="'~/other': there is no such folder"):
         import_model("~/other", None, torch.float32, tmp_path / "out")
     shutil.copyfile(path, folder / "another.gguf")
-    with pytest.raises(ModelImportError, match=r"several GGUF files \(Model\.GGUF, another\.gguf\); name one"):
+    with pytest.raises(ModelImportError, match=r"several GGUF files \(Model\.GGUF, another\.gguf\)\. Name one"):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 

@@ -69,7 +69,7 @@ def test_a_gguf_file_read_wrongly_is_refused(family, function, wrong, tmp_path, 
 
 @pytest.mark.parametrize("gate", [ROOMY, NARROW])
 def test_parts_of_a_fused_linear_in_another_order_are_refused(gate, model_folders, tmp_path, monkeypatch):
-    right = fused_projections.take_apart
+    right = fused_projections.split_fused_projections
 
     def swap(config, names, read):
         plain, parts, read_part = right(config, names, read)
@@ -80,7 +80,7 @@ def test_parts_of_a_fused_linear_in_another_order_are_refused(gate, model_folder
             lambda name: read_part(next((name.replace(own, to) for own, to in other.items() if own in name), name)),
         )
 
-    monkeypatch.setattr("pipeline.importing.import_model.take_apart", swap)
+    monkeypatch.setattr("pipeline.importing.import_model.split_fused_projections", swap)
     assert_refused(model_folders["phi3"], tmp_path, gate)
 
 

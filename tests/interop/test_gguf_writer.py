@@ -108,6 +108,16 @@ def test_llama_cpp_computes_the_quantized_model(wide, tmp_path, family, kind):
     assert llama.tokenize(b"The house", add_bos=False) == token_ids
 
 
+@pytest.mark.parametrize("names", [["default"], ["default", "rag", "tool_use"], ["tool_use"]])
+def test_chat_templates_are_read_back_by_name(wide, tmp_path, names):
+    checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | KINDS["Q4_0"], (), r4="identity")
+    templates = {name: f"{{{{ messages[0].content }}}} {name}" for name in names}
+    checkpoint.tokenizer.chat_template = templates["default"] if names == ["default"] else templates
+    write_formats(checkpoint, None, tmp_path / "formats", ["gguf"], [], "5GB", make_header("export", {}))
+    import_model(str(tmp_path / "formats/gguf/model.gguf"), None, torch.float32, tmp_path / "again")
+    assert Checkpoint(tmp_path / "again", "model").tokenizer.chat_template == checkpoint.tokenizer.chat_template
+
+
 def test_gguf_refuses_what_it_cannot_hold(wide, tmp_path):
     changes = {"weights.symmetric": False, "activations.bits": 8}
     checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | changes, (5, 0), r4="hadamard")
