@@ -6,8 +6,8 @@
 # make serve-test  the plugin's tests in it
 # make table   the results of the last run
 # make report  one page with results, settings, pictures and cost of the last run: artifacts/report/report.html
-# make compare what experiments came to, side by side
-# make sweep-bits, sweep-prefix, sweep-threshold, sweep-calibration-size   experiments in a row (JOBS=2: two at a time)
+# make compare the results of experiments, side by side
+# make sweep-bits, sweep-prefix, sweep-threshold, sweep-calibration-size   experiments in a row
 # make help    this list
 
 PYTHON ?= python3
@@ -21,15 +21,15 @@ sweep-bits: SWEEP = -S quantizer_init.weights.bits=3,4,8 -S quantizer_init.activ
 sweep-prefix: SWEEP = -S prefix.use=none,found
 sweep-threshold: SWEEP = -S prefix_search.choose=threshold -S prefix_search.outlier_threshold=16,64,256
 sweep-calibration-size: SWEEP = -S calibration.train.windows=8,16,64
-JOBS ?= 1
+START_GIT := git init && git add -A && git commit -m start
 # DVC names a column by its file only where two files have it.
 COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
-.PHONY: serve-setup serve-test repro test lint format preset table report compare setup help $(SWEEPS)
+.PHONY: repository commit serve-setup serve-test repro test lint format preset table report compare setup help $(SWEEPS)
 
-repro: setup
+repro: repository
 	dvc repro
-	@python -m benchmarks.summary
+	@python -m pipeline.pictures.summary
 
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -46,19 +46,27 @@ preset: setup
 	@python -m pipeline.presets $(NAME) $(if $(filter 1,$(FORCE)),--force)
 
 table: setup
-	@python -m benchmarks.summary
+	@python -m pipeline.pictures.summary
 
-report: setup
+report: repository
 	dvc repro report
 	@echo "open artifacts/report/report.html"
 
-compare: setup
+compare: commit
 	@dvc exp show --drop '.*' --keep '$(COLUMNS)'
+	@python -m pipeline.experiments check
 
-$(SWEEPS): setup
-	dvc exp run --queue $(SWEEP)
-	dvc exp run --run-all --jobs $(JOBS)
-	@$(MAKE) --no-print-directory compare
+$(SWEEPS): commit
+	@python -m pipeline.experiments sweep $(SWEEP); status=$$?; $(MAKE) --no-print-directory compare; exit $$status
+
+# DVC needs git, or to be told that there is none.
+repository: setup
+	@git rev-parse --git-dir >/dev/null 2>&1 || [ "$$(dvc config core.no_scm)" = true ] || { echo >&2 "error: DVC needs a git \
+	repository in this folder. Run: $(START_GIT). Or, for runs without experiments: dvc config --local core.no_scm true"; exit 1; }
+
+commit: setup
+	@git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || { echo >&2 "error: experiments need a git repository with a \
+	commit. Run: $(START_GIT)"; exit 1; }
 
 setup: $(INSTALLED)
 

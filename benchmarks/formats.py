@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workspace import append_row, find_device, format_markdown, make_parser, override, read_params, read_rows
+from benchmarks.workspace import append_row, find_device, make_parser, override, read_params, read_rows
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import evaluate_windows
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.pictures.tables import format_markdown
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers

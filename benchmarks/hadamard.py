@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.workspace import format_markdown
 from pipeline.numerics.hadamard import hadamard_matrix, hadamard_transform, list_factors, plan_hadamard
+from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import Parser, device
 from pipeline.runtime.errors import run_main
 

@@ -28,8 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.serving_parity import as_prompts, compute_perplexity, score, score_served, set_up_vllm
-from benchmarks.workspace import ROOT, append_row, format_markdown, make_parser, read_rows
+from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
 from pipeline.inference.loading import load
+from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import current_rss_gib, peak_rss_gib, return_freed_memory

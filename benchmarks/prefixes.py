@@ -15,7 +15,8 @@ import statistics
 from typing import Any
 
 from benchmarks.quality import SIZES
-from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
+from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.errors import run_main
 

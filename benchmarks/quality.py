@@ -10,13 +10,13 @@ fine-tuning also pairs each row with another one, window by window: the mean dif
 its standard error.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.workspace import Workspace, append_row, override, read_params, read_rows
+from pipeline.pictures.tables import format_markdown, list_result_columns, mean_and_error
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.runtime.errors import run_main
@@ -188,52 +188,40 @@ def measure_finetuning(workspace: Workspace, name: str, params: dict[str, Any]) 
     return measured
 
 
-def pair_losses(own: list[float], other: list[float]) -> str:
-    """Mean difference of windows' losses ± its standard error."""
-    mean, error = mean_and_error(torch.tensor(own) - torch.tensor(other))
+def pair_losses(losses: list[float], paired: list[float]) -> str:
+    """Return the mean difference of two rows' losses on the same windows ± its standard error."""
+    mean, error = mean_and_error(torch.tensor(losses) - torch.tensor(paired))
     return f"{mean:+.3f} ± {error:.3f}"
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of values [N] and the standard error of it; NaN for a single value."""
-    return values.mean().item(), values.std().item() / math.sqrt(len(values))
-
-
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table: perplexity per corpus, its ratio to the original's, accuracies, errors of blocks.
+    """Return a Markdown table: perplexity per corpus, its ratio to the original's, accuracies, errors of blocks.
 
-    Columns are there where the rows have them. `block error` is the mean over blocks of the error of the block's
-    output on the sampled calibration windows, relative to what the block adds to its input. Rows with losses by window
-    are paired with "not trained", those that train end to end after the blocks with "blocks".
+    Columns are left out if no row has them. `block error` is the mean over blocks of the error of the block's output on
+    the sampled calibration windows, relative to what the block adds to its input. Rows with losses by window are paired
+    with "not trained", those that train end to end after the blocks with "blocks".
     """
-    exact = rows["original"]["perplexity"]
-    corpora = list(exact)
-    with_init = any("block_error" in metrics for metrics in rows.values())
-    lines = ["| | " + " | ".join(f"{corpus} | ratio" for corpus in corpora) + " |"]
-    lines.append("| --- |" + " ---: |" * 2 * len(corpora))
-    if with_init:
-        lines = [lines[0] + " block error |", lines[1] + " ---: |"]
-    tasks = [task for task, scores in rows["original"].get("tasks", {}).items() if "acc" in scores]
-    lines = [lines[0] + "".join(f" {task} |" for task in tasks), lines[1] + " ---: |" * len(tasks)]
-    with_losses = any("losses" in metrics for metrics in rows.values())
-    if with_losses:
-        head = "".join(f" less paired row, {corpus} |" for corpus in corpora)
-        lines = [f"{lines[0]} paired with |{head}", lines[1] + " --- |" + " ---: |" * len(corpora)]
-    for name, metrics in rows.items():
-        cells = [f"{metrics['perplexity'][c]:.2f} | {metrics['perplexity'][c] / exact[c]:.2f}" for c in corpora]
-        if with_init:
-            cells.append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
-        cells += [f"{metrics['tasks'][task]['acc']:.3f}" for task in tasks]
-        if with_losses:
-            partners = {"blocks and": "blocks", "end to end,": "end to end"}
-            partner = next((own for start, own in partners.items() if name.startswith(start)), UNTRAINED)
-            known = "losses" in metrics and partner in rows and partner != name
-            own, other = metrics.get("losses", {}), rows.get(partner, {}).get("losses", {})
-            cells += (
-                [partner, *(pair_losses(own[c], other[c]) for c in corpora)] if known else [""] * (1 + len(corpora))
-            )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    corpora = list(rows["original"]["perplexity"])
+    head, cells = list_result_columns(rows)
+    if any("block_error" in metrics for metrics in rows.values()):
+        head.append("block error")
+        for name, metrics in rows.items():
+            cells[name].append(f"{metrics['block_error']:.4f}" if "block_error" in metrics else "")
+    if any("losses" in metrics for metrics in rows.values()):
+        head += ["paired with", *(f"less paired row, {corpus}" for corpus in corpora)]
+        for name in rows:
+            cells[name] += _pair(name, rows, corpora)
+    return format_markdown(["", *head], [[name, *row] for name, row in cells.items()])
+
+
+def _pair(name: str, rows: dict[str, Any], corpora: list[str]) -> list[str]:
+    """Return the cells that compare a row with its partner: the partner's name, and a difference per corpus."""
+    partners = {"blocks and": "blocks", "end to end,": "end to end"}
+    partner = next((partner for start, partner in partners.items() if name.startswith(start)), UNTRAINED)
+    if "losses" not in rows[name] or partner not in rows or partner == name:
+        return [""] * (1 + len(corpora))
+    losses, paired = rows[name]["losses"], rows[partner]["losses"]
+    return [partner, *(pair_losses(losses[corpus], paired[corpus]) for corpus in corpora)]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workspace import format_markdown
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import QuantizedLinear, block_settings, fill_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range
+from pipeline.pictures.tables import format_markdown
 from pipeline.quantization.equalization import Equalizer, select_block
 from pipeline.quantization.scale_search import Candidate, make_weight_objective, search_factors
 from pipeline.quantization.statistics import SiteStatistics, record_block

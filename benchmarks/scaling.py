@@ -31,12 +31,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.workspace import Workspace, append_row, format_markdown, make_parser, override, read_params, read_rows
+from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.blocks.quantized import describe_blocks, load_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
 from pipeline.params import parse_params
+from pipeline.pictures.tables import format_markdown
 from pipeline.planning.disk import OtherFiles, count_tables
 from pipeline.planning.evaluation import plan_evaluation
 from pipeline.planning.export import plan_export

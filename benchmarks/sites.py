@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.positions import cut_texts, measure_losses, score_windows
-from benchmarks.quality import mean_and_error
-from benchmarks.workspace import format_markdown
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
+from pipeline.pictures.tables import format_markdown, mean_and_error
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import show_progress

@@ -158,12 +158,6 @@ def append_row(path: Path | None, rows: dict[str, Any], name: str, values: dict[
         write_json(path, rows)
 
 
-def format_markdown(head: list[str], lines: list[list[str]], titles: int = 1) -> str:
-    """A Markdown table: the first `titles` columns to the left, numbers to the right."""
-    texts = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
-    return "\n".join([texts[0], "|" + " --- |" * titles + " ---: |" * (len(head) - titles), *texts[1:]])
-
-
 def _environment() -> dict[str, str]:
     """This process's, with the project in front of where else Python looks."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}

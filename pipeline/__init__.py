@@ -20,6 +20,7 @@
     pictures      activations, plots, the report
     serving       the exported folder in vLLM
 
-`params.py` puts the groups of params.yaml together; the other modules here are names that users type, short.
+`params.py` puts the groups of params.yaml together. `presets.py` and `experiments.py` are commands of the Makefile. The
+other modules here are short names that users type.
 docs/architecture.md follows data and three settings through the rooms.
 """

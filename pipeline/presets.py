@@ -13,7 +13,6 @@ given. Without git, local changes are those since the last preset, whose result 
 
 import argparse
 import difflib
-import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import yaml
 from pipeline.params import list_known_keys, parse_params
 from pipeline.runtime.errors import PipelineError, reading, run_main
 from pipeline.runtime.files import replacing
+from pipeline.runtime.git import read_committed
 from pipeline.runtime.params import ParamsError
 
 PARAMS = Path("params.yaml")
@@ -116,15 +116,6 @@ def apply_preset(name: str, *, force: bool = False) -> str:
             temporary.write_text(content, encoding="utf-8")
     lines = [content.splitlines(keepends=True) for content in (current, text)]
     return "".join(difflib.unified_diff(*lines, "params.yaml before", f"params.yaml with preset {name}"))
-
-
-def read_committed(path: Path) -> str | None:
-    """Return the text of a file in the last commit; None without git, a repository, or such a file in it."""
-    try:
-        done = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.decode("utf-8") if done.returncode == 0 else None
 
 
 def _find_base(current: str) -> tuple[str, bool]:

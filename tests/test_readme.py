@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import itertools
-import math
 import re
 import shlex
 import shutil
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 import yaml
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from benchmarks.quality import format_table
-from benchmarks.summary import mean_and_error, read_evaluations
 from benchmarks.workspace import expand_stages, override, read_params
 from pipeline.params import Params, load_params, parse_params
+from pipeline.pictures.summary import read_evaluations
+from pipeline.pictures.tables import format_results
 from pipeline.runtime.code import CodeReader, is_exempt
 from tests.conftest import ROOT
 from tests.test_dvc_pipeline import ROOMS, STAGES
@@ -68,7 +66,7 @@ def find_anchors(text):
 
 def test_the_result_table_is_what_the_metrics_in_git_say():
     """`make table` prints it; the committed metrics are those of the default run."""
-    assert format_table(read_evaluations()) in README
+    assert format_results(read_evaluations(ROOT / "metrics")) in README
 
 
 def test_every_page_is_linked_from_the_readme():
@@ -292,12 +290,6 @@ def test_params_say_where_each_group_is_typed_and_used(group):
     for name in re.findall(r"[\w/]+\.py", used):
         folder = Path(name).parent if "/" in name else folder
         assert (ROOT / folder / Path(name).name).is_file(), name
-
-
-def test_paired_differences_of_a_hand_computed_case():
-    mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert mean == 3.0
-    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
 
 
 def test_sweeps_set_keys_that_exist_to_values_they_take():
