@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from pipeline.blocks.kv_cache import PrefixCache
-from pipeline.evaluation import harness
+from pipeline.evaluation import harness, texts
 from pipeline.evaluation.texts import main as evaluate
+from pipeline.inference import generation
 from pipeline.inference.generation import main as generate
-from pipeline.runtime.errors import run_main
+from pipeline.runtime.errors import PipelineError, run_main
 from tests.conftest import ROOT, write_params
 from tests.evaluation.test_harness import local_task
 from tests.export.test_folder import make_export
@@ -138,8 +139,8 @@ def test_what_lm_eval_refuses_is_one_message(arguments, message, monkeypatch):
         ("peft=adapter", (), "--model prefixquant takes no peft='adapter'; leave it out"),
         ("foo=bar", (), "cannot be loaded"),
         ("max_length=254", (), "max_length=254 is none of the 1 to 253 behind the prefix"),
-        ("dtype=float16", ("--apply_chat_template",), "the model's chat template cannot be applied"),
-        ("dtype=float16", ("--batch_size", "x"), "lm-eval: invalid literal for int"),
+        ("dtype=float16", ("--apply_chat_template",), "--apply_chat_template: the model has none"),
+        ("dtype=float16", ("--batch_size", "x"), "batch_size='x': expected a whole number of at least 1, or auto"),
     ],
 )
 def test_arguments_that_an_exported_model_cannot_have_are_refused(
@@ -149,6 +150,109 @@ def test_arguments_that_an_exported_model_cannot_have_are_refused(
     arguments = ["--model", "prefixquant", "--model_args", f"path={folder},{model_arguments}", "--tasks", "colours"]
     arguments += ["--include_path", tmp_path, "--limit", 2, *more]
     assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
+
+
+def forbid_loading(monkeypatch):
+    """Let the test fail where a command reads weights."""
+    for module in (texts, generation, harness):
+        monkeypatch.setattr(module, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+
+
+EMPTY, BYTES, SHORT = "", b"\xff\xfe\x00 not UTF-8", "The house"
+UNREADABLE = {
+    "missing.txt": (None, "no such file or folder"),
+    "empty.txt": (EMPTY, "there is no text in it"),
+    "bytes.txt": (BYTES, r"bytes\.txt"),
+    "text.pdf": (SHORT, "nothing to read; allowed are files ending in"),
+    "rows.jsonl": ('{"body": "The house"}', "text"),
+    "short.txt": (SHORT, "needs 1 windows of 48 = 48 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_evaluate_reads_texts_before_weights(name, folder, tmp_path, monkeypatch):
+    content, message = UNREADABLE[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    forbid_loading(monkeypatch)
+    arguments = ("--text", TEXT, "--text", tmp_path / name, "--length", 48)
+    assert re.search(message, call(texts.main, folder, *arguments, monkeypatch=monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("evaluate", ("--text", TEXT, "--length", 254), "--length 254: with 3 tokens in front"),
+        ("evaluate", ("--tasks", "word_analogie"), "is no task of lm-eval or of this project; near: word_analogies"),
+        ("evaluate", ("--tasks", "word_analogies", "--task-folder", "nowhere"), "there is no such folder"),
+        ("evaluate", ("--tasks", "gone", "--task-folder", "{tasks}"), "evaluation.tasks.gone: "),
+        ("generate", ("",), "the prompt is empty"),
+        ("generate", ("The house", "--max-new-tokens", 300), "exceed the 256 positions of this model"),
+        ("generate", ("Hello", "--chat"), "--chat: this model's tokenizer has no chat template"),
+    ],
+)
+def test_commands_check_before_they_load(command, arguments, message, folder, tmp_path, monkeypatch):
+    write_task_without_data(tmp_path)
+    forbid_loading(monkeypatch)
+    main = {"evaluate": texts.main, "generate": generation.main}[command]
+    arguments = [str(argument).replace("{tasks}", str(tmp_path)) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["command", str(folder), *arguments])
+    with pytest.raises(PipelineError, match=message):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generation_config.json": "{"}, "generation_config.json cannot be read"),
+        ({"config.json": "{"}, "config.json"),
+        ({"manifest.json": None}, "manifest.json is missing"),
+    ],
+)
+def test_damaged_small_files_are_refused_before_weights_are_read(change, message, folder, tmp_path, monkeypatch):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    for name, content in change.items():
+        if content is None:
+            (broken / name).unlink()
+        else:
+            (broken / name).write_text(content)
+    forbid_loading(monkeypatch)
+    assert message in call(generation.main, broken, "The house", monkeypatch=monkeypatch)
+
+
+def test_a_chat_whose_first_turn_does_not_fit_loads_nothing(folder, tmp_path, monkeypatch):
+    templated = shutil.copytree(folder, tmp_path / "templated")
+    (templated / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    forbid_loading(monkeypatch)
+    message = call(generation.main, templated, "The house " * 200, "--chat", monkeypatch=monkeypatch)
+    assert "exceed the 256 positions of this model" in message
+    (templated / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    message = call(generation.main, templated, "The house", "--chat", monkeypatch=monkeypatch)
+    assert "--chat: the model's chat template refuses this (no system role)" in message
+
+
+@pytest.mark.parametrize(
+    ("model_arguments", "task", "more", "message"),
+    [
+        ("", "gone", (), "lm-eval: "),
+        ("", "colour", (), "lm-eval: Tasks not found: colour"),
+        (",max_length=254", "colours", (), "max_length=254 is none of the 1 to 253"),
+        ("", "colours", ("--batch_size", "0"), "batch_size='0': expected a whole number"),
+        ("", "colours", ("--apply_chat_template",), "--apply_chat_template: the model has none"),
+    ],
+)
+def test_lm_eval_checks_before_it_loads(model_arguments, task, more, message, folder, tmp_path, monkeypatch):
+    local_task(tmp_path, "colours")
+    write_task_without_data(tmp_path)
+    forbid_loading(monkeypatch)
+    arguments = ["--model", "prefixquant", "--model_args", f"path={folder}{model_arguments}", "--tasks", task]
+    arguments += ["--include_path", tmp_path, "--limit", 2, *more]
+    assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
+
+
+def write_task_without_data(tasks):
+    local_task(tasks, "gone")
+    (tasks / "gone.jsonl").unlink()
 
 
 def test_lm_eval_computes_in_the_type_it_is_told(folder):

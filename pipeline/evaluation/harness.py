@@ -11,7 +11,9 @@ no start token follows one that ends in it. Where texts begin with a start token
 import inspect
 import logging
 import math
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,28 @@ import lm_eval
 import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
+from lm_eval.config import evaluate_config
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.inference.loading import load
-from pipeline.models.architectures import find_max_positions
+from pipeline.inference.text_interface import TextInterface, describe_interface, read_interface
 from pipeline.runtime.arguments import check_writable, find_device_problem
 from pipeline.runtime.errors import PipelineError, reading
 
 logger = logging.getLogger(__name__)
 
+MODEL = "prefixquant"  # lm-eval's name for `PrefixedLM`
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 _READERS = ("lm_eval", "datasets", "jinja2", "yaml", "random")
 _OF_OTHER_MODELS = ("peft", "delta", "parallelize", "autogptq", "gptqmodel", "gguf_file", "tp_plan")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 
 
-@register_model("prefixquant")
+@register_model(MODEL)
 class PrefixedLM(HFLM):
     """lm-eval's own class for transformers models, around a model that may begin with a prefix."""
 
@@ -58,19 +64,16 @@ class PrefixedLM(HFLM):
             raise PipelineError("--model prefixquant needs the exported folder: --model_args path=artifacts/export")
         if unused := [name for name in _OF_OTHER_MODELS if kwargs.get(name)]:
             raise PipelineError(f"--model prefixquant takes no {unused[0]}={kwargs[unused[0]]!r}; leave it out")
+        check_batch_size(kwargs.get("batch_size", 1))
+        interface = describe_interface(pretrained, tokenizer) if path is None else read_interface(Path(path))
+        if interface.prefix_tokens:
+            kwargs["max_length"] = choose_max_length(interface, kwargs.get("max_length"))
         if path is not None:
             names = (kwargs.keys() - inspect.signature(HFLM).parameters.keys()) | (kwargs.keys() & {"dtype"})
             options = {name: kwargs.pop(name) for name in sorted(names)}
             pretrained, tokenizer = load(Path(path), choose_device(device), **options)
-        prefix_kv = getattr(pretrained, "prefix_kv", None)
-        replaced = prefix_kv is not None and pretrained.text_start_token_id is None
+        replaced = interface.prefix_tokens > 0 and interface.text_start_token_id is None
         self.start_token = tokenizer.bos_token if replaced else None
-        if prefix_kv is not None:
-            longest = find_max_positions(pretrained.config) - prefix_kv.shape[-2]
-            length = longest if kwargs.get("max_length") is None else kwargs["max_length"]
-            if not isinstance(length, int) or not 1 <= length <= longest:
-                raise PipelineError(f"max_length={length!r} is none of the 1 to {longest} behind the prefix")
-            kwargs["max_length"] = length
         if replaced:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
@@ -96,6 +99,25 @@ class PrefixedLM(HFLM):
         if not isinstance(string, str):  # a field of a row, taken for text
             raise PipelineError(f"lm-eval: a task gives {string!r} ({type(string).__name__}) where text is expected")
         return string if self.start_token is None else string.removeprefix(self.start_token)
+
+
+def check_batch_size(batch_size: int | str | None) -> None:
+    """Raise PipelineError unless lm-eval takes it: a whole number of at least 1, `auto`, or `auto:N`."""
+    if not re.fullmatch(r"auto(:\d+(\.\d*)?)?|0*[1-9]\d*", str(batch_size)):
+        raise PipelineError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or auto, or auto:N")
+
+
+def choose_max_length(interface: TextInterface, max_length: Any) -> int:
+    """Return the longest text after the prefix, at most the one asked for (None: all that fits).
+
+    Raises:
+        PipelineError: `max_length` is no number, or does not fit.
+    """
+    longest = interface.max_positions - interface.prefix_tokens
+    length = longest if max_length is None else max_length
+    if not isinstance(length, int) or not 1 <= length <= longest:
+        raise PipelineError(f"max_length={length!r} is none of the 1 to {longest} behind the prefix")
+    return length
 
 
 def choose_device(device: str | None) -> str | None:
@@ -159,8 +181,39 @@ def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+class CheckedConfig(EvaluatorConfig):
+    """lm-eval's settings of a run, with everything checked that needs no weights before lm-eval loads the model."""
+
+    def process_tasks(self, metadata: dict[str, Any] | None = None) -> TaskManager:
+        """Return lm-eval's manager of tasks, once every task has its data and the exported folder can be asked.
+
+        Raises:
+            PipelineError: the folder is none, or has no chat template although one is to be applied.
+        """
+        path = self.model_args.get("path", self.model_args.get("pretrained"))
+        if self.model == MODEL and path is not None:
+            interface = read_interface(Path(str(path)))
+            if self.apply_chat_template:
+                name = self.apply_chat_template if isinstance(self.apply_chat_template, str) else None
+                with reading(lambda why: PipelineError(f"--apply_chat_template: the model has none ({why})")):
+                    interface.tokenizer.get_chat_template(name)
+        manager = super().process_tasks(metadata)
+        manager.load(self.tasks)
+        return manager
+
+
+@contextmanager
+def checking_first() -> Iterator[None]:
+    """Let lm-eval's command line read its settings with `CheckedConfig` inside of the frame."""
+    evaluate_config.EvaluatorConfig = CheckedConfig
+    try:
+        yield
+    finally:
+        evaluate_config.EvaluatorConfig = EvaluatorConfig
+
+
 def run_command_line() -> None:
-    """lm-eval's command line, with our tasks and the model type `prefixquant`. What lm-eval refuses is one message."""
+    """Run lm-eval's command line, with our tasks and the model type `prefixquant`. lm-eval's errors are one message."""
     parser = HarnessCLI()
     arguments = parser.parse_args()
     own = getattr(arguments, "include_path", None)
@@ -168,5 +221,5 @@ def run_command_line() -> None:
     if getattr(arguments, "output_path", None):  # lm-eval would find that out behind the work, and only log it
         path = Path(arguments.output_path)
         check_writable(path if path.suffix == ".json" else path / "results.json")
-    with asking("lm-eval"):
+    with checking_first(), asking("lm-eval"):
         parser.execute(arguments)

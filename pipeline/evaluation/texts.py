@@ -14,12 +14,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.inference.loading import load
-from pipeline.models.architectures import find_max_positions
+from pipeline.inference.text_interface import TextInterface, read_interface
 from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, device, whole
 from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import PipelineError
@@ -58,7 +58,9 @@ def main() -> None:
 
 
 def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """What `arguments` ask for: metrics as in `metrics/evaluation/`."""
+    """Return metrics as in `metrics/evaluation/`. Texts and tasks are read before the weights are."""
+    interface = read_interface(arguments.folder)
+    windows = cut_texts(arguments, interface) if arguments.text else {}
     asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
     if asked:
         from pipeline.evaluation.harness import run_tasks
@@ -67,16 +69,27 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
         tasks = open_tasks(asked, arguments.task_folder)
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
-    if arguments.text:
-        check_length(model, arguments.length)
-        windows = {}
-        for path, name in zip(arguments.text, name_texts(arguments.text), strict=True):
-            documents = read_local_documents(path, arguments.text_field)
-            windows[name] = cut_documents(documents, arguments.windows, arguments.length, tokenizer, str(path))
+    if windows:
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
     if asked:
         results |= run_tasks(model, tokenizer, tasks, arguments.batch_size)
     return results
+
+
+def cut_texts(arguments: argparse.Namespace, interface: TextInterface) -> dict[str, torch.Tensor]:
+    """Return text -> its windows [N, T].
+
+    Raises:
+        ArgumentError: windows of `--length` do not fit into the model.
+        CorpusError: a text is missing, unreadable or empty.
+        WindowsError: a text is too short.
+    """
+    check_length(interface, arguments.length)
+    documents = {path: read_local_documents(path, arguments.text_field) for path in arguments.text}
+    return {
+        name: cut_documents(documents[path], arguments.windows, arguments.length, interface.tokenizer, str(path))
+        for name, path in zip(name_texts(arguments.text), arguments.text, strict=True)
+    }
 
 
 def name_texts(paths: list[Path]) -> list[str]:
@@ -85,12 +98,11 @@ def name_texts(paths: list[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raises ArgumentError where windows of so many tokens are longer than what the model was made for."""
-    prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
-    front, limit = prefix + (model.text_start_token_id is not None), find_max_positions(model.config)
-    if front + length > limit:
+def check_length(interface: TextInterface, length: int) -> None:
+    """Raise ArgumentError where windows of `length` tokens do not fit into the positions of the model."""
+    before, limit = interface.tokens_before_text, interface.max_positions
+    if before + length > limit:
         raise ArgumentError(
-            f"--length {length}: with {front} tokens in front this exceeds the {limit} positions of this model; use at "
-            f"most {limit - front}"
+            f"--length {length}: with {before} tokens in front this exceeds the {limit} positions of this model; use "
+            f"at most {limit - before}"
         )

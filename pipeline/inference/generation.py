@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from pipeline.inference.loading import load
-from pipeline.inference.prefixed_model import strip_start_token
-from pipeline.models.architectures import find_max_positions
+from pipeline.inference.loading import check_generation_config, load
+from pipeline.inference.text_interface import TextInterface, describe_interface, read_interface
 from pipeline.runtime.arguments import ArgumentError, Parser, device, non_negative, text, whole
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
@@ -37,6 +36,18 @@ def main() -> None:
     return_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(arguments.seed)
+    interface = read_interface(arguments.folder)
+    check_generation_config(arguments.folder)
+    if arguments.chat and interface.tokenizer.chat_template is None:
+        raise ArgumentError("--chat: this model's tokenizer has no chat template; leave it out")
+    prompt = _read(arguments.prompt)
+    if arguments.chat and not prompt:
+        return
+    first_turn = [{"role": "user", "content": prompt}]
+    token_ids = (
+        render_turns(first_turn, interface.tokenizer) if arguments.chat else interface.tokenizer(prompt)["input_ids"]
+    )
+    check_prompt(token_ids, interface, arguments.max_new_tokens)
     arithmetic = arguments.arithmetic or ("integer" if arguments.device.type == "cpu" else "float")
     model, tokenizer = load(arguments.folder, arguments.device, arithmetic)
     options: dict[str, Any] = {
@@ -46,9 +57,34 @@ def main() -> None:
     if arguments.temperature > _COLDEST:
         options["temperature"] = arguments.temperature
     if arguments.chat:
-        chat(model, tokenizer, arguments.prompt, options)
+        chat(model, tokenizer, prompt, options)
     else:
-        stream_text(model, tokenizer, tokenizer(_read(arguments.prompt))["input_ids"], options)
+        stream_text(model, tokenizer, token_ids, options)
+
+
+def check_prompt(token_ids: list[int], interface: TextInterface, max_new_tokens: int) -> list[int]:
+    """Return the token ids of a prompt without a start token that the prefix has already.
+
+    Raises:
+        ArgumentError: there is nothing to go on from, or more than the model has positions for.
+    """
+    if interface.start_token_id is not None and token_ids[:1] == [interface.start_token_id]:
+        token_ids = token_ids[1:]
+    if not token_ids:
+        raise ArgumentError("the prompt is empty; give some text to go on from")
+    prefix, limit = interface.prefix_tokens, interface.max_positions
+    if prefix + len(token_ids) + max_new_tokens > limit:
+        raise ArgumentError(
+            f"{prefix} tokens of prefix, {len(token_ids)} of text and {max_new_tokens} new ones exceed the {limit} "
+            "positions of this model; shorten the text, or lower --max-new-tokens"
+        )
+    return token_ids
+
+
+def render_turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a chat up to the model's next turn. Raises ArgumentError where the template refuses."""
+    with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses this ({why})")):
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def stream_text(
@@ -60,16 +96,7 @@ def stream_text(
         ArgumentError: there is nothing to go on from, or more than the model has positions for; or transformers refuses
             what the generation config asks for.
     """
-    token_ids = strip_start_token(token_ids, model)
-    if not token_ids:
-        raise ArgumentError("the prompt is empty; give some text to go on from")
-    prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
-    new, limit = options["max_new_tokens"], find_max_positions(model.config)
-    if prefix + len(token_ids) + new > limit:
-        raise ArgumentError(
-            f"{prefix} tokens of prefix, {len(token_ids)} of text and {new} new ones exceed the {limit} positions of "
-            "this model; shorten the text, or lower --max-new-tokens"
-        )
+    token_ids = check_prompt(token_ids, describe_interface(model, tokenizer), options["max_new_tokens"])
     inputs = torch.tensor([token_ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -83,14 +110,11 @@ def stream_text(
 def chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | None, options: dict[str, Any]
 ) -> None:
-    """Take turns until the input ends or is empty. Raises ArgumentError where there is no chat template."""
-    if tokenizer.chat_template is None:
-        raise ArgumentError("--chat: this model's tokenizer has no chat template; leave it out")
+    """Take turns until the input ends or is empty."""
     turns: list[dict[str, str]] = []
     while prompt := _read(prompt):
         turns.append({"role": "user", "content": prompt})
-        with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses this ({why})")):
-            token_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        token_ids = render_turns(turns, tokenizer)
         turns.append({"role": "assistant", "content": stream_text(model, tokenizer, token_ids, options)})
         prompt = None
 

@@ -26,7 +26,7 @@ from pipeline.inference.packed_block import multiply_integers_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.errors import reading
 
-__all__ = ["Arithmetic", "ExportError", "check_folder", "load", "use_integers_"]
+__all__ = ["Arithmetic", "ExportError", "check_folder", "check_generation_config", "load", "use_integers_"]
 
 Arithmetic = Literal["float", "integer"]
 
@@ -47,9 +47,7 @@ def load(
     """
     folder = Path(folder)
     check_folder(folder)
-    if (folder / GENERATION).is_file():  # anybody may change it; one that is damaged transformers would only leave out
-        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it")):
-            GenerationConfig.from_pretrained(folder)
+    check_generation_config(folder)
     with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -58,6 +56,13 @@ def load(
     if arithmetic == "integer":
         use_integers_(model)
     return model, tokenizer
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise ExportError where generation_config.json is damaged: transformers would ignore it without an error."""
+    if (folder / GENERATION).is_file():
+        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it")):
+            GenerationConfig.from_pretrained(folder)
 
 
 def use_integers_(model: PreTrainedModel) -> None:

@@ -46,8 +46,12 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, manifest | {"fingerprint": fingerprint_files(files)})
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ExportError unless every file of an exported folder that counts is there and as it was written."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the files that an exported folder lists, name -> size and hashes, without reading any of them.
+
+    Raises:
+        ExportError: there is no such folder, it is not an exported one, its manifest is damaged, or of another format.
+    """
     if not folder.is_dir():
         raise ExportError(f"{folder}: there is no such folder")
     manifest = _read_json(folder / MANIFEST)
@@ -57,6 +61,12 @@ def check_folder(folder: Path) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("fingerprint") != fingerprint_files(files):
         raise ExportError(f"{folder / MANIFEST} is damaged; get an intact copy")
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ExportError unless every file of an exported folder that counts is there and as it was written."""
+    files = read_manifest(folder)
     for name, entry in files.items():
         path = folder / name
         if name in _FREE_NAMES or path.suffix in _FREE_ENDINGS:
