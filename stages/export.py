@@ -1,7 +1,7 @@
 """Pack the quantized model into a folder anyone can load in one call.
 
-Reads   artifacts/finetuning/ (with the prefix in use), artifacts/model/ (its size), metrics/evaluation/ (original and
-        finetuning, for the model card)
+Reads   artifacts/finetuning/ (with the prefix in use), artifacts/model/ (its size); for the model card
+        metrics/evaluation/ (original and finetuning) and artifacts/sources/model.json
 Writes  artifacts/export/, artifacts/export_formats/ (formats of others, as asked for), metrics/export.json
 Packaged model: a few seconds, 1 GiB.
 """
@@ -16,9 +16,11 @@ from pipeline.planning.disk import OtherFiles
 from pipeline.planning.export import plan_export
 from pipeline.planning.need import Need
 from pipeline.runtime.artifacts import load_json, load_tensors, make_header, read_header
+from pipeline.runtime.sources import read_json
 from pipeline.text.windows import unpack_start_token
 from stages.opening import Run, open_stage
 
+SOURCE = Path("artifacts/sources/model.json")
 MODEL = Path("artifacts/model")
 FINETUNING = Path("artifacts/finetuning")
 EVALUATIONS = {name: Path(f"metrics/evaluation/{name}.json") for name in ("original", "finetuning")}
@@ -35,7 +37,17 @@ def main(run: Run) -> None:
     # First, since it refuses what a format cannot express.
     how = (own.formats, own.drop, own.max_shard_size, header)
     write_formats(checkpoint, prefix.get("kv"), FORMATS, *how, unpack_start_token(prefix), prefix["token_ids"].tolist())
-    run.metrics.update(export_model(checkpoint, prefix, MODEL, EXPORT, own.max_shard_size, header, results))
+    metrics = export_model(
+        checkpoint,
+        prefix,
+        EXPORT,
+        original=MODEL,
+        max_shard_size=own.max_shard_size,
+        header=header,
+        results=results,
+        source=read_json(SOURCE),
+    )
+    run.metrics.update(metrics)
 
 
 def plan(run: Run) -> Need:

@@ -127,6 +127,7 @@ def test_code_and_sources_always_run_and_each_reader_depends_on_its_own_source()
     assert {name: paths for name, paths in read.items() if paths} == {
         "model": ["artifacts/sources/model.json"],
         "corpora": ["artifacts/sources/corpora/${key}.json"],
+        "export": ["artifacts/sources/model.json"],
         "evaluation": ["artifacts/sources/tasks.json"],
     }
 

@@ -1,4 +1,5 @@
-"""The deliverable: a folder with packed weights, scales and prefix.
+"""The exported folder: packed weights, scales and the prefix.
 
-Read `folder.py` first, which the stage `export` calls. May import from: runtime to inference.
+Read `folder.py` first, which the stage `export` calls. `params.py` is tested in tests/test_params.py.
+May import from: runtime to inference.
 """

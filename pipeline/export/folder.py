@@ -1,14 +1,14 @@
-"""The deliverable: packed integers, scales and the prefix in a folder that `from_pretrained` loads.
+"""The exported folder: packed integers, scales and the prefix, which `from_pretrained` loads.
 
-    config.json               the model's, with a complete `quantization_config`
+    config.json               the model's config, with a complete `quantization_config`
     model-00001-of-….safetensors, model.safetensors.index.json
                               weight_packed, weight_scale, … of every block; embedding, lm_head, norms; prefix_kv
-    tokenizer files           of a tokenizer that puts in front of texts what calibration had there: a start token where
-                              the model was trained with one, none behind a prefix that has it
+    tokenizer files           a tokenizer that adds to texts what calibration windows had: a start token where the model
+                              was trained with one, none where the prefix ends in it
     generation_config.json, README.md
-    manifest.json             every file with its size and SHA-256; what `quantized_model.load` checks
+    manifest.json             every file with its size and SHA-256, which `quantized_model.load` checks
 
-safetensors and JSON only. Blocks are packed one by one and written as soon as a shard is full.
+All files are safetensors, JSON or text. Blocks are packed one by one, and each shard is written as soon as it is full.
 """
 
 import copy
@@ -21,6 +21,7 @@ import torch
 
 from pipeline.blocks.quantized import block_settings, load_block
 from pipeline.export.model_card import write_model_card
+from pipeline.export.source_facts import read_source_facts
 from pipeline.inference.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.transformers_quantizer import GUARDS
@@ -37,73 +38,92 @@ _MIB = 2**20
 def export_model(
     checkpoint: Checkpoint,
     prefix: dict[str, torch.Tensor],
-    original: Path,
     folder: Path,
+    *,
+    original: Path,
     max_shard_size: str,
     header: Header,
     results: dict[str, Any],
+    source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `folder`.
+    """Write `folder` and return the stage's metrics.
 
     Args:
         checkpoint: the quantized one.
+        prefix: token_ids [P] (empty for a continuous prefix), kv [L, 2, kv_heads, P, d] when P > 0, and start_token [1]
+            where a start token comes between the prefix and every text.
+        folder: replaced as a whole.
         original: folder of the imported model, to compare sizes with.
-        prefix: token_ids [P] (none of a continuous prefix), kv [L, 2, kv_heads, P, d] when P > 0, and start_token [1]
-            where one stands in front of every text.
         max_shard_size: such as 5GB; a single block or tensor may exceed it.
-        results: variant -> what its evaluation wrote, for the model card.
+        results: variant -> the metrics of its evaluation, for the model card.
+        source: what the stage `sources` wrote about the model, for license and base model in the card.
 
     Returns:
-        The stage's metrics, of safetensors files: `size_mib`, `original_mib`, their ratio, and `promised_ratio`: the
-        size over what the bits of weights, and embedding and lm_head as they are, come to.
+        Metrics of the safetensors files: `size_mib`, `original_mib`, `size_ratio` of the two, and `promised_ratio`: the
+        size divided by the size that the bits of the weights promise, embedding and lm_head unquantized.
     """
     kv = prefix.get("kv")
     token_ids = prefix["token_ids"].tolist()
-    text_start = unpack_start_token(prefix)
-    start = checkpoint.tokenizer.bos_token_id if kv is not None and text_start is None else None
+    text_start_token_id = unpack_start_token(prefix)
+    start_token_id = checkpoint.tokenizer.bos_token_id if kv is not None and text_start_token_id is None else None
+    tokens = 0 if kv is None else kv.shape[-2]
     quantization = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "blocks": checkpoint.settings,
-        "prefix": {"tokens": 0 if kv is None else kv.shape[-2], "token_ids": token_ids, "start_token_id": start},
+        "prefix": {"tokens": tokens, "token_ids": token_ids, "start_token_id": start_token_id},
     }
-    if text_start is not None:  # so that who cannot heed it refuses the folder
-        quantization["text_start_token_id"] = text_start
+    if text_start_token_id is not None:  # only then: versions that do not know the key refuse the folder
+        quantization["text_start_token_id"] = text_start_token_id
     with replacing_folder(folder) as partial:
         sizes = write_shards(_packed_parts(checkpoint, kv), partial, parse_size(max_shard_size), header)
         copy_companions(checkpoint.folder, partial)
-        save_tokenizer(checkpoint, partial, text_start)
+        save_tokenizer(checkpoint, partial, text_start_token_id)
         config = checkpoint.read_config()
         config.pop(CONFIG_KEY)
         config["tie_word_embeddings"] = checkpoint.architecture.lm_head not in sizes
         config |= {"quantization_config": quantization} | GUARDS
         write_json(partial / CONFIG, config)
         metrics = _measure(checkpoint, original, partial, sizes)
-        write_model_card(partial, checkpoint, quantization["prefix"], metrics, results, text_start)
+        write_model_card(
+            partial,
+            checkpoint,
+            original=Checkpoint(original, "model"),
+            facts=read_source_facts(source or {}, original),
+            prefix=quantization["prefix"],
+            sizes=metrics,
+            results=results,
+            text_start_token_id=text_start_token_id,
+        )
         write_folder_header(partial, header)
         write_manifest(partial)
     return metrics
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB", "64KB" (powers of 1,000, as transformers counts). Raises ValueError."""
-    found = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
-    if found is None:
-        raise ValueError(f"{text!r} is no size; write 5GB, 200MB or 64KB")
-    return int(found[1]) * _UNITS[found[2]]
+    """Return the bytes of "5GB", "200MB" or "64KB": powers of 1,000, as transformers counts. Raise ValueError."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    if match is None:
+        raise ValueError(f"export.max_shard_size={text!r}: expected a whole number with KB, MB or GB, such as 5GB")
+    return int(match[1]) * _UNITS[match[2]]
 
 
-def save_tokenizer(checkpoint: Checkpoint, folder: Path, start_token: int | None) -> None:
-    """Replace the tokenizer in `folder`, unless it puts just this in front of texts by itself, by one that does."""
-    tokenizer = copy.deepcopy(checkpoint.tokenizer)  # the checkpoint's stays as it is: several folders are written
-    if set_start_token_(tokenizer, start_token):
+def save_tokenizer(checkpoint: Checkpoint, folder: Path, text_start_token_id: int | None) -> None:
+    """Replace the tokenizer in `folder` by one that adds exactly this start token to texts, None: nothing.
+
+    A tokenizer that does so already is left as it is.
+    """
+    tokenizer = copy.deepcopy(checkpoint.tokenizer)  # the checkpoint's own must not change: several folders are written
+    if set_start_token_(tokenizer, text_start_token_id):
         tokenizer.save_pretrained(folder)
 
 
 def write_shards(parts: Iterable[dict[str, torch.Tensor]], folder: Path, limit: int, header: Header) -> dict[str, int]:
-    """Write tensors, given part by part with their full names, and their index; name -> bytes.
+    """Write tensors into shards with an index, and return name -> bytes.
 
-    A shard ends before it would exceed `limit` bytes; a part is never divided.
+    Args:
+        parts: tensors under their full names. A part is never divided between shards.
+        limit: bytes; a shard ends before a further part would exceed it.
     """
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []
@@ -116,35 +136,35 @@ def write_shards(parts: Iterable[dict[str, torch.Tensor]], folder: Path, limit: 
             shard.clear()
 
     for part in parts:
-        new = {name: tensor.numel() * tensor.element_size() for name, tensor in part.items()}
-        if sum(sizes[name] for name in shard) + sum(new.values()) > limit:
+        part_sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in part.items()}
+        if sum(sizes[name] for name in shard) + sum(part_sizes.values()) > limit:
             flush()
         shard |= part
-        sizes |= new
+        sizes |= part_sizes
     flush()
-    names = {}
-    for number, own in enumerate(shards):
+    file_names: dict[str, str] = {}
+    for number, shard_names in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file_name)
-        names |= dict.fromkeys(own, file_name)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(names.items()))}
+        file_names |= dict.fromkeys(shard_names, file_name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(file_names.items()))}
     write_json(folder / INDEX, index)
     return sizes
 
 
 def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors with their full names: embedding, norm, head and prefix, then block by block."""
+    """Yield tensors under their full names: embedding, norm, head and prefix, then block by block."""
     architecture = checkpoint.architecture
     names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
     rest = {name: checkpoint.load_tensor(name) for name in names}
-    if torch.equal(rest[architecture.embedding], rest[architecture.lm_head]):  # tied, and nothing has set them apart
+    if torch.equal(rest[architecture.embedding], rest[architecture.lm_head]):  # tied, and rotation left them equal
         rest.pop(architecture.lm_head)
     yield rest | ({} if kv is None else {"prefix_kv": kv.float()})
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "packing"):
         block = load_block(checkpoint, index)
         pack_block_(block, architecture)
         prefix = architecture.tensor_prefix(index)
-        # Copies: a view of the smallest tensor would keep the whole block's file in memory.
+        # Copies, because a view of the smallest tensor keeps the whole file of the block mapped.
         yield {prefix + name: tensor.clone() for name, tensor in block.state_dict().items()}
 
 
@@ -157,10 +177,12 @@ def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[s
         for short, name in architecture.linear_sites.items():
             bits = settings.spec(short).bits if settings.spec(short).enabled else 8 * checkpoint.dtype.itemsize
             promised += skeleton.get_submodule(name).weight.numel() * bits / 8
-    size, before = (sum(path.stat().st_size for path in own.glob("*.safetensors")) for own in (folder, original))
+    size, original_size = (
+        sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (folder, original)
+    )
     return {
         "size_mib": round(size / _MIB, 2),
-        "original_mib": round(before / _MIB, 2),
-        "size_ratio": round(size / before, 4),
+        "original_mib": round(original_size / _MIB, 2),
+        "size_ratio": round(size / original_size, 4),
         "promised_ratio": round(size / promised, 4),
     }

@@ -8,16 +8,22 @@ from pipeline.runtime.params import Group
 
 
 class ExportParams(Group):
+    """Shards of the exported folder, further formats, and what these may leave out."""
+
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
     formats: list[Literal["compressed-tensors", "peft", "gguf"]]
     drop: list[Literal["activations", "keys", "values", "prefix"]]
 
 
 def find_misfits(formats: list[str], sliding_window: int | None) -> list[str]:
-    """Formats that cannot carry a model whose layers slide (None: none does): a line for each."""
+    """Return a message for each format that cannot hold the model.
+
+    Args:
+        sliding_window: the narrowest window of a sliding layer, None if no layer slides.
+    """
     if "peft" not in formats or sliding_window is None:
         return []
     return [
         f"export.formats: the model has layers that slide (sliding_window={sliding_window}), and the prefix of a peft "
-        "adapter slides with them; remove peft"
+        "adapter slides with them. Remove peft."
     ]

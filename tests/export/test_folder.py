@@ -44,8 +44,15 @@ def make_export(imported, folder, family="llama_tied", kind=None, max_shard_size
     checkpoint, _ = make_quantized(imported, folder, family, changes, r3=r3, **options)
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     header = make_header("export", {})
-    place = imported[family], folder / "export"
-    metrics = export_model(checkpoint, prefix, *place, max_shard_size, header, RESULTS)
+    metrics = export_model(
+        checkpoint,
+        prefix,
+        folder / "export",
+        original=imported[family],
+        max_shard_size=max_shard_size,
+        header=header,
+        results=RESULTS,
+    )
     kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
     return folder / "export", assemble_model(checkpoint, kv, "cpu", options.get("start_token")), metrics
 
@@ -294,7 +301,7 @@ def test_sizes_shards_and_what_is_in_the_folder(imported, tmp_path):
     card = (folder / "README.md").read_text()
     assert "W4A4KV4 static" in card
     assert "import pipeline.hf" in card
-    assert "| original | 2.50 |" in card
+    assert "| prose, perplexity | 2.50 |" in card
 
 
 def test_exports_are_byte_identical(imported, tmp_path):
@@ -306,7 +313,7 @@ def test_exports_are_byte_identical(imported, tmp_path):
 
 def test_sizes_are_parsed():
     assert [parse_size(text) for text in ("5GB", "200MB", "64KB")] == [5 * 10**9, 2 * 10**8, 64_000]
-    with pytest.raises(ValueError, match="'5 GB' is no size"):
+    with pytest.raises(ValueError, match=r"export\.max_shard_size='5 GB': expected a whole number with KB, MB or GB"):
         parse_size("5 GB")
 
 

@@ -166,6 +166,15 @@ def test_hub_ids_are_asked_for_with_their_revision_and_without_pickles(model_fol
     assert "consolidated*" in asked["ignore_patterns"]
 
 
+def test_the_readme_of_a_folder_is_kept_for_the_model_card(model_folders, imported, tmp_path):
+    source = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    import_model(str(source), None, torch.float32, tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == "---\nlicense: mit\n---\n"
+    assert not (imported["llama_tied"] / "README.md").exists()
+    assert read_header(tmp_path / "model", "model") == read_header(imported["llama_tied"], "model")
+
+
 def test_shards_are_those_of_the_index(model_folders, imported, tmp_path):
     """A second copy of the weights in another layout is left alone; a shard that is missing is named."""
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")

@@ -99,7 +99,15 @@ def read_tensors(folder):
 def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_path, kind):
     checkpoint, runner = make_quantized(wide, tmp_path, "wide", KINDS[kind] | CACHE)
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
-    metrics = export_model(checkpoint, prefix, wide["wide"], tmp_path / "export", "5GB", make_header("export", {}), {})
+    metrics = export_model(
+        checkpoint,
+        prefix,
+        tmp_path / "export",
+        original=wide["wide"],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+        results={},
+    )
     model, _ = load(tmp_path / "export")
     use_integers_(model)  # nothing here is integers
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]

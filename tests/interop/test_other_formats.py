@@ -143,7 +143,15 @@ def test_every_folder_with_the_prefix_has_a_tokenizer_without_start_token(import
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     header, formats = make_header("export", {}), ["compressed-tensors", "peft"]
     write_formats(checkpoint, prefix["kv"], tmp_path / "formats", formats, [], "5GB", header)
-    export_model(checkpoint, prefix, imported["llama_tied"], tmp_path / "export", "5GB", header, {})
+    export_model(
+        checkpoint,
+        prefix,
+        tmp_path / "export",
+        original=imported["llama_tied"],
+        max_shard_size="5GB",
+        header=header,
+        results={},
+    )
     for folder in (tmp_path / "formats/compressed-tensors", tmp_path / "export"):
         assert AutoTokenizer.from_pretrained(folder)("The house")["input_ids"] == plain
     write_formats(checkpoint, prefix["kv"], tmp_path / "alone", formats[:1], ["prefix"], "5GB", header)

@@ -87,8 +87,16 @@ def make_served(folder, config, changes, prefix, rotations):
     header = make_header("quantizer_init", {})
     init_quantizers(rotated, (ids, embeddings), windows, params, runner, folder / "work", folder / "quantized", header)
     checkpoint = Checkpoint(folder / "quantized", "quantizer_init")
-    kept, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
-    export_model(checkpoint, kept, folder / "model", folder / "export", "5GB", make_header("export", {}), RESULTS)
+    prefix_tensors, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
+    export_model(
+        checkpoint,
+        prefix_tensors,
+        folder / "export",
+        original=folder / "model",
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+        results=RESULTS,
+    )
     return folder / "export"
 
 
