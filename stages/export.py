@@ -35,8 +35,17 @@ def main(run: Run) -> None:
     inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
     header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
     # First, since it refuses what a format cannot express.
-    how = (own.formats, own.drop, own.max_shard_size, header)
-    write_formats(checkpoint, prefix.get("kv"), FORMATS, *how, unpack_start_token(prefix), prefix["token_ids"].tolist())
+    write_formats(
+        checkpoint,
+        prefix.get("kv"),
+        FORMATS,
+        formats=own.formats,
+        drop=own.drop,
+        max_shard_size=own.max_shard_size,
+        header=header,
+        text_start_token_id=unpack_start_token(prefix),
+        prefix_token_ids=prefix["token_ids"].tolist(),
+    )
     metrics = export_model(
         checkpoint,
         prefix,

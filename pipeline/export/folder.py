@@ -56,7 +56,7 @@ def export_model(
         original: folder of the imported model, to compare sizes with.
         max_shard_size: such as 5GB; a single block or tensor may exceed it.
         results: variant -> the metrics of its evaluation, for the model card.
-        source: what the stage `sources` wrote about the model, for license and base model in the card.
+        source: the model's record by the stage `sources`, for license and base model in the card.
 
     Returns:
         Metrics of the safetensors files: `size_mib`, `original_mib`, `size_ratio` of the two, and `promised_ratio`: the

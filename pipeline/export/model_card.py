@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model is, how to load it, how good it is, and its limits."""
+"""The model card of an exported folder: description, loading, quality, settings and limits of the model."""
 
 from pathlib import Path
 from typing import Any

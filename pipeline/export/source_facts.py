@@ -1,7 +1,7 @@
 """License and base model of the source model, for the model card, as far as the source states them.
 
 The stage `sources` records the kind of source: a package, a hub id or files. A folder or hub id may bring a README.md
-with front matter, which the stage `model` copies. A key that neither of them states is left out of the card.
+with front matter, which the stage `model` copies. A key that no source states is left out of the card.
 """
 
 import logging
@@ -42,7 +42,7 @@ def read_source_facts(source: dict[str, Any], model_folder: Path) -> SourceFacts
     """Return the facts that a source states.
 
     Args:
-        source: what the stage `sources` wrote about the model: `package`, `repository` or `sha256`; may be empty.
+        source: the model's record by the stage `sources`, with `package`, `repository` or `sha256`; may be empty.
         model_folder: the imported model, with the source's README.md where it has one.
     """
     if source.get("package") in _PACKAGES:

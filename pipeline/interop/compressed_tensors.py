@@ -1,16 +1,16 @@
-"""The checkpoint under the names and in the layouts of compressed-tensors, which transformers and vLLM read.
+"""The quantized checkpoint under the names and in the layouts of compressed-tensors, which transformers and vLLM read.
 
-What a linear's weight and input are quantized to decides its layout:
+The quantizers of a linear's weight and input decide its layout:
 
-    pack-quantized         integers, packed into int32: weights alone, or with activations of other bits than 8
+    pack-quantized         integers, packed into int32: weights alone, or with activations of other than 8 bits
     int-quantized          integers of 8 bits, weights and activations, as int8
-    float-quantized        fp8_e4m3: float8_e4m3fn
+    float-quantized        fp8_e4m3, as float8_e4m3fn
     mxfp4-pack-quantized   two values a byte, exponents of scales as bytes
-    nvfp4-pack-quantized   two values a byte, scales in E4M3; 1 / the scale of the tensor (`weight_global_scale`) and of
-                           the activations (`input_global_scale`)
+    nvfp4-pack-quantized   two values a byte, scales in E4M3; `weight_global_scale` is 1 / the scale of the tensor,
+                           `input_global_scale` 1 / the scale of the activations
 
-Readers decompress FP4 to bfloat16, which holds all of these values exactly, and cannot multiply them by float32: such a
-folder's config says bfloat16.
+Readers decompress FP4 to bfloat16, which holds all of these values exactly. They cannot multiply it by float32, so the
+config of such a folder says bfloat16.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,37 +29,37 @@ from pipeline.runtime.artifacts import Header, write_json
 from pipeline.runtime.progress import show_progress
 
 METHOD = "compressed-tensors"
-_FP4 = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}  # and what its scales are stored as
-_BIAS_FLAGS = ("attention_bias", "mlp_bias")  # of transformers' configs
+_FP4 = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}  # format -> dtype of its stored scales
+_BIAS_FLAGS = ("attention_bias", "mlp_bias")  # keys of transformers' configs
 _WORD = 4  # bytes; rows are packed into int32
 
 
-def find_lost_activations(checkpoint: Checkpoint, described: list[BlockSettings]) -> str:
-    """Why the format's activations would not compute what the model's do; empty when they do."""
-    reasons: dict[str, None] = {}
-    for index, own in enumerate(described):
+def find_lost_activations(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> str:
+    """Return why the format's activations would compute other values than the model's; empty where they do not."""
+    reasons: dict[str, None] = {}  # an ordered set
+    for index, settings in enumerate(all_settings):
         for site, readers in checkpoint.architecture.site_readers.items():
-            spec = own.spec(site)
+            spec = settings.spec(site)
             if not spec.enabled:
                 continue
             if spec.centered:
-                reasons["the format knows no centered activations"] = None
+                reasons["the format has no centered activations"] = None
             if spec.group_size != -1 and not spec.dynamic:
-                reasons["the format knows no static ranges by groups of channels"] = None
-            weights = [own.spec(name.rpartition(".")[2]) for name in readers]
+                reasons["the format has no static ranges by groups of channels"] = None
+            weights = [settings.spec(name.rpartition(".")[2]) for name in readers]
             if not all(weight.enabled for weight in weights):
-                reasons["the format takes none in front of weights of 16 bits"] = None
+                reasons["the format has none for weights of 16 bits"] = None
             elif any(weight.format != spec.format for weight in weights):
-                reasons[f"{METHOD} has no layout for {spec.format} in front of weights in another format"] = None
+                reasons[f"{METHOD} has no layout for {spec.format} with weights in another format"] = None
             if not all(weight.symmetric for weight in weights):
-                reasons["transformers reads asymmetric weights only without them"] = None
+                reasons["transformers reads asymmetric weights only without activations"] = None
             if spec.dynamic:
                 quantizer = find_site_quantizers(load_block(checkpoint, index), checkpoint.architecture)[site]
                 clipped = (quantizer.clip_factor != 1).any()
                 if spec.format == INT and (spec.symmetric or spec.group_size != -1 or clipped):
-                    reasons["the format's dynamic ranges are asymmetric, whole and never clipped"] = None
+                    reasons["the format's dynamic ranges are asymmetric, per token and never clipped"] = None
                 if spec.format == "fp8_e4m3" and (spec.group_size != -1 or clipped):
-                    reasons["the format's dynamic ranges of fp8_e4m3 are whole and never clipped"] = None
+                    reasons["the format's dynamic ranges of fp8_e4m3 are per token and never clipped"] = None
                 if spec.format == "mxfp4" and clipped:
                     reasons["the format's ranges of mxfp4 are never clipped"] = None
                 if spec.format == "nvfp4":
@@ -68,7 +68,7 @@ def find_lost_activations(checkpoint: Checkpoint, described: list[BlockSettings]
 
 
 def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
-    """Linears with a bias that the family's own class has no place for, whatever its config says."""
+    """Return the linears with a bias that the family's class has no place for, whatever its config says."""
     skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
     homeless = {}
     for index in range(checkpoint.block_count):
@@ -80,7 +80,7 @@ def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
 
 
 def _config_with_biases(checkpoint: Checkpoint) -> Any:
-    """The model's config, with places for biases where its class can have them and some linear needs one."""
+    """Return the model's config, with biases enabled where its class can have them and some linear needs one."""
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     if any(name.endswith("_proj.bias") for name in checkpoint.load_block_tensors(0)):
         for flag in _BIAS_FLAGS:
@@ -105,7 +105,12 @@ def write_compressed_tensors(
 
 
 class _Layers:
-    """The checkpoint's tensors under compressed-tensors' names, and the schemes met on the way."""
+    """The checkpoint's tensors under compressed-tensors' names, and the schemes that they use.
+
+    Attributes:
+        schemes: quantizers of weight and input -> names of the linears that have them, filled by `parts`.
+        plain: names of linears that are not quantized.
+    """
 
     def __init__(self, checkpoint: Checkpoint, with_activations: bool) -> None:
         self.checkpoint = checkpoint
@@ -114,7 +119,7 @@ class _Layers:
         self.plain = ["lm_head"]
 
     def parts(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Embedding, norm and head, then block by block, with full names."""
+        """Yield tensors under their full names: embedding, norm and head, then block by block."""
         checkpoint, architecture = self.checkpoint, self.checkpoint.architecture
         names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
         yield {name: checkpoint.load_tensor(name) for name in names}
@@ -127,15 +132,15 @@ class _Layers:
             part = {}
             for site, readers in architecture.site_readers.items():
                 linears = {name: block.get_submodule(name) for name in readers}
-                common = _find_common(list(linears.values()))
+                common_scale = _find_common_scale(list(linears.values()))
                 for name, linear in linears.items():
                     has_bias = skeleton[index].get_submodule(name).bias is not None
-                    own = self._name_tensors(linear, quantizers[site], prefix + name, has_bias, common)
-                    part |= {f"{prefix}{name}.{key}": tensor for key, tensor in own.items()}
+                    tensors = self._name_tensors(linear, quantizers[site], prefix + name, has_bias, common_scale)
+                    part |= {f"{prefix}{name}.{key}": tensor for key, tensor in tensors.items()}
             for name, tensor in block.state_dict().items():
                 if "_proj." not in name and "quantizer." not in name:
                     part[prefix + name] = tensor
-            # Copies, as in `folder.py`, and safetensors refuses what is shared.
+            # Copies, as in export/folder.py; safetensors also refuses tensors that share memory.
             yield {name: tensor.clone() for name, tensor in part.items()}
 
     def _name_tensors(
@@ -144,9 +149,10 @@ class _Layers:
         site: ActivationQuantizer,
         name: str,
         has_bias: bool,
-        common: torch.Tensor | None,
+        common_scale: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        tensors = {}
+        """Return a linear's tensors under the format's names, and record its scheme."""
+        tensors: dict[str, torch.Tensor] = {}
         if has_bias:
             zeros = torch.zeros(linear.out_features, dtype=linear.compute_dtype)
             tensors["bias"] = zeros if linear.bias is None else linear.bias
@@ -155,25 +161,25 @@ class _Layers:
             return tensors | {"weight": linear.weight}
         inputs = site.spec if self.with_activations else QuantizerSpec()
         layout = find_layout(linear.spec, inputs)
-        tensors |= _WRITERS[layout](linear, common)
+        tensors |= _WRITERS[layout](linear, common_scale)
         if inputs.enabled and not inputs.dynamic:
             if layout == "nvfp4-pack-quantized":
                 tensors["input_global_scale"] = 1 / site.scale
             else:
                 tensors["input_scale"] = site.scale
             if not inputs.symmetric:
-                offset = integer_range(inputs.bits)[0]  # integers are signed there
+                offset = integer_range(inputs.bits)[0]  # the format's integers are signed
                 tensors["input_zero_point"] = (site.zero_point + offset).to(torch.int8)
         self.schemes.setdefault((linear.spec, inputs), []).append(name)
         return tensors
 
     def describe(self) -> dict[str, Any]:
-        """`quantization_config`, once `parts` has been through."""
-        alone = len(self.schemes) == 1
+        """Return `quantization_config`. Call it after `parts` is exhausted."""
+        has_one_scheme = len(self.schemes) == 1
         layouts = {find_layout(*scheme) for scheme in self.schemes}
         groups = {
             f"group_{number}": {
-                "targets": ["Linear"] if alone else names,
+                "targets": ["Linear"] if has_one_scheme else names,
                 "weights": _describe_arguments(weights, "channel"),
                 "input_activations": _describe_arguments(inputs, "token" if inputs.dynamic else "tensor"),
                 "output_activations": None,
@@ -192,7 +198,7 @@ class _Layers:
 
 
 def find_layout(weights: QuantizerSpec, inputs: QuantizerSpec) -> str:
-    """The library's name of the layout for a linear whose weight and input are quantized so."""
+    """Return the library's name of the layout for a linear with these quantizers."""
     if weights.format in _FP4:
         return f"{weights.format}-pack-quantized"
     if weights.format == "fp8_e4m3":
@@ -201,7 +207,7 @@ def find_layout(weights: QuantizerSpec, inputs: QuantizerSpec) -> str:
 
 
 def needs_bfloat16(weights: Iterable[QuantizerSpec]) -> bool:
-    """Whether some weights are in FP4."""
+    """Return whether some weights are in FP4."""
     return any(spec.enabled and spec.format in _FP4 for spec in weights)
 
 
@@ -212,7 +218,7 @@ def _write_packed(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, 
         "weight_scale": linear.weight_scale,
         "weight_shape": torch.tensor(linear.weight.shape),
     }
-    if not spec.symmetric:  # in words along the output channels
+    if not spec.symmetric:  # packed along the output channels
         zero_points = linear.weight_zero_point.to(torch.uint8).T.contiguous()
         tensors["weight_zero_point"] = pack_words(zero_points, spec.bits, False).T
     return tensors
@@ -223,25 +229,27 @@ def _write_bytes(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, t
     return {"weight": linear.weight.view(dtype), "weight_scale": linear.weight_scale}
 
 
-def _write_fp4(linear: QuantizedLinear, common: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _write_fp4(linear: QuantizedLinear, common_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
     packed = {"weight_packed": pack_integers(linear.weight, linear.spec.bits, symmetric=False)}
-    scale, common = linear.spec.grid.pack_scale(linear.weight_scale, common)
-    if common is None:
+    scale, tensor_scale = linear.spec.grid.pack_scale(linear.weight_scale, common_scale)
+    if tensor_scale is None:
         return packed | {"weight_scale": scale}
-    return packed | {"weight_scale": scale.view(torch.float8_e4m3fn), "weight_global_scale": 1 / common}
+    return packed | {"weight_scale": scale.view(torch.float8_e4m3fn), "weight_global_scale": 1 / tensor_scale}
 
 
-def _find_common(linears: list[QuantizedLinear]) -> torch.Tensor | None:
-    """One scale of the tensor for all nvfp4 weights that read a site: kernels that fuse them have room for one.
+def _find_common_scale(linears: list[QuantizedLinear]) -> torch.Tensor | None:
+    """Return one tensor scale for all nvfp4 weights that read a site, because kernels that fuse them have only one.
 
-    None where there are none, or where the smallest scale of a block would not survive.
+    Return None without such weights, or where the scales of blocks would change.
     """
-    own = [(linear.weight_scale, linear.spec.grid) for linear in linears if linear.spec.format == "nvfp4"]
-    if not own:
+    scales = [(linear.weight_scale, linear.spec.grid) for linear in linears if linear.spec.format == "nvfp4"]
+    if not scales:
         return None
-    common = torch.stack([grid.pack_scale(scale)[1] for scale, grid in own]).amax(0)
-    kept = all(torch.equal(grid.unpack_scale(*grid.pack_scale(scale, common)), scale) for scale, grid in own)
-    return common if kept else None
+    common_scale = torch.stack([grid.pack_scale(scale)[1] for scale, grid in scales]).amax(0)
+    is_exact = all(
+        torch.equal(grid.unpack_scale(*grid.pack_scale(scale, common_scale)), scale) for scale, grid in scales
+    )
+    return common_scale if is_exact else None
 
 
 _WRITERS = {
@@ -254,13 +262,16 @@ _WRITERS = {
 
 
 def pack_words(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    """[rows, n] int8 (symmetric) or uint8 -> int32 [rows, ceil(n bits / 32)], bits end to end (`packing.py`)."""
+    """Pack integers [rows, n], int8 (symmetric) or uint8, into int32 [rows, ceil(n bits / 32)].
+
+    Bits lie end to end, as in `numerics/packing.py`.
+    """
     packed = pack_integers(integers, bits, symmetric)
     return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % _WORD)).contiguous().view(torch.int32)
 
 
 def _describe_arguments(spec: QuantizerSpec, strategy: str) -> dict[str, Any] | None:
-    """`strategy` is that of a spec without groups."""
+    """Return the format's description of a quantizer, None where it is off; `strategy`: the one without groups."""
     if not spec.enabled:
         return None
     block = FORMATS[spec.format].block or spec.group_size
@@ -270,6 +281,6 @@ def _describe_arguments(spec: QuantizerSpec, strategy: str) -> dict[str, Any] | 
     arguments |= {"dynamic": spec.dynamic, "group_size": None if block == -1 else block}
     if spec.format in _FP4:
         arguments |= {"scale_dtype": _FP4[spec.format], "zp_dtype": _FP4[spec.format]}
-    if spec.format == "nvfp4" and spec.group_size == -1:  # a static scale, blocks' own as they come
+    if spec.format == "nvfp4" and spec.group_size == -1:  # the tensor's scale is static, those of blocks are dynamic
         arguments["dynamic"] = "local"
     return arguments

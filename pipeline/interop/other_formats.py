@@ -1,13 +1,14 @@
-"""The exported model in formats of others, as far as they can carry it.
+"""The quantized model in formats of other programs, as far as they can hold it.
 
-    compressed-tensors   weights, packed; activations where the format's schemes compute the same. Loaded by
-                         transformers and by serving engines with the compressed-tensors library.
-    peft                 the prefix as a PEFT prefix-tuning adapter on top of the former.
-    gguf                 weights alone, for llama.cpp (`gguf_writer.py`).
+    compressed-tensors   packed weights; activations where the format's schemes compute the same values. Loaded by
+                         transformers and by serving engines that have the compressed-tensors library.
+    peft                 the prefix as a PEFT prefix-tuning adapter for the compressed-tensors folder.
+    gguf                 weights only, for llama.cpp (`gguf_writer.py`).
 
-Neither has room for everything: `plan_formats` compares what the model is made of with what a format computes, exactly,
-and raises unless whatever would be lost is named in `drop`. What cannot be left out without breaking the model (R4,
-biases the family has no place for) is always refused. manifest.json lists what each folder keeps and drops.
+No format holds everything. `compare_formats` compares the parts of the model with those that a format computes exactly.
+It raises an error unless `drop` names every part that would be lost. Parts that the model cannot do without (R4, biases
+that the family's class has no place for) are always refused. manifest.json lists the parts that each folder keeps and
+drops.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ MANIFEST = "manifest.json"
 SITES = {group: {site for site in Site if site_group(site) == group} for group in ("activations", "keys", "values")}
 _LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
 _LOAD_FP4 = "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)"
-# It expects the zero points of weights unpacked unless it dequantizes at once (compressed-tensors 0.20).
+# Unless it dequantizes at once, it expects the zero points of weights unpacked (compressed-tensors 0.20).
 _LOAD_ASYMMETRIC = (
     "AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
 )
@@ -48,16 +49,17 @@ _LOAD_ADAPTER = "PeftModel.from_pretrained(model, folder), model loaded from ../
 
 
 class FormatError(PipelineError):
-    """A format cannot express the model; the message says what it would lose."""
+    """A format cannot hold the model; the message names the parts that would be lost."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a format's folder will hold, what not, and how it is read.
+class FormatContents:
+    """The parts of a model that a format's folder holds, and how it is loaded.
 
     Attributes:
-        load: how transformers or PEFT read it.
-        prefix: of a dropped prefix of tokens, for the caller to put in front of every text: "token_ids" and "text".
+        keeps, drops: the model's parts, of weights, activations, keys, values and prefix.
+        load: the call by which transformers or PEFT loads the folder.
+        prefix: `token_ids` and `text` of a dropped prefix of tokens, for the caller to put before every text.
     """
 
     keeps: list[str]
@@ -70,125 +72,134 @@ def write_formats(
     checkpoint: Checkpoint,
     prefix_kv: torch.Tensor | None,
     folder: Path,
+    *,
     formats: list[str],
     drop: list[str],
     max_shard_size: str,
     header: Header,
-    start_token: int | None = None,
+    text_start_token_id: int | None = None,
     prefix_token_ids: Sequence[int] = (),
-) -> dict[str, Plan]:
-    """Replace `folder` by one subfolder per format and manifest.json.
+) -> dict[str, FormatContents]:
+    """Replace `folder` by one subfolder per format and manifest.json, and return format -> its contents.
 
     Args:
         checkpoint: the quantized one.
-        prefix_kv: [L, 2, kv_heads, P, d] in its basis, or None.
-        drop: what may be lost: activations, keys, values, prefix.
-        start_token: what stands between the prefix and every text, or None.
-        prefix_token_ids: [P] of a prefix of tokens; none of a continuous one.
+        prefix_kv: [L, 2, kv_heads, P, d] in the checkpoint's basis, or None.
+        drop: parts that may be lost: activations, keys, values, prefix.
+        text_start_token_id: the start token between the prefix and every text, or None.
+        prefix_token_ids: [P], empty for a continuous prefix.
 
     Raises:
-        FormatError: lists everything that a format cannot express.
+        FormatError: lists everything that a format cannot hold.
     """
-    plans = plan_formats(checkpoint, prefix_kv is not None, formats, drop)
-    if prefix_kv is not None and PEFT not in plans and prefix_token_ids:
+    contents = compare_formats(checkpoint, prefix_kv is not None, formats, drop)
+    if prefix_kv is not None and PEFT not in contents and prefix_token_ids:
         prefix = {"token_ids": list(prefix_token_ids), "text": checkpoint.tokenizer.decode(prefix_token_ids)}
-        plans = {name: replace(plan, prefix=prefix) for name, plan in plans.items()}
+        contents = {name: replace(parts, prefix=prefix) for name, parts in contents.items()}
     with replacing_folder(folder) as partial:
-        if COMPRESSED_TENSORS in plans:
-            own = partial / COMPRESSED_TENSORS
-            own.mkdir()
-            write_compressed_tensors(checkpoint, own, "activations" not in drop, max_shard_size, header)
-            if PEFT in plans or prefix_kv is None:  # else the prefix is lost, and what its tokenizer does is best
-                save_tokenizer(checkpoint, own, start_token)
-        if GGUF in plans:
-            own = partial / GGUF
-            own.mkdir()
-            write_gguf(checkpoint, own / FILE)
-        if PEFT in plans:
-            own = partial / PEFT
-            own.mkdir()
-            _write_adapter(prefix_kv, own, header)
-        write_json(partial / MANIFEST, {name: vars(plan) for name, plan in plans.items()})
+        for name in contents:
+            (partial / name).mkdir()
+        if COMPRESSED_TENSORS in contents:
+            subfolder = partial / COMPRESSED_TENSORS
+            write_compressed_tensors(checkpoint, subfolder, "activations" not in drop, max_shard_size, header)
+            if PEFT in contents or prefix_kv is None:  # without the prefix, the model's own tokenizer serves best
+                save_tokenizer(checkpoint, subfolder, text_start_token_id)
+        if GGUF in contents:
+            write_gguf(checkpoint, partial / GGUF / FILE)
+        if prefix_kv is not None and PEFT in contents:
+            _write_adapter(prefix_kv, partial / PEFT, header)
+        write_json(partial / MANIFEST, {name: vars(parts) for name, parts in contents.items()})
         write_folder_header(partial, header)
-    return plans
+    return contents
 
 
-def plan_formats(checkpoint: Checkpoint, has_prefix: bool, formats: list[str], drop: list[str]) -> dict[str, Plan]:
-    """What each format will keep and drop. Raises FormatError with all that is neither expressible nor in `drop`."""
+def compare_formats(
+    checkpoint: Checkpoint, has_prefix: bool, formats: list[str], drop: list[str]
+) -> dict[str, FormatContents]:
+    """Return the parts of the model that each format keeps and drops.
+
+    Raises:
+        FormatError: lists all parts that a format cannot hold and `drop` does not name.
+    """
     if not formats:
         return {}
-    described = [block_settings(checkpoint, index) for index in range(checkpoint.block_count)]
-    problems = _find_obstacles(checkpoint, described)
+    all_settings = [block_settings(checkpoint, index) for index in range(checkpoint.block_count)]
+    problems = _find_obstacles(checkpoint, all_settings)
     window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)
     problems += find_misfits(formats, window)
-    lost = {"activations": ""}
+    enabled = {site for settings in all_settings for site, spec in settings.sites.items() if spec.enabled}
+    lost = {"activations": ""}  # part -> reason
     if GGUF in formats:
-        problems += find_gguf_obstacles(checkpoint, described, window)
-        quantized = any(own.spec(site).enabled for own in described for site in SITES["activations"])
-        lost["activations"] = "gguf has weights alone" if quantized else ""
+        problems += find_gguf_obstacles(checkpoint, all_settings, window)
+        lost["activations"] = "gguf holds weights only" if enabled & SITES["activations"] else ""
     if COMPRESSED_TENSORS in formats:
-        lost["activations"] = find_lost_activations(checkpoint, described) or lost["activations"]
-    lost |= {what: _lost_cache(described, what) for what in ("keys", "values")}
+        lost["activations"] = find_lost_activations(checkpoint, all_settings) or lost["activations"]
+    for part in ("keys", "values"):
+        lost[part] = "the format has no quantized cache that computes the same values" if enabled & SITES[part] else ""
     lost["prefix"] = f"{formats[0]} has no place for it (compressed-tensors with peft has)" if has_prefix else ""
     if PEFT in formats:
         lost["prefix"] = "gguf has no place for it" if GGUF in formats and has_prefix else ""
         if not has_prefix:
-            problems.append("peft: there is no prefix to write; remove it from export.formats")
+            problems.append("export.formats: peft holds the prefix, and this model has none. Remove peft.")
     problems += [
-        f"{what}: {reason}; add {what} to export.drop to do without"
-        for what, reason in lost.items()
-        if reason and what not in drop
+        f"{part}: {reason}. Add {part} to export.drop to write the format without them."
+        for part, reason in lost.items()
+        if reason and part not in drop
     ]
     if problems:
-        raise FormatError("export.formats cannot express this model:\n  " + "\n  ".join(problems))
-    enabled = {site for own in described for site, spec in own.sites.items() if spec.enabled}
-    present = ["weights", *(what for what in ("activations", "keys", "values") if enabled & SITES[what])]
-    present += ["prefix"] if has_prefix else []
-    kept = {"weights"} | ({"activations"} - set(drop))
-    weights = [own.spec(short) for own in described for short in checkpoint.architecture.linear_sites]
-    load = _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
-    load = _LOAD_FP4 if needs_bfloat16(weights) else load
-    keeps, drops = ([what for what in present if (what in kept) is wanted] for wanted in (True, False))
-    plans = {COMPRESSED_TENSORS: Plan(keeps, drops, load)} if COMPRESSED_TENSORS in formats else {}
+        raise FormatError("export.formats cannot hold this model:\n  " + "\n  ".join(problems))
+    parts = ["weights", *(part for part, sites in SITES.items() if enabled & sites)]
+    parts += ["prefix"] if has_prefix else []
+    contents = {}
+    if COMPRESSED_TENSORS in formats:
+        keeps = [part for part in parts if part == "weights" or (part == "activations" and part not in drop)]
+        drops = [part for part in parts if part not in keeps]
+        contents[COMPRESSED_TENSORS] = FormatContents(keeps, drops, _choose_loading(checkpoint, all_settings))
     if GGUF in formats:
-        plans[GGUF] = Plan(["weights"], present[1:], _LOAD_GGUF)
+        contents[GGUF] = FormatContents(["weights"], parts[1:], _LOAD_GGUF)
     if PEFT in formats:
-        plans[PEFT] = Plan(["prefix"], [], _LOAD_ADAPTER)
-    return plans
+        contents[PEFT] = FormatContents(["prefix"], [], _LOAD_ADAPTER)
+    return contents
 
 
-def _find_obstacles(checkpoint: Checkpoint, described: list[BlockSettings]) -> list[str]:
-    """What no `drop` can help with."""
+def _choose_loading(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> str:
+    """Return the call that loads the compressed-tensors folder."""
+    weights = [settings.spec(linear) for settings in all_settings for linear in checkpoint.architecture.linear_sites]
+    if needs_bfloat16(weights):
+        return _LOAD_FP4
+    return _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
+
+
+def _find_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> list[str]:
+    """Return a message for each reason to refuse the model, whatever `drop` names."""
     problems = []
-    if not any(own.spec(short).enabled for own in described for short in checkpoint.architecture.linear_sites):
-        problems.append("weights: none are quantized; set quantizer_init.weights.bits, or remove export.formats")
-    if any(own.online_r1 for own in described):
+    linears = checkpoint.architecture.linear_sites
+    if not any(settings.spec(linear).enabled for settings in all_settings for linear in linears):
         problems.append(
-            "rotation.r1=online: q/k/v and gate/up count on a rotation of their input that transformers would not "
-            "apply; set rotation.r1: hadamard (or identity)"
+            "quantizer_init.weights.bits=16: the formats hold quantized weights. Use fewer, or empty export.formats."
+        )
+    if any(settings.online_r1 for settings in all_settings):
+        problems.append(
+            "rotation.r1=online: q/k/v and gate/up expect rotated inputs, and transformers would not rotate them. Use "
+            "hadamard or identity."
         )
     for rotation, reader in (("r4", "down_proj"), ("r5", "o_proj")):
-        if any(getattr(own, f"online_{rotation}") for own in described):
+        if any(getattr(settings, f"online_{rotation}") for settings in all_settings):
             problems.append(
-                f"rotation.{rotation}=hadamard: {reader} counts on a rotation of its input that transformers would not "
-                f"apply; set rotation.{rotation}: identity"
+                f"rotation.{rotation}: {reader} expects a rotated input, and transformers would not rotate it. Use "
+                "identity."
             )
     homeless = find_homeless_biases(checkpoint)
     if homeless:
         problems.append(
-            f"biases of {', '.join(homeless)}: {checkpoint.config.model_type} models have none; set "
-            "quantizer_init.weights.centered: false"
+            f"quantizer_init.weights.centered=true: it adds biases to {', '.join(homeless)}, and "
+            f"{checkpoint.config.model_type} models have none there. Use false."
         )
     return problems
 
 
-def _lost_cache(described: list[BlockSettings], what: str) -> str:
-    enabled = any(own.spec(site).enabled for own in described for site in SITES[what])
-    return "the format has no quantized cache that computes the same" if enabled else ""
-
-
 def _write_adapter(prefix_kv: torch.Tensor, folder: Path, header: Header) -> None:
-    """PEFT reads [P, L, 2, kv_heads, d], flattened to [P, …]."""
+    """Write the prefix as PEFT reads it: [P, L, 2, kv_heads, d], flattened to [P, …]."""
     layers, _, heads, tokens, width = prefix_kv.shape
     embeddings = prefix_kv.float().permute(3, 0, 1, 2, 4).reshape(tokens, -1)
     save_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": embeddings}, header)

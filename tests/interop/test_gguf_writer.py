@@ -1,4 +1,4 @@
-"""Weights as GGUF: what gguf, transformers and our importer read is what was written, to the rounding of scales."""
+"""Weights as GGUF: gguf, transformers and the importer read back the written model, up to the rounding of scales."""
 
 import gguf
 import pytest
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from pipeline.importing.import_model import import_model
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.gguf_writer import pack_blocks
-from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
+from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.quantizer import dequantize_weight
 from pipeline.runtime.artifacts import make_header
@@ -38,13 +38,13 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_blocks_are_what_gguf_dequantizes(bits, groups):
+def test_packed_blocks_dequantize_to_the_weights(bits, groups):
     generator = torch.Generator().manual_seed(bits)
     integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 96), generator=generator, dtype=torch.int8)
     scale = torch.rand(5, groups, generator=generator) + 0.01
     kind = gguf.GGMLQuantizationType.Q4_0 if bits <= 4 else gguf.GGMLQuantizationType.Q8_0
-    found = torch.from_numpy(gguf.quants.dequantize(pack_blocks(integers, scale, bits).numpy(), kind))
-    assert torch.equal(found, dequantize_weight(integers, scale.half().float()))
+    weights = torch.from_numpy(gguf.quants.dequantize(pack_blocks(integers, scale, bits).numpy(), kind))
+    assert torch.equal(weights, dequantize_weight(integers, scale.half().float()))
     with pytest.raises(ValueError, match="beyond float16"):
         pack_blocks(integers, scale * 1e-9, bits)
 
@@ -52,9 +52,17 @@ def test_blocks_are_what_gguf_dequantizes(bits, groups):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_what_is_read_back_is_the_model_that_was_quantized(wide, tmp_path, family, kind):
+def test_gguf_reads_back_as_the_quantized_model(wide, tmp_path, family, kind):
     checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
-    write_formats(checkpoint, None, tmp_path / "formats", ["gguf"], [], "5GB", make_header("export", {}))
+    write_formats(
+        checkpoint,
+        None,
+        tmp_path / "formats",
+        formats=["gguf"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+    )
     assert read_json(tmp_path / "formats" / "manifest.json")["gguf"]["keeps"] == ["weights"]
     path = tmp_path / "formats" / "gguf" / "model.gguf"
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -64,8 +72,8 @@ def test_what_is_read_back_is_the_model_that_was_quantized(wide, tmp_path, famil
     import_model(str(path), None, torch.float32, tmp_path / "again")
     again = Checkpoint(tmp_path / "again", "model")
     expected = assemble_model(checkpoint, None)(TEXT).logits
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    for model in (assemble_model(again, None), theirs):
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    for model in (assemble_model(again, None), loaded):
         assert (model(TEXT).logits - expected).abs().max() <= 5e-3 * expected.abs().max()
     assert again.tokenizer("The house")["input_ids"] == checkpoint.tokenizer("The house")["input_ids"]
 
@@ -73,39 +81,47 @@ def test_what_is_read_back_is_the_model_that_was_quantized(wide, tmp_path, famil
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_llama_cpp_computes_what_was_quantized(wide, tmp_path, family, kind):
-    """Its products round what they multiply to 8 bits in blocks of 32; tokens are ours, and a text's are."""
+def test_llama_cpp_computes_the_quantized_model(wide, tmp_path, family, kind):
+    """llama.cpp's products round their input to 8 bits in blocks of 32. Its tokenizer gives the same tokens."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
-    write_formats(checkpoint, None, tmp_path / "formats", ["gguf"], [], "5GB", make_header("export", {}))
+    write_formats(
+        checkpoint,
+        None,
+        tmp_path / "formats",
+        formats=["gguf"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+    )
     path = tmp_path / "formats" / "gguf" / "model.gguf"
-    theirs = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
+    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
     model = assemble_model(checkpoint, None)
     for tokens in TEXT.tolist():
-        theirs.reset()
-        theirs.eval(tokens)
-        found = torch.from_numpy(theirs.scores[: len(tokens)]).clone()
+        llama.reset()
+        llama.eval(tokens)
+        logits = torch.from_numpy(llama.scores[: len(tokens)]).clone()
         expected = model(torch.tensor([tokens])).logits[0]
-        assert (found - expected).abs().max() <= 0.1 * expected.abs().max()  # measured: 0.044
-        assert torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1] > 0.999
-    own = checkpoint.tokenizer("The house", add_special_tokens=False)["input_ids"]
-    assert theirs.tokenize(b"The house", add_bos=False) == own
+        assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()  # measured: 0.044
+        assert torch.corrcoef(torch.stack((logits.flatten(), expected.flatten())))[0, 1] > 0.999
+    token_ids = checkpoint.tokenizer("The house", add_special_tokens=False)["input_ids"]
+    assert llama.tokenize(b"The house", add_bos=False) == token_ids
 
 
-def test_what_gguf_cannot_hold_is_refused_by_name(wide, tmp_path):
+def test_gguf_refuses_what_it_cannot_hold(wide, tmp_path):
     changes = {"weights.symmetric": False, "activations.bits": 8}
     checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | changes, (5, 0), r4="hadamard")
     with pytest.raises(FormatError) as error:
-        plan_formats(checkpoint, True, ["gguf"], [])
+        compare_formats(checkpoint, True, ["gguf"], [])
     for reason in (
-        "rotation.r4=hadamard",
-        "gguf: q_proj: Q4_0 and Q8_0 have no zero points",
-        "activations: gguf has weights alone",
+        "rotation.r4: down_proj expects a rotated input",
+        "gguf cannot hold q_proj: Q4_0 and Q8_0 have no zero points. Use symmetric: true.",
+        "activations: gguf holds weights only",
         "prefix: gguf has no place for it",
     ):
         assert reason in str(error.value)
     checkpoint, _ = make_quantized(
         wide, tmp_path / "nv", "llama", PLAIN | {"weights.format": "nvfp4"}, (), r4="identity"
     )
-    with pytest.raises(FormatError, match="nvfp4 is not what Q4_0 and Q8_0 hold"):
-        plan_formats(checkpoint, False, ["gguf"], [])
+    with pytest.raises(FormatError, match="Q4_0 and Q8_0 hold integers, not nvfp4"):
+        compare_formats(checkpoint, False, ["gguf"], [])

@@ -1,4 +1,4 @@
-"""Floats of 8 and 4 bits through everything: chosen, trained, packed by us and for others, always the same."""
+"""Floats of 8 and 4 bits give the same values when they are chosen, trained, exported and written for others."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from pipeline.inference.loading import load, use_integers_
 from pipeline.inference.packed_block import PackedLinear
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.inspection.saturation import SaturationProbe
-from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
+from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
 from pipeline.numerics.grids import as_grid
 from pipeline.runtime.artifacts import load_tensors, make_header
 from pipeline.training.trainables import freeze_, unfreeze_
@@ -26,12 +26,12 @@ WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
 
 
 def both(name, bits, **activations):
-    own = {
+    changes = {
         f"{group}.{key}": value
         for group in ("weights", "activations")
         for key, value in (("format", name), ("bits", bits))
     }
-    return own | {f"activations.{key}": value for key, value in activations.items()}
+    return changes | {f"activations.{key}": value for key, value in activations.items()}
 
 
 KINDS = {
@@ -57,9 +57,9 @@ def wide(tmp_path_factory):
 
 
 def read_back(folder):
-    """What transformers and compressed-tensors make of a folder, in float32: FP4 is decompressed to bfloat16 first."""
+    """Load a folder by transformers and compressed-tensors, in float32. FP4 is decompressed to bfloat16 first."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with contextlib.suppress(RuntimeError):  # float32 times bfloat16; weights are decompressed by then
+    with contextlib.suppress(RuntimeError):  # float32 times bfloat16, after the weights are decompressed
         model(TEXT)
     return torch.nn.Module.float(model)
 
@@ -68,20 +68,26 @@ def read_back(folder):
 @torch.no_grad()
 def test_compressed_tensors_computes_the_same_logits(wide, tmp_path, kind):
     checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
-    plan = write_formats(
-        checkpoint, None, tmp_path / "formats", ["compressed-tensors"], [], "5GB", make_header("export", {})
+    contents = write_formats(
+        checkpoint,
+        None,
+        tmp_path / "formats",
+        formats=["compressed-tensors"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
     )
     folder = tmp_path / "formats" / "compressed-tensors"
     config = read_json(folder / "config.json")
     described = config["quantization_config"]
     assert described["format"] == described["config_groups"]["group_0"]["format"] == kind.split()[0]
     assert described["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert ("bfloat16" in plan["compressed-tensors"].load) == ("fp4" in kind) == (config["dtype"] == "bfloat16")
+    assert ("bfloat16" in contents["compressed-tensors"].load) == ("fp4" in kind) == (config["dtype"] == "bfloat16")
     expected = assemble_model(checkpoint, None)(TEXT).logits
     assert (read_back(folder)(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 0
-    if "fp4" in kind:  # as its config says it is to be read, too
+    if "fp4" in kind:  # its config asks for bfloat16
         assert AutoModelForCausalLM.from_pretrained(folder)(TEXT).logits.dtype == torch.bfloat16
-    if kind == "nvfp4-pack-quantized":  # kernels that fuse q, k and v have room for one scale
+    if kind == "nvfp4-pack-quantized":  # kernels that fuse q, k and v have one scale
         tensors = read_tensors(folder)
         scales = [tensors[f"model.layers.0.self_attn.{name}_proj.weight_global_scale"] for name in "qkv"]
         assert scales[0] == scales[1] == scales[2]
@@ -96,7 +102,7 @@ def read_tensors(folder):
 
 
 @pytest.mark.parametrize("kind", ["float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"])
-def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_path, kind):
+def test_loaded_and_trained_blocks_compute_what_was_evaluated(wide, tmp_path, kind):
     checkpoint, runner = make_quantized(wide, tmp_path, "wide", KINDS[kind] | CACHE)
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     metrics = export_model(
@@ -109,7 +115,7 @@ def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_pat
         results={},
     )
     model, _ = load(tmp_path / "export")
-    use_integers_(model)  # nothing here is integers
+    use_integers_(model)  # has no effect: the weights are floats
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == 14
     assert all(linear.product is None for linear in linears)
@@ -129,18 +135,20 @@ def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_pat
         before = runner.run(block, hidden, prefix["kv"][0])
     assert all(0 <= site["share"] < 0.05 and site["sqnr"] > 10 for site in probe.report().values())
     weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in checkpoint.architecture.linears}
-    # Off the grid, or no scale would have a gradient; not so far as to round to other values.
+    # Off the grid, so that scales have a gradient, but near enough to round to the same values.
     weights = {name: weight * (1 + 0.01 * torch.rand_like(weight)) for name, weight in weights.items()}
     for start in (None, weights):
         block = load_block(checkpoint, 0)
-        found = unfreeze_(block, checkpoint.architecture, start)
+        trainables = unfreeze_(block, checkpoint.architecture, start)
         trained = runner.run(block, hidden, prefix["kv"][0])
         assert torch.allclose(trained, before, atol=1e-6)
         trained.square().sum().backward()
-        silent = [parameter.shape for parameter in [*found.quantizers, *found.weights] if not parameter.grad.any()]
+        silent = [
+            parameter.shape for parameter in [*trainables.quantizers, *trainables.weights] if not parameter.grad.any()
+        ]
         assert silent == []
         with torch.no_grad():
-            for parameter in [*found.quantizers, *found.weights]:
+            for parameter in parameters:
                 parameter -= 0.05 * parameter.grad.sign() * (parameter.abs().mean() if parameter.dim() and start else 1)
             moved = runner.run(block, hidden, prefix["kv"][0])
             freeze_(block)
@@ -155,12 +163,12 @@ def test_what_is_loaded_and_what_was_trained_is_what_was_evaluated(wide, tmp_pat
     assert as_grid(spec.grid) is spec.grid
 
 
-def test_what_the_formats_have_no_place_for_is_refused_by_name(wide, tmp_path):
+def test_compressed_tensors_refuses_activations_it_cannot_hold(wide, tmp_path):
     for number, (changes, reason) in enumerate(
         [
             (
                 both("fp8_e4m3", 8) | {"weights.format": "int"},
-                "no layout for fp8_e4m3 in front of weights in another format",
+                "no layout for fp8_e4m3 with weights in another format",
             ),
             (both("nvfp4", 4, mode="dynamic"), "scale of nvfp4 is static"),
             (both("mxfp4", 4, mode="dynamic"), "ranges of mxfp4 are never clipped"),
@@ -169,15 +177,23 @@ def test_what_the_formats_have_no_place_for_is_refused_by_name(wide, tmp_path):
     ):
         checkpoint, _ = make_quantized(wide, tmp_path / str(number), "wide", PLAIN | changes, (), r4="identity")
         with pytest.raises(FormatError, match=reason):
-            plan_formats(checkpoint, False, ["compressed-tensors"], [])
+            compare_formats(checkpoint, False, ["compressed-tensors"], [])
 
 
-def test_a_prefix_of_tokens_that_is_left_out_is_named_for_the_caller(wide, tmp_path):
+def test_manifest_names_a_dropped_prefix(wide, tmp_path):
     checkpoint, _ = make_quantized(
         wide, tmp_path, "wide", PLAIN | {"weights.format": "nvfp4"}, (5, 9, 0), r4="identity"
     )
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
-    place = tmp_path / "formats", ["compressed-tensors"], ["prefix"], "5GB", make_header("export", {})
-    write_formats(checkpoint, prefix["kv"], *place, None, prefix["token_ids"].tolist())
-    found = read_json(tmp_path / "formats" / "manifest.json")["compressed-tensors"]["prefix"]
-    assert found == {"token_ids": [5, 9, 0], "text": checkpoint.tokenizer.decode([5, 9, 0])}
+    write_formats(
+        checkpoint,
+        prefix["kv"],
+        tmp_path / "formats",
+        formats=["compressed-tensors"],
+        drop=["prefix"],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+        prefix_token_ids=prefix["token_ids"].tolist(),
+    )
+    named = read_json(tmp_path / "formats" / "manifest.json")["compressed-tensors"]["prefix"]
+    assert named == {"token_ids": [5, 9, 0], "text": checkpoint.tokenizer.decode([5, 9, 0])}

@@ -1,4 +1,4 @@
-"""Formats of others, read back by their own libraries: the same logits, or an error that says what would be lost."""
+"""Formats of other programs, read back by their own libraries: the same logits, or an error that names the loss."""
 
 import json
 
@@ -13,7 +13,7 @@ from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.export.folder import export_model
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.compressed_tensors import pack_words
-from pipeline.interop.other_formats import FormatError, plan_formats, write_formats
+from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
 from pipeline.numerics.quantizer import integer_range
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import WINDOW, read_json
@@ -21,7 +21,7 @@ from tests.export.test_folder import NEEDS_PROC, check_parts, collect_parts
 from tests.inference.test_prefixed_model import make_quantized
 
 TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3))
-# Nothing that the format cannot express: no R4, no quantized cache, nothing centered.
+# Settings that the formats can hold: no R4, no quantized cache, nothing centered.
 PLAIN = {f"{group}.bits": 16 for group in ("activations", "keys", "values")} | {
     f"{group}.centered": False for group in ("weights", "activations")
 }
@@ -52,15 +52,23 @@ READ = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma
 
 
 def write(imported, folder, family, changes, formats=("compressed-tensors",), drop=(), prefix=(), **rotation):
+    """Return the quantized model in memory, the folder of formats and their contents."""
     checkpoint, _ = make_quantized(imported, folder, family, PLAIN | changes, prefix, **{"r4": "identity"} | rotation)
     kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
-    place = folder / "formats", list(formats), list(drop)
-    plans = write_formats(checkpoint, kv, *place, "5GB", make_header("export", {}))
-    return assemble_model(checkpoint, kv), folder / "formats", plans
+    contents = write_formats(
+        checkpoint,
+        kv,
+        folder / "formats",
+        formats=list(formats),
+        drop=list(drop),
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+    )
+    return assemble_model(checkpoint, kv), folder / "formats", contents
 
 
 @NEEDS_PROC
-def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path, monkeypatch):
+def test_unwritten_shards_keep_no_file_mapped(imported, tmp_path, monkeypatch):
     collected = collect_parts(monkeypatch, "pipeline.interop.compressed_tensors")
     write(imported, tmp_path, "llama_untied_biases", {})
     check_parts(collected)
@@ -70,69 +78,69 @@ def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path,
 @pytest.mark.parametrize("family", READ)
 @torch.no_grad()
 def test_compressed_tensors_computes_the_same_logits(imported, tmp_path, family, kind):
-    ours, folder, plans = write(imported, tmp_path, family, KINDS[kind])
+    model, folder, contents = write(imported, tmp_path, family, KINDS[kind])
     asymmetric = kind == "W3 asymmetric groups"
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors", **options)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors", **options)
     described = read_json(folder / "compressed-tensors" / "config.json")["quantization_config"]
     assert described["format"] == ("int-quantized" if kind.startswith("W8A8") else "pack-quantized")
-    expected = ours(TEXT).logits
+    expected = model(TEXT).logits
     # Measured: at most 7e-7 of the largest logit.
-    same = ((theirs(TEXT).logits - expected).abs() <= 1e-5 * expected.abs().max()).all(-1)
+    same = ((loaded(TEXT).logits - expected).abs() <= 1e-5 * expected.abs().max()).all(-1)
     if kind != "W2A8 dynamic":
         assert same.all()
-    else:  # scales from other sums: what lies between two integers may go to the other one
+    else:  # its scales come from sums in another order, so a value between two integers may round to the other one
         assert same.float().mean() > 0.4  # measured: 0.5 to 0.96 of the tokens
         return
-    plan = plans["compressed-tensors"]
-    assert read_json(folder / "manifest.json") == {"compressed-tensors": vars(plan)}
-    assert (plan.keeps, plan.drops) == (["weights", *(["activations"] if "A" in kind else [])], [])
-    assert ("dequantize=True" in plan.load) == asymmetric
+    parts = contents["compressed-tensors"]
+    assert read_json(folder / "manifest.json") == {"compressed-tensors": vars(parts)}
+    assert (parts.keeps, parts.drops) == (["weights", *(["activations"] if "A" in kind else [])], [])
+    assert ("dequantize=True" in parts.load) == asymmetric
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(theirs.generate(TEXT, **options), ours.generate(TEXT, **options))
+    assert torch.equal(loaded.generate(TEXT, **options), model.generate(TEXT, **options))
 
 
 @torch.no_grad()
-def test_biases_that_correct_the_mean_error_of_weights_find_a_place_in_llama(imported, tmp_path):
+def test_llama_keeps_biases_of_centered_weights(imported, tmp_path):
     changes = {"weights.centered": True, "activations.bits": 8}
-    ours, folder, _ = write(imported, tmp_path, "llama_tied", changes)
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors")
-    assert theirs.config.attention_bias
-    assert theirs.config.mlp_bias
-    expected = ours(TEXT).logits
-    assert (theirs(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model, folder, _ = write(imported, tmp_path, "llama_tied", changes)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors")
+    assert loaded.config.attention_bias
+    assert loaded.config.mlp_bias
+    expected = model(TEXT).logits
+    assert (loaded(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3", "olmo2"])
 @torch.no_grad()
-def test_the_prefix_travels_as_an_adapter(imported, tmp_path, family):
+def test_adapter_carries_the_prefix(imported, tmp_path, family):
     formats = ("compressed-tensors", "peft")
-    ours, folder, plans = write(imported, tmp_path, family, {"activations.bits": 8}, formats, prefix=(5, 9, 0))
+    model, folder, contents = write(imported, tmp_path, family, {"activations.bits": 8}, formats, prefix=(5, 9, 0))
     base = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors")
     without = base(TEXT).logits
-    theirs = PeftModel.from_pretrained(base, folder / "peft")
-    expected = ours(TEXT).logits
-    assert (theirs(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    adapted = PeftModel.from_pretrained(base, folder / "peft")
+    expected = model(TEXT).logits
+    assert (adapted(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (without - expected).abs().max() > 1e-2 * expected.abs().max()
     mask = torch.ones_like(TEXT)
     mask[0, :4] = 0
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(theirs.generate(input_ids=TEXT, **options), ours.generate(TEXT, **options))
-    assert {name: (plan.keeps, plan.drops) for name, plan in plans.items()} == {
+    assert torch.equal(adapted.generate(input_ids=TEXT, **options), model.generate(TEXT, **options))
+    assert {name: (parts.keeps, parts.drops) for name, parts in contents.items()} == {
         "compressed-tensors": (["weights", "activations"], ["prefix"]),
         "peft": (["prefix"], []),
     }
     assert AutoTokenizer.from_pretrained(folder / "compressed-tensors")("a")["input_ids"]
 
 
-def test_an_adapter_is_refused_where_its_prefix_would_slide(imported, tmp_path):
+def test_adapter_is_refused_for_sliding_layers(imported, tmp_path):
     formats = ("compressed-tensors", "peft")
-    with pytest.raises(FormatError, match=rf"layers that slide \(sliding_window={WINDOW}\).*remove peft"):
+    with pytest.raises(FormatError, match=rf"layers that slide \(sliding_window={WINDOW}\).*Remove peft"):
         write(imported, tmp_path, "gemma2", {"activations.bits": 8}, formats, prefix=(5, 9, 0))
 
 
-def test_every_folder_with_the_prefix_has_a_tokenizer_without_start_token(imported, tmp_path):
-    """Writing the adapter's base once left the exported folder, written next, with the tokenizer that adds one."""
+def test_tokenizers_add_no_start_token_to_a_prefix_that_ends_in_it(imported, tmp_path):
+    """Once, writing the adapter's base gave the exported folder, written next, a tokenizer that adds one."""
     checkpoint, _ = make_quantized(imported, tmp_path, "llama_tied", PLAIN, (5, 9, 0), r4="identity")
     tokenizer = checkpoint.tokenizer
     plain = tokenizer("The house")["input_ids"]
@@ -142,52 +150,52 @@ def test_every_folder_with_the_prefix_has_a_tokenizer_without_start_token(import
     tokenizer.save_pretrained(checkpoint.folder)
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     header, formats = make_header("export", {}), ["compressed-tensors", "peft"]
-    write_formats(checkpoint, prefix["kv"], tmp_path / "formats", formats, [], "5GB", header)
+    sizes = {"max_shard_size": "5GB", "header": header}
+    write_formats(checkpoint, prefix["kv"], tmp_path / "formats", formats=formats, drop=[], **sizes)
     export_model(
         checkpoint,
         prefix,
         tmp_path / "export",
         original=imported["llama_tied"],
-        max_shard_size="5GB",
-        header=header,
         results={},
+        **sizes,
     )
     for folder in (tmp_path / "formats/compressed-tensors", tmp_path / "export"):
         assert AutoTokenizer.from_pretrained(folder)("The house")["input_ids"] == plain
-    write_formats(checkpoint, prefix["kv"], tmp_path / "alone", formats[:1], ["prefix"], "5GB", header)
+    write_formats(checkpoint, prefix["kv"], tmp_path / "alone", formats=formats[:1], drop=["prefix"], **sizes)
     alone = AutoTokenizer.from_pretrained(tmp_path / "alone/compressed-tensors")
     assert alone("The house")["input_ids"] == [0, *plain]
 
 
-def test_what_would_be_lost_is_refused_all_at_once_or_named_in_the_manifest(imported, tmp_path):
+def test_lost_parts_are_refused_together_or_listed(imported, tmp_path):
     changes = {"activations.bits": 4, "activations.centered": True, "keys.bits": 4, "values.bits": 4}
     checkpoint, _ = make_quantized(imported, tmp_path, "llama_tied", PLAIN | changes, r4="identity")
     with pytest.raises(FormatError) as error:
-        plan_formats(checkpoint, True, ["compressed-tensors"], [])
-    for what in (
-        "activations: the format knows no centered",
+        compare_formats(checkpoint, True, ["compressed-tensors"], [])
+    for problem in (
+        "activations: the format has no centered",
         "keys: ",
         "values: ",
         "prefix: compressed-tensors has no",
     ):
-        assert what in str(error.value)
+        assert problem in str(error.value)
     drop = ["activations", "keys", "values", "prefix"]
-    plan = plan_formats(checkpoint, True, ["compressed-tensors"], drop)["compressed-tensors"]
-    assert (plan.keeps, plan.drops) == (["weights"], drop)
-    assert plan_formats(checkpoint, True, [], []) == {}
+    parts = compare_formats(checkpoint, True, ["compressed-tensors"], drop)["compressed-tensors"]
+    assert (parts.keeps, parts.drops) == (["weights"], drop)
+    assert compare_formats(checkpoint, True, [], []) == {}
 
 
-def test_what_cannot_be_left_out_is_refused_whatever_may_be_dropped(imported, tmp_path):
+def test_drop_cannot_excuse_a_broken_model(imported, tmp_path):
     drop = ["activations", "keys", "values", "prefix"]
-    with pytest.raises(FormatError, match=r"rotation\.r4=hadamard.*\n?.*set rotation\.r4: identity"):
+    with pytest.raises(FormatError, match=r"rotation\.r4: down_proj expects a rotated input.*Use identity"):
         write(imported, tmp_path / "r4", "llama_tied", {}, drop=drop, r4="hadamard", r5="identity")
-    with pytest.raises(FormatError, match=r"rotation\.r5=hadamard.*\n?.*set rotation\.r5: identity"):
+    with pytest.raises(FormatError, match=r"rotation\.r5: o_proj expects a rotated input.*Use identity"):
         write(imported, tmp_path / "r5", "llama_tied", {}, drop=drop, r5="hadamard")
-    with pytest.raises(FormatError, match=r"biases of o_proj, gate_proj, up_proj, down_proj: qwen2 models have none"):
+    with pytest.raises(FormatError, match=r"biases to o_proj, gate_proj, up_proj, down_proj, and qwen2 models have"):
         write(imported, tmp_path / "bias", "qwen2", {"weights.centered": True, "activations.bits": 8}, drop=drop)
-    with pytest.raises(FormatError, match=r"weights: none are quantized"):
+    with pytest.raises(FormatError, match=r"weights\.bits=16: the formats hold quantized weights"):
         write(imported, tmp_path / "none", "llama_tied", {"weights.bits": 16})
-    with pytest.raises(FormatError, match=r"peft: there is no prefix"):
+    with pytest.raises(FormatError, match=r"peft holds the prefix, and this model has none"):
         write(imported, tmp_path / "peft", "llama_tied", {}, ("compressed-tensors", "peft"))
     for changes, reason in {
         "static by groups": ({"activations.group_size": 4}, "no static ranges by groups"),
@@ -205,7 +213,7 @@ def test_what_cannot_be_left_out_is_refused_whatever_may_be_dropped(imported, tm
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_words_are_those_of_the_library(bits, symmetric):
+def test_packed_words_match_the_library(bits, symmetric):
     low, high = integer_range(bits, symmetric)
     integers = torch.randint(low, high + 1, (5, 37), generator=torch.Generator().manual_seed(bits))
     packed = pack_words(integers.to(torch.int8 if symmetric else torch.uint8), bits, symmetric)

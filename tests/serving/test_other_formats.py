@@ -51,7 +51,15 @@ def wide(tmp_path_factory):
 def test_vllm_serves_what_was_evaluated(wide, tmp_path, kind, dtype):
     """In bfloat16, which is all its kernel for W4A16 knows, as nearly as transformers in bfloat16 does."""
     checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
-    write_formats(checkpoint, None, tmp_path / "formats", ["compressed-tensors"], [], "5GB", make_header("export", {}))
+    write_formats(
+        checkpoint,
+        None,
+        tmp_path / "formats",
+        formats=["compressed-tensors"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+    )
     folder = tmp_path / "formats" / "compressed-tensors"
     command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(TEXTS.tolist()), dtype]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
