@@ -143,9 +143,8 @@ def test_loaded_and_trained_blocks_compute_what_was_evaluated(wide, tmp_path, ki
         trained = runner.run(block, hidden, prefix["kv"][0])
         assert torch.allclose(trained, before, atol=1e-6)
         trained.square().sum().backward()
-        silent = [
-            parameter.shape for parameter in [*trainables.quantizers, *trainables.weights] if not parameter.grad.any()
-        ]
+        parameters = [*trainables.quantizers, *trainables.weights]
+        silent = [parameter.shape for parameter in parameters if not parameter.grad.any()]
         assert silent == []
         with torch.no_grad():
             for parameter in parameters:
