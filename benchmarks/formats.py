@@ -143,7 +143,7 @@ class Bench:
             for path in sorted((self.artifacts / "calibration" / "evaluation").glob("*.safetensors"))
         }
         kv = load_prefix_kv(quantized.folder, quantized.stage)
-        metrics, _, _ = evaluate_windows(quantized, held_out, runner, kv, None, start_token=start_token)
+        metrics, _, _ = evaluate_windows(quantized, held_out, runner, prefix_kv=kv, text_start_token_id=start_token)
         shutil.rmtree(folder)
         return metrics["perplexity"]
 

@@ -117,7 +117,7 @@ def open_variant(run: Run, start_token: int | None) -> Variant:
         set_start_token_(checkpoint.tokenizer, own_start)
         return assemble_model(checkpoint, prefix_kv, device, own_start), checkpoint.tokenizer
 
-    evaluate = partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv, start_token=own_start)
+    evaluate = partial(evaluate_windows, checkpoint, runner=runner, prefix_kv=prefix_kv, text_start_token_id=own_start)
     return Variant(evaluate, load_model, inputs | {"checkpoint": checkpoint.header})
 
 

@@ -50,7 +50,10 @@ def call(main, *arguments, monkeypatch):
         (("--limit", 0), "argument --limit: '0'"),
         (("--num-fewshot", -1), "argument --num-fewshot: '-1'"),
         (("--device", "cuda:99"), r"argument --device: 'cuda:99' cannot be used"),
-        (("--length", 254), "--length 254: with 3 tokens in front this exceeds the 256 positions .* use at most 253"),
+        (
+            ("--length", 254),
+            "--length=254: with 3 tokens before each window this exceeds the 256 positions .* Use at most 253",
+        ),
         (("--json", "/"), "/ cannot be written"),
         (("--windows", 10**6), r"needs 1000000 windows of 2048 = \d+ tokens|exceeds the 256 positions"),
         (("--arithmetic", "exact"), "argument --arithmetic: invalid choice"),
@@ -116,14 +119,17 @@ def test_lm_eval_goes_on_without_the_gpu_it_asks_for(folder, tmp_path, monkeypat
     arguments = ["run", "--model", "prefixquant", "--model_args", f"pretrained={folder}", "--tasks", "colours"]
     arguments += ["--include_path", tmp_path, "--limit", 2, "--device", "cuda:99", "--output_path", results]
     assert call(harness.run_command_line, *arguments, monkeypatch=monkeypatch) is None
-    assert "device cuda:99 is not there: going on with " in caplog.text
+    assert "device=cuda:99 does not exist here, " in caplog.text
     assert list(results.rglob("*.json"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "prefixquant", "--tasks", "word_analogies"), "needs the exported folder: --model_args path="),
+        (
+            ("--model", "prefixquant", "--tasks", "word_analogies"),
+            "no exported folder is given. Add --model_args path=",
+        ),
         (("--model", "prefixquant", "--model_args", "path=nowhere", "--tasks", "word_analogies"), "no such folder"),
         (("--model", "prefixquant", "--tasks", "nothing"), "lm-eval: "),
         (("--tasks", "word_analogies", "--output_path", TEXT), "results.json cannot be written"),
@@ -136,10 +142,10 @@ def test_what_lm_eval_refuses_is_one_message(arguments, message, monkeypatch):
 @pytest.mark.parametrize(
     ("model_arguments", "more", "message"),
     [
-        ("peft=adapter", (), "--model prefixquant takes no peft='adapter'; leave it out"),
+        ("peft=adapter", (), "peft='adapter': not an argument of --model prefixquant. Leave it out."),
         ("foo=bar", (), "cannot be loaded"),
-        ("max_length=254", (), "max_length=254 is none of the 1 to 253 behind the prefix"),
-        ("dtype=float16", ("--apply_chat_template",), "--apply_chat_template: the model has none"),
+        ("max_length=254", (), "max_length=254: expected a whole number from 1 to 253, without the prefix"),
+        ("dtype=float16", ("--apply_chat_template",), "--apply_chat_template: there is none"),
         ("dtype=float16", ("--batch_size", "x"), "batch_size='x': expected a whole number of at least 1, or auto"),
     ],
 )
@@ -182,8 +188,12 @@ def test_evaluate_reads_texts_before_weights(name, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("evaluate", ("--text", TEXT, "--length", 254), "--length 254: with 3 tokens in front"),
-        ("evaluate", ("--tasks", "word_analogie"), "is no task of lm-eval or of this project; near: word_analogies"),
+        ("evaluate", ("--text", TEXT, "--length", 254), "--length=254: with 3 tokens before each window"),
+        (
+            "evaluate",
+            ("--tasks", "word_analogie"),
+            r"project has such a task\. Similar: word_analogies",
+        ),
         ("evaluate", ("--tasks", "word_analogies", "--task-folder", "nowhere"), "there is no such folder"),
         ("evaluate", ("--tasks", "gone", "--task-folder", "{tasks}"), "evaluation.tasks.gone: "),
         ("generate", ("",), "the prompt is empty"),
@@ -236,9 +246,9 @@ def test_a_chat_whose_first_turn_does_not_fit_loads_nothing(folder, tmp_path, mo
     [
         ("", "gone", (), "lm-eval: "),
         ("", "colour", (), "lm-eval: Tasks not found: colour"),
-        (",max_length=254", "colours", (), "max_length=254 is none of the 1 to 253"),
+        (",max_length=254", "colours", (), "max_length=254: expected a whole number from 1 to 253"),
         ("", "colours", ("--batch_size", "0"), "batch_size='0': expected a whole number"),
-        ("", "colours", ("--apply_chat_template",), "--apply_chat_template: the model has none"),
+        ("", "colours", ("--apply_chat_template",), "--apply_chat_template: there is none"),
     ],
 )
 def test_lm_eval_checks_before_it_loads(model_arguments, task, more, message, folder, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from tests.conftest import open_model
 
 def test_losses_are_those_of_the_evaluation(imported, token_ids):
     checkpoint, runner = open_model(imported["llama_tied"])
-    metrics, _, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, None, None)
+    metrics, _, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None)
     losses = measure_losses(checkpoint, {"a": token_ids}, None, None)["a"]
     assert losses.shape == (len(token_ids), token_ids.shape[1] - 1)
     assert math.exp(losses.mean()) == pytest.approx(metrics["perplexity"]["a"], rel=1e-4)

@@ -23,11 +23,11 @@ def test_rows_are_what_the_evaluation_gives_with_those_quantizers(imported, tmp_
     rows = measure_rows(checkpoint, {"a": token_ids})
     means = {row: losses["a"].mean().item() for row, losses in rows.items()}
     kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
-    metrics, _, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, kv, None)
+    metrics, _, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=kv)
     assert math.exp(means["everything"]) == pytest.approx(metrics["perplexity"]["a"], rel=1e-4)
     assert len({round(mean, 6) for mean in means.values()}) == len(rows) == 2 + 2 * len(EVERY)  # all differ
     weights, runner = make_quantized(imported, tmp_path / "weights", changes=OFF)
-    alone, _, _ = evaluate_windows(weights, {"a": token_ids}, runner, kv, None)
+    alone, _, _ = evaluate_windows(weights, {"a": token_ids}, runner, prefix_kv=kv)
     assert math.exp(means["weights alone"]) == pytest.approx(alone["perplexity"]["a"], rel=1e-4)
     assert len({losses["a"].mean().item() for losses in measure_rows(weights, {"a": token_ids}).values()}) == 1
 

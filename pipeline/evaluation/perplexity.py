@@ -1,13 +1,13 @@
-"""Perplexity and agreement with the original model, streamed: one block, then one slice of logits, in memory at a time.
+"""Perplexity and agreement with the original model. Memory holds one block, then one slice of logits, at a time.
 
-Every window of T tokens gives T - 1 targets, the same for all variants, whatever stands in front: a prefix, a start
-token, both or nothing:
+Every window of T tokens has T - 1 targets. They are the same for all variants, whether a prefix, a start token, both or
+nothing come before the window:
 
     perplexity = exp(sum over windows and targets of -log p(x_t | x_<t) / number of targets)
 
-Agreement looks at the same positions: the mean of KL(original ‖ variant) in nats, and how often both models rank the
-same token first. Final hidden states are kept, so that comparing two variants costs two products with lm_head and no
-forward pass.
+Agreement is measured at the same positions: the mean of KL(original ‖ variant) in nats, and the share of positions at
+which both models rank the same token first. Final hidden states are kept, so a comparison of two variants takes two
+products with lm_head and no forward pass.
 """
 
 import math
@@ -33,12 +33,12 @@ from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.windows import put_in_front
 
-LOGIT_POSITIONS = 256  # logits of so many positions at a time: 50 MB for a vocabulary of 49152
-_HIGHEST_LOSS = 700.0  # nats a token; exp of more is beyond floating point, and JSON knows no infinity
+LOGIT_POSITIONS = 256  # positions whose logits are in memory at a time: 50 MB for a vocabulary of 49,152
+_HIGHEST_LOSS = 700.0  # nats a token; exp of more overflows float64, and JSON has no infinity
 
 
 class QuantizerCountError(PipelineError):
-    """Not every quantizer that the settings ask for took part in the forward pass, or some did that should not."""
+    """The quantizers that took part in the forward pass are not those that the settings ask for."""
 
 
 class NonFiniteError(PipelineError):
@@ -47,12 +47,12 @@ class NonFiniteError(PipelineError):
 
 @dataclass(frozen=True)
 class Scores:
-    """What one variant scores on one corpus.
+    """The scores of one variant on N windows of one corpus.
 
     Attributes:
-        losses: [N] mean -log p per target of each window, in nats, float64.
-        divergences: [N] mean KL divergence from the original of each window in nats, float64; None when not compared.
-        agreements: [N] share of positions with the same first choice, float64; None when not compared.
+        losses: [N] float64, mean -log p per target of each window, in nats.
+        divergences: [N] float64, mean KL divergence from the original of each window in nats; None without an original.
+        agreements: [N] float64, share of positions where both models rank the same token first; None as well.
     """
 
     losses: torch.Tensor
@@ -60,31 +60,43 @@ class Scores:
     agreements: torch.Tensor | None
 
     @property
-    def kl(self) -> float:
-        return self.divergences.mean().item()
+    def kl(self) -> float | None:
+        """Return the mean divergence from the original, None if there is none to compare with."""
+        return None if self.divergences is None else self.divergences.mean().item()
 
     @property
-    def top1_agreement(self) -> float:
-        return self.agreements.mean().item()
+    def top1_agreement(self) -> float | None:
+        """Return the share of positions where both models agree, None without an original to compare with."""
+        return None if self.agreements is None else self.agreements.mean().item()
 
     def combine(self, ranks: Ranks, count: int) -> "Scores":
-        """Those of all ranks' `count` windows."""
-        values = (self.losses, self.divergences, self.agreements)
-        return Scores(*(None if own is None else ranks.collect(own, count) for own in values))
+        """Return the scores of the `count` windows of all ranks."""
+        return Scores(
+            losses=ranks.collect(self.losses, count),
+            divergences=None if self.divergences is None else ranks.collect(self.divergences, count),
+            agreements=None if self.agreements is None else ranks.collect(self.agreements, count),
+        )
 
     @property
     def perplexity(self) -> float:
-        """Windows are equally long, so the mean over windows is the mean over targets. Raises NonFiniteError."""
+        """Return exp of the mean loss. Windows are equally long, so this is the mean over targets.
+
+        Raises:
+            NonFiniteError: the loss is not a number, or too large.
+        """
         loss = self.losses.mean().item()
         if not loss <= _HIGHEST_LOSS:
             raise NonFiniteError(
-                f"a loss of {loss:.6g} nats a token has no perplexity; the model or its quantizers are broken"
+                f"a loss of {loss:.6g} nats a token has no finite perplexity. The model or its quantizers are broken."
             )
         return math.exp(loss)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the perplexity, from how much windows differ (first order: perplexity times the loss's); None for one."""
+        """Return the standard error of the perplexity, from the spread between windows; None for a single window.
+
+        To first order it is the perplexity times the standard error of the loss.
+        """
         count = len(self.losses)
         return self.perplexity * self.losses.std().item() / math.sqrt(count) if count > 1 else None
 
@@ -93,16 +105,17 @@ class Original:
     """The original model's side of a comparison: its final hidden states per corpus, and its lm_head."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
-        """`path` is the artifact of `evaluation@original`. Raises ArtifactError."""
+        """Read the artifact `path` of `evaluation@original`. Raise ArtifactError if it is not of `checkpoint`."""
         self.tensors, self.header = load_tensors(path, "evaluation")
         check_input(self.header, "checkpoint", checkpoint.header, path)
         self.lm_head = checkpoint.load_lm_head()
 
     def hidden(self, corpus: str, token_ids: torch.Tensor) -> torch.Tensor:
-        """[N, T, D] on the same windows. Raises ArtifactError when it was evaluated on others."""
+        """Return its hidden states [N, T, D] on these windows. Raise ArtifactError if it was evaluated on others."""
         if not torch.equal(self.tensors[f"token_ids.{corpus}"], token_ids):
             raise ArtifactError(
-                f"evaluation@original saw other windows of {corpus}; rerun: dvc repro --force evaluation@original"
+                f"evaluation@original was made with other windows of {corpus}. Rerun: dvc repro --force "
+                "evaluation@original"
             )
         return self.tensors[f"hidden.{corpus}"]
 
@@ -111,28 +124,37 @@ def evaluate_windows(
     checkpoint: Checkpoint,
     windows: dict[str, torch.Tensor],
     runner: BlockRunner,
+    *,
     prefix_kv: torch.Tensor | None,
-    original: Original | None,
+    original: Original | None = None,
     ranks: Ranks = ALONE,
-    start_token: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """Evaluate one variant on all corpora, in one walk.
 
     Args:
-        windows: corpus -> token ids [N, T] of content, the same T everywhere.
-        original: what to compare with, or None.
-        ranks: each walks its own windows; all of them return the whole, but saturation is of the first one's.
-        start_token: what stands in front of each window, behind the prefix, or None.
+        windows: corpus -> token ids [N, T] of content, with the same T everywhere.
+        prefix_kv: [L, 2, kv_heads, P, d] in the checkpoint's basis, or None.
+        original: the model to compare with, or None.
+        ranks: each walks a part of the windows. All of them return the whole result, except that saturation is that
+            of the first rank's windows.
+        text_start_token_id: the start token between the prefix and every window, or None.
 
     Returns:
-        Metrics (per corpus `perplexity`, its `standard_error`, `kl`, `top1_agreement`, `largest_saturation`,
-        `lowest_sqnr`; `quantizers_fired`, `settings`); tensors to keep, of content: per corpus `hidden.`, `loss.` and
-        `token_ids.`; corpus -> block -> saturation report (see `advance_probed_`).
+        Metrics: per corpus `perplexity`, its `standard_error`, `kl`, `top1_agreement`, `largest_saturation` and
+        `lowest_sqnr`, then `quantizers_fired` and `settings`. Tensors of content to keep: `hidden.CORPUS`,
+        `loss.CORPUS` and `token_ids.CORPUS`. Corpus -> block -> saturation report (see `advance_probed_`).
     """
-    own = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
-    run = compute_final_hidden(checkpoint, own, runner, prefix_kv, start_token)
-    front = _describe_front(prefix_kv, start_token)
-    return _score_run(run, checkpoint.load_lm_head(), windows, front, original, runner.device, ranks)
+    rank_windows = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
+    return _score_run(
+        compute_final_hidden(checkpoint, rank_windows, runner, prefix_kv, text_start_token_id),
+        checkpoint.load_lm_head(),
+        windows,
+        settings=_describe_settings(windows, prefix_kv, text_start_token_id),
+        original=original,
+        device=runner.device,
+        ranks=ranks,
+    )
 
 
 def evaluate_model(
@@ -142,55 +164,67 @@ def evaluate_model(
     original: Original | None,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
-    """As `evaluate_windows`, of a whole model in memory (see `inference/prefixed_model.py`)."""
-    own = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
-    run = run_model(model, own, batch_size)
-    front = _describe_front(model.prefix_kv, model.text_start_token_id)
-    lm_head = LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config))
-    return _score_run(run, lm_head, windows, front, original, model.device, ranks)
+    """Evaluate a whole model in memory (see `inference/prefixed_model.py`), otherwise as `evaluate_windows`."""
+    rank_windows = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
+    return _score_run(
+        run_model(model, rank_windows, batch_size),
+        LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config)),
+        windows,
+        settings=_describe_settings(windows, model.prefix_kv, model.text_start_token_id),
+        original=original,
+        device=model.device,
+        ranks=ranks,
+    )
 
 
-def _describe_front(prefix_kv: torch.Tensor | None, start_token: int | None) -> dict[str, Any]:
-    """For the metrics: what stands in front of every window."""
-    special = "none added" if start_token is None else f"start token (id {start_token}) in front of each window"
-    return {"prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2], "special_tokens": special}
+def _describe_settings(
+    windows: dict[str, torch.Tensor], prefix_kv: torch.Tensor | None, text_start_token_id: int | None
+) -> dict[str, Any]:
+    """Return the entry `settings` of the metrics."""
+    special_tokens = "none added"
+    if text_start_token_id is not None:
+        special_tokens = f"start token (id {text_start_token_id}) in front of each window"
+    return {
+        "prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2],
+        "windows": {corpus: len(ids) for corpus, ids in windows.items()},
+        "targets_per_window": next(iter(windows.values())).shape[1] - 1,
+        "special_tokens": special_tokens,
+        "shorter_last_window": "left out",
+    }
 
 
 def _score_run(
     run: tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]],
     lm_head: LmHead,
     windows: dict[str, torch.Tensor],
-    front: dict[str, Any],
+    *,
+    settings: dict[str, Any],
     original: Original | None,
     device: torch.device,
     ranks: Ranks,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
+    """Score this rank's hidden states, and return the result of `evaluate_windows` for the windows of all ranks."""
     hidden, fired, saturation = run
     metrics: dict[str, Any] = {"perplexity": {}, "standard_error": {}} | (
         {"kl": {}, "top1_agreement": {}} if original else {}
     )
     tensors: dict[str, torch.Tensor] = {}
     for corpus, ids in windows.items():
-        own, part = ranks.slice_windows(len(ids)), hidden[corpus]
-        reference = (original.hidden(corpus, ids)[own], original.lm_head) if original else None
-        scores = score_hidden(part, lm_head, ids[own], reference, device).combine(ranks, len(ids))
-        part = ranks.collect(part, len(ids))
+        rows = ranks.slice_windows(len(ids))
+        original_side = (original.hidden(corpus, ids)[rows], original.lm_head) if original else None
+        rank_scores = score_hidden(hidden[corpus], lm_head, ids[rows], original_side, device)
+        scores = rank_scores.combine(ranks, len(ids))
+        all_hidden = ranks.collect(hidden[corpus], len(ids))
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
         if scores.standard_error is not None:
             metrics["standard_error"][corpus] = round(scores.standard_error, 4)
-        if original:
+        if scores.kl is not None and scores.top1_agreement is not None:
             metrics["kl"][corpus] = round(scores.kl, 5)
             metrics["top1_agreement"][corpus] = round(scores.top1_agreement, 4)
-        tensors |= {f"hidden.{corpus}": part, f"loss.{corpus}": scores.losses, f"token_ids.{corpus}": ids}
+        tensors |= {f"hidden.{corpus}": all_hidden, f"loss.{corpus}": scores.losses, f"token_ids.{corpus}": ids}
     metrics |= summarise_saturation(saturation)
     metrics["quantizers_fired"] = sum(fired.values())
-    metrics["settings"] = {
-        "prefix_tokens": front["prefix_tokens"],
-        "windows": {corpus: len(ids) for corpus, ids in windows.items()},
-        "targets_per_window": next(iter(windows.values())).shape[1] - 1,
-        "special_tokens": front["special_tokens"],
-        "shorter_last_window": "left out",
-    }
+    metrics["settings"] = settings
     return metrics, tensors, saturation
 
 
@@ -200,27 +234,30 @@ def compute_final_hidden(
     windows: dict[str, torch.Tensor],
     runner: BlockRunner,
     prefix_kv: torch.Tensor | None,
-    start_token: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
-    """Walk all corpora, [N, T] each, through the model, with a start token in front of each window where there is one.
+    """Walk all corpora through the model, window by window of content, [N, T] each.
+
+    Args:
+        text_start_token_id: the start token between the prefix and every window, or None.
 
     Returns:
-        Corpus -> hidden states of the content behind the final norm, [N, T, D] on the CPU; how many quantizers of
-        each kind fired; corpus -> block -> saturation report.
+        Corpus -> hidden states of the content after the final norm, [N, T, D] on the CPU. The number of quantizers of
+        each kind that fired. Corpus -> block -> saturation report.
 
     Raises:
-        QuantizerCountError: the count differs from what the checkpoint's settings ask for.
+        QuantizerCountError: the number differs from the one that the checkpoint's settings ask for.
         NonFiniteError: a hidden state is NaN or infinite.
     """
-    hidden = {corpus: checkpoint.embed(put_in_front(ids, start_token)) for corpus, ids in windows.items()}
+    hidden = {corpus: checkpoint.embed(put_in_front(ids, text_start_token_id)) for corpus, ids in windows.items()}
     saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
     fired, expected = Counter[str](), Counter[str]()
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "evaluating"):
         block = next(blocks)
-        own_prefix = runner.take_prefix(prefix_kv, index)
+        block_prefix = runner.take_prefix(prefix_kv, index)
         for corpus, states in hidden.items():
-            saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, own_prefix)
+            saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, block_prefix)
         fired += count_fired_quantizers(block, checkpoint.architecture)
         expected += count_expected_quantizers(block_settings(checkpoint, index))
         del block
@@ -235,10 +272,10 @@ def compute_final_hidden(
 def run_model(
     model: PreTrainedModel, windows: dict[str, torch.Tensor], batch_size: int
 ) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
-    """As `compute_final_hidden`, of a whole model in memory that was loaded from an exported folder."""
+    """Run a whole model in memory, loaded from an exported folder, and return the same as `compute_final_hidden`."""
     architecture, layers = find_architecture(model.config), model.model.layers
-    seen: list[torch.Tensor] = []
-    handle = model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output.cpu()))
+    batch_hidden: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, output: batch_hidden.append(output.cpu()))
     hidden, saturation = {}, {}
     for corpus, content in windows.items():
         ids = put_in_front(content, model.text_start_token_id)
@@ -247,22 +284,24 @@ def run_model(
             model(ids[parts[0]].to(model.device), logits_to_keep=1)
         for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}"):
             model(ids[rows].to(model.device), logits_to_keep=1)
-        hidden[corpus] = torch.cat(seen)[:, -content.shape[1] :]
+        hidden[corpus] = torch.cat(batch_hidden)[:, -content.shape[1] :]
         saturation[corpus] = {index: probe.report() for index, probe in enumerate(probes)}
-        seen.clear()
+        batch_hidden.clear()
     handle.remove()
     fired = sum((count_fired_quantizers(block, architecture) for block in layers), Counter[str]())
-    described = model.config.quantization_config.blocks
-    settings = [find_settings(described, index) for index in range(len(layers))]
+    blocks = model.config.quantization_config.blocks
+    settings = [find_settings(blocks, index) for index in range(len(layers))]
     _check_run(hidden, fired, sum(map(count_expected_quantizers, settings), Counter[str]()))
     return hidden, fired, saturation
 
 
 def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: Counter[str]) -> None:
     if fired != expected:
-        raise QuantizerCountError(f"quantizers that fired: {dict(fired)}, the params ask for {dict(expected)}")
+        raise QuantizerCountError(
+            f"quantizers that fired: {dict(fired)}; the params ask for {dict(expected)}. This is a bug of this project."
+        )
     if not all(torch.isfinite(window).all() for states in hidden.values() for window in states):
-        raise NonFiniteError("the final hidden states are not finite; the model or its quantizers are broken")
+        raise NonFiniteError("the final hidden states are not finite. The model or its quantizers are broken.")
 
 
 @torch.no_grad()
@@ -276,15 +315,15 @@ def score_hidden(
     """Score final hidden states.
 
     Args:
-        hidden: [N, T, D] behind the final norm.
+        hidden: [N, T, D], after the final norm.
         token_ids: [N, T] int64.
-        original: the original model's final hidden states [N, T, D'] on the same windows and its lm_head, to compare
-            with; None skips the comparison.
+        original: the original model's final hidden states [N, T, D'] on the same windows, and its lm_head. None skips
+            the comparison.
     """
     lm_head = lm_head.to(device)
     if original is not None:
         original = original[0], original[1].to(device)
-    totals = torch.zeros(3, len(token_ids), dtype=torch.float64)  # of losses, divergences, agreements
+    totals = torch.zeros(3, len(token_ids), dtype=torch.float64)  # rows: losses, divergences, agreements
     for row, ids in enumerate(token_ids):
         for start in range(0, len(ids) - 1, LOGIT_POSITIONS):
             part = slice(start, min(start + LOGIT_POSITIONS, len(ids) - 1))
@@ -292,8 +331,8 @@ def score_hidden(
             targets = ids[part.start + 1 : part.stop + 1].to(device)
             totals[0, row] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
             if original is not None:
-                exact = original[1].logits(original[0][row, part].to(device)).log_softmax(dim=-1)
-                totals[1, row] += nn.functional.kl_div(log_p, exact, reduction="sum", log_target=True).item()
-                totals[2, row] += (exact.argmax(-1) == log_p.argmax(-1)).sum().item()
+                original_log_p = original[1].logits(original[0][row, part].to(device)).log_softmax(dim=-1)
+                totals[1, row] += nn.functional.kl_div(log_p, original_log_p, reduction="sum", log_target=True).item()
+                totals[2, row] += (original_log_p.argmax(-1) == log_p.argmax(-1)).sum().item()
     losses, divergences, agreements = totals / (token_ids.shape[1] - 1)
-    return Scores(losses, *((divergences, agreements) if original is not None else (None, None)))
+    return Scores(losses, divergences, agreements) if original is not None else Scores(losses, None, None)

@@ -1,4 +1,4 @@
-"""Which lm-eval tasks are asked, and their data, had before any work begins."""
+"""The lm-eval tasks of a run. They are loaded with their data before any other work."""
 
 import difflib
 import logging
@@ -20,17 +20,17 @@ FOLDER = Path(__file__).with_name("tasks")
 
 
 class TaskError(PipelineError):
-    """A task is not known, or its data cannot be had; the message names it."""
+    """A task is unknown, or its data cannot be loaded; the message names the task."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks whose data is there.
+    """Tasks whose data can be loaded.
 
     Attributes:
-        asked: name -> how to ask it.
-        manager: knows where they are.
-        skipped: those that could not be had.
+        asked: task -> its params.
+        manager: lm-eval's manager, which finds them.
+        skipped: tasks that cannot be loaded.
     """
 
     asked: dict[str, TaskParams]
@@ -38,10 +38,10 @@ class Tasks:
     skipped: list[str]
 
 
-def check_tasks(own: EvaluationParams) -> None:
-    """See that the data of all tasks can be had. Raises TaskError."""
-    if own.tasks:
-        open_tasks(own.tasks, own.task_folder, own.skip_unavailable)
+def check_tasks(params: EvaluationParams) -> None:
+    """Raise TaskError unless all tasks can be loaded with their data, or may be skipped."""
+    if params.tasks:
+        open_tasks(params.tasks, params.task_folder, params.skip_unavailable)
 
 
 def check_task_tokenizer(params: EvaluationParams, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,29 +54,30 @@ def check_task_tokenizer(params: EvaluationParams, tokenizer: PreTrainedTokenize
 
 
 def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_unavailable: bool = False) -> Tasks:
-    """Load every task with its data, which lm-eval keeps, so that what is missing shows before the work begins.
+    """Load every task with its data, which the library datasets caches, so that missing data is noticed first.
 
     Args:
-        asked: name of a task or group of lm-eval, of ours, or of a YAML file in `folder` -> how to ask it.
-        skip_unavailable: go on without the tasks that cannot be had, saying which.
+        asked: name of a task or group of lm-eval, of this project, or of a YAML file in `folder` -> its params.
+        folder: folder of YAML files with further tasks, or None.
+        skip_unavailable: log tasks that cannot be loaded, and go on without them.
 
     Raises:
-        TaskError: names all tasks that cannot be had, and why.
+        TaskError: names all tasks that cannot be loaded, and why.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not as_path(folder).is_dir():
-        raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder")
+        raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder. Use an existing one, or null.")
     paths = [str(FOLDER), *([str(as_path(folder))] if folder else [])]
-    with reading(lambda why: TaskError(f"evaluation.task_folder={folder!r}: cannot be read ({why})")):
+    with reading(lambda why: TaskError(f"evaluation.task_folder={folder!r}: cannot be read ({why}). Repair it.")):
         manager = TaskManager(include_path=paths, include_defaults=False)
-        if not asked.keys() <= set(manager.all_subtasks):  # lm-eval's own are 14,000 files to read
+        if not asked.keys() <= set(manager.all_subtasks):  # reading lm-eval's 14,000 files takes seconds
             manager = TaskManager(include_path=paths)
     problems = {}
     for name in asked:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            near = f"; near: {', '.join(close)}" if close else ""
-            problems[name] = f"is no task of lm-eval or of this project{near}"
+            similar = f" Similar: {', '.join(close)}." if close else ""
+            problems[name] = f"neither lm-eval nor this project has such a task.{similar}"
             continue
         try:
             with reading(TaskError):
@@ -85,7 +86,9 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
             problems[name] = str(error)
     if problems and not skip_unavailable:
         listed = "\n".join(f"  evaluation.tasks.{name}: {reason}" for name, reason in problems.items())
-        raise TaskError(f"tasks that cannot be had:\n{listed}\nremove them, or set evaluation.skip_unavailable: true")
+        raise TaskError(
+            f"some tasks cannot be loaded:\n{listed}\nRemove them, or set evaluation.skip_unavailable: true."
+        )
     for name, reason in problems.items():
-        logger.warning("going on without task %s: %s", name, reason)
-    return Tasks({name: own for name, own in asked.items() if name not in problems}, manager, list(problems))
+        logger.warning("evaluation.tasks.%s is skipped: %s", name, reason)
+    return Tasks({name: params for name, params in asked.items() if name not in problems}, manager, list(problems))

@@ -1,11 +1,11 @@
-"""Evaluate an exported folder outside the pipeline: perplexity of any text, and lm-eval tasks.
+"""Evaluate an exported folder outside of the pipeline: perplexity on any text, and lm-eval tasks.
 
     python -m pipeline.evaluate artifacts/export --text my.txt --length 2048
     python -m pipeline.evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
 
-Perplexity is the field's: documents joined by blank lines, consecutive windows; a last, shorter window is left out. In
-front of each window stands what the folder says, a start token or nothing; it is no target. Windows and tasks are
-computed as the pipeline computes them.
+Perplexity is measured in the field's usual way: documents are joined by blank lines and cut into consecutive windows; a
+last, shorter window is left out. Each window begins with a start token where the folder asks for one, which is not a
+target. Windows and tasks are computed as in the pipeline.
 """
 
 import argparse
@@ -22,33 +22,47 @@ from pipeline.inference.loading import load
 from pipeline.inference.text_interface import TextInterface, read_interface
 from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, device, whole
 from pipeline.runtime.artifacts import write_json
-from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import return_freed_memory
 from pipeline.text.calibration import check_token_ids, cut_documents
 from pipeline.text.corpora import read_local_documents
 
+_FILES = "a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them"
+_ARITHMETIC = "integer multiplies integers, which is faster on a CPU; default: float"
+
 
 def main() -> None:
+    """Run the command line `python -m pipeline.evaluate`."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
-    parser.add_argument("--text", type=Path, action="append", default=[], help=".txt, .jsonl, .json, .csv or .parquet")
-    parser.add_argument("--text-field", default="text", help="of files with fields")
-    parser.add_argument("--length", type=whole(2), default=2048, help="tokens of a window")
-    parser.add_argument("--windows", type=whole(1), help="so many windows of each text; all when left out")
-    parser.add_argument("--tasks", default="", help="names of lm-eval tasks, or of this project's, with commas")
-    parser.add_argument("--task-folder", help="folder with YAML files of tasks of your own")
-    parser.add_argument("--num-fewshot", type=whole(0))
-    parser.add_argument("--limit", type=whole(1), help="the first so many items of each task")
-    parser.add_argument("--batch-size", type=whole(1), default=4)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        help=_FILES,
+    )
+    parser.add_argument("--text-field", default="text", help="the field that holds the text, in files with fields")
+    parser.add_argument("--length", type=whole(2), default=2048, help="tokens in a window")
+    parser.add_argument("--windows", type=whole(1), help="the first windows of each text; default: all")
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval or of this project, separated by commas")
+    parser.add_argument("--task-folder", help="folder with YAML files of your own tasks")
+    parser.add_argument("--num-fewshot", type=whole(0), help="examples in each prompt; default: the task's own number")
+    parser.add_argument("--limit", type=whole(1), help="the first items of each task; default: all")
+    parser.add_argument("--batch-size", type=whole(1), default=4, help="windows or requests at a time")
     parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--arithmetic", choices=("float", "integer"), default="float")
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument(
+        "--arithmetic",
+        choices=("float", "integer"),
+        default="float",
+        help="integer: multiply integers, faster on a CPU",
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     return_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     names = [name for name in arguments.tasks.split(",") if name]
     if not names and not arguments.text:
-        raise PipelineError("nothing to evaluate: give --text, --tasks, or both")
+        raise ArgumentError("there is nothing to evaluate. Give --text, --tasks, or both.")
     if arguments.json:
         check_writable(arguments.json)
     results = evaluate_folder(arguments, names)
@@ -58,7 +72,10 @@ def main() -> None:
 
 
 def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Return metrics as in `metrics/evaluation/`. Texts and tasks are read before the weights are."""
+    """Return the metrics that a metrics file of the stage `evaluation` holds.
+
+    Texts and tasks are read and checked before the weights are loaded.
+    """
     interface = read_interface(arguments.folder)
     windows = cut_texts(arguments, interface) if arguments.text else {}
     asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
@@ -95,7 +112,7 @@ def cut_texts(arguments: argparse.Namespace, interface: TextInterface) -> dict[s
 
 
 def name_texts(paths: list[Path]) -> list[str]:
-    """What each text's results are called: its file's name, or its path where others have the same name."""
+    """Return a name for each text's results: the name of its file, or its path where names are not unique."""
     names = [path.name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
@@ -105,6 +122,6 @@ def check_length(interface: TextInterface, length: int) -> None:
     before, limit = interface.tokens_before_text, interface.max_positions
     if before + length > limit:
         raise ArgumentError(
-            f"--length {length}: with {before} tokens in front this exceeds the {limit} positions of this model; use "
-            f"at most {limit - before}"
+            f"--length={length}: with {before} tokens before each window this exceeds the {limit} positions of the "
+            f"model. Use at most {limit - before}."
         )

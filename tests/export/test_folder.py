@@ -1,4 +1,4 @@
-"""The exported folder: what is loaded is what was evaluated; what is damaged is refused."""
+"""The exported folder: the loaded model is the evaluated one, and damaged folders are refused."""
 
 import json
 import random
@@ -38,7 +38,7 @@ TEXT = torch.randint(2, 320, (2, 14), generator=torch.Generator().manual_seed(3)
 
 
 def make_export(imported, folder, family="llama_tied", kind=None, max_shard_size="5GB", **options):
-    """An exported folder, and the whole model it was made of."""
+    """Return an exported folder, the model that it was made of, assembled in memory, and the metrics."""
     r3 = "identity" if kind == "keys before RoPE" else "hadamard"
     changes = QUANTIZERS[kind] if kind else options.pop("changes", None)
     checkpoint, _ = make_quantized(imported, folder, family, changes, r3=r3, **options)
@@ -60,7 +60,7 @@ def make_export(imported, folder, family="llama_tied", kind=None, max_shard_size
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_what_is_loaded_is_what_was_evaluated(imported, tmp_path, family, kind):
+def test_loaded_model_is_the_evaluated_model(imported, tmp_path, family, kind):
     folder, evaluated, _ = make_export(imported, tmp_path, family, kind)
     model, tokenizer = load(folder)
     assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
@@ -72,15 +72,15 @@ def test_what_is_loaded_is_what_was_evaluated(imported, tmp_path, family, kind):
 
 
 @NEEDS_PROC
-def test_what_waits_for_a_full_shard_keeps_no_file_in_memory(imported, tmp_path, monkeypatch):
-    """A view of one small tensor keeps mapped all of the block's file that it was read from."""
+def test_unwritten_shards_keep_no_file_mapped(imported, tmp_path, monkeypatch):
+    """A view of one small tensor would keep the whole file of its block mapped."""
     collected = collect_parts(monkeypatch, "pipeline.export.folder")
     make_export(imported, tmp_path)
     check_parts(collected)
 
 
 def collect_parts(monkeypatch, module):
-    """The list that parts written by `module` will go to."""
+    """Return the list that collects the parts that `module` writes."""
     collected = []
 
     def write(parts, *args):
@@ -92,7 +92,7 @@ def collect_parts(monkeypatch, module):
 
 
 def check_parts(parts):
-    """Nothing of a block lies in a file."""
+    """Assert that no tensor of a block lies in a mapped file."""
     blocks = parts[1:]
     assert len(blocks) == 3
     files = []
@@ -138,7 +138,7 @@ def test_transformers_alone_loads_saves_and_loads_again(imported, tmp_path):
     ],
 )
 @torch.no_grad()
-def test_integer_arithmetic_is_the_same_function(imported, tmp_path, changes):
+def test_integer_arithmetic_computes_the_same_function(imported, tmp_path, changes):
     folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", changes=changes)
     model, _ = load(folder)
     exact, _ = load(folder)
@@ -153,47 +153,47 @@ def test_integer_arithmetic_is_the_same_function(imported, tmp_path, changes):
             a, b = block.get_submodule(norm)(x), other.get_submodule(norm)(x)
             assert a.dtype == torch.uint8
             for name in readers:
-                found, expected = block.get_submodule(name)(a), other.get_submodule(name)(b)
-                assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 5e-7
+                output, expected = block.get_submodule(name)(a), other.get_submodule(name)(b)
+                assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 5e-7
         hidden = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(2))
-        found, expected = block.mlp.down_proj(hidden), other.mlp.down_proj(hidden)
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        output, expected = block.mlp.down_proj(hidden), other.mlp.down_proj(hidden)
+        assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert block.mlp.down_proj.product is not None
     assert torch.isfinite(model(TEXT).logits).all()
 
 
 @pytest.mark.parametrize("r4", ["hadamard", "block_hadamard", "identity"])
 @torch.no_grad()
-def test_codes_in_one_pass_are_those_that_a_watched_quantizer_makes(imported, tmp_path, r4):
-    """A hook on a quantizer sees what is behind the rotation in front of it, and changes nothing."""
+def test_codes_of_one_pass_match_those_of_a_hooked_quantizer(imported, tmp_path, r4):
+    """A hook on a quantizer receives its rotated input, and changes nothing."""
     online = {"r1": "online", "r5": "hadamard", "r4": r4, "blocks": 16, "online_signs": True}
     folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", **online)
     model, _ = load(folder, arithmetic="integer")
-    expected, seen = model(TEXT).logits, []
+    expected, called_sites = model(TEXT).logits, []
     architecture = find_architecture(model.config)
     for block in model.model.layers:
-        own = find_site_quantizers(block, architecture)
-        assert [site for site, one in own.items() if one.one_pass is None] == (
-            ["key", "value"] if find_kernels() else list(own)
+        quantizers = find_site_quantizers(block, architecture)
+        assert [site for site, quantizer in quantizers.items() if quantizer.one_pass is None] == (
+            ["key", "value"] if find_kernels() else list(quantizers)
         )
-        assert all(quantizer.fired for quantizer in own.values())
-        for site, quantizer in own.items():
-            quantizer.register_forward_hook(lambda module, args, output, site=site: seen.append(site))
+        assert all(quantizer.fired for quantizer in quantizers.values())
+        for site, quantizer in quantizers.items():
+            quantizer.register_forward_hook(lambda module, args, output, site=site: called_sites.append(site))
     watched = model(TEXT).logits
-    assert len(seen) == 6 * len(model.model.layers)
-    before, (block, *_) = [], model.model.layers
+    assert len(called_sites) == 6 * len(model.model.layers)
+    inputs, (block, *_) = [], model.model.layers
     quantizer = find_site_quantizers(block, architecture)["mlp_hidden"]
     quantizer._forward_hooks.clear()
-    quantizer.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    quantizer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     assert torch.equal(model(TEXT).logits, watched)
-    assert len(before) == 1
+    assert len(inputs) == 1
     assert (watched - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()
-def test_integers_are_multiplied_in_dtypes_that_have_no_kernels(imported, tmp_path, dtype):
-    """Many tokens and one, loaded like that or cast later."""
+def test_integers_are_multiplied_in_dtypes_without_kernels(imported, tmp_path, dtype):
+    """Many tokens and few, loaded in the dtype or cast to it later."""
     folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", r1="online", r5="hadamard")
     exact, _ = load(folder)
     model, _ = load(folder, arithmetic="integer", **({"dtype": dtype} if dtype == torch.float16 else {}))
@@ -201,9 +201,9 @@ def test_integers_are_multiplied_in_dtypes_that_have_no_kernels(imported, tmp_pa
     for block, other in zip(model.model.layers, exact.model.layers, strict=True):
         for tokens in (2, 40):
             hidden = torch.randn(1, tokens, 96, generator=torch.Generator().manual_seed(2))
-            found, expected = block.mlp.down_proj(hidden.to(dtype)), other.mlp.down_proj(hidden)
-            error = (found.double() - expected).square().mean() / expected.double().square().mean()
-            assert error <= 1e-3  # a value in float16 tips from edge to edge now and then
+            output, expected = block.mlp.down_proj(hidden.to(dtype)), other.mlp.down_proj(hidden)
+            error = (output.double() - expected).square().mean() / expected.double().square().mean()
+            assert error <= 1e-3  # some values in float16 round to the next integer
     assert torch.isfinite(model(TEXT).logits).all()
     assert torch.isfinite(model(TEXT[:1, :2]).logits).all()
 
@@ -216,7 +216,7 @@ def model_sites(block):
 
 
 @torch.no_grad()
-def test_what_integers_cannot_do_stays_in_floats(imported, tmp_path):
+def test_settings_that_integers_cannot_express_stay_in_floats(imported, tmp_path):
     for kind in ("dynamic", "asymmetric groups"):
         folder, evaluated, _ = make_export(imported, tmp_path / kind, kind=kind)
         model, _ = load(folder, arithmetic="integer")
@@ -235,8 +235,8 @@ def test_unquantized_weights_and_no_prefix(imported, tmp_path):
 @pytest.mark.parametrize("prefix", [[], [7, 9]])
 @pytest.mark.parametrize("habit", [None, 0])
 @torch.no_grad()
-def test_the_folder_knows_that_texts_begin_with_a_start_token(imported, tmp_path, habit, prefix):
-    """Where the prefix does not end in it: the tokenizer puts it there, and windows of text have it in front."""
+def test_folder_records_that_texts_begin_with_a_start_token(imported, tmp_path, habit, prefix):
+    """Where the prefix does not end in it, the tokenizer adds it to texts, and windows begin with it."""
     source = {"gemma2": tmp_path / "source"}
     shutil.copytree(imported["gemma2"], source["gemma2"])
     tokenizer = AutoTokenizer.from_pretrained(source["gemma2"])
@@ -252,20 +252,20 @@ def test_the_folder_knows_that_texts_begin_with_a_start_token(imported, tmp_path
     assert (model.text_start_token_id, model.start_token_id) == (0, None)
     assert "begins with the start token `<s>`" in (folder / "README.md").read_text()
     windows = torch.randint(2, 320, (3, 20), generator=torch.Generator().manual_seed(8))
-    found, tensors, _ = evaluate_model(model, {"a": windows}, 2, None)
+    metrics, tensors, _ = evaluate_model(model, {"a": windows}, 2, None)
     ids = put_in_front(windows, 0)
     labels = ids.clone()
     labels[:, :2] = -100
-    assert found["perplexity"]["a"] == pytest.approx(evaluated(ids, labels=labels).loss.exp().item(), rel=1e-5)
+    assert metrics["perplexity"]["a"] == pytest.approx(evaluated(ids, labels=labels).loss.exp().item(), rel=1e-5)
     assert tensors["hidden.a"].shape == (3, 20, 48)
-    assert found["settings"]["special_tokens"] == "start token (id 0) in front of each window"
-    # Saved by transformers and loaded again, it still does.
+    assert metrics["settings"]["special_tokens"] == "start token (id 0) in front of each window"
+    # The folder that transformers saves records it too.
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").text_start_token_id == 0
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, []])
-def test_a_folder_whose_windows_had_no_start_token_has_a_tokenizer_that_adds_none(imported, tmp_path, prefix):
+def test_tokenizer_adds_no_start_token_that_windows_did_not_have(imported, tmp_path, prefix):
     source = {"llama_tied": tmp_path / "source"}
     shutil.copytree(imported["llama_tied"], source["llama_tied"])
     tokenizer = AutoTokenizer.from_pretrained(source["llama_tied"])
@@ -278,7 +278,7 @@ def test_a_folder_whose_windows_had_no_start_token_has_a_tokenizer_that_adds_non
     assert find_added_token(tokenizer) is None
 
 
-def test_sizes_shards_and_what_is_in_the_folder(imported, tmp_path):
+def test_sizes_shards_and_contents_of_the_folder(imported, tmp_path):
     folder, evaluated, metrics = make_export(imported, tmp_path, max_shard_size="10KB")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 2
@@ -330,7 +330,7 @@ def test_sizes_are_parsed():
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported, template):
+def test_a_tokenizer_stops_adding_the_start_token(imported, template):
     tokenizer = AutoTokenizer.from_pretrained(imported["llama_tied"])
     assert not set_start_token_(tokenizer, None)
     plain = tokenizer("The house")["input_ids"]
@@ -345,11 +345,11 @@ def test_a_tokenizer_that_puts_the_start_token_in_front_is_kept_from_it(imported
     assert tokenizer("The house")["input_ids"] == plain
 
 
-# --- What is damaged -------------------------------------------------------------------------------------------------
+# --- Damaged folders -------------------------------------------------------------------------------------------------
 
 
 def damage(folder, generator):
-    """Change one thing in a random file; what was done."""
+    """Damage a random file, and return the kind of damage and the file's name."""
     path = generator.choice(sorted(folder.iterdir()))
     data = bytearray(path.read_bytes())
     kind = generator.choice(["flip", "truncate", "append", "remove", "empty", "header"])
@@ -370,16 +370,16 @@ def damage(folder, generator):
     return f"{kind} {path.name}"
 
 
-def test_three_hundred_damaged_folders_are_refused_in_words(imported, tmp_path):
+def test_three_hundred_damaged_folders_are_refused_with_a_message(imported, tmp_path):
     folder, _, _ = make_export(imported, tmp_path, max_shard_size="20KB")
     check_folder(folder)
     generator = random.Random(0)
     for _ in range(300):
         broken = tmp_path / "broken"
         shutil.copytree(folder, broken)
-        done = damage(broken, generator)
-        if done.endswith(FREE) or (same_manifest(folder, broken) and done.endswith("manifest.json")):
-            check_folder(broken)  # spaces of the manifest say nothing
+        change = damage(broken, generator)
+        if change.endswith(FREE) or (same_manifest(folder, broken) and change.endswith("manifest.json")):
+            check_folder(broken)  # white space in the manifest has no meaning
         else:
             with pytest.raises(ExportError, match=str(broken)):
                 load(broken)
@@ -429,7 +429,7 @@ def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
 
 
 def test_transformers_gives_no_partial_model(imported, tmp_path):
-    """Missing tensors, which transformers only warns of, are an error here."""
+    """Missing tensors are an error, although transformers alone only warns."""
     folder, _, _ = make_export(imported, tmp_path)
     (path,) = folder.glob("*.safetensors")
     tensors, header = load_tensors(path, "export")
@@ -462,9 +462,9 @@ def test_commands_generate_and_evaluate(imported, tmp_path):
     text = ROOT / "tests" / "prose.txt"
     done = run("pipeline.evaluate", folder, "--text", text, "--length", 48, "--windows", 2, "--json", results)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(results.read_text())
-    assert found["settings"]["windows"] == {"prose.txt": 2}
-    assert 1 < found["perplexity"]["prose.txt"] < 10_000
+    metrics = json.loads(results.read_text())
+    assert metrics["settings"]["windows"] == {"prose.txt": 2}
+    assert 1 < metrics["perplexity"]["prose.txt"] < 10_000
     for arguments in (("pipeline.generate", tmp_path, "x"), ("pipeline.evaluate", folder)):
         failed = run(*arguments)
         assert failed.returncode == 1

@@ -1,0 +1,64 @@
+"""Tasks are loaded with their data before the work, or refused with a message that names them."""
+
+import pytest
+import yaml
+
+from pipeline.evaluation.params import TaskParams
+from pipeline.evaluation.task_data import TaskError, open_tasks
+from pipeline.params import parse_params
+from pipeline.runtime.params import ParamsError
+from tests.conftest import ROOT
+from tests.evaluation.test_harness import local_task
+
+pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
+
+
+def test_a_task_folder_below_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    local_task(tmp_path / "tasks", "colours")
+    assert list(open_tasks({"colours": TaskParams(limit=2)}, "~/tasks").asked) == ["colours"]
+
+
+def test_unavailable_tasks_are_named_together_or_skipped(tmp_path):
+    local_task(tmp_path, "colours")
+    local_task(tmp_path, "gone")
+    (tmp_path / "gone.jsonl").unlink()
+    asked = {name: TaskParams() for name in ("colours", "gone", "hellaswagg")}
+    with pytest.raises(
+        TaskError, match=r"(?s)evaluation.tasks.gone: .*evaluation.tasks.hellaswagg: .*hellaswag"
+    ) as error:
+        open_tasks(asked, str(tmp_path))
+    assert "colours" not in str(error.value)
+    tasks = open_tasks(asked, str(tmp_path), skip_unavailable=True)
+    assert list(tasks.asked) == ["colours"]
+    assert tasks.skipped == ["gone", "hellaswagg"]
+    with pytest.raises(TaskError, match="there is no such folder"):
+        open_tasks(asked, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_to_text": "{{question."}, "evaluation.tasks.colours: expected name or number"),
+        ({"doc_to_text": "{{nothing}}"}, "evaluation.tasks.colours: 'nothing' is undefined"),
+        ({"doc_to_text": None, "dataset_kwargs": None}, "evaluation.tasks.colours: "),
+        ({"output_type": "nonsense"}, "evaluation.tasks.colours: Got invalid output_type 'nonsense'"),
+    ],
+)
+def test_an_invalid_task_is_named_before_the_work(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without data files datasets looks for some below
+    local_task(tmp_path, "colours")
+    task = yaml.safe_load((tmp_path / "colours.yaml").read_text()) | change
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump({key: value for key, value in task.items() if value}))
+    with pytest.raises(TaskError, match=message):
+        open_tasks({"colours": TaskParams()}, str(tmp_path))
+
+
+def test_task_params_are_checked():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tasks = parse_params(params).evaluation.tasks
+    assert {name: task.limit for name, task in tasks.items()} == {"word_analogies": 64, "last_word_wikipedia": 48}
+    params["evaluation"]["tasks"]["piqa"] = {"limit": 0, "shots": 5}
+    with pytest.raises(ParamsError, match=r"(?s)evaluation.tasks.piqa.limit.*evaluation.tasks.piqa.shots"):
+        parse_params(params)
