@@ -12,7 +12,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from pipeline.evaluation.harness import COMMONSENSE, PrefixedLM, run_tasks
-from pipeline.evaluation.packaged_tasks import find_passages, load_last_words, load_word_analogies
 from pipeline.evaluation.params import EvaluationParams, TaskParams
 from pipeline.evaluation.task_data import TaskError, Tasks, check_task_tokenizer, open_tasks
 from pipeline.inference.prefixed_model import assemble_model
