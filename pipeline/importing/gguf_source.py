@@ -256,7 +256,7 @@ def _check_token_ids(file: GgufFile) -> None:
         is_id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id") and isinstance(setting.value, int)
         if tokens is not None and is_id and setting.value >= tokens.value:
             raise GgufError(
-                f"{name}={setting.value} is beyond the vocabulary of {tokens.value} tokens. Take the original checkpoint"
+                f"{name}={setting.value} is beyond the vocabulary of {tokens.value} tokens. Take the original model"
             )
 
 
