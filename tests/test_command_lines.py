@@ -167,9 +167,9 @@ def forbid_loading(monkeypatch):
 EMPTY, BYTES, SHORT = "", b"\xff\xfe\x00 not UTF-8", "The house"
 UNREADABLE = {
     "missing.txt": (None, "no such file or folder"),
-    "empty.txt": (EMPTY, "there is no text in it"),
+    "empty.txt": (EMPTY, "has no text"),
     "bytes.txt": (BYTES, r"bytes\.txt"),
-    "text.pdf": (SHORT, "nothing to read; allowed are files ending in"),
+    "text.pdf": (SHORT, "nothing to read. Allowed are files ending in"),
     "rows.jsonl": ('{"body": "The house"}', "text"),
     "short.txt": (SHORT, "needs 1 windows of 48 = 48 tokens"),
 }
@@ -286,7 +286,7 @@ def test_a_generation_config_is_its_users_and_is_read_as_such(change, message, f
 
 
 def test_a_bug_in_the_model_is_not_blamed_on_the_generation_config(folder, monkeypatch):
-    monkeypatch.setattr(PrefixCache, "expect_", lambda *args: 1 / 0)
+    monkeypatch.setattr(PrefixCache, "begin_call_", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(generate, folder, "The house", monkeypatch=monkeypatch)
 
@@ -298,7 +298,7 @@ STAGES = ("calibration", "rotation", "prefix_search", "prefix_training", "quanti
 def test_a_stage_before_its_inputs_names_what_makes_them(stage, project, monkeypatch):
     name, *variant = stage.split()
     message = call(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), *variant, monkeypatch=monkeypatch)
-    assert re.search(r"is missing; rerun the stage that makes it: dvc repro", message)
+    assert re.search(r"is missing. Rerun the stage that makes it: dvc repro", message)
     assert not [path for path in project.rglob("*") if path.name.startswith(".") or path.suffix == ".safetensors"]
 
 

@@ -40,8 +40,15 @@ def exported(request, model_folders, tmp_path_factory):
             checkpoint, runner = make_quantized(imported, folder, family, changes, dtype=request.param)
             assert checkpoint.dtype == request.param
             prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
-            place = imported[family], folder / "export", "5GB"
-            export_model(checkpoint, prefix, *place, make_header("export", {}), RESULTS)
+            export_model(
+                checkpoint,
+                prefix,
+                folder / "export",
+                original=imported[family],
+                max_shard_size="5GB",
+                header=make_header("export", {}),
+                results=RESULTS,
+            )
             made[family, kind] = folder / "export", checkpoint, runner
         return made[family, kind]
 

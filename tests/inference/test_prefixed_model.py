@@ -220,7 +220,7 @@ def test_what_would_lose_the_prefix_is_refused(imported):
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
             call(token_ids, past_key_values=model.make_cache(), cache=model.make_cache())
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 9\]; Pass \[batch, 6\]"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 9\]. Pass \[batch, 6\]"):
         model(token_ids, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 6, 6\]"):
         model(token_ids, attention_mask=torch.ones(1, 1, 6, 6))
