@@ -45,7 +45,7 @@ MODELS = {
         Qwen3Config(**OWN, head_dim=32),
         GROUPS,
         [7, 9, 0],
-        {"r4": "block_hadamard", "blocks": 16},
+        {"r4": "block_hadamard", "block_size": 16},
         None,
     ),
     "mistral, keys before RoPE, 8 bits": (
