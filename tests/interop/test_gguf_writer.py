@@ -113,7 +113,15 @@ def test_chat_templates_are_read_back_by_name(wide, tmp_path, names):
     checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | KINDS["Q4_0"], (), r4="identity")
     templates = {name: f"{{{{ messages[0].content }}}} {name}" for name in names}
     checkpoint.tokenizer.chat_template = templates["default"] if names == ["default"] else templates
-    write_formats(checkpoint, None, tmp_path / "formats", ["gguf"], [], "5GB", make_header("export", {}))
+    write_formats(
+        checkpoint,
+        None,
+        tmp_path / "formats",
+        formats=["gguf"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+    )
     import_model(str(tmp_path / "formats/gguf/model.gguf"), None, torch.float32, tmp_path / "again")
     assert Checkpoint(tmp_path / "again", "model").tokenizer.chat_template == checkpoint.tokenizer.chat_template
 
