@@ -225,7 +225,7 @@ def test_an_adapter_of_a_model_that_slides_is_refused_at_once():
     raw["rotation"] |= {"r1": "hadamard", "r4": "identity", "r5": "identity"}
     params = parse_params(raw)
     check_against_model(params, {}, 4, 2048)
-    with pytest.raises(ParamsError, match=r"export\.formats: .*\(sliding_window=512\).*remove peft"):
+    with pytest.raises(ParamsError, match=r"export\.formats: .*\(sliding_window=512\).*Remove peft"):
         check_against_model(params, {}, 4, 2048, 512)
 
 

@@ -664,12 +664,12 @@ def test_batch_size_changes_no_scale_beyond_summation_order(batch_size, project,
         ("quantizer_init.wieghts", {}, "model", "unknown key; did you mean 'weights'"),
         ("rotation.r1", "hadamrd", "rotation", "did you mean 'hadamard'"),
         ("calibration.train.windows", 9999, "calibration", r"needs 9999 windows of 32 = 319968 tokens, the corpus has"),
-        ("quantizer_init.weights.group_size", 7, "model", "group_size=7 does not divide 48, the width of q_proj"),
+        ("quantizer_init.weights.group_size", 7, "model", "group_size=7: does not divide 48, the width of q_proj"),
         (
             "quantizer_init.weights.group_size",
             7,
             "quantizer_init",
-            "group_size=7 does not divide 48, the width of q_proj",
+            "group_size=7: does not divide 48, the width of q_proj",
         ),
         ("runtime.device", "cuda", "prefix_search", "torch finds no GPU"),
         ("model.source", "./nowhere", "model", "there is no such folder"),
@@ -715,7 +715,7 @@ def start(project, slow_block):
         "import sys, time; sys.argv = ['quantizer_init']\n"
         "import runpy, pipeline.quantization.quantizer_init as q\n"
         "init_block = q._init_block_\n"
-        f"q._init_block_ = lambda *a: (time.sleep(60 if a[1] == {slow_block} else 0), init_block(*a))[1]\n"
+        f"q._init_block_ = lambda *a, **k: (time.sleep(60 if a[1] == {slow_block} else 0), init_block(*a, **k))[1]\n"
         "runpy.run_module('stages.quantizer_init', run_name='__main__', alter_sys=False)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -111,9 +111,9 @@ def test_other_formats_are_counted(project, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target": "fp_input"},
-        {"target": "quant_input"},
-        {"target": "both", "offload": "always"},
+        {"blocks.target": "fp_input"},
+        {"blocks.target": "quant_input"},
+        {"blocks.target": "both", "offload": "always"},
         {"end_to_end.enabled": True, "end_to_end.epochs": 1},
         {"end_to_end.enabled": True, "end_to_end.epochs": 1, "offload": "always"},
     ],

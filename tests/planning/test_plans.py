@@ -198,7 +198,7 @@ def test_blocks_by_themselves_are_never_recomputed(monkeypatch):
 
 
 def test_offloaded_hidden_states_move_from_memory_to_disk(monkeypatch):
-    model, target = make_shape("llama-2-7b"), {"finetuning.target": "fp_input"}
+    model, target = make_shape("llama-2-7b"), {"finetuning.blocks.target": "fp_input"}
     in_memory, in_files = (
         finetune(model, read_settings(target | {"runtime.offload": mode})) for mode in ("never", "always")
     )
