@@ -46,10 +46,10 @@ class Workspace:
         stages = expand_stages(params)
         spec = stages[stage]
         upstream = {name: self.run(name, params) for name in _producers(stages, spec)}
-        code = {path: fingerprint_file(ROOT / path) for path in spec["deps"] if path.endswith(".py")}
-        values = {key: _look_up(params, key) for key in spec["params"]}
+        code = {path: fingerprint_file(ROOT / path) for path in spec.get("deps", []) if path.endswith(".py")}
+        values = {key: _look_up(params, key) for key in spec.get("params", [])}
         runtime = params["runtime"]["threads"], params["runtime"]["device"]
-        inputs = sorted(_identify(stages[name], path, spec["deps"]) for name, path in upstream.items())
+        inputs = sorted(_identify(stages[name], path, spec.get("deps", [])) for name, path in upstream.items())
         key = fingerprint({"code": code, "params": values, "inputs": inputs, "runtime": runtime})
         folder = self.folder / f"{stage}-{key}"
         if folder in self._looked_at or (not _always_runs(spec) and (folder / "done").is_file()):
@@ -185,7 +185,7 @@ def _producers(stages: dict[str, dict[str, Any]], spec: dict[str, Any]) -> list[
     found = []
     for name, stage in stages.items():
         for out in _list_written(stage):
-            if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in spec["deps"]):
+            if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in spec.get("deps", [])):
                 found.append(name)
     return found
 

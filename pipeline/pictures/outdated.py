@@ -33,8 +33,7 @@ def read_outdated(read: Callable[[str], str | None], folder: Path | None = None)
     texts = [read(name) for name in ("dvc.lock", "params.yaml", "dvc.yaml")]
     if any(text is None for text in texts):
         return {}
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # dvc.lock takes a second without C
-    lock, params, project = (yaml.load(text, loader) for text in texts)
+    lock, params, project = (_parse_yaml(text) for text in texts)
     # dvc.lock keeps stages that are gone, such as those of a corpus that was removed from params.yaml.
     names = set(_list_stages(project["stages"], params))
     lock = {"stages": {name: stage for name, stage in lock["stages"].items() if name in names}}
@@ -171,3 +170,12 @@ def _hash(path: Path, files: list[Path]) -> str:
     listed = sorted(zip(names, hashes, strict=True))
     text = json.dumps([{"md5": md5, "relpath": name} for name, md5 in listed], sort_keys=True)
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _parse_yaml(text: str | None) -> Any:
+    """Return what a YAML text says, as `yaml.safe_load` does; by C where PyYAML has it, as dvc.lock takes a second."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
