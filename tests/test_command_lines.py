@@ -298,7 +298,7 @@ STAGES = ("calibration", "rotation", "prefix_search", "prefix_training", "quanti
 def test_a_stage_before_its_inputs_names_what_makes_them(stage, project, monkeypatch):
     name, *variant = stage.split()
     message = call(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), *variant, monkeypatch=monkeypatch)
-    assert re.search(r"is missing. Rerun the stage that makes it: dvc repro", message)
+    assert re.search(r"is missing\. Rerun the stage that makes it: dvc repro", message)
     assert not [path for path in project.rglob("*") if path.name.startswith(".") or path.suffix == ".safetensors"]
 
 

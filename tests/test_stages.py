@@ -119,9 +119,9 @@ def test_what_became_of_rows_is_in_the_metrics(project, monkeypatch):
 
 def test_export_before_the_evaluations_it_quotes_names_them(project, monkeypatch):
     run(*BEFORE_QUANTIZER, "quantizer_init", "finetuning", monkeypatch=monkeypatch)
-    assert re.search(r"original\.json is missing. Rerun .* evaluation@original", fails("export", monkeypatch))
+    assert re.search(r"original\.json is missing\. Rerun .* evaluation@original", fails("export", monkeypatch))
     run("evaluation original", monkeypatch=monkeypatch)
-    assert re.search(r"finetuning\.json is missing. Rerun .* evaluation@finetuning", fails("export", monkeypatch))
+    assert re.search(r"finetuning\.json is missing\. Rerun .* evaluation@finetuning", fails("export", monkeypatch))
     assert not [path for path in (project / "artifacts").iterdir() if "export" in path.name]
 
 

@@ -164,8 +164,8 @@ def load_json(path: Path, stage: str) -> Any:
         ArtifactError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
-    with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}); {_remedy(stage)}")):
+        raise ArtifactError(f"{path} is missing. {_remedy(stage)}")
+    with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}). {_remedy(stage)}")):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -211,17 +211,17 @@ def open_tensors(path: Path, stage: str) -> Iterator[tuple[Any, Header]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
+        raise ArtifactError(f"{path} is missing. {_remedy(stage)}")
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); {_remedy(stage)}") from None
+        raise ArtifactError(f"{path} is damaged ({error}). {_remedy(stage)}") from None
     with file as handle:
         header = _check_header((handle.metadata() or {}).get(METADATA_KEY), path, stage)
         try:
             yield handle, header
         except SafetensorError as error:  # a tensor that is not there
-            raise ArtifactError(f"{path} is incomplete ({error}); {_remedy(stage)}") from error
+            raise ArtifactError(f"{path} is incomplete ({error}). {_remedy(stage)}") from error
 
 
 def check_input(header: Header, name: str, expected: Header, path: Path) -> None:
@@ -233,7 +233,7 @@ def check_input(header: Header, name: str, expected: Header, path: Path) -> None
     if header.inputs.get(name) != expected.fingerprint:
         raise ArtifactError(
             f"{path} was made from another {name} than the one at hand "
-            f"({header.inputs.get(name)} instead of {expected.fingerprint}); {_remedy(header.stage)}"
+            f"({header.inputs.get(name)} instead of {expected.fingerprint}). {_remedy(header.stage)}"
         )
 
 
@@ -246,7 +246,7 @@ def check_same_origin(first: Header, second: Header, name: str) -> None:
     if first.inputs.get(name) != second.inputs.get(name):
         raise ArtifactError(
             f"the artifacts of {first.stage} and {second.stage} were made from different {name}s "
-            f"({first.inputs.get(name)}, {second.inputs.get(name)}); rerun both: "
+            f"({first.inputs.get(name)}, {second.inputs.get(name)}). Rerun both: "
             f"dvc repro --force --single-item {first.stage} {second.stage}"
         )
 
@@ -275,13 +275,13 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def _remedy(stage: str) -> str:
-    return f"rerun the stage that makes it: dvc repro --force --single-item {stage}"
+    return f"Rerun the stage that makes it: dvc repro --force --single-item {stage}"
 
 
 def _read_folder_header(folder: Path, stage: str) -> Header:
     path = folder / FOLDER_HEADER
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; {_remedy(stage)}")
+        raise ArtifactError(f"{path} is missing. {_remedy(stage)}")
     return _check_header(path.read_text(encoding="utf-8", errors="replace"), path, stage)
 
 
@@ -289,11 +289,11 @@ def _check_header(text: str | None, path: Path, stage: str) -> Header:
     try:
         header = Header(**json.loads(text or ""))
     except (ValueError, TypeError):
-        raise ArtifactError(f"{path} was not written by this project (no header); {_remedy(stage)}") from None
+        raise ArtifactError(f"{path} was not written by this project (no header). {_remedy(stage)}") from None
     if header.stage != stage:
-        raise ArtifactError(f"{path} was written by the stage {header.stage}, not {stage}; {_remedy(stage)}")
+        raise ArtifactError(f"{path} was written by the stage {header.stage}, not {stage}. {_remedy(stage)}")
     if header.format_version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{path} has format version {header.format_version}, this code reads {FORMAT_VERSION}; {_remedy(stage)}"
+            f"{path} has format version {header.format_version}, this code reads {FORMAT_VERSION}. {_remedy(stage)}"
         )
     return header
