@@ -21,12 +21,21 @@ PREFIX_SEARCH = Path("artifacts/prefix_search")
 
 
 def main(run: Run) -> None:
-    own = run.params.prefix_search
+    settings = run.params.prefix_search
     checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
-    how = (own.site, own.outlier_threshold, own.start_token_counts)
-    how = (*how, run.ranks, windows.start_token, own.choose)
-    prefix = search_prefix(checkpoint, windows.token_ids, run.runner(checkpoint), *how)
-    header = make_header("prefix_search", own.model_dump(), {"model": checkpoint.header, "windows": windows.header})
+    prefix = search_prefix(
+        checkpoint,
+        windows.token_ids,
+        run.runner(checkpoint),
+        site=settings.site,
+        threshold=settings.outlier_threshold,
+        start_token_counts=settings.start_token_counts,
+        ranks=run.ranks,
+        window_start=windows.start_token,
+        choose=settings.choose,
+    )
+    inputs = {"model": checkpoint.header, "windows": windows.header}
+    header = make_header("prefix_search", settings.model_dump(), inputs)
     if run.ranks.first:
         with replacing_folder(PREFIX_SEARCH) as partial:
             tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}

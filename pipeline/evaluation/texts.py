@@ -27,7 +27,6 @@ from pipeline.text.calibration import check_token_ids, cut_documents
 from pipeline.text.corpora import read_local_documents
 
 _FILES = "a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them"
-_ARITHMETIC = "integer multiplies integers, which is faster on a CPU; default: float"
 
 
 def main() -> None:

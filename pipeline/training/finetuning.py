@@ -97,7 +97,7 @@ def _finetune_end_to_end(
     place: Place,
     finished: Path,
 ) -> tuple[Outcome, torch.Tensor | None]:
-    """Train the finished blocks together into `finished`; how it went, and the prefix's KV."""
+    """Train the finished blocks together into `finished`. Return the outcome and the prefix's KV."""
     data = []
     for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
         own = ids[place.ranks.slice_windows(len(ids))]

@@ -49,20 +49,25 @@ def test_packed_blocks_dequantize_to_the_weights(bits, groups):
         pack_blocks(integers, scale * 1e-9, bits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_gguf_reads_back_as_the_quantized_model(wide, tmp_path, family, kind):
-    checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
+def write_model(checkpoint, folder):
+    """Write formats/gguf/model.gguf below `folder`."""
     write_formats(
         checkpoint,
         None,
-        tmp_path / "formats",
+        folder / "formats",
         formats=["gguf"],
         drop=[],
         max_shard_size="5GB",
         header=make_header("export", {}),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_gguf_reads_back_as_the_quantized_model(wide, tmp_path, family, kind):
+    checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
+    write_model(checkpoint, tmp_path)
     assert read_json(tmp_path / "formats" / "manifest.json")["gguf"]["keeps"] == ["weights"]
     path = tmp_path / "formats" / "gguf" / "model.gguf"
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -85,15 +90,7 @@ def test_llama_cpp_computes_the_quantized_model(wide, tmp_path, family, kind):
     """llama.cpp's products round their input to 8 bits in blocks of 32. Its tokenizer gives the same tokens."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     checkpoint, _ = make_quantized(wide, tmp_path, family, PLAIN | KINDS[kind], (), r4="identity")
-    write_formats(
-        checkpoint,
-        None,
-        tmp_path / "formats",
-        formats=["gguf"],
-        drop=[],
-        max_shard_size="5GB",
-        header=make_header("export", {}),
-    )
+    write_model(checkpoint, tmp_path)
     path = tmp_path / "formats" / "gguf" / "model.gguf"
     llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
     model = assemble_model(checkpoint, None)
@@ -113,15 +110,7 @@ def test_chat_templates_are_read_back_by_name(wide, tmp_path, names):
     checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | KINDS["Q4_0"], (), r4="identity")
     templates = {name: f"{{{{ messages[0].content }}}} {name}" for name in names}
     checkpoint.tokenizer.chat_template = templates["default"] if names == ["default"] else templates
-    write_formats(
-        checkpoint,
-        None,
-        tmp_path / "formats",
-        formats=["gguf"],
-        drop=[],
-        max_shard_size="5GB",
-        header=make_header("export", {}),
-    )
+    write_model(checkpoint, tmp_path)
     import_model(str(tmp_path / "formats/gguf/model.gguf"), None, torch.float32, tmp_path / "again")
     assert Checkpoint(tmp_path / "again", "model").tokenizer.chat_template == checkpoint.tokenizer.chat_template
 
