@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 METADATA_KEY = "prefixquant"
 FOLDER_HEADER = "artifact.json"
+# Bytes. Files are mapped into memory, and torch's product of a single row with a matrix (GEMV) rounds differently where
+# the matrix is not aligned to 16 bytes. Without a fixed alignment, results would depend on the length of the header.
+ALIGNMENT = 64
 # Packages that determine results: they compute, tokenize, or read models and texts.
 _PACKAGES = (
     "torch",
@@ -144,11 +147,23 @@ def _round(value: Any) -> Any:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
-    """Write tensors of any device with their header, replacing `path` in one step. They are stored contiguous."""
+    """Write tensors of any device with their header, replacing `path` in one step.
+
+    They are stored contiguous, and begin at a multiple of `ALIGNMENT` bytes in the file.
+    """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = canonical_json(asdict(header))
     with replacing(Path(path)) as temporary:
-        save_file(stored, temporary, metadata={METADATA_KEY: canonical_json(asdict(header))})
+        save_file(stored, temporary, metadata={METADATA_KEY: text})
+        if excess := _find_data(temporary) % ALIGNMENT:
+            save_file(stored, temporary, metadata={METADATA_KEY: text + " " * (ALIGNMENT - excess)})
         temporary.chmod(0o644)  # safetensors lets only the owner read its files
+
+
+def _find_data(path: Path) -> int:
+    """Return where the first tensor of a safetensors file begins: after the header, whose length is in 8 bytes."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def load_tensors(path: Path, stage: str) -> tuple[dict[str, torch.Tensor], Header]:
