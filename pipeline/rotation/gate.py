@@ -177,6 +177,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     scaling: float,
     softcap: float | None = None,
     **unused: object,

@@ -17,7 +17,7 @@ MAX = PLAIN | {f"{group}.range": "max" for group in ("weights", "activations", "
 MAX |= {"weights.rounding": "rtn", "equalize": []}
 
 
-def record(checkpoint, runner, hidden, prefix_kv=None, mse_samples=2, changes=None, percentile_sites=frozenset()):
+def record(checkpoint, runner, hidden, prefix_kv=None, *, mse_samples=2, changes=None, percentile_sites=frozenset()):
     """Return block 1 and its statistics."""
     settings, _ = resolve_settings(init_params(changes or MAX), checkpoint, 1)
     block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
