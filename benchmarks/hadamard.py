@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.numerics.hadamard import hadamard_matrix, hadamard_transform, list_factors, plan_hadamard
+from pipeline.numerics.hadamard import factor_hadamard, hadamard_matrix, hadamard_transform, list_matrix_orders
 from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import Parser, device
 from pipeline.runtime.errors import run_main
@@ -52,7 +52,7 @@ def main() -> None:
             matrix = hadamard_matrix(width).to(x)
             runs.append(lambda x=x, matrix=matrix: x @ matrix)
         copy, *times = measure(runs, arguments.device)
-        orders = (paley * power for paley, power in list_factors(plan_hadamard(width), x.is_cuda))
+        orders = (paley * power for paley, power in list_matrix_orders(factor_hadamard(width), x.is_cuda))
         cells = [f"{seconds / copy:.1f}" for seconds in times] + [""] * (2 - len(times))
         lines.append([name, f"{width}", " · ".join(map(str, orders)), *cells])
     print(format_markdown(["width of", "", "matrices", "transform, in copies", "product"], lines, titles=1))

@@ -131,8 +131,8 @@ class GpuDouble(TorchFunctionMode):
                 self._patches.enter_context(mock.patch.object(torch.cuda, name, function))
             self._patches.enter_context(mock.patch("pipeline.blocks.prefetch.ThreadPoolExecutor", Pool))
             self._patches.enter_context(mock.patch("pipeline.numerics.gptq.record_launches", self._record))
-            gptq._find_replayed.cache_clear()  # of another double, or of a GPU
-            self._patches.callback(gptq._find_replayed.cache_clear)
+            gptq._record_rounding.cache_clear()  # of another double, or of a GPU
+            self._patches.callback(gptq._record_rounding.cache_clear)
             before = torch.__future__.get_overwrite_module_params_on_conversion()
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

@@ -1,8 +1,9 @@
-"""kernels.cpp as operators of torch, `torch.ops.prefixquant.*`: compiled for this machine when first asked for.
+"""Compile kernels.cpp into operators of torch, `torch.ops.prefixquant.*`, for this machine, at their first use.
 
-What was compiled is kept where PyTorch keeps extensions (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions on Linux),
-under a name that knows the source, the compiler, PyTorch's version and the processor. It takes ten seconds, and a C++
-compiler (`c++`, or what CXX names); where there is none, or it fails, everything runs without these operators, slower.
+The library is stored where PyTorch keeps its extensions (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions on Linux).
+Its name is a hash of the source, the compiler, PyTorch's version and the processor. Compiling takes ten seconds and a
+C++ compiler (`c++`, or the one that CXX names). Without a compiler, or if it fails, everything runs without these
+operators, only slower.
 """
 
 import functools
@@ -21,8 +22,9 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
-DTYPES = (torch.float32, torch.bfloat16)  # of activations, in and out
-# Compiled and linked apart: OpenMP is to be the one that PyTorch brings along, not another with threads of its own.
+DTYPES = (torch.float32, torch.bfloat16)  # of activations, for input and output
+# Compiling and linking are separate commands, so that the OpenMP of PyTorch is linked. Another one would start its own
+# threads.
 _COMPILED = (
     "-std=c++20",
     "-O3",
@@ -40,25 +42,24 @@ _LINKED = ("-shared", "-ltorch_cpu", "-lc10")
 
 @functools.cache
 def find_kernels() -> bool:
-    """Whether the operators of kernels.cpp are there; compiles them the first time, and says why not."""
+    """Return whether the operators of kernels.cpp can be used. Compiles them at the first call; logs a failure."""
     try:
-        load_library(
-            SOURCE, Path(cpp_extension._get_build_directory("prefixquant", False))
-        )  # knows of TORCH_EXTENSIONS_DIR
-    except (OSError, NotImplementedError, subprocess.CalledProcessError) as error:  # also: a folder without locks
+        folder = cpp_extension._get_build_directory("prefixquant", False)  # respects TORCH_EXTENSIONS_DIR
+        load_library(SOURCE, Path(folder))
+    except (OSError, NotImplementedError, subprocess.CalledProcessError) as error:  # also: a folder without file locks
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        why = next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
-        logger.warning("kernels for this processor cannot be had, slower ones are used: %s", why)
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
+        logger.warning("kernels for this processor cannot be compiled, so slower ones are used: %s", reason)
         return False
     _describe_operators()
     return True
 
 
 def load_library(source: Path, folder: Path) -> None:
-    """Have the operators of `source` in this process; what lies in `folder` and cannot be loaded is compiled anew.
+    """Load the operators of `source` into this process. A library in `folder` that cannot be loaded is compiled again.
 
     Raises:
-        OSError, subprocess.CalledProcessError: as `build`; OSError also where it cannot be loaded when it is new.
+        OSError, subprocess.CalledProcessError: as `build`. OSError also if the new library cannot be loaded.
     """
     library = build(source, folder)
     try:
@@ -69,7 +70,7 @@ def load_library(source: Path, folder: Path) -> None:
 
 
 def build(source: Path, folder: Path) -> Path:
-    """Compile `source` into a library in `folder`, unless it is there already.
+    """Compile `source` into a library in `folder`, unless it exists already. Returns the library's path.
 
     Raises:
         OSError: there is no compiler, or `folder` cannot be written.
@@ -80,31 +81,32 @@ def build(source: Path, folder: Path) -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # several processes may start at once; one compiles, and is let go when it dies
+    # Of several processes that start at once, one compiles. The system releases the lock even if that process dies.
+    with FileLock(f"{folder}.lock"):
         return library if library.is_file() else _compile(source, compiler, library)
 
 
 def _compile(source: Path, compiler: list[str], library: Path) -> Path:
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
-    found = [f"-L{path}" for path in cpp_extension.library_paths()]
-    # Beside its place, then moved there in one step: what is killed while it compiles leaves no library.
+    library_paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    # Built in another folder and moved in one step, so that a killed process leaves no partial library.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
         _call([*compiler, *_COMPILED, *_DEFINED, *headers, str(source), "-o", compiled])
-        _call([*compiler, compiled, *found, *_LINKED, "-o", linked])
+        _call([*compiler, compiled, *library_paths, *_LINKED, "-o", linked])
         os.replace(linked, library)
     return library
 
 
 def describe_build(source: Path, compiler: list[str]) -> str:
-    """A name for what `build` makes: other sources, compilers, versions of PyTorch and processors have others."""
+    """Return the name of a library, a hash of its source, the compiler, PyTorch's version and the processor."""
     parts = [source.read_text(encoding="utf-8"), torch.__version__, *_COMPILED, *_DEFINED, *_LINKED]
     parts += [*compiler, _call([*compiler, "--version"]), _describe_processor()]
     return f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
 
 
 def _describe_processor() -> str:
-    """What `-march=native` goes by, as far as it can be read."""
+    """Return the properties of the processor that `-march=native` depends on, as far as they can be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -115,16 +117,16 @@ def _describe_processor() -> str:
 
 
 def _describe_operators() -> None:
-    """Shapes and dtypes, for `torch.compile`."""
+    """Register the shapes and dtypes of the operators' results, for `torch.compile`."""
 
-    def describe_rows(codes: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def describe_product(codes: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, *rest: Any) -> torch.Tensor:
         return codes.new_empty((*codes.shape[:-1], len(scale)), dtype=rest[2])
 
     descriptions = {
         "rotated_codes": lambda x, *rest: x.new_empty(x.shape, dtype=torch.uint8),
         "cached_keys": lambda keys, *rest: keys.new_empty(keys.shape),
-        "nibble_product": describe_rows,
-        "served_product": describe_rows,
+        "nibble_product": describe_product,
+        "served_product": describe_product,
     }
     for name, describe in descriptions.items():
         torch.library.register_fake(f"prefixquant::{name}", describe)

@@ -3,10 +3,11 @@
     y = scale_x scale_w (n_x n_w) + constant      n_x = code - zero_point, n_w int8, summed exactly in int32
 
 oneDNN's kernel scales, adds the constant and casts while the sums are still in registers. Its weights are repacked
-once, when the product is made; those of 4 bits a second time, for a few tokens (nibble_product.py). Codes are uint8:
-with int8 ones the kernel of processors without AMX is thousands of times slower.
+once, when the product is created. Weights of 4 bits are packed a second time, for inputs of a few tokens
+(`nibble_product.py`). Codes are uint8: with int8 codes, the kernel is thousands of times slower on processors without
+AMX.
 
-`torch.compile` does not know repacked weights, so the product is an operator that looks them up by name.
+`torch.compile` cannot handle repacked weights, so the product is an operator that looks them up by name.
 """
 
 import itertools
@@ -27,7 +28,7 @@ _NUMBERS = itertools.count()
 
 
 class IntegerProduct(nn.Module):
-    """codes uint8 [..., in] -> [..., out] in `dtype`."""
+    """Multiplies codes uint8 [..., in] by its weights: [..., out] in `dtype`."""
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,10 +41,10 @@ class IntegerProduct(nn.Module):
         _PRODUCTS[self.name] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerProduct":
-        return self  # it never changes
+        return self  # it is immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Repacked weights cannot be pickled: another process repacks them."""
+        """Pickle the operands, because repacked weights cannot be pickled. Loading repacks them."""
         scale, zero_point, packed, weight_scale, _, constant = self.arguments
         integers = packed.to_dense().T.contiguous()
         return IntegerProduct, (IntegerOperands(integers, weight_scale, scale, zero_point, constant), self.dtype)

@@ -1,5 +1,5 @@
-// Passes over a few rows of activations that torch would take many operators for. What each computes is said, and its
-// arguments are explained, in the Python module that calls it.
+// Operators that do in one pass over the activations what takes torch many operators. The Python module that calls an
+// operator says what it computes and explains its arguments.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -20,13 +20,13 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;        // floats that are handled side by side
-constexpr int64_t GRAIN = 1 << 14;   // values a thread should have at least
-constexpr int TILE = 4;              // outputs that are computed one after the other
-constexpr int64_t PAIRED = 32;       // bytes that hold 64 weights of 4 bits: number j in the low half of byte j, 32 + j
-                                     // in the high one
+constexpr int64_t LANES = 16;        // floats in one vector
+constexpr int64_t GRAIN = 1 << 14;   // the fewest values that are worth a thread
+constexpr int TILE = 4;              // outputs that are computed together
+constexpr int64_t PAIRED = 32;       // bytes that hold 64 weights of 4 bits: weight j in the low half of byte j, weight
+                                     // 32 + j in the high half
 
-// Finite values, to nearest, half to even.
+// Round a finite value to nearest, half to even.
 void round_to(float value, float* to) { *to = value; }
 void round_to(float value, at::BFloat16* to) {
   uint32_t bits;
@@ -34,16 +34,16 @@ void round_to(float value, at::BFloat16* to) {
   to->x = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// Of as many values as are read.
+// Return the values of a contiguous tensor with exactly `count` values.
 const float* read_values(const at::Tensor& tensor, int64_t count, const char* name) {
-  TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, " needs ", count, " values, side by side");
+  TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, " needs ", count, " values in contiguous memory");
   return tensor.const_data_ptr<float>();
 }
 
 void check_values(const at::Tensor& x) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "float32 or bfloat16, not ",
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "expected float32 or bfloat16, got ",
               x.scalar_type());
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "no values to a row");
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "no values in a row");
 }
 
 // ---- Hadamard transforms --------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ Lanes load(const float* from) {
 
 void store(float* to, Lanes values) { std::memcpy(to, &values, sizeof values); }
 
-// Sylvester's matrix of order LANES, entries 1 and -1.
+// Sylvester's matrix of order LANES, with entries 1 and -1.
 struct Sylvester {
   float rows[LANES][LANES];
   Sylvester() {
@@ -68,7 +68,7 @@ struct Sylvester {
 };
 const Sylvester SYLVESTER;
 
-// COUNT times LANES values times Sylvester's matrix of order LANES, in place.
+// Multiply each of COUNT groups of LANES values by Sylvester's matrix of order LANES, in place.
 template <int COUNT>
 void transform_lanes(float* values) {
   Lanes sums[COUNT] = {};
@@ -79,11 +79,11 @@ void transform_lanes(float* values) {
   for (int place = 0; place < COUNT; ++place) store(values + place * LANES, sums[place]);
 }
 
-// Every `order` of values[width] times Sylvester's matrix of that order, in place.
+// Multiply each group of `order` values of values[width] by Sylvester's matrix of that order, in place.
 void transform_sylvester(float* values, int64_t width, int64_t order) {
   int64_t step = 1;
   if (order >= LANES) {
-    constexpr int TOGETHER = 8;  // sums that do not wait for each other
+    constexpr int TOGETHER = 8;  // independent sums, which run in parallel
     int64_t start = 0;
     for (; start + TOGETHER * LANES <= width; start += TOGETHER * LANES) transform_lanes<TOGETHER>(values + start);
     for (; start < width; start += LANES) transform_lanes<1>(values + start);
@@ -109,8 +109,8 @@ void transform_sylvester(float* values, int64_t width, int64_t order) {
   }
 }
 
-// to[j, c] = sum over i of from[i, c] matrix[i, j], i and j below `order`, for COLUMNS LANES columns of `width` and rows
-// `first` … `first` + ROWS.
+// Compute to[j, c] = sum over i < order of from[i, c] matrix[i, j], for the rows j = first … first + ROWS - 1 and the
+// first COLUMNS * LANES columns of `width`.
 template <int ROWS, int COLUMNS>
 void transform_tile(const float* from, float* to, const float* matrix, int64_t order, int64_t width, int64_t first) {
   Lanes sums[ROWS][COLUMNS] = {};
@@ -126,7 +126,7 @@ void transform_tile(const float* from, float* to, const float* matrix, int64_t o
       store(to + (first + row) * width + column * LANES, sums[row][column]);
 }
 
-// The same for all rows and columns. Orders of Paley's matrices are multiples of 4.
+// Do the same for all rows and columns. The orders of Paley's matrices are multiples of 4.
 void transform_columns(const float* from, float* to, const float* matrix, int64_t order, int64_t width) {
   int64_t c = 0;
   for (; c + 4 * LANES <= width; c += 4 * LANES)
@@ -145,25 +145,26 @@ void transform_columns(const float* from, float* to, const float* matrix, int64_
   }
 }
 
-// A Hadamard matrix: Paley's, [order, order] each, and Sylvester's of order `sylvester`, as a Kronecker product.
+// A Hadamard matrix: the Kronecker product of Paley's matrices, [order, order] each, and Sylvester's of order
+// `sylvester`.
 struct Transform {
   std::vector<const float*> paley;
   std::vector<int64_t> orders;
   int64_t sylvester, order;
 
   Transform(const std::vector<at::Tensor>& matrices, int64_t power) : sylvester(power), order(power) {
-    TORCH_CHECK(power >= 1 && (power & (power - 1)) == 0, "sylvester=", power, " is no power of two");
+    TORCH_CHECK(power >= 1 && (power & (power - 1)) == 0, "sylvester=", power, " is not a power of two");
     for (const at::Tensor& matrix : matrices) {
       TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) % 4 == 0 &&
                       matrix.is_contiguous(),
-                  "a matrix of Paley's is square, of a multiple of 4");
+                  "a Paley matrix must be square, contiguous, and of an order that is a multiple of 4");
       paley.push_back(matrix.data_ptr<float>());
       orders.push_back(matrix.size(0));
       order *= matrix.size(0);
     }
   }
 
-  // values[order] times the matrix; returns where the result is: `values` or `other`.
+  // Multiply values[order] by the matrix. Returns where the result is, in `values` or in `other`.
   float* apply(float* values, float* other) const {
     if (sylvester > 1) transform_sylvester(values, order, sylvester);
     int64_t width = sylvester;
@@ -190,9 +191,9 @@ void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t las
       uint8_t* to = codes + row * width + start;
       for (int64_t i = 0; i < order; ++i) values[i] = static_cast<float>(from[i]);
       if (transform.order > 1) values = transform.apply(values, values + order);
-      const float* own = shift + start;
+      const float* block_shift = shift + start;
       for (int64_t i = 0; i < order; ++i) {
-        const float code = std::nearbyint(values[i] * factor - own[i]) + zero;
+        const float code = std::nearbyint(values[i] * factor - block_shift[i]) + zero;
         to[i] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(code, 0.f), largest)));
       }
     }
@@ -202,11 +203,12 @@ void quantize_rows(const scalar_t* x, uint8_t* codes, int64_t first, int64_t las
 at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& paley, int64_t sylvester,
                          const at::Tensor& shift, double scale, int64_t zero_point, int64_t largest) {
   check_values(x);
-  const at::Tensor own = x.contiguous();
+  const at::Tensor input = x.contiguous();
   const Transform transform(paley, sylvester);
-  const int64_t width = own.size(-1), rows = own.numel() / width;
-  TORCH_CHECK(width % transform.order == 0, "a transform of order ", transform.order, " for a width of ", width);
-  at::Tensor codes = at::empty(own.sizes(), own.options().dtype(at::kByte));
+  const int64_t width = input.size(-1), rows = input.numel() / width;
+  TORCH_CHECK(width % transform.order == 0, "a transform of order ", transform.order, " does not divide a width of ",
+              width);
+  at::Tensor codes = at::empty(input.sizes(), input.options().dtype(at::kByte));
   const float* shifts = read_values(shift, width, "shift");
   const float factor = static_cast<float>(1 / (scale * std::sqrt(static_cast<double>(transform.order))));
   auto run = [&](const auto* values) {
@@ -215,10 +217,10 @@ at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& pal
       quantize_rows(values, to, first, last, width, transform, shifts, factor, zero_point, largest);
     });
   };
-  if (own.scalar_type() == at::kBFloat16)
-    run(own.const_data_ptr<at::BFloat16>());
+  if (input.scalar_type() == at::kBFloat16)
+    run(input.const_data_ptr<at::BFloat16>());
   else
-    run(own.const_data_ptr<float>());
+    run(input.const_data_ptr<float>());
   return codes;
 }
 
@@ -229,24 +231,27 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
                        const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest,
                        int64_t highest) {
   check_values(keys);
-  TORCH_CHECK(keys.dim() == 2 && scale.numel() >= 1 && keys.size(1) % scale.numel() == 0, "keys of whole heads");
-  const at::Tensor own = keys.contiguous(), places = positions.contiguous();
-  const int64_t heads = scale.numel(), width = own.size(1) / heads, half = width / 2, rows = own.size(0);
-  TORCH_CHECK(Transform({}, sylvester).order == sylvester && width % sylvester == 0, "a head of ", width, " channels");
+  TORCH_CHECK(keys.dim() == 2 && scale.numel() >= 1 && keys.size(1) % scale.numel() == 0,
+              "the width of the keys is not a multiple of the number of scales (one per head)");
+  const at::Tensor input = keys.contiguous(), row_positions = positions.contiguous();
+  const int64_t heads = scale.numel(), width = input.size(1) / heads, half = width / 2, rows = input.size(0);
+  TORCH_CHECK(Transform({}, sylvester).order == sylvester && width % sylvester == 0, "sylvester=", sylvester,
+              " does not divide head_dim=", width);
   const float* scales = read_values(scale, heads, "scale");
   const float* zeros = zero_point ? read_values(*zero_point, heads, "zero_point") : nullptr;
   const float* means = mean ? read_values(*mean, heads * width, "mean") : nullptr;
-  TORCH_CHECK(!means || table, "a mean is turned by a table");
-  const at::Tensor turns = means ? table->contiguous() : own;
-  const int64_t* position = places.const_data_ptr<int64_t>();
+  TORCH_CHECK(!means || table, "a mean needs a table of cosines and sines");
+  const at::Tensor turns = means ? table->contiguous() : input;
+  const int64_t* position = row_positions.const_data_ptr<int64_t>();
   if (means) {
-    TORCH_CHECK(turns.dim() == 2 && turns.size(1) == width && turns.scalar_type() == own.scalar_type(),
-                "a table of cosines and sines of half a head each, as keys");
-    TORCH_CHECK(places.numel() == rows, "a position a row");
+    TORCH_CHECK(turns.dim() == 2 && turns.size(1) == width && turns.scalar_type() == input.scalar_type(),
+                "the table needs [positions, head_dim] cosines and sines in the dtype of the keys");
+    TORCH_CHECK(row_positions.numel() == rows, "expected one position per row");
     for (int64_t row = 0; row < rows; ++row)
-      TORCH_CHECK(position[row] >= 0 && position[row] < turns.size(0), "position ", position[row], " of ", turns.size(0));
+      TORCH_CHECK(position[row] >= 0 && position[row] < turns.size(0), "position ", position[row],
+                  " is outside a table of ", turns.size(0));
   }
-  at::Tensor result = at::empty_like(own);
+  at::Tensor result = at::empty_like(input);
   const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(sylvester)));
   auto run = [&](const auto* from, auto* to) {
     using scalar_t = std::decay_t<decltype(*to)>;
@@ -262,9 +267,9 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
           if (means) {
             const float *low = means + head * width, *high = low + half;
             for (int64_t i = 0; i < half; ++i) {
-              const float own_cosine = cosine[i], own_sine = sine[i];
-              constant[i] = low[i] * own_cosine - high[i] * own_sine;
-              constant[half + i] = high[i] * own_cosine + low[i] * own_sine;
+              const float cos_i = cosine[i], sin_i = sine[i];
+              constant[i] = low[i] * cos_i - high[i] * sin_i;
+              constant[half + i] = high[i] * cos_i + low[i] * sin_i;
             }
           }
           float* values = buffer.data();
@@ -282,17 +287,17 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
       }
     });
   };
-  if (own.scalar_type() == at::kBFloat16)
-    run(own.const_data_ptr<at::BFloat16>(), result.data_ptr<at::BFloat16>());
+  if (input.scalar_type() == at::kBFloat16)
+    run(input.const_data_ptr<at::BFloat16>(), result.data_ptr<at::BFloat16>());
   else
-    run(own.const_data_ptr<float>(), result.data_ptr<float>());
+    run(input.const_data_ptr<float>(), result.data_ptr<float>());
   return result;
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// The sums over each of four vectors.
+// Write the sum of each of four vectors.
 void add_up(const __m512i vectors[4], int32_t sums[4]) {
   auto interleave = [](__m512i one, __m512i other) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
@@ -306,7 +311,7 @@ void add_up(const __m512i vectors[4], int32_t sums[4]) {
 }
 #endif
 
-// sums[row TILE + output] = codes[row] · weights[output], of TILE outputs and ROWS rows; weights 0 … 15.
+// Compute sums[row * TILE + output] = codes[row] · weights[output] for TILE outputs and ROWS rows. Weights are 0 to 15.
 template <int ROWS>
 void multiply_tile(const uint8_t* codes, int64_t width, const uint8_t* packed, int32_t* sums) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -351,58 +356,61 @@ struct Product {
   int64_t width, outputs;
 };
 
-// ROWS rows from `row` on times TILE outputs from `output` on, which may lie behind the last one.
+// Multiply ROWS rows, starting at `row`, by TILE outputs, starting at `output`. Outputs after the last one are dropped.
 template <typename scalar_t, int ROWS>
-void multiply_rows(const Product& given, int64_t output, int64_t row, scalar_t* to) {
+void multiply_rows(const Product& product, int64_t output, int64_t row, scalar_t* to) {
   int32_t sums[ROWS * TILE];
-  multiply_tile<ROWS>(given.codes + row * given.width, given.width, given.packed + output * (given.width / 2), sums);
+  const uint8_t* packed = product.packed + output * (product.width / 2);
+  multiply_tile<ROWS>(product.codes + row * product.width, product.width, packed, sums);
   for (int64_t j = 0; j < ROWS; ++j) {
     auto write = [&](int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
-        const int32_t exact = sums[j * TILE + i] - given.totals[row + j] - given.offset[output + i];
-        const float value = static_cast<float>(exact) * given.scale[output + i] + given.constant[output + i];
-        round_to(value, to + (row + j) * given.outputs + output + i);
+        const int32_t exact = sums[j * TILE + i] - product.totals[row + j] - product.offset[output + i];
+        const float value = static_cast<float>(exact) * product.scale[output + i] + product.constant[output + i];
+        round_to(value, to + (row + j) * product.outputs + output + i);
       }
     };
-    if (output + TILE <= given.outputs)
+    if (output + TILE <= product.outputs)
       write(TILE);
     else
-      write(given.outputs - output);
+      write(product.outputs - output);
   }
 }
 
 template <typename scalar_t>
-void multiply_all_rows(const Product& given, int64_t output, int64_t rows, scalar_t* to) {
+void multiply_all_rows(const Product& product, int64_t output, int64_t rows, scalar_t* to) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) multiply_rows<scalar_t, 4>(given, output, row, to);
+  for (; row + 4 <= rows; row += 4) multiply_rows<scalar_t, 4>(product, output, row, to);
   if (rows - row >= 2) {
-    multiply_rows<scalar_t, 2>(given, output, row, to);
+    multiply_rows<scalar_t, 2>(product, output, row, to);
     row += 2;
   }
-  if (row < rows) multiply_rows<scalar_t, 1>(given, output, row, to);
+  if (row < rows) multiply_rows<scalar_t, 1>(product, output, row, to);
 }
 
 at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype) {
   TORCH_CHECK(codes.dim() >= 1 && codes.size(-1) >= 1 && packed.dim() == 2 && packed.is_contiguous());
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "float32 or bfloat16, not ", dtype);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "expected float32 or bfloat16, got ", dtype);
   const int64_t outputs = scale.numel(), width = 2 * packed.size(1), inputs = codes.size(-1);
   const int64_t rows = codes.numel() / inputs;
-  TORCH_CHECK(packed.size(0) == (outputs + TILE - 1) / TILE * TILE, "weights of ", packed.size(0), " outputs");
-  TORCH_CHECK(width == (inputs + 2 * PAIRED - 1) / (2 * PAIRED) * (2 * PAIRED), "codes of ", inputs, " inputs");
+  TORCH_CHECK(packed.size(0) == (outputs + TILE - 1) / TILE * TILE, "packed weights of ", packed.size(0),
+              " outputs for scales of ", outputs);
+  TORCH_CHECK(width == (inputs + 2 * PAIRED - 1) / (2 * PAIRED) * (2 * PAIRED), "codes of ", inputs,
+              " inputs for packed weights of ", width);
   TORCH_CHECK(offset.is_contiguous() && offset.numel() == outputs, "offset needs ", outputs, " values");
-  at::Tensor own = codes.contiguous();
+  at::Tensor input = codes.contiguous();
   if (inputs != width) {
-    at::Tensor padded = at::empty({rows, width}, own.options());
+    at::Tensor padded = at::empty({rows, width}, input.options());
     for (int64_t row = 0; row < rows; ++row) {
       uint8_t* to = padded.data_ptr<uint8_t>() + row * width;
-      std::memcpy(to, own.const_data_ptr<uint8_t>() + row * inputs, inputs);
+      std::memcpy(to, input.const_data_ptr<uint8_t>() + row * inputs, inputs);
       std::memset(to + inputs, 0, width - inputs);
     }
-    own = padded;
+    input = padded;
   }
   std::vector<int32_t> totals(rows);
-  const uint8_t* bytes = own.const_data_ptr<uint8_t>();
+  const uint8_t* bytes = input.const_data_ptr<uint8_t>();
   for (int64_t row = 0; row < rows; ++row) {
     int32_t total = 0;
     for (int64_t i = 0; i < width; ++i) total += bytes[row * width + i];
@@ -411,18 +419,18 @@ at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, con
   auto shape = codes.sizes().vec();
   shape.back() = outputs;
   at::Tensor result = at::empty(shape, codes.options().dtype(dtype));
-  const Product given{bytes,
-                      packed.const_data_ptr<uint8_t>(),
-                      totals.data(),
-                      offset.const_data_ptr<int32_t>(),
-                      read_values(scale, outputs, "scale"),
-                      read_values(constant, outputs, "constant"),
-                      width,
-                      outputs};
+  const Product product{bytes,
+                        packed.const_data_ptr<uint8_t>(),
+                        totals.data(),
+                        offset.const_data_ptr<int32_t>(),
+                        read_values(scale, outputs, "scale"),
+                        read_values(constant, outputs, "constant"),
+                        width,
+                        outputs};
   auto run = [&](auto* to) {
     const int64_t tiles = (outputs + TILE - 1) / TILE;
     at::parallel_for(0, tiles, std::max<int64_t>(1, 2 * GRAIN / width), [&](int64_t first, int64_t last) {
-      for (int64_t tile = first; tile < last; ++tile) multiply_all_rows(given, tile * TILE, rows, to);
+      for (int64_t tile = first; tile < last; ++tile) multiply_all_rows(product, tile * TILE, rows, to);
     });
   };
   if (dtype == at::kBFloat16)
@@ -432,8 +440,8 @@ at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, con
   return result;
 }
 
-// Of more rows than `few` by vLLM's oneDNN kernel (`handler`), which has the same weights in a form of its own, adds
-// up exactly too, and rounds to `dtype` before the constant is added.
+// Use vLLM's oneDNN kernel (`handler`) for more than `few` rows. It holds the same weights in its own layout and sums
+// exactly, too, but rounds to `dtype` before the constant is added.
 at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype, int64_t few,
                           const at::Tensor& input_scale, const at::Tensor& input_zero_point,
@@ -445,10 +453,10 @@ at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, con
           .findSchemaOrThrow("_C::onednn_scaled_mm", "")
           .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, Optional, Optional, Optional,
                       const at::Tensor&)>();
-  const at::Tensor own = codes.contiguous();
-  const int64_t rows = own.size(0), width = own.size(1), outputs = scale.size(0);
-  at::Tensor centered = at::empty(own.sizes(), own.options().dtype(at::kChar));  // code - 128
-  const uint8_t* from = own.const_data_ptr<uint8_t>();
+  const at::Tensor input = codes.contiguous();
+  const int64_t rows = input.size(0), width = input.size(1), outputs = scale.size(0);
+  at::Tensor centered = at::empty(input.sizes(), input.options().dtype(at::kChar));  // code - 128
+  const uint8_t* from = input.const_data_ptr<uint8_t>();
   int8_t* to = centered.data_ptr<int8_t>();
   at::parallel_for(0, rows * width, GRAIN, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);

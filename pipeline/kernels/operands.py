@@ -1,4 +1,4 @@
-"""What a product of integers is made of; integer_product.py and nibble_product.py multiply."""
+"""The operands of a product of integers. `integer_product.py` and `nibble_product.py` multiply them."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True)
 class IntegerOperands:
-    """What a product is made of, beside the codes.
+    """All operands of a product except the codes of its input.
 
     Attributes:
         integers: int8 [out, in], n_w.
-        weight_scale: float32 [out].
-        scale, zero_point: of the codes.
+        weight_scale: float32 [out], scale_w.
+        scale, zero_point: scale_x and zero point of the codes.
         constant: float32 [out].
     """
 

@@ -1,11 +1,12 @@
-"""Number formats by name and what each of them fixes; params.yaml is checked with them: torch is not imported here.
+"""Number formats by name, and the settings that each of them fixes. Imports no torch, since it checks params.yaml.
 
-    int        integers of 2 to 8 bits, with or without a zero point, one float32 scale for any group
-    fp8_e4m3   ±448 with 3 bits of mantissa; one float32 scale for any group
-    mxfp4      E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives); a power of two for every 32 values (OCP MX)
-    nvfp4      E2M1; a scale in E4M3 for every 16 values, and one for all of them in front of those
+    int        integers of 2 to 8 bits, with or without a zero point; one float32 scale for any group
+    fp8_e4m3   8-bit floats up to ±448; one float32 scale for any group
+    mxfp4      E2M1; one power of two as the scale of every 32 values (OCP MX)
+    nvfp4      E2M1; one E4M3 scale for every 16 values, and one more scale for the whole tensor
 
-E2M1 is sign, two bits of exponent, one of mantissa; E4M3 four and three. What scales there can be is in `grids.py`.
+E2M1 has a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. E4M3 has four
+bits of exponent and three of mantissa. `grids.py` says which scales each format allows.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """What a format fixes.
+    """The settings that a format fixes.
 
     Attributes:
-        bits: of a value; None: any from 2 to 8.
-        block: values that share a scale; None: any group.
+        bits: bits of a value; None: any number from 2 to 8.
+        block: number of values that share a scale; None: any group size.
     """
 
     bits: int | None = None

@@ -1,21 +1,21 @@
-"""The values a quantizer may leave, in units of its scale, and the scales it may have: all that a number format is.
+"""Grids: the values that a quantizer can represent, in units of its scale, and the scales that a format allows.
 
-A quantizer computes grid(x / scale) * scale. Everything that differs from format to format is asked of the grid: where
-values are rounded to and where the range ends, how a scale follows from a range, and what codes stand for values:
+A quantizer computes grid(x / scale) * scale. Everything that differs between formats belongs to the grid: the values to
+round to, the ends of the range, how a scale follows from a range, and which codes stand for which values.
 
-    IntegerGrid   integers, float32 scales; the only one with zero points. Codes are the integers
-    E4M3Grid      fp8_e4m3: 8-bit floats to ±448, float32 scales. Codes are the bytes
-    E2M1Grid      4-bit floats to ±6, of scales that are themselves rounded: to powers of two (mxfp4), or to E4M3 times
-                  one power of two for the whole tensor (nvfp4, weights). Codes are sign and place, 0 to 15
-    BlockGrid     nvfp4 where values are not known beforehand (activations): the scale is the tensor's, static or of a
-                  token, and every 16 values get theirs as they come
+    IntegerGrid   integers with float32 scales; the only grid with zero points. Codes are the integers
+    E4M3Grid      fp8_e4m3: 8-bit floats up to ±448 with float32 scales. Codes are the bytes
+    E2M1Grid      4-bit floats up to ±6 whose scales are rounded, too: to powers of two (mxfp4), or to E4M3 times one
+                  power of two for the whole tensor (nvfp4, weights). Codes are sign and index, 0 to 15
+    BlockGrid     nvfp4 for activations, whose values are not known beforehand: the scale belongs to the tensor (static)
+                  or to a token, and each block of 16 values gets its own scale when it is rounded
 
-A range [-a, a] has scale a / 6 in E2M1, but for mxfp4, where it is the power of two that brings a into [3.5, 7): what
-lies beyond 6 is cut off (as compressed-tensors does; OCP's own rule leaves [4, 8)). The scale for a whole tensor of
-nvfp4 is a power of two by our choice: E4M3 is as fine anywhere in its range, and values times scales are then exact in
-bfloat16 and in any order.
+In E2M1 a range [-a, a] has the scale a / 6. mxfp4 is different: its scale is the power of two that brings a into
+[3.5, 7), and values beyond 6 are clipped. (compressed-tensors does the same; OCP's own rule gives [4, 8).) The scale of
+a whole nvfp4 tensor is a power of two, a choice of this project. E4M3 is equally fine anywhere in its range, and
+products of values and scales are then exact in bfloat16 and in any order.
 
-In training all rounding, that of scales too, passes gradients straight through.
+In training, all rounding passes gradients straight through, the rounding of scales too.
 """
 
 import functools
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 TINY = torch.finfo(torch.float32).tiny
-_E4M3_LEAST = 2.0**-9
+_E4M3_SMALLEST = 2.0**-9
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NVFP4_BLOCK = 16
 _E8M0_BIAS = 127
@@ -42,15 +42,15 @@ class _RoundThrough(torch.autograd.Function):
 
 
 def round_through(x: torch.Tensor) -> torch.Tensor:
-    """round(x) whose gradient is 1: the straight-through estimator (arXiv:1308.3432)."""
+    """Return round(x) with the gradient of x: the straight-through estimator (arXiv:1308.3432)."""
     return _RoundThrough.apply(x) if x.requires_grad and torch.is_grad_enabled() else x.round()
 
 
 class Grid(ABC):
-    """What a format lets a value be.
+    """The values of a format.
 
     Attributes:
-        bits: of a value.
+        bits: bits of a value.
         high: the largest value, in units of the scale.
     """
 
@@ -59,59 +59,60 @@ class Grid(ABC):
 
     @abstractmethod
     def snap_(self, x: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
-        """The nearest values of the grid to x, in units of the scale; half to even; overwrites x."""
+        """Round x, in units of the scale, to the nearest values of the grid, half to even. Overwrites x."""
 
     @abstractmethod
     def locate(self, x: torch.Tensor, zero_point: torch.Tensor | int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """`snap_` of a copy, and where x lies inside the range."""
+        """Return `snap_` of a copy of x, and a mask of the values inside the range."""
 
     @abstractmethod
     def find_ends(self, zero_point: torch.Tensor | None) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Between what, in units of the scale, x is rounded; beyond, it is cut off."""
+        """Return the two ends of the range, in units of the scale. Values beyond them are clipped."""
 
     def choose(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `quantizer.choose_parameters`."""
+        """Return scale and zero point of a range; see `quantizer.choose_parameters`."""
         scale = torch.maximum(-low, high) / self.high
         scale = torch.where((low < 0) | (high > 0), scale.clamp_min(TINY), torch.ones_like(scale))
         return self.round_scale(scale), None
 
     def round_scale(self, scale: torch.Tensor) -> torch.Tensor:
-        """The nearest scales [...] that the format has; differentiable; what is one already stays as it is."""
+        """Return the nearest scales [...] that the format has. Differentiable. Scales of the format do not change."""
         return scale
 
 
 class StoredGrid(Grid):
-    """A grid whose values are stored: weights have one.
+    """A grid whose values can be stored as codes, as those of weights are.
 
     Attributes:
-        signed: codes are int8, from -2^(bits-1) on; otherwise uint8, from 0 on.
+        signed: codes are int8 and start at -2^(bits-1); otherwise they are uint8 and start at 0.
     """
 
     signed = False
 
     @property
     def code_dtype(self) -> torch.dtype:
+        """The dtype of codes."""
         return torch.int8 if self.signed else torch.uint8
 
     @abstractmethod
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the grid -> codes."""
+        """Return the codes of values of the grid."""
 
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes -> float32 values, in memory of their own."""
+        """Return the values of codes, float32, in new memory."""
 
     def pack_scale(
         self, scale: torch.Tensor, common: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As stored: the scales, float32 or bytes, and what all of them are multiplied by, float32 [1], or None.
+        """Return the scales as stored (float32 or bytes), and their common factor, float32 [1], or None.
 
-        `common` is that factor, where it is not to be the scales' own.
+        `common` replaces the factor that would be chosen from `scale`.
         """
         return scale, None
 
     def unpack_scale(self, packed: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
-        """Undo `pack_scale`: float32."""
+        """Undo `pack_scale`. Returns float32."""
         return packed
 
 
@@ -144,21 +145,21 @@ class IntegerGrid(StoredGrid):
         return self.low - 0.5 - offset, self.high + 0.5 - offset
 
     def choose(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Divided before they are added: the difference of two huge finite numbers may overflow.
+        # Divide before adding, because the difference of two huge finite numbers may overflow.
         scale = torch.maximum(-low, high) / self.high if self.signed else high / self.high - low / self.high
         scale = torch.where((low < 0) | (high > 0), scale.clamp_min(TINY), torch.ones_like(scale))
         return scale, None if self.signed else round_through(-low / scale).clamp(self.low, self.high)
 
 
 class _FloatGrid(StoredGrid):
-    """Values on both sides of zero, those beyond `high` cut off."""
+    """Floats on both sides of zero. Values beyond `high` are clipped."""
 
     def locate(self, x: torch.Tensor, zero_point: torch.Tensor | int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return self.snap_(x.clone()), x.abs() <= self.high
 
 
 class E4M3Grid(_FloatGrid):
-    """torch.float8_e4m3fn."""
+    """The values of torch.float8_e4m3fn."""
 
     bits, high = 8, 448.0
 
@@ -172,11 +173,11 @@ class E4M3Grid(_FloatGrid):
         return codes.view(torch.float8_e4m3fn).float()
 
     def find_ends(self, zero_point: torch.Tensor | None) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        return -464.0, 464.0  # half way to what would come next
+        return -464.0, 464.0  # half-way to the next value, 480, which the format lacks
 
 
 class E2M1Grid(_FloatGrid):
-    """Codes 0 to 7 stand for 0, 0.5, 1, 1.5, 2, 3, 4, 6, and 8 to 15 for their negatives."""
+    """4-bit floats. Codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6, and codes 8 to 15 are their negatives."""
 
     bits, high = 4, 6.0
 
@@ -186,8 +187,8 @@ class E2M1Grid(_FloatGrid):
         return x.div_(step).round_().mul_(step)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        places = torch.searchsorted(torch.tensor(_MAGNITUDES, device=values.device), values.abs().contiguous())
-        return (places + 8 * (values < 0)).to(torch.uint8)
+        indices = torch.searchsorted(torch.tensor(_MAGNITUDES, device=values.device), values.abs().contiguous())
+        return (indices + 8 * (values < 0)).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         table = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], device=codes.device)
@@ -198,7 +199,7 @@ class E2M1Grid(_FloatGrid):
 
 
 class MXFP4Grid(E2M1Grid):
-    """E2M1 of powers of two; stored as their exponents, 127 added (E8M0)."""
+    """E2M1 with powers of two as scales, stored as their exponent plus 127 (E8M0)."""
 
     def choose(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         largest = torch.maximum(-low, high)
@@ -222,11 +223,11 @@ class MXFP4Grid(E2M1Grid):
 
 
 class NVFP4Grid(E2M1Grid):
-    """E2M1 of scales in E4M3 times the power of two that brings the tensor's largest into (224, 448]."""
+    """E2M1 with scales in E4M3, times one power of two that brings the tensor's largest scale into (224, 448]."""
 
     def round_scale(self, scale: torch.Tensor) -> torch.Tensor:
         common = self._find_common(scale.detach())
-        rounded = (scale.detach() / common).clamp_(_E4M3_LEAST, E4M3Grid.high).to(torch.float8_e4m3fn).float()
+        rounded = (scale.detach() / common).clamp_(_E4M3_SMALLEST, E4M3Grid.high).to(torch.float8_e4m3fn).float()
         return _pass_through(scale, rounded.mul_(common))
 
     def pack_scale(
@@ -244,7 +245,7 @@ class NVFP4Grid(E2M1Grid):
 
 
 class BlockGrid(Grid):
-    """nvfp4 in units of the tensor's scale: E2M1 of a scale in E4M3 that every 16 values get from their largest."""
+    """nvfp4 in units of the tensor's scale: E2M1 whose scale, in E4M3, follows from the largest of each 16 values."""
 
     bits, high = 4, 448.0 * 6.0
 
@@ -267,7 +268,7 @@ class BlockGrid(Grid):
 
     @staticmethod
     def _find_scales(blocks: torch.Tensor) -> torch.Tensor:
-        """[..., 16] -> [..., 1]; where it rounds to 0, so do the values, whatever it is."""
+        """Return the scales of blocks: [..., 16] -> [..., 1]. One that rounds to 0 becomes 1; its values become 0."""
         scales = (blocks.abs().amax(-1, keepdim=True) / _E2M1.high).clamp_max_(E4M3Grid.high)
         scales = scales.to(torch.float8_e4m3fn).to(blocks.dtype)
         return scales.where(scales > 0, 1.0)
@@ -277,13 +278,13 @@ _E2M1 = E2M1Grid()
 
 
 def integer_range(bits: int, symmetric: bool = True) -> tuple[int, int]:
-    """(qmin, qmax): 4 bits -> (-8, 7) symmetric, (0, 15) asymmetric."""
+    """Return (qmin, qmax): 4 bits -> (-8, 7) if symmetric, else (0, 15)."""
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
 
 
 @functools.cache
 def find_grid(name: str, bits: int, symmetric: bool = True, group_size: int = -1) -> Grid:
-    """The grid of a format; nvfp4's depends on whether the scales of its blocks are kept (group_size 16) or not."""
+    """Return the grid of a format. nvfp4 has two: block scales are stored (group_size 16), or found anew (-1)."""
     if name == "fp8_e4m3":
         return E4M3Grid()
     if name == "mxfp4":
@@ -294,22 +295,22 @@ def find_grid(name: str, bits: int, symmetric: bool = True, group_size: int = -1
 
 
 def as_grid(grid: Grid | int, symmetric: bool = True) -> Grid:
-    """The grid itself, or that of integers of so many bits."""
+    """Return `grid` itself, or the grid of integers with this number of bits."""
     return grid if isinstance(grid, Grid) else find_grid("int", grid, symmetric)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """float32 2^exponent, within what is neither subnormal nor infinite; exact."""
+    """Return 2^exponent exactly, float32. Exponents are clamped to those of normal numbers."""
     exponent = exponent.int().clamp(-126, 127)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 
 
 def _power_of_two_above(x: torch.Tensor) -> torch.Tensor:
-    """The least power of two that is at least x > 0."""
+    """Return the smallest power of two that is at least x > 0."""
     mantissa, exponent = torch.frexp(x)
     return _power_of_two(exponent - (mantissa == 0.5).int())
 
 
 def _pass_through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """`rounded`, with the gradient of x."""
+    """Return `rounded` with the gradient of x."""
     return rounded + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded

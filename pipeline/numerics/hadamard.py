@@ -1,17 +1,17 @@
 """Orthogonal matrices for rotations, and the fast Hadamard transform.
 
-A Hadamard matrix of order m has entries ±1 and orthogonal rows; divided by sqrt(m) it is orthogonal and spreads any
-single large coordinate evenly over all m. Three constructions reach the sizes of real models:
+A Hadamard matrix of order m has entries ±1 and orthogonal rows. Divided by sqrt(m) it is orthogonal, and it spreads a
+single large coordinate evenly over all m coordinates. Three constructions reach the sizes of real models:
 
-- Sylvester, every 2^k:           H_2n = [[H_n, H_n], [H_n, -H_n]]
-- Paley I, order q + 1:           q = 3 mod 4 a prime power,   I + S with S the bordered Jacobsthal matrix
-- Paley II, order 2(q + 1):       q = 1 mod 4 a prime power
+- Sylvester, order 2^k:           H_2n = [[H_n, H_n], [H_n, -H_n]]
+- Paley I, order q + 1:           q a prime power, q mod 4 = 3;  I + S, with S the bordered Jacobsthal matrix
+- Paley II, order 2(q + 1):       q a prime power, q mod 4 = 1
 
-and Kronecker products of those are Hadamard again. A width n = odd * 2^k takes the smallest odd * 2^j that is a Paley
-order, times Sylvester for the rest: 11008 = 344 * 32 (344 = 7^3 + 1). Where no such order exists (156, 172), the
-transform is block-diagonal with the largest Hadamard factor that divides n, so that no width ever fails.
+Kronecker products of Hadamard matrices are Hadamard matrices again. A width n = odd * 2^k takes the smallest odd * 2^j
+that is a Paley order, and a Sylvester matrix for the rest: 11008 = 344 * 32 (344 = 7^3 + 1). Some widths (156, 172)
+have no such order. Their transform is block-diagonal, with the largest Hadamard factor that divides n. No width fails.
 
-Everything here acts on the last dimension and treats vectors as rows: transform(x) = x @ H.
+All functions act on the last dimension and treat vectors as rows: transform(x) = x @ H.
 """
 
 import contextlib
@@ -29,15 +29,21 @@ except ImportError:
     _cuda_hadamard_transform = None
 
 CPU = torch.device("cpu")
-# A power of two is applied as a few matrix products of orders between these: faster on a CPU than butterflies, and than
-# products of a few columns, which take up to fifty times as long. On a GPU each product is a pass through memory, so
-# that what is beyond the largest order goes into Paley's matrix (`python -m benchmarks.hadamard`).
+# A power of two is applied as a few matrix products whose orders lie between these. On a CPU this is faster than
+# butterflies. Products of only a few columns take up to fifty times as long. On a GPU each product is a pass through
+# memory, so Paley's matrix takes the part above the largest order. Measured with `python -m benchmarks.hadamard`.
 _LEAST_ORDER, _LARGEST_ORDER, _LARGEST_PALEY = 16, 128, 1024
 
 
 @dataclass(frozen=True)
-class HadamardPlan:
-    """How a width is transformed: n = blocks * prod(paley) * power_of_two, each block by itself."""
+class HadamardFactors:
+    """The factors of a width: n = blocks * prod(paley) * power_of_two. Each block is transformed by itself.
+
+    Attributes:
+        blocks: how many blocks there are.
+        paley: orders of Paley matrices.
+        power_of_two: order of Sylvester's matrix.
+    """
 
     blocks: int
     paley: tuple[int, ...]
@@ -45,25 +51,33 @@ class HadamardPlan:
 
     @property
     def order(self) -> int:
-        """Size of the Hadamard matrix in each block."""
+        """The order of the Hadamard matrix of each block."""
         return math.prod(self.paley) * self.power_of_two
 
 
 @functools.cache
-def plan_hadamard(n: int) -> HadamardPlan:
-    """Factor a width `n` >= 1; blocks > 1 only where no Hadamard matrix of order n can be built."""
+def factor_hadamard(n: int) -> HadamardFactors:
+    """Factor a width: 11008 -> 1 block, paley (344,), power_of_two 32.
+
+    There is more than one block only if no Hadamard matrix of order n can be built.
+
+    Raises:
+        ValueError: n < 1.
+    """
     if n < 1:
         raise ValueError(f"n={n}: a Hadamard transform needs a width of at least 1")
     for order in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True):
-        factors = _factor_order(order)
-        if factors is not None:
-            power = order // math.prod(factors)
-            return HadamardPlan(n // order, factors, power)
+        paley = _find_paley_orders(order)
+        if paley is not None:
+            return HadamardFactors(n // order, paley, order // math.prod(paley))
     raise AssertionError("order 1 always exists")
 
 
-def _factor_order(n: int) -> tuple[int, ...] | None:
-    """Paley orders whose product divides n and leaves a power of two, fewest factors and smallest orders first."""
+def _find_paley_orders(n: int) -> tuple[int, ...] | None:
+    """Return Paley orders whose product divides n and leaves a power of two, or None where there are none.
+
+    Of several solutions it is the one with the fewest orders, and then the smallest.
+    """
     power = n & -n
     odd = n // power
     if odd == 1:
@@ -79,7 +93,7 @@ def _factor_order(n: int) -> tuple[int, ...] | None:
 
 
 def _odd_factorizations(odd: int, count: int, least: int = 3) -> list[tuple[int, ...]]:
-    """`odd` as products of `count` factors >= 3 in ascending order: (45, 2) -> (3, 15), (5, 9)."""
+    """Return all products of `count` ascending factors >= 3 that give `odd`: (45, 2) -> (3, 15), (5, 9)."""
     if count == 1:
         return [(odd,)] if odd >= least else []
     return [
@@ -91,7 +105,7 @@ def _odd_factorizations(odd: int, count: int, least: int = 3) -> list[tuple[int,
 
 
 def _paley_field(order: int) -> int | None:
-    """The q whose Paley matrix has this order (type I where both exist), or None."""
+    """Return the q whose Paley matrix has this order (type I if both exist), or None."""
     if order % 4:
         return None
     if (order - 1) % 4 == 3 and _prime_power(order - 1):
@@ -101,7 +115,7 @@ def _paley_field(order: int) -> int | None:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, m) with q = p^m, p prime, or None."""
+    """Return (p, m) with q = p^m and p prime, or None."""
     if q < 2:
         return None
     p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
@@ -114,93 +128,95 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 @functools.cache
 def hadamard_matrix(n: int) -> torch.Tensor:
-    """The matrix of `hadamard_transform` for width n: [n, n] float64, orthogonal, H @ H.T = I.
+    """Return the matrix of `hadamard_transform` for width n: [n, n] float64, orthogonal, H @ H.T = I.
 
-    Block-diagonal where the width has no Hadamard matrix (see `plan_hadamard`). Do not change the returned tensor.
+    It is block-diagonal where the width has no Hadamard matrix (see `factor_hadamard`). Do not change the returned
+    tensor: it is cached.
     """
-    plan = plan_hadamard(n)
-    matrix = torch.eye(plan.blocks, dtype=torch.float64)
-    for factor in (*map(paley_matrix, plan.paley), _sylvester_matrix(plan.power_of_two)):
+    factors = factor_hadamard(n)
+    matrix = torch.eye(factors.blocks, dtype=torch.float64)
+    for factor in (*map(paley_matrix, factors.paley), _sylvester_matrix(factors.power_of_two)):
         matrix = torch.kron(matrix, factor)
-    return matrix / math.sqrt(plan.order)
+    return matrix / math.sqrt(factors.order)
 
 
 def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int = -1) -> torch.Tensor:
-    """x @ H (or x @ H.T when `inverse`) without forming H, normalised so that lengths are kept.
+    """Return x @ H, or x @ H.T if `inverse`, without forming H. H is normalised, so the length of x is preserved.
 
     Args:
         x: [..., n] of any width, floating point. The arithmetic is in x's dtype.
         inverse: apply the transpose, which undoes the transform.
-        block_size: every so many consecutive values by themselves; -1: all n together.
+        block_size: transform each block of this many consecutive values by itself; -1: all n values together.
 
     Returns:
-        [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` where
-        that package is installed.
+        [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` if that
+        package is installed.
     """
-    plan = plan_hadamard(x.shape[-1] if block_size == -1 else block_size)
-    factors = [_factor(*pair, x.dtype, x.device) for pair in list_factors(plan, x.is_cuda and not _has_kernel(x))]
-    # autocast would round the matrices: lengths would be kept to 0.2 % only, and differently when it is off.
+    factors = factor_hadamard(x.shape[-1] if block_size == -1 else block_size)
+    orders = list_matrix_orders(factors, x.is_cuda and not _has_kernel(x))
+    matrices = [_build_matrix(paley, sylvester, x.dtype, x.device) for paley, sylvester in orders]
+    # autocast would round the matrices: lengths would be preserved to 0.2 % only, and differently when it is off.
     narrowed = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if narrowed else contextlib.nullcontext():
-        return _apply_factors(x, plan, factors, inverse, _has_kernel(x))
+        return _multiply_matrices(x, factors, matrices, inverse, _has_kernel(x))
 
 
 class HadamardTransform(nn.Module):
-    """`hadamard_transform` for one width, dtype and device that holds its matrices: what `torch.compile` can look into.
+    """`hadamard_transform` for one width, dtype and device.
 
-    The matrices are those that the device is fast with.
+    It holds its matrices, so that `torch.compile` can trace it. They are grouped in the way that is fast on the device.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, block_size: int = -1, device: torch.device = CPU) -> None:
         super().__init__()
-        self.plan = plan_hadamard(width if block_size == -1 else block_size)
-        factors = list_factors(self.plan, device.type == "cuda")
-        self.names = [f"factor_{place}" for place in range(len(factors))]  # two of them may be one matrix
-        for place, pair in enumerate(factors):
-            self.register_buffer(self.names[place], _factor(*pair, dtype, device), persistent=False)
+        self.factors = factor_hadamard(width if block_size == -1 else block_size)
+        orders = list_matrix_orders(self.factors, device.type == "cuda")
+        self.names = [f"matrix_{place}" for place in range(len(orders))]  # buffers, because two may be one tensor
+        for name, (paley, sylvester) in zip(self.names, orders, strict=True):
+            self.register_buffer(name, _build_matrix(paley, sylvester, dtype, device), persistent=False)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        return _apply_factors(x, self.plan, [getattr(self, name) for name in self.names], inverse)
+        return _multiply_matrices(x, self.factors, [getattr(self, name) for name in self.names], inverse)
 
 
 @functools.cache
-def list_factors(plan: HadamardPlan, on_gpu: bool) -> tuple[tuple[int, int], ...]:
-    """(p, s) of the matrices whose Kronecker product a block's matrix is, in that order.
+def list_matrix_orders(factors: HadamardFactors, on_gpu: bool) -> tuple[tuple[int, int], ...]:
+    """Return (p, s) of each matrix to multiply by; their Kronecker product, in this order, is the matrix of a block.
 
-    Each is Paley's of order p times Sylvester's of order s. 14,336: (28, 1), (1, 32), (1, 16) on a CPU, and
-    (28, 4), (1, 128) on a GPU.
+    Each is the Kronecker product of Paley's matrix of order p and Sylvester's of order s. Width 14,336 gives (28, 1),
+    (1, 32), (1, 16) on a CPU, and (28, 4), (1, 128) on a GPU.
     """
-    factors, rest = [(order, 1) for order in plan.paley], plan.power_of_two
-    if factors:
-        paley = factors[-1][0]
+    orders, rest = [(order, 1) for order in factors.paley], factors.power_of_two
+    if orders:
+        paley = orders[-1][0]
         taken = 1
         if rest < _LEAST_ORDER:
             taken = rest
         elif on_gpu:
             taken = max(1, rest // _LARGEST_ORDER)
         if paley * taken <= _LARGEST_PALEY:
-            factors[-1], rest = (paley, taken), rest // taken
+            orders[-1], rest = (paley, taken), rest // taken
     doublings, largest = rest.bit_length() - 1, _LARGEST_ORDER.bit_length() - 1
-    for left in range(math.ceil(doublings / largest), 0, -1):  # of about the same order, larger ones first
-        own = math.ceil(doublings / left)
-        factors.append((1, 2**own))
-        doublings -= own
-    return tuple(factors)
+    for left in range(math.ceil(doublings / largest), 0, -1):  # of similar orders, larger ones first
+        exponent = math.ceil(doublings / left)
+        orders.append((1, 2**exponent))
+        doublings -= exponent
+    return tuple(orders)
 
 
-def _apply_factors(
-    x: torch.Tensor, plan: HadamardPlan, factors: list[torch.Tensor], inverse: bool, kernel: bool = False
+def _multiply_matrices(
+    x: torch.Tensor, factors: HadamardFactors, matrices: list[torch.Tensor], inverse: bool, kernel: bool = False
 ) -> torch.Tensor:
-    """x times the Kronecker product of `factors`, each [order, order], Paley's first; every block by itself.
+    """Return x times the Kronecker product of `matrices`, each [order, order], Paley's first; each block by itself.
 
-    With `kernel` those of Sylvester go through `fast_hadamard_transform`.
+    If `kernel`, Sylvester's matrices are applied by `fast_hadamard_transform`.
     """
-    after, y = plan.order, x
-    for place, matrix in enumerate(factors):
-        if place == len(plan.paley) and kernel:
+    after, y = factors.order, x
+    for place, matrix in enumerate(matrices):
+        if place == len(factors.paley) and kernel:
             y = _cuda_hadamard_transform(y.reshape(-1, after).contiguous(), 1 / math.sqrt(after))
             break
-        order, paley = matrix.shape[0], place < len(plan.paley)
+        order, paley = matrix.shape[0], place < len(factors.paley)
         after //= order
         if after == 1:  # Sylvester's matrices are symmetric
             y = y.reshape(-1, order) @ (matrix.mT if paley and inverse else matrix)
@@ -214,21 +230,25 @@ def _has_kernel(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _factor(paley: int, sylvester: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _build_matrix(paley: int, sylvester: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the normalised Kronecker product of Paley's matrix (order 1: none) and Sylvester's."""
     matrix = _sylvester_matrix(sylvester)
     matrix = torch.kron(paley_matrix(paley), matrix) if paley > 1 else matrix
     return (matrix / math.sqrt(len(matrix))).to(dtype=dtype, device=device)
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
-    """A Haar-distributed orthogonal matrix [n, n] in float64 (QR of a Gaussian, signs fixed; Mezzadri 2007, §5)."""
+    """Return a Haar-distributed orthogonal matrix [n, n], float64.
+
+    It is Q of the QR factorization of a Gaussian matrix, with signs fixed (Mezzadri 2007, §5).
+    """
     gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()
 
 
 def random_signs(n: int, generator: torch.Generator) -> torch.Tensor:
-    """[n] of ±1 in float64."""
+    """Return [n] random values ±1, float64."""
     return torch.randint(0, 2, (n,), generator=generator).to(torch.float64) * 2 - 1
 
 
@@ -243,10 +263,14 @@ def _sylvester_matrix(n: int) -> torch.Tensor:
 
 @functools.cache
 def paley_matrix(order: int) -> torch.Tensor:
-    """Paley's Hadamard matrix [order, order] with entries ±1, float64 (Paley 1933)."""
+    """Return Paley's Hadamard matrix [order, order] with entries ±1, float64 (Paley 1933).
+
+    Raises:
+        ValueError: there is none of this order.
+    """
     q = _paley_field(order)
     if q is None:
-        raise ValueError(f"order={order} is no Paley order")
+        raise ValueError(f"order={order} is not a Paley order")
     jacobsthal = _jacobsthal_matrix(q)
     # Border: skew-symmetric for q = 3 mod 4, symmetric for q = 1 mod 4.
     conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
@@ -262,7 +286,7 @@ def paley_matrix(order: int) -> torch.Tensor:
 
 
 def _jacobsthal_matrix(q: int) -> torch.Tensor:
-    """Q [q, q] with Q[a, b] = chi(a - b), chi the quadratic character of the field of q elements."""
+    """Return Q [q, q] with Q[a, b] = chi(a - b), where chi is the quadratic character of the field of q elements."""
     p, m = _prime_power(q) or (0, 0)
     elements = [_digits(index, p, m) for index in range(q)]
     modulus = _irreducible_polynomial(p, m)
@@ -276,16 +300,17 @@ def _jacobsthal_matrix(q: int) -> torch.Tensor:
 
 
 def _digits(index: int, p: int, m: int) -> list[int]:
-    """An element of the field as the coefficients of a polynomial of degree < m, lowest first."""
+    """Return an element of the field as the coefficients of a polynomial of degree < m, lowest first."""
     return [index // p**power % p for power in range(m)]
 
 
 def _index(element: list[int], p: int) -> int:
+    """Undo `_digits`."""
     return sum(digit * p**power for power, digit in enumerate(element))
 
 
 def _multiply(a: list[int], b: list[int], modulus: list[int], p: int) -> list[int]:
-    """a * b modulo the monic polynomial `modulus` (its m low coefficients) over the integers mod p."""
+    """Return a * b modulo the monic polynomial `modulus` (its m low coefficients) over the integers mod p."""
     m = len(a)
     product = [0] * (2 * m - 1)
     for i, j in itertools.product(range(m), range(m)):
@@ -298,7 +323,7 @@ def _multiply(a: list[int], b: list[int], modulus: list[int], p: int) -> list[in
 
 
 def _irreducible_polynomial(p: int, m: int) -> list[int]:
-    """The m low coefficients of a monic irreducible polynomial of degree m over the integers mod p."""
+    """Return the m low coefficients of a monic irreducible polynomial of degree m over the integers mod p."""
     for index in range(p**m):
         candidate = _digits(index, p, m)
         if not any(
@@ -311,7 +336,7 @@ def _irreducible_polynomial(p: int, m: int) -> list[int]:
 
 
 def _divides(divisor: list[int], polynomial: list[int], p: int) -> bool:
-    """Whether a monic polynomial (coefficients, lowest first) divides another modulo p."""
+    """Return whether a monic polynomial (coefficients, lowest first) divides another one modulo p."""
     rest = list(polynomial)
     while len(rest) >= len(divisor):
         lead = rest[-1]

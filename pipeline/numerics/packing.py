@@ -1,7 +1,7 @@
-"""Integers of 2 to 8 bits in as few bytes, along the last dimension.
+"""Pack integers of 2 to 8 bits along the last dimension, without unused bits between them.
 
-Bits are laid end to end, least significant first: of 4 bits, two to a byte, the first in the low half; of 3 bits, eight
-to three bytes. A row that does not fill its last byte is padded with zero bits, so rows always begin at a byte:
+Bits are laid end to end, least significant first. With 4 bits, a byte holds two integers, the first in its low half.
+With 3 bits, three bytes hold eight integers. Zero bits fill the last byte of a row, so every row begins at a byte:
 
     [1, 2, 3], 4 bits -> [0x21, 0x03]
 """
@@ -14,12 +14,18 @@ from pipeline.numerics.grids import integer_range
 
 
 def packed_width(width: int, bits: int) -> int:
-    """Bytes that `width` integers take: 576 of 4 bits -> 288, 5 of 3 bits -> 2."""
+    """Return the bytes that `width` integers take: 576 integers of 4 bits -> 288, 5 of 3 bits -> 2."""
     return math.ceil(width * bits / 8)
 
 
 def pack_integers(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    """[..., n] int8 (symmetric) or uint8 in the range of `bits` -> uint8 [..., packed_width(n, bits)].
+    """Pack integers.
+
+    Args:
+        integers: [..., n] in the range of `bits`, int8 if symmetric, otherwise uint8.
+
+    Returns:
+        uint8 [..., packed_width(n, bits)].
 
     Raises:
         ValueError: a value is out of range.
@@ -45,7 +51,7 @@ def pack_integers(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.T
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, symmetric: bool, width: int) -> torch.Tensor:
-    """Undo `pack_integers`: uint8 [..., packed_width(width, bits)] -> [..., width], int8 (symmetric) or uint8."""
+    """Undo `pack_integers`: uint8 [..., packed_width(width, bits)] -> [..., width], int8 if symmetric, else uint8."""
     qmin, _ = integer_range(bits, symmetric)
     per_byte = 8 // bits
     if per_byte * bits == 8:
@@ -62,4 +68,5 @@ def unpack_integers(packed: torch.Tensor, bits: int, symmetric: bool, width: int
 
 
 def _pad(values: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Append zeros until the last dimension is a multiple of `multiple`."""
     return torch.nn.functional.pad(values, (0, -values.shape[-1] % multiple))

@@ -1,29 +1,35 @@
-"""Quantization: choose a scale, quantize, dequantize, and the two in one (fake quantization).
+"""Quantization: choose a scale, quantize to integers, and dequantize back.
 
-A b-bit quantizer maps x to the integer round(x / scale) + zero_point, clipped to its range; the value it stands for is
-(integer - zero_point) * scale. Two kinds, told apart by whether there is a zero point:
+A quantizer with b bits maps a value x to an integer. The integer times the scale is close to x:
 
-    symmetric   integers -2^(b-1) … 2^(b-1)-1     scale = max|x| / (2^(b-1) - 1)
+    integer = clip(round(x / scale) + zero_point)          quantize
+    value   = (integer - zero_point) * scale               dequantize; both together are "fake quantization"
+
+There are two kinds. A symmetric quantizer has no zero point. An asymmetric one has, and so it wastes no integers on a
+range that is not centered at zero. With low = min(x, 0) and high = max(x, 0):
+
+    symmetric   integers -2^(b-1) … 2^(b-1)-1     scale = max(-low, high) / (2^(b-1) - 1)
                 x = [-3.5, 1, 7], 4 bits -> scale 1, integers [-4, 1, 7]
     asymmetric  integers 0 … 2^b-1                scale = (high - low) / (2^b - 1), zero_point = round(-low / scale)
                 x = [-3, 0, 12], 4 bits -> scale 1, zero_point 3, integers [0, 3, 15]
 
-with low = min(x, 0) and high = max(x, 0), so that zero is always representable. Rounding is half to even, as
-torch.round. A clip factor f < 1 shrinks low and high before the scale is chosen: the outermost values move to the edge
-and all others get a finer step. 16 bits means "not quantized" throughout the project.
+Zero is always representable, because low <= 0 <= high. Rounding is half to even, as in torch.round. A clip factor f < 1
+shrinks low and high before the scale is chosen. The outermost values then move to the edge of the range, and all others
+get a finer step. 16 bits mean "not quantized" throughout the project.
 
-Floats of 4 and 8 bits take the place of the integers in other formats. What differs is asked of the grid (`grids.py`);
-where one is expected below, a number is the bits of integers.
+Other number formats have floats of 4 or 8 bits in place of the integers. A *grid* defines their values and scales
+(`grids.py`). Where a function below expects a grid, a number means integers of that many bits.
 
-A *centered* quantizer of activations acts on x - mean, with the mean of each channel measured once on calibration text,
-and adds the mean back: Q(x - mean) + mean (channel-wise shifting, arXiv:2304.09145, Eq. 5). In the layers that follow,
-the constant part is a bias, W mean, known beforehand; it costs nothing and leaves the integers the part that varies.
+A *group* is a number of consecutive values along the last dimension that share a scale. A tensor [..., C] with groups
+of size g is viewed as [..., G, g] and has scales [..., G]. group_size -1 is one group for the whole dimension.
 
-Values that share a scale are consecutive along the last dimension: a *group*. [..., C] with groups of g is seen as
-[..., G, g] and has scales [..., G]; group_size -1 is one group for the whole dimension.
+A *centered* quantizer of activations subtracts the mean of each channel and adds it back afterwards: Q(x - mean) + mean
+(channel-wise shifting, arXiv:2304.09145, Eq. 5). The mean is measured once, on calibration text. In the linears that
+read the result, the constant part becomes a bias, W mean, which is known beforehand. So it costs nothing, and the
+integers represent only the part that varies.
 
-In training, rounding passes gradients straight through (`torch.autograd`): the value, the scale and the zero point all
-receive the gradient of the formula above with each round's own offset held constant.
+In training, rounding passes gradients straight through (`torch.autograd`). The value, the scale and the zero point
+receive the gradient of the formulas above, in which the offset added by each rounding is held constant.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,24 +40,24 @@ from torch import nn
 
 from pipeline.numerics.formats import INT
 from pipeline.numerics.grids import Grid, as_grid, find_grid
-from pipeline.numerics.grids import integer_range as integer_range  # known from here, too
+from pipeline.numerics.grids import integer_range as integer_range  # may be imported from here, too
 from pipeline.numerics.grids import round_through as round_through
 from pipeline.numerics.kept_dtype import KeepsDtype
 
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """What one quantizer is asked for.
+    """The settings of one quantizer.
 
     Attributes:
         bits: 2 to 8, or 16 for "not quantized".
-        symmetric: without (True) or with a zero point.
-        group_size: consecutive channels that share a scale; -1 for all of the last dimension.
-        dynamic: the range is measured on every token anew (activations, keys and values only) instead of fixed.
+        symmetric: whether there is no zero point.
+        group_size: number of consecutive channels that share a scale; -1: the whole last dimension.
+        dynamic: whether the range is measured anew on every token (activations, keys and values only).
         centered: activations, keys and values: the mean of each channel is subtracted before quantization and added
-            back behind it. Weights: the mean input's share of the rounding error goes into the layer's bias.
-        format: of `formats.FORMATS`. A weight in nvfp4 has group_size 16, its blocks' scales being kept; all else in
-            nvfp4 has one scale, static or of a token, under which blocks get theirs as they come.
+            back afterwards. Weights: the layer's bias corrects the error that rounding causes for the mean input.
+        format: a name in `formats.FORMATS`. Weights in nvfp4 have group_size 16 and store the scales of their blocks.
+            Everything else in nvfp4 has one scale, static or per token, and finds the scales of blocks at run time.
     """
 
     bits: int = 16
@@ -63,19 +69,22 @@ class QuantizerSpec:
 
     @property
     def enabled(self) -> bool:
+        """Whether anything is quantized."""
         return self.bits < 16
 
     @property
     def grid(self) -> Grid:
+        """The values to round to."""
         return find_grid(self.format, self.bits, self.symmetric, self.group_size)
 
     def count_groups(self, width: int) -> int:
-        """G for a last dimension of `width`."""
+        """Return G, the number of groups in a last dimension of `width`."""
         return 1 if self.group_size == -1 else width // self.group_size
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings as they are stored in artifacts."""
         values = asdict(self)
-        if self.format == INT:  # as written before there were others
+        if self.format == INT:  # artifacts from before the other formats have no such key
             del values["format"]
         return values
 
@@ -86,7 +95,7 @@ def group(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def measure_range(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low, high) of each group, float32: [..., G, g] -> [..., G] twice; low <= 0 <= high."""
+    """Return (low, high) of each group, float32: [..., G, g] -> [..., G] twice; low <= 0 <= high."""
     low, high = torch.aminmax(grouped, dim=-1)
     return low.float().clamp_max(0), high.float().clamp_min(0)
 
@@ -94,35 +103,40 @@ def measure_range(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def choose_parameters(
     low: torch.Tensor, high: torch.Tensor, grid: Grid | int, symmetric: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of a range; the scale is never zero, infinite or NaN for finite ranges.
+    """Choose scale and zero point of a range. For finite ranges the scale is never zero, infinite or NaN.
 
     Args:
-        low, high: any shape, float32, low <= 0 <= high; already multiplied by clip factors. Elementwise, but for
-            weights in nvfp4, where it is that of the whole tensor.
-        symmetric: of integers, where `grid` is their bits.
+        low, high: float32 of any shape, low <= 0 <= high, already multiplied by clip factors. Each element is a
+            separate range, except for weights in nvfp4, whose scales depend on the whole tensor.
+        grid: the values to round to, or the bits of integers.
+        symmetric: whether those integers are symmetric; not used if `grid` is a Grid.
 
     Returns:
-        scale, float32; where the range is empty it is 1: every value is zero anyway. zero_point, float32 holding
-        integers in `integer_range`, or None when symmetric. Both differentiable (straight through the rounding).
+        scale, float32; 1 for an empty range, in which every value is zero. zero_point, integers of `integer_range` held
+        as float32, or None if symmetric. Both are differentiable (straight through the rounding).
     """
     return as_grid(grid, symmetric).choose(low, high)
 
 
 def require_finite(low: torch.Tensor, high: torch.Tensor) -> None:
-    """Raises ValueError where a measured range holds NaN or infinities: nothing sensible can follow."""
+    """Check a measured range.
+
+    Raises:
+        ValueError: it holds NaN or infinities.
+    """
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("a range is not finite; the calibration data or the model overflow")
+        raise ValueError("a measured range is not finite; the calibration data or the model overflow")
 
 
 def quantize(
     x: torch.Tensor, scale: torch.Tensor, grid: Grid | int, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Values of the grid, in the dtype of x / scale. `scale` and `zero_point` broadcast; no gradients."""
+    """Round x / scale to values of the grid, in its dtype. `scale` and `zero_point` broadcast. No gradients."""
     return as_grid(grid, zero_point is None).snap_(x / scale, zero_point)
 
 
 def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
-    """What float `integers`, or values of another grid, stand for; overwrites them."""
+    """Return (integers - zero_point) * scale, in place. `integers` are floats, or values of another grid."""
     if zero_point is not None:
         integers -= zero_point
     return integers.mul_(scale)
@@ -131,10 +145,11 @@ def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Te
 def fake_quantize(
     x: torch.Tensor, scale: torch.Tensor, grid: Grid | int, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """quantize, then dequantize: x moved to the nearest representable value, same shape and dtype.
+    """Quantize and dequantize: move x to the nearest representable value. Same shape and dtype.
 
-    Computed in float32 at least, so that bfloat16 activations do not pick another integer. Where gradients are wanted
-    they reach x (1 inside the range, 0 beyond), scale and zero_point; the values are the same.
+    The arithmetic is in float32 at least, so that bfloat16 activations do not get other integers. If gradients are
+    needed, they reach x (1 inside the range, 0 beyond it), scale and zero_point. The values are the same with and
+    without gradients.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero_point)):
@@ -143,11 +158,15 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """quantize and dequantize with their straight-through gradients, written out so that one tensor is kept, not six.
+    """Fake quantization with straight-through gradients, written out so that autograd keeps one tensor and not six.
 
-    With v = x / scale, z the rounded zero point and n = clip(round(v) + z) - z, the output is n * scale. Inside the
-    range its gradients are 1 (x), n - v (scale), 0 (zero point); beyond it 0, n, -scale: n is the end of the range.
-    The same holds for any grid; scales that blocks get as they come are held.
+    Let v = x / scale, z the rounded zero point and n = clip(round(v) + z) - z. The output is n * scale. Its gradients:
+
+                            to x      to scale      to the zero point
+        inside the range    1         n - v         0
+        beyond it           0         n             -scale             (n is the end of the range)
+
+    The same holds for any grid. Block scales that are found at run time count as constants.
     """
 
     @staticmethod
@@ -183,9 +202,10 @@ def quantize_weight(
     Args:
         weight: [out, in] float.
         scale, zero_point: [out, G], G groups along the input: weight [8, 16], group_size 4 -> scale [8, 4].
+        grid: the values to round to, or the bits of integers.
 
     Returns:
-        Codes [out, in]: of integers themselves, int8 when symmetric, otherwise uint8.
+        Codes [out, in]. Codes of integers are the integers themselves, int8 if symmetric, otherwise uint8.
     """
     grid = as_grid(grid, zero_point is None)
     grouped = weight.float().reshape(*scale.shape, -1)
@@ -196,7 +216,7 @@ def quantize_weight(
 def dequantize_weight(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, grid: Grid | None = None
 ) -> torch.Tensor:
-    """float32 [out, in] from codes [out, in] of a grid (None: integers) with scale and zero point [out, G]."""
+    """Undo `quantize_weight`: return float32 [out, in]. `grid` None: codes are integers."""
     values = codes.float() if grid is None else grid.decode(codes)
     grouped = values.reshape(*scale.shape, -1)
     zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
@@ -204,26 +224,27 @@ def dequantize_weight(
 
 
 class ActivationQuantizer(KeepsDtype):
-    """Fake-quantizes whatever passes: activations [..., C], or keys and values [B, heads, T, d] when it has `heads`.
+    """Fake-quantizes its input: activations [..., C], or keys and values [B, heads, T, d] if it has `heads`.
 
-    Until it is calibrated (and always at 16 bits) it passes its input on unchanged, which is how statistics are taken:
-    a forward hook on the quantizer sees exactly the values it will be asked to quantize.
+    Before calibration, and always with 16 bits, it returns its input unchanged. Statistics are taken in this state: a
+    forward hook on the quantizer receives exactly the values that will be quantized.
 
     Attributes:
-        spec: what it was asked for.
-        scale, zero_point: static only; float32 [G], or [heads, 1, G] against [B, heads, T, G, g]; the zero point only
-            when asymmetric.
-        shift: centered only; float32 [C] or [heads, 1, d], the mean of each channel.
-        clip_factor: dynamic only; float32 [G, 2] or [heads, 1, G, 2]: what the low and the high end of the range
-            measured on a token are multiplied by.
-        fired: how many times it has quantized, so that an evaluation can check that every quantizer took part.
-        code_of_zero: what passes on is `to_codes`, for layers that multiply integers, and zero's code is this; None:
-            what passes on is what the integers stand for.
-        one_pass: gives `to_codes` of what comes before the rotation in front, with that in it; None: there is none.
+        spec: its settings.
+        scale, zero_point: static only. float32 [G], or [heads, 1, G] for inputs [B, heads, T, G, g]. The zero point
+            exists only if asymmetric.
+        shift: centered only. float32 [C] or [heads, 1, d], the mean of each channel.
+        clip_factor: dynamic only. float32 [G, 2] or [heads, 1, G, 2], factors for the low and the high end of the range
+            that is measured on a token.
+        fired: how often it has quantized, so that an evaluation can check that every quantizer took part.
+        code_of_zero: the code of zero, if it returns codes (`to_codes`) for layers that multiply integers; None: it
+            returns fake-quantized values.
+        one_pass: a module that applies the rotation before this quantizer and returns the codes, in one pass; None: the
+            two are separate.
     """
 
     def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
-        """`width` is C or d."""
+        """Create an uncalibrated quantizer for a last dimension of `width`, C or d."""
         super().__init__()
         self.spec = spec
         self.fired = 0
@@ -244,7 +265,7 @@ class ActivationQuantizer(KeepsDtype):
             self.register_buffer("zero_point", _unknown(shape))
 
     def calibrate_(self, **buffers: torch.Tensor) -> None:
-        """Fix the buffers (any shape with the right number of elements); from now on the quantizer acts."""
+        """Set the buffers, in any shape with the right number of elements. From now on the quantizer quantizes."""
         expected = dict(self.named_buffers(recurse=False))
         assert buffers.keys() == expected.keys(), (buffers.keys(), expected.keys())
         for name, value in buffers.items():
@@ -252,7 +273,7 @@ class ActivationQuantizer(KeepsDtype):
         self.calibrated = True
 
     def find_parameters(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and zero point for x [..., G, g], each [..., G, 1] (or broadcasting to it)."""
+        """Return scale and zero point for x [..., G, g], each [..., G, 1] or broadcasting to it."""
         if self.spec.dynamic:
             low, high = measure_range(grouped)
             low, high = low * self.clip_factor[..., 0], high * self.clip_factor[..., 1]
@@ -273,29 +294,30 @@ class ActivationQuantizer(KeepsDtype):
         return quantized if not self.spec.centered else (quantized + self.shift).to(x.dtype)
 
     def count_(self) -> None:
-        """Once more it has quantized."""
-        if not torch.compiler.is_compiling():  # a count would make compiled code another at every call
+        """Count one more use."""
+        if not torch.compiler.is_compiling():  # compiled code would be compiled again for each count
             self.fired += 1
 
     def emit_codes_(self) -> None:
-        """From now on pass on `to_codes`: integers less the lowest one. Static, one scale."""
+        """Return codes from now on: integers minus the lowest integer. Only for static quantizers with one scale."""
         qmin, _ = integer_range(self.spec.bits, self.spec.symmetric)
         self.code_of_zero = -qmin if self.spec.symmetric else int(self.zero_point)
 
     def to_codes(self, x: torch.Tensor) -> torch.Tensor:
-        """uint8, as x: 0 … 2^b - 1, which stand for (code - code_of_zero) * scale."""
+        """Return the codes of x, uint8 of the same shape, 0 … 2^b - 1. Their values: (code - code_of_zero) * scale."""
         codes = (self.center(x).float() / self.scale).round_()
         return codes.add_(self.code_of_zero).clamp_(0, (1 << self.spec.bits) - 1).to(torch.uint8)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32, what `to_codes` gave stands for: what the quantizer passes on otherwise."""
+        """Undo `to_codes`: return the fake-quantized values, float32."""
         values = (codes.float() - self.code_of_zero) * self.scale
         return values + self.shift if self.spec.centered else values
 
     def center(self, x: torch.Tensor) -> torch.Tensor:
-        """x - shift in float32 at least, or x itself when the quantizer is not centered."""
+        """Return x - shift, in float32 at least, or x itself if the quantizer is not centered."""
         return x - self.shift if self.spec.centered else x
 
 
 def _unknown(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a float32 buffer of NaN: one that was never calibrated cannot go unnoticed."""
     return torch.full(shape, torch.nan, dtype=torch.float32)

@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.blocks.kv_cache import KeyQuantizer, Positions
 from pipeline.kernels.compiler import find_kernels
 from pipeline.numerics.formats import INT
-from pipeline.numerics.hadamard import CPU, HadamardTransform, plan_hadamard
+from pipeline.numerics.hadamard import CPU, HadamardTransform, factor_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
 
 _BASE = 256
@@ -91,8 +91,8 @@ def fits_one_pass(quantizer: KeyQuantizer) -> bool:
     """Return whether keys are static integers after RoPE, with one scale per head, and heads have a width of 2^n."""
     spec = quantizer.quantizer.spec
     static = spec.enabled and spec.format == INT and not spec.dynamic and spec.group_size == -1
-    plan = plan_hadamard(quantizer.head_dim)
-    return static and not quantizer.before_rope and (not quantizer.rotate or plan.power_of_two == quantizer.head_dim)
+    factors = factor_hadamard(quantizer.head_dim)
+    return static and not quantizer.before_rope and (not quantizer.rotate or factors.power_of_two == quantizer.head_dim)
 
 
 class CachedValues(nn.Module):

@@ -49,7 +49,7 @@ class ServedLinear(nn.Module):
         self.codes = self.product = None
         if multiply is not None and fits_integers(quantizer, parts):
             self.product = multiply(gather_operands(quantizer, parts), dtype).to(device)
-            self.codes = make_codes(quantizer, width, rotate, dtype, block_size, device)
+            self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
             return
         self.quantizer = quantizer.to(device)
         self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None

@@ -1,4 +1,4 @@
-"""Kernels are compiled once, for this machine, and missed without harm."""
+"""Kernels are compiled once, for this machine, and everything works without them."""
 
 import logging
 import subprocess
@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 from pipeline.kernels import compiler
 
 ROOT = Path(__file__).parents[2]
-BROKEN = "this is no C++\n"
+BROKEN = "this is not C++\n"
 
 
 def count_calls(monkeypatch):
@@ -30,44 +30,44 @@ def test_a_source_is_compiled_once_and_again_when_it_or_torch_changes(tmp_path, 
     library = compiler.build(source, folder)
     assert library.is_file()
     assert compiler.build(source, folder) == library
-    assert len(own := calls_of(calls)) == 2, own  # compiled, linked
+    assert len(commands := list_builds(calls)) == 2, commands  # compile, link
     source.write_text("int one() { return 2; }\n")
     assert compiler.build(source, folder) != library
     monkeypatch.setattr(torch, "__version__", "0.0.1")
     compiler.build(source, folder)
-    assert len(calls_of(calls)) == 6
-    assert sorted(path.suffix for path in folder.iterdir()) == [".so"] * 3  # and nothing else is left
+    assert len(list_builds(calls)) == 6
+    assert sorted(path.suffix for path in folder.iterdir()) == [".so"] * 3  # and no other file
 
 
-def calls_of(calls):
+def list_builds(calls):
     return [command for command in calls if "--version" not in command]
 
 
 @pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
-def test_of_two_that_need_it_at_once_one_compiles(tmp_path, monkeypatch):
+def test_one_of_two_simultaneous_builds_compiles(tmp_path, monkeypatch):
     source, folder, calls = tmp_path / "one.cpp", tmp_path / "built", count_calls(monkeypatch)
     source.write_text("int one() { return 1; }\n")
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: compiler.build(source, folder), range(2))
     assert first == second
-    assert len(calls_of(calls)) == 2
+    assert len(list_builds(calls)) == 2
 
 
 @pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
-def test_a_library_that_cannot_be_loaded_is_compiled_anew(tmp_path, monkeypatch):
+def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path, monkeypatch):
     source, folder, calls = tmp_path / "one.cpp", tmp_path / "built", count_calls(monkeypatch)
     source.write_text("int one() { return 1; }\n")
     library = compiler.build(source, folder)
     library.write_bytes(b"")
     compiler.load_library(source, folder)
-    assert len(calls_of(calls)) == 4
+    assert len(list_builds(calls)) == 4
     assert library.stat().st_size > 0
-    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "env c++")  # words
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "env c++")  # two words
     assert compiler.build(source, folder) != library
 
 
 @pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
-def test_what_fails_to_compile_leaves_nothing_and_says_why(tmp_path):
+def test_a_failed_compilation_leaves_no_file_and_shows_the_compilers_error(tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text(BROKEN)
     with pytest.raises(subprocess.CalledProcessError) as error:
@@ -91,18 +91,18 @@ def break_compiler(monkeypatch, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["no compiler", "no folder", "an error"])
-def test_where_there_can_be_none_it_is_said_once(kind, tmp_path, monkeypatch, caplog):
+def test_a_machine_without_kernels_is_reported_once(kind, tmp_path, monkeypatch, caplog):
     break_compiler(monkeypatch, tmp_path, kind)
     find = compiler.functools.cache(compiler.find_kernels.__wrapped__)
     with caplog.at_level(logging.WARNING):
         assert not find()
         assert not find()
     (record,) = caplog.records
-    assert "kernels for this processor cannot be had" in record.message
+    assert "kernels for this processor cannot be compiled, so slower ones are used" in record.message
     assert kind != "an error" or "error:" in record.message
 
 
-# In a process of its own: operators are defined once.
+# Runs in another process, because operators can be defined only once.
 PLAIN = """
 import os, sys
 from pathlib import Path
@@ -116,7 +116,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 
 
 @pytest.mark.skipif(not compiler.find_kernels(), reason="no C++ compiler")
-def test_processors_without_this_ones_instructions_compute_the_same(tmp_path):
+def test_kernels_without_native_instructions_are_exact_too(tmp_path):
     files = [f"tests/kernels/test_{name}.py" for name in ("nibble_product", "rotated_codes")]
     command = [sys.executable, "-c", PLAIN, str(tmp_path), *files, "-k", "exact or float64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Integers times integers: what an int32 sum says, in eager mode, compiled, and in every dtype."""
+"""A product of integers is the exact int32 sum, scaled and rounded once."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ def test_product_is_rounded_to_bfloat16_once():
     assert product(codes).dtype == torch.bfloat16
 
 
-def test_product_is_described_without_being_computed_and_ends_with_its_last_user():
+def test_product_has_a_meta_result_can_be_pickled_and_is_freed_with_its_last_user():
     product, codes, _ = make_product()
     described = torch.ops.prefixquant.integer_product(codes.to("meta"), product.name, 24, torch.bfloat16)
     assert described.shape == (5, 24)

@@ -1,4 +1,4 @@
-"""Products of weights of 4 bits: sums are exact whatever the shape, and scaled once."""
+"""Sums of products with weights of 4 bits are exact for every shape, and scaled once."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from pipeline.kernels.operands import IntegerOperands
 needs_kernels = pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
 
 
-def make_operands(out, width, low=-8, high=8, zero_point=7, exact=False):
+def make_operands(out, width, *, low=-8, high=8, zero_point=7, exact=False):
     generator = torch.Generator().manual_seed(out + width)
     integers = torch.randint(low, high, (out, width), generator=generator, dtype=torch.int8)
-    integers[0] = low  # the ends, everywhere
+    integers[0] = low  # both ends, in every column
     integers[-1] = high - 1
     scale = torch.ones(out) if exact else torch.rand(out, generator=generator)
     constant = torch.zeros(out) if exact else torch.randn(out, generator=generator)
@@ -44,55 +44,55 @@ def test_sums_are_exact(out, width, zero_point):
 
 
 @needs_kernels
-def test_product_is_scaled_once_and_has_its_constant():
+def test_product_is_scaled_once_and_includes_the_constant():
     operands = make_operands(300, 576)
     codes = torch.randint(0, 16, (2, 3, 576), dtype=torch.uint8)
     expected = multiply_exactly(operands, codes)
-    found = pack_nibbles(operands).multiply(codes, torch.float32)
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert torch.equal(pack_nibbles(operands).multiply(codes[:, ::2], torch.float32), found[:, ::2])
+    product = pack_nibbles(operands).multiply(codes, torch.float32)
+    assert (product - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.equal(pack_nibbles(operands).multiply(codes[:, ::2], torch.float32), product[:, ::2])
 
 
 @needs_kernels
-def test_a_layer_multiplies_by_them_for_a_few_tokens(monkeypatch):
-    operands, asked = make_operands(24, 36), []
+def test_a_layer_uses_nibbles_for_a_few_tokens_only(monkeypatch):
+    operands, calls = make_operands(24, 36), []
     product = IntegerProduct(operands, torch.float32)
     plain = type(product.nibbles).multiply
-    monkeypatch.setattr(type(product.nibbles), "multiply", lambda *given: asked.append(1) or plain(*given))
+    monkeypatch.setattr(type(product.nibbles), "multiply", lambda *arguments: calls.append(1) or plain(*arguments))
     for shape, few in [((FEW,), True), ((FEW + 1,), False), ((2, FEW // 2), True), ((2, FEW), False)]:
-        asked.clear()
+        calls.clear()
         codes = torch.randint(0, 16, (*shape, 36), dtype=torch.uint8)
         expected = multiply_exactly(operands, codes)
         assert (product(codes) - expected).abs().max() <= 1e-6 * expected.abs().max()
-        assert bool(asked) == few
+        assert bool(calls) == few
 
 
 @pytest.mark.parametrize(("low", "high"), [(-9, 8), (-8, 9), (-128, 128)])
-def test_weights_of_more_bits_have_none(low, high):
-    operands = make_operands(24, 36, low, high)
+def test_weights_of_more_than_4_bits_have_no_nibbles(low, high):
+    operands = make_operands(24, 36, low=low, high=high)
     assert pack_nibbles(operands) is None
     codes = torch.randint(0, 16, (2, 36), dtype=torch.uint8)
     expected = multiply_exactly(operands, codes)
     assert (IntegerProduct(operands, torch.float32)(codes) - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-def test_without_kernels_there_are_none(monkeypatch):
+def test_a_machine_without_kernels_has_no_nibbles(monkeypatch):
     monkeypatch.setattr(nibble_product, "find_kernels", lambda: False)
     assert pack_nibbles(make_operands(24, 36)) is None
 
 
 @needs_kernels
-def test_two_threads_multiply_as_one(two_threads):
-    operands = make_operands(1000, 576)  # enough for each
+def test_two_threads_give_the_product_of_one(two_threads):
+    operands = make_operands(1000, 576)  # enough work for two threads
     codes = torch.randint(0, 16, (5, 576), dtype=torch.uint8)
-    found = pack_nibbles(operands).multiply(codes, torch.float32)
+    product = pack_nibbles(operands).multiply(codes, torch.float32)
     torch.set_num_threads(1)
-    assert torch.equal(pack_nibbles(operands).multiply(codes, torch.float32), found)
-    assert (found - multiply_exactly(operands, codes)).abs().max() <= 1e-6 * found.abs().max()
+    assert torch.equal(pack_nibbles(operands).multiply(codes, torch.float32), product)
+    assert (product - multiply_exactly(operands, codes)).abs().max() <= 1e-6 * product.abs().max()
 
 
 @needs_kernels
-def test_what_does_not_fit_is_refused():
+def test_operands_of_other_shapes_are_refused():
     nibbles = pack_nibbles(make_operands(24, 36))
     for width in (20, 60, 100):
         with pytest.raises(ValueError, match=f"codes of {width} inputs for weights of 36"):
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @needs_kernels
-def test_other_dtypes_are_left_to_onednn():
+def test_other_dtypes_use_onednn():
     operands = make_operands(24, 36)
     product = IntegerProduct(operands, torch.float16)
     codes = torch.randint(0, 16, (2, 36), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Rotating, centering and rounding in one pass gives the codes that float64 does, but for values on an edge."""
+"""Rotating, centering and rounding in one pass gives the codes of float64, except for values at an edge."""
 
 import pickle
 
@@ -8,11 +8,11 @@ import torch
 from pipeline.kernels import rotated_codes
 from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.rotated_codes import CodesByTorch, RotatedCodes, make_codes
-from pipeline.numerics.hadamard import hadamard_matrix, plan_hadamard
+from pipeline.numerics.hadamard import factor_hadamard, hadamard_matrix
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
 needs_kernels = pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
-# Sylvester's alone, below and above the 16 that are handled side by side; Paley's with each; two of Paley's; blocks.
+# Sylvester's matrix alone, below and above 16 lanes; with one and with two of Paley's matrices; in blocks.
 WIDTHS = [1, 4, 8, 64, 256, 20, 48, 576, 1536, 1904, 156, 172]
 
 
@@ -34,7 +34,7 @@ def make_input(tokens, width, dtype):
 
 
 def code_exactly(quantizer, x, matrix):
-    """(codes, how far each value is from the edge between two of them), from float64."""
+    """Return the codes in float64, and the distance of each value to the edge between two codes."""
     values = x.double() @ matrix
     if quantizer.spec.centered:
         values = values - quantizer.shift.double()
@@ -55,21 +55,21 @@ def check(codes, quantizer, x, matrix, tolerance):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_codes_are_those_of_float64_for_every_plan(width, dtype):
+def test_codes_are_those_of_float64_for_every_kind_of_width(width, dtype):
     quantizer = make_quantizer(width)
     for tokens in (1, 3, 200):
         x = make_input(tokens, width, dtype)
         check(RotatedCodes(quantizer, width, True)(x), quantizer, x, hadamard_matrix(width), 1e-5)
-    plans = {width: plan_hadamard(width) for width in WIDTHS}
-    assert {len(plan.paley) for plan in plans.values()} == {0, 1, 2}
-    assert any(plan.blocks > 1 and plan.paley for plan in plans.values())
+    all_factors = [factor_hadamard(width) for width in WIDTHS]
+    assert {len(factors.paley) for factors in all_factors} == {0, 1, 2}
+    assert any(factors.blocks > 1 and factors.paley for factors in all_factors)
 
 
 @needs_kernels
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("centered", [True, False])
-def test_codes_of_every_quantizer_that_has_integers(bits, symmetric, centered):
+def test_every_integer_quantizer_gives_the_codes_of_float64(bits, symmetric, centered):
     quantizer = make_quantizer(48, bits, symmetric, centered, scale=2.0 / 2**bits)
     x = make_input(50, 48, torch.float32)
     codes = RotatedCodes(quantizer, 48, True)(x)
@@ -82,7 +82,7 @@ def test_codes_of_every_quantizer_that_has_integers(bits, symmetric, centered):
 
 
 @needs_kernels
-def test_input_may_lie_anyhow_and_have_any_shape():
+def test_input_may_have_any_shape_and_strides():
     quantizer = make_quantizer(64)
     codes = RotatedCodes(quantizer, 64, True)
     x = make_input(64, 64, torch.float32)
@@ -92,7 +92,7 @@ def test_input_may_lie_anyhow_and_have_any_shape():
 
 
 @needs_kernels
-def test_compiled_code_has_the_same_numbers():
+def test_compiled_code_gives_the_same_codes():
     quantizer = make_quantizer(576)
     codes = RotatedCodes(quantizer, 576, True)
     compiled = torch.compile(lambda x: codes(x * 2).float(), fullgraph=True, dynamic=True)
@@ -102,13 +102,13 @@ def test_compiled_code_has_the_same_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("found", [True, False])
-def test_without_kernels_torch_gives_the_codes(monkeypatch, found, dtype):
-    """In float32 whatever the dtype of x, as the kernel: rounded to bfloat16 in between codes would be others."""
-    monkeypatch.setattr(rotated_codes, "find_kernels", lambda: found and find_kernels())
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_torch_gives_the_codes_without_kernels(monkeypatch, has_kernels, dtype):
+    """torch rotates in float32 for every dtype of x, as the kernel does. Rounding to bfloat16 would change codes."""
+    monkeypatch.setattr(rotated_codes, "find_kernels", lambda: has_kernels and find_kernels())
     quantizer = make_quantizer(48)
-    codes = make_codes(quantizer, 48, True, dtype)
-    assert found == isinstance(codes, RotatedCodes) or not find_kernels()
+    codes = make_codes(quantizer, 48, rotate=True, dtype=dtype)
+    assert has_kernels == isinstance(codes, RotatedCodes) or not find_kernels()
     assert isinstance(codes, RotatedCodes | CodesByTorch)
     x = make_input(200, 48, dtype)
     check(codes(x), quantizer, x, hadamard_matrix(48), 1e-5)
@@ -116,18 +116,22 @@ def test_without_kernels_torch_gives_the_codes(monkeypatch, found, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("width", [64, 576])
-def test_two_threads_make_the_codes_of_one(width, two_threads):
+def test_two_threads_give_the_codes_of_one(width, two_threads):
     codes = RotatedCodes(make_quantizer(width), width, True)
-    x = make_input(2048, width, torch.float32)  # enough for each
+    x = make_input(2048, width, torch.float32)  # enough work for two threads
     assert torch.equal(codes(x), torch.cat([codes(row[None]) for row in x]))
 
 
 @needs_kernels
-def test_what_does_not_fit_is_refused():
+def test_input_of_another_shape_or_dtype_is_refused():
     quantizer = make_quantizer(48)
     codes = RotatedCodes(quantizer, 48, True)
-    for shape, why in {(2, 96): "shift needs 96", (2, 0): "no values", (): "no values"}.items():
-        with pytest.raises(RuntimeError, match=why):
+    for shape, message in {
+        (2, 96): "shift needs 96 values",
+        (2, 0): "no values in a row",
+        (): "no values in a row",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
             codes(torch.zeros(shape))
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
         codes(torch.zeros(2, 48, dtype=torch.float64))

@@ -1,3 +1,5 @@
+"""GPTQ equals its derivation, compensates for errors, and survives degenerate Hessians."""
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ def parameters(weight, bits=4, group_size=-1, symmetric=True, factor=1.0):
     return choose_parameters(low * factor, high * factor, bits, symmetric)
 
 
-def slow_gptq(weight, hessian, scale, zero_point, bits, damping):
-    """The method as it is derived: after each input, the exact least-squares update of all that are left (float64)."""
+def slow_gptq(weight, hessian, scale, zero_point, *, bits, damping):
+    """The method as derived: after each input, the exact least-squares update of all remaining inputs (float64)."""
     weight, hessian = weight.double().clone(), hessian.double()
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
@@ -43,19 +45,19 @@ def slow_gptq(weight, hessian, scale, zero_point, bits, damping):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_equals_the_derivation_step_by_step(bits, groups, symmetric):
+def test_codes_equal_the_derivation_step_by_step(bits, groups, symmetric):
     weight, hessian = layer(5, 24)
     scale, zero_point = parameters(weight, bits, 24 // groups, symmetric)
-    found = round_gptq(weight, factor_inverse(hessian, 0.01), scale, zero_point, bits)
+    codes = round_gptq(weight, factor_inverse(hessian, 0.01), scale, zero_point, bits)
     wide = [None if t is None else t.repeat_interleave(24 // groups, 1) for t in (scale, zero_point)]
-    expected = slow_gptq(weight, hessian, *wide, bits, 0.01)
-    assert found.dtype == (torch.int8 if symmetric else torch.uint8)
-    assert (found == expected).float().mean() > 0.99  # measured: 1.0; float32 may tie otherwise
+    expected = slow_gptq(weight, hessian, *wide, bits=bits, damping=0.01)
+    assert codes.dtype == (torch.int8 if symmetric else torch.uint8)
+    assert (codes == expected).float().mean() > 0.99  # measured: 1.0; float32 may tie otherwise
     assert factor_inverse(hessian, 0.01).damping == 0.01
 
 
 @pytest.mark.parametrize("width", [16, 130, 300])
-def test_errs_less_at_the_output_than_rounding_to_nearest(width):
+def test_output_error_is_smaller_than_that_of_rounding_to_nearest(width):
     weight, hessian = layer(8, width)
     scale, _ = parameters(weight, factor=0.8)
 
@@ -63,11 +65,11 @@ def test_errs_less_at_the_output_than_rounding_to_nearest(width):
         change = dequantize_weight(integers, scale) - weight
         return ((change @ hessian) * change).sum()
 
-    found = round_gptq(weight, factor_inverse(hessian, 0.01), scale, None, 4)
-    assert found.dtype == torch.int8
-    assert found.min() >= -8
-    assert found.max() <= 7
-    assert error(found) < 0.8 * error(quantize_weight(weight, scale, 4))
+    codes = round_gptq(weight, factor_inverse(hessian, 0.01), scale, None, 4)
+    assert codes.dtype == torch.int8
+    assert codes.min() >= -8
+    assert codes.max() <= 7
+    assert error(codes) < 0.8 * error(quantize_weight(weight, scale, 4))
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest():
@@ -87,14 +89,14 @@ def test_a_singular_or_empty_hessian_never_crashes(caplog):
     rounded = quantize_weight(weight, scale, 4)
     assert torch.equal(round_gptq(weight, factor_inverse(torch.zeros(16, 16), 0.01), scale, None, 4), rounded)
     indefinite = hessian - 2 * torch.eye(16)
-    found = round_gptq(weight, factor_inverse(indefinite, 0.01), scale, None, 4)
+    codes = round_gptq(weight, factor_inverse(indefinite, 0.01), scale, None, 4)
     assert factor_inverse(indefinite, 0.01).damping > 0.01
     assert "damping raised" in caplog.text
-    assert torch.isfinite(dequantize_weight(found, scale)).all()
+    assert torch.isfinite(dequantize_weight(codes, scale)).all()
 
 
 def round_on(device, width, grid, groups):
-    """Codes [24, width], and what they err at the output."""
+    """Return codes [24, width], and their squared error at the output."""
     weight, hessian = layer(24, width)
     ends = measure_range(group(weight, width // groups))
     scale, zero_point = choose_parameters(*(0.8 * end for end in ends), grid)
@@ -115,7 +117,7 @@ CASES = [
 ]
 
 
-def check_replayed(width, grid, groups):
+def check_recorded_rounding(width, grid, groups):
     state = GENERATOR.get_state()
     codes, error = round_on("cuda", width, grid, groups)
     GENERATOR.set_state(state)
@@ -125,13 +127,13 @@ def check_replayed(width, grid, groups):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inputs_are_rounded_alike_by_what_a_gpu_would_replay(case):
+def test_a_recorded_rounding_gives_the_codes_of_the_cpu(case):
     with GpuDouble() as gpu:
-        check_replayed(*case)
+        check_recorded_rounding(*case)
     assert not [place for place in gpu.waits if "numerics/gptq.py:round" in place]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_inputs_are_rounded_alike_on_a_gpu(case):
-    check_replayed(*case)
+def test_a_gpu_gives_the_codes_of_the_cpu(case):
+    check_recorded_rounding(*case)

@@ -1,4 +1,4 @@
-"""Every number format against plain Python, element by element, and against compressed-tensors."""
+"""Every number format equals plain Python, element by element, and compressed-tensors."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def randn(*shape, seed=0):
 
 
 def slow_snap(value, magnitudes):
-    """The nearest value; of two equally near ones that whose place in the table, and so whose last bit, is even."""
+    """Return the nearest value. Of two that are equally near, it is the one with an even index: its last bit is 0."""
     near = min(range(len(magnitudes)), key=lambda place: (abs(abs(value) - magnitudes[place]), place % 2))
     return math.copysign(magnitudes[near], value)
 
@@ -56,7 +56,7 @@ def test_floats_round_to_the_nearest_value_and_halves_to_even(grid, magnitudes):
     assert E4M3[-1] == 448
 
 
-def test_names_of_formats_are_the_same_in_params_and_library():
+def test_params_and_library_have_the_same_format_names():
     assert set(FormatName.__args__) == set(FORMATS)
 
 
@@ -65,7 +65,7 @@ def test_names_of_formats_are_the_same_in_params_and_library():
     [IntegerGrid(4, True), IntegerGrid(4, False), E2M1Grid(), E4M3Grid()],
     ids=["int4", "uint4", "e2m1", "e4m3"],
 )
-def test_every_code_stands_for_a_value_that_has_this_code(grid):
+def test_every_code_decodes_to_a_value_that_encodes_to_it(grid):
     codes = torch.arange(1 << grid.bits, dtype=torch.uint8)
     codes = (codes.to(torch.int16) - (8 if grid.signed else 0)).to(grid.code_dtype)
     values = grid.decode(codes)
@@ -76,13 +76,13 @@ def test_every_code_stands_for_a_value_that_has_this_code(grid):
     assert torch.equal(unpack_integers(packed, grid.bits, grid.signed, len(codes)), codes.flip(0))
 
 
-def test_e2m1_codes_are_packed_as_the_library_packs_them():
+def test_e2m1_codes_are_packed_as_in_compressed_tensors():
     values = E2M1Grid().snap_(randn(6, 32) * 3)
     assert torch.equal(pack_integers(E2M1Grid().encode(values), 4, False), pack_fp4_to_uint8(values + 0.0))
 
 
-def test_mxfp4_scales_are_the_librarys():
-    """The power of two that brings the largest value into [3.5, 7)."""
+def test_mxfp4_scales_equal_compressed_tensors():
+    """A scale is the power of two that brings the largest value into [3.5, 7)."""
     largest = torch.cat((randn(500).abs() * torch.logspace(-9, 9, 500), torch.tensor([3.4999, 3.5, 7.0, 6.9999, 4.0])))
     scheme = preset_name_to_scheme("MXFP4", ["Linear"])
     expected, _ = calculate_qparams(-largest, largest, scheme.weights)
@@ -104,7 +104,7 @@ def test_nvfp4_scales_are_e4m3_times_a_power_of_two_and_packed_exactly():
     assert common.log2() == common.log2().round()
     assert 224 < scale.max() / common <= 448
     assert torch.equal(NVFP4Grid().unpack_scale(packed, common), scale)
-    for moved in (scale, scale * common.item() ** 3, torch.tensor([[224.0, 1.0]])):  # what is rounded stays
+    for moved in (scale, scale * common.item() ** 3, torch.tensor([[224.0, 1.0]])):  # rounded scales do not change
         once = NVFP4Grid().round_scale(moved)
         assert torch.equal(NVFP4Grid().round_scale(once), once)
     assert torch.equal(NVFP4Grid().round_scale(scale), scale)
@@ -124,10 +124,10 @@ def test_weights_equal_compressed_tensors_given_their_scales(name):
         group_size=None if spec.group_size == -1 else spec.group_size,
     )
     expected = ct_fake_quantize(weight, scale, torch.zeros_like(scale), args)
-    found = dequantize_weight(codes, scale, None, spec.grid)
-    assert torch.equal(found, expected)
+    dense = dequantize_weight(codes, scale, None, spec.grid)
+    assert torch.equal(dense, expected)
     # Half the coarsest step of a value, in units of its scale: 1 of 6, 16 of 448. mxfp4 cuts off from 6 to 7.
-    relative = (group(found - weight, spec.group_size) / scale.unsqueeze(-1)).abs().max()
+    relative = (group(dense - weight, spec.group_size) / scale.unsqueeze(-1)).abs().max()
     assert relative <= {8: 16, 4: 1}[spec.bits] * 1.0001
 
 
@@ -138,7 +138,7 @@ def ct_dynamic(x, scheme: QuantizationScheme, global_scale=None):
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_activations_in_nvfp4_equal_compressed_tensors(heads):
-    """One static scale for the tensor, or one a head; a scale for each block as it comes, saturated ones included."""
+    """One static scale for the tensor, or one per head. Blocks get their scale at run time; some of them saturate."""
     x = randn(3, 64) * torch.logspace(-3, 1, 64) if heads is None else randn(2, 2, 3, 64) * torch.logspace(-3, 1, 64)
     quantizer = ActivationQuantizer(QuantizerSpec(4, format="nvfp4"), 64, heads)
     scale, _ = choose_parameters(-x.abs().amax(), x.abs().amax() * 0, BlockGrid())
@@ -146,11 +146,11 @@ def test_activations_in_nvfp4_equal_compressed_tensors(heads):
     for factor in (1.0, 1 / 16):  # at the second some blocks would need more than 448
         scales = (scale * factor).expand(heads or 1) * torch.tensor([1.0, 0.5][: heads or 1])
         quantizer.calibrate_(scale=scales)
-        found = quantizer(x)
+        quantized = quantizer(x)
         for head in range(heads or 1):
-            own, mine = (x, found) if heads is None else (x[:, head], found[:, head])
-            expected = ct_dynamic(own, preset_name_to_scheme("NVFP4", ["Linear"]), 1 / scales[head].reshape(1))
-            assert torch.equal(mine, expected)
+            head_x, head_quantized = (x, quantized) if heads is None else (x[:, head], quantized[:, head])
+            expected = ct_dynamic(head_x, preset_name_to_scheme("NVFP4", ["Linear"]), 1 / scales[head].reshape(1))
+            assert torch.equal(head_quantized, expected)
     assert (quantizer(torch.zeros_like(x)) == 0).all()
 
 
@@ -180,14 +180,14 @@ def test_activations_in_fp8_equal_compressed_tensors(dynamic):
 
 @pytest.mark.parametrize("grid", [E2M1Grid(), E4M3Grid(), BlockGrid()], ids=lambda grid: type(grid).__name__)
 def test_gradients_pass_straight_through_and_reach_the_scale(grid):
-    """x is moved by an offset that is held: d/dx is 1, d/dscale the offset, and beyond the range the range's end."""
+    """With a constant rounding offset, d/dx is 1 and d/dscale is that offset; beyond the range, 0 and its end."""
     x, scale = (randn(3, 32) * 2).requires_grad_(), torch.tensor(2.0 / grid.high, requires_grad=True)
     weights = randn(3, 32, seed=5)
-    found = fake_quantize(x, scale, grid)
-    assert torch.equal(found, fake_quantize(x.detach(), scale.detach(), grid))
-    for_x, for_scale = torch.autograd.grad((found * weights).sum(), (x, scale))
+    quantized = fake_quantize(x, scale, grid)
+    assert torch.equal(quantized, fake_quantize(x.detach(), scale.detach(), grid))
+    for_x, for_scale = torch.autograd.grad((quantized * weights).sum(), (x, scale))
     v = x.detach() / scale.detach()
-    values = found.detach() / scale.detach()
+    values = quantized.detach() / scale.detach()
     if isinstance(grid, BlockGrid):
         largest = group(v, 16).abs().amax(-1, keepdim=True)
         inside = (group(v, 16).abs() <= 6 * (largest / 6).clamp_max(448).to(torch.float8_e4m3fn).float()).flatten(-2)
@@ -207,9 +207,9 @@ def test_rounded_scales_keep_their_value_and_pass_gradients(grid):
     assert torch.equal(rounded, scale)
     assert torch.equal(torch.autograd.grad(rounded.sum(), moved)[0], torch.ones(4, 3))
     ends = low.clone().requires_grad_()
-    found, _ = choose_parameters(ends, torch.zeros(4, 3), grid)
-    assert torch.equal(found, scale)
-    assert torch.allclose(torch.autograd.grad(found.sum(), ends)[0], torch.tensor(-1 / grid.high))
+    chosen, _ = choose_parameters(ends, torch.zeros(4, 3), grid)
+    assert torch.equal(chosen, scale)
+    assert torch.allclose(torch.autograd.grad(chosen.sum(), ends)[0], torch.tensor(-1 / grid.high))
     empty, _ = choose_parameters(torch.zeros(2), torch.zeros(2), grid)
     assert (empty > 0).all()
 

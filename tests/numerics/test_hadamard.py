@@ -1,3 +1,5 @@
+"""Hadamard transforms are orthogonal for every width, and equal however they are computed."""
+
 import math
 
 import pytest
@@ -5,12 +7,12 @@ import torch
 
 from pipeline.numerics.hadamard import (
     HadamardTransform,
-    _apply_factors,
-    _factor,
+    _build_matrix,
+    _multiply_matrices,
+    factor_hadamard,
     hadamard_matrix,
     hadamard_transform,
-    list_factors,
-    plan_hadamard,
+    list_matrix_orders,
     random_orthogonal,
     random_signs,
 )
@@ -31,14 +33,14 @@ def test_matrix_is_orthogonal_and_the_transform_multiplies_by_it(n):
 
 @pytest.mark.parametrize("n", ORDERS)
 def test_entries_are_plus_minus_one_within_blocks(n):
-    plan = plan_hadamard(n)
-    block = hadamard_matrix(n)[: plan.order, : plan.order] * math.sqrt(plan.order)
+    factors = factor_hadamard(n)
+    block = hadamard_matrix(n)[: factors.order, : factors.order] * math.sqrt(factors.order)
     assert torch.allclose(block.abs(), torch.ones_like(block))
-    assert plan.blocks * plan.order == n
+    assert factors.blocks * factors.order == n
 
 
 @pytest.mark.parametrize("n", LARGE)
-def test_large_transform_is_undone_by_its_inverse_and_keeps_lengths(n):
+def test_large_transforms_are_undone_by_their_inverse_and_preserve_lengths(n):
     x = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     y = hadamard_transform(x)
     assert (hadamard_transform(y, inverse=True) - x).abs().max() < 1e-12  # measured: 8e-15
@@ -59,14 +61,14 @@ def test_large_transform_is_undone_by_its_inverse_and_keeps_lengths(n):
         (13, 13, (), 1),
     ],
 )
-def test_plan_takes_the_smallest_paley_order_and_falls_back_to_blocks(n, blocks, paley, power):
-    plan = plan_hadamard(n)
-    assert (plan.blocks, plan.paley, plan.power_of_two) == (blocks, paley, power)
+def test_a_width_takes_the_smallest_paley_order_and_falls_back_to_blocks(n, blocks, paley, power):
+    factors = factor_hadamard(n)
+    assert (factors.blocks, factors.paley, factors.power_of_two) == (blocks, paley, power)
 
 
-def test_kronecker_products_serve_where_no_single_paley_order_does():
-    plan = plan_hadamard(1904)
-    assert (plan.blocks, plan.paley, plan.power_of_two) == (1, (28, 68), 1)
+def test_two_paley_orders_are_used_where_no_single_one_fits():
+    factors = factor_hadamard(1904)
+    assert (factors.blocks, factors.paley, factors.power_of_two) == (1, (28, 68), 1)
     matrix = hadamard_matrix(1904)
     assert (matrix @ matrix.T - torch.eye(1904, dtype=torch.float64)).abs().max() < 1e-12
     x = torch.randn(2, 1904, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -79,7 +81,7 @@ def test_every_width_up_to_300_is_orthogonal():
         assert (matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-13, n
 
 
-def test_sylvester_of_order_four_by_hand():
+def test_sylvesters_matrix_of_order_four_is_that_written_by_hand():
     expected = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
     assert torch.equal(hadamard_matrix(4), expected)
 
@@ -98,25 +100,25 @@ def test_random_orthogonal_is_orthogonal_and_repeats_with_its_seed():
     ("n", "block_size"), [(36, -1), (576, -1), (172, -1), (48, 16), (1, -1), (256, -1), (4096, -1), (14336, -1)]
 )
 @pytest.mark.parametrize("inverse", [False, True])
-def test_held_matrices_transform_alike_and_are_no_part_of_compiled_code(n, block_size, inverse):
-    held = HadamardTransform(n, torch.float32, block_size)
+def test_the_module_equals_the_function_and_compiles_without_building_matrices(n, block_size, inverse):
+    transform = HadamardTransform(n, torch.float32, block_size)
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(held(x, inverse), hadamard_transform(x, inverse, block_size))
-    assert held.state_dict() == {}
-    graph, _ = torch._dynamo.export(held)(x, inverse)
+    assert torch.equal(transform(x, inverse), hadamard_transform(x, inverse, block_size))
+    assert transform.state_dict() == {}
+    graph, _ = torch._dynamo.export(transform)(x, inverse)
     called = {node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method")}
     assert not called & {torch.kron, torch.ones, torch.zeros, torch.eye, torch.tensor}
 
 
 @pytest.mark.parametrize("n", [64, 576, 172, 4096])
-def test_on_a_gpu_the_package_transforms_by_the_power_of_two_and_is_no_part_of_compiled_code(monkeypatch, n):
-    """`fast_hadamard_transform(x, scale)` is F.linear(x, H) scale, as its documentation says, any power of two wide."""
+def test_the_cuda_package_applies_the_power_of_two_of_the_function_and_never_of_the_module(monkeypatch, n):
+    """As documented, `fast_hadamard_transform(x, scale)` is F.linear(x, H) * scale, for any power of two."""
     calls = []
 
     def transform(x, scale):
         assert x.is_contiguous()
         calls.append(x.shape)
-        return x @ _factor(1, x.shape[-1], x.dtype, x.device) * math.sqrt(x.shape[-1]) * scale
+        return x @ _build_matrix(1, x.shape[-1], x.dtype, x.device) * math.sqrt(x.shape[-1]) * scale
 
     monkeypatch.setattr("pipeline.numerics.hadamard._cuda_hadamard_transform", transform)
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
@@ -125,14 +127,14 @@ def test_on_a_gpu_the_package_transforms_by_the_power_of_two_and_is_no_part_of_c
             expected = hadamard_transform(x, inverse)
             assert torch.allclose(hadamard_transform(x.to(CUDA), inverse).cpu(), expected, atol=1e-5)
             assert len(calls) == 1 + inverse
-            held = HadamardTransform(n, torch.float32, device=CUDA)
-            assert torch.allclose(held(x.to(CUDA), inverse).cpu(), expected, atol=1e-5)
+            module = HadamardTransform(n, torch.float32, device=CUDA)
+            assert torch.allclose(module(x.to(CUDA), inverse).cpu(), expected, atol=1e-5)
             assert len(calls) == 1 + inverse
 
 
 def test_width_zero_is_refused():
     with pytest.raises(ValueError, match="n=0"):
-        plan_hadamard(0)
+        factor_hadamard(0)
 
 
 @pytest.mark.gpu
@@ -147,16 +149,18 @@ def test_cuda_transform_equals_the_cpu_one(n):
 
 @pytest.mark.parametrize("n", [12, 36, 256, 576, 1024, 1536, 1904, 5120, 11008, 28672])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_however_the_matrix_is_factored_the_product_is_the_same(n, on_gpu):
-    plan, x = plan_hadamard(n), torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    orders = list_factors(plan, on_gpu)
-    factors = [_factor(*own, torch.float64, torch.device("cpu")) for own in orders]
-    # One of Paley's at a time, then the power of two whole.
-    plain = [_factor(order, 1, torch.float64, torch.device("cpu")) for order in plan.paley]
-    plain.append(_factor(1, plan.power_of_two, torch.float64, torch.device("cpu")))
+def test_grouping_the_matrices_does_not_change_the_product(n, on_gpu):
+    factors = factor_hadamard(n)
+    x = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def build(paley, sylvester):
+        return _build_matrix(paley, sylvester, torch.float64, torch.device("cpu"))
+
+    grouped = [build(paley, sylvester) for paley, sylvester in list_matrix_orders(factors, on_gpu)]
+    plain = [*(build(order, 1) for order in factors.paley), build(1, factors.power_of_two)]
     for inverse in (False, True):
-        found, expected = (_apply_factors(x, plan, own, inverse) for own in (factors, plain))
-        assert (found - expected).abs().max() < 1e-12
+        product, expected = (_multiply_matrices(x, factors, matrices, inverse) for matrices in (grouped, plain))
+        assert (product - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -175,13 +179,13 @@ def test_however_the_matrix_is_factored_the_product_is_the_same(n, on_gpu):
         (5120, False, (20, 16, 16)),
     ],
 )
-def test_no_factor_is_too_small_to_be_fast(n, on_gpu, orders):
-    assert tuple(paley * power for paley, power in list_factors(plan_hadamard(n), on_gpu)) == orders
+def test_matrix_orders_are_those_that_are_fast(n, on_gpu, orders):
+    assert tuple(paley * power for paley, power in list_matrix_orders(factor_hadamard(n), on_gpu)) == orders
 
 
-def test_autocast_leaves_it_alone():
+def test_autocast_does_not_change_the_transform():
     x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         assert (x @ x.T).dtype == torch.bfloat16
-        found = hadamard_transform(x)
-    assert torch.equal(found, hadamard_transform(x))
+        transformed = hadamard_transform(x)
+    assert torch.equal(transformed, hadamard_transform(x))

@@ -1,4 +1,4 @@
-"""Unpacking gives back what was packed, in no more bytes than the bits need."""
+"""Unpacking returns the packed integers, which take no more bytes than their bits need."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_unpacking_undoes_packing(bits, symmetric, shape):
     assert torch.equal(unpacked, integers)
 
 
-def test_layout_of_hand_made_cases():
+def test_bytes_equal_cases_written_by_hand():
     def packed(values, bits):
         return pack_integers(torch.tensor(values, dtype=torch.uint8), bits, symmetric=False).tolist()
 

@@ -1,4 +1,4 @@
-"""Every mode of a quantizer against plain Python, element by element, and against compressed-tensors."""
+"""Every mode of a quantizer equals plain Python, element by element, and compressed-tensors."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ SPECS = [
 
 
 def slow_parameters(values: list[float], bits: int, symmetric: bool, low_factor=1.0, high_factor=1.0):
-    """Scale and zero point of a group, in plain Python, where round is half to even as well."""
+    """Return scale and zero point of a group, in plain Python, whose round() is half to even, too."""
     low, high = min([*values, 0.0]) * low_factor, max([*values, 0.0]) * high_factor
     if symmetric:
         return max(-low, high) / (2 ** (bits - 1) - 1) or 1.0, None
@@ -97,7 +97,7 @@ def test_activation_quantizers_equal_a_per_element_reference(spec, heads):
         buffers["zero_point"] = torch.full(buffers["zero_point"].shape, 1.0)
     assert quantizer(x) is x  # not calibrated
     quantizer.calibrate_(**buffers)
-    found = quantizer(x)
+    quantized = quantizer(x)
     size = 8 if spec.group_size == -1 else spec.group_size
     for token in itertools.product(*(range(length) for length in x.shape[:-1])):
         head = (token[1], 0) if heads else ()
@@ -116,7 +116,7 @@ def test_activation_quantizers_equal_a_per_element_reference(spec, heads):
                 expected = slow_fake_quantize(value, step, offset, spec.bits) + shift[column]
                 # A value on a rounding boundary may fall to either side in float32.
                 near = abs(value / step % 1 - 0.5) < 1e-4
-                assert near or found[(*token, column)].item() == pytest.approx(expected, abs=2e-5)
+                assert near or quantized[(*token, column)].item() == pytest.approx(expected, abs=2e-5)
     assert quantizer.fired == 1
 
 
@@ -124,7 +124,7 @@ def test_activation_quantizers_equal_a_per_element_reference(spec, heads):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("strategy", "group_size"), [("channel", None), ("group", 8)])
 def test_weights_equal_compressed_tensors(bits, symmetric, strategy, group_size):
-    """Same scales and zero points given, the same values come out; asymmetric ranges give the same scales as well.
+    """The same scales and zero points give the same values. Asymmetric ranges give the same scales, too.
 
     (Symmetric scales differ by design: compressed-tensors spreads 2^b - 1 steps over [-max, max].)
     """
@@ -139,8 +139,8 @@ def test_weights_equal_compressed_tensors(bits, symmetric, strategy, group_size)
         assert torch.equal(zero_point - shift, expected_zero.round())
     signed = torch.zeros_like(scale) if symmetric else zero_point - shift
     expected = ct_fake_quantize(weight, scale, signed, args)
-    found = dequantize_weight(quantize_weight(weight, scale, bits, zero_point), scale, zero_point)
-    assert torch.allclose(found, expected, atol=1e-6)
+    dense = dequantize_weight(quantize_weight(weight, scale, bits, zero_point), scale, zero_point)
+    assert torch.allclose(dense, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -190,12 +190,12 @@ def test_no_scale_is_zero_infinite_or_nan_and_zero_stays_zero(name, symmetric, b
     x = torch.tensor(EDGES[name])
     scale, zero_point = choose_parameters(*measure_range(x), bits, symmetric)
     assert 0 < scale.item() < math.inf
-    found = fake_quantize(torch.cat((x, torch.zeros(1))), scale, bits, zero_point)
-    assert torch.isfinite(found).all()
-    assert found[-1] == 0
+    quantized = fake_quantize(torch.cat((x, torch.zeros(1))), scale, bits, zero_point)
+    assert torch.isfinite(quantized).all()
+    assert quantized[-1] == 0
     if name != "subnormal":  # below the smallest normal number the scale stays at it
         # Within half a step (a whole one where the zero point was rounded), and a range of one sign keeps its ends.
-        assert (found[:-1] / scale - x / scale).abs().max() <= (0.5001 if symmetric else 1.0001)
+        assert (quantized[:-1] / scale - x / scale).abs().max() <= (0.5001 if symmetric else 1.0001)
 
 
 def test_ranges_that_are_not_finite_are_refused():
@@ -205,24 +205,24 @@ def test_ranges_that_are_not_finite_are_refused():
     require_finite(torch.tensor([-1.0]), torch.tensor([1.0]))
 
 
-def test_bfloat16_activations_pick_the_integers_of_float32():
+def test_bfloat16_activations_get_the_integers_of_float32():
     x = (randn(1000) * 3).bfloat16()
     scale = torch.tensor(0.0837)
     assert torch.equal(fake_quantize(x, scale, 8), fake_quantize(x.float(), scale, 8).bfloat16())
     centered = ActivationQuantizer(QuantizerSpec(8, centered=True), 8)
     centered.calibrate_(scale=scale, shift=torch.arange(8.0))
-    found = centered(x.view(-1, 8))
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, centered(x.view(-1, 8).float()).bfloat16())
+    quantized = centered(x.view(-1, 8))
+    assert quantized.dtype == torch.bfloat16
+    assert torch.equal(quantized, centered(x.view(-1, 8).float()).bfloat16())
 
 
 # --- Gradients: rounding passes them straight through ---------------------------------------------------------------
 
 
-def smooth(x, scale, zero_point, held):
-    """The quantizer with every rounding and clipping decision held: what a straight-through gradient is exact for."""
-    offset = 0 if zero_point is None else zero_point + held["zero_point"]
-    integers = torch.where(held["inside"], x / scale + held["x"] + offset, held["edge"])
+def smooth(x, scale, zero_point, constants):
+    """Fake quantization with constant rounding offsets and clipping. Its gradients are the straight-through ones."""
+    offset = 0 if zero_point is None else zero_point + constants["zero_point"]
+    integers = torch.where(constants["inside"], x / scale + constants["x"] + offset, constants["edge"])
     return (integers - offset) * scale
 
 
@@ -231,17 +231,20 @@ def test_straight_through_gradients_equal_finite_differences_of_the_smooth_parts
     x = (randn(40).double() * 2).requires_grad_()
     scale = torch.tensor(0.31, dtype=torch.float64, requires_grad=True)
     zero_point = None if symmetric else torch.tensor(5.3, dtype=torch.float64, requires_grad=True)
-    held = {"x": (x / scale).round() - x / scale, "zero_point": None if symmetric else zero_point.round() - zero_point}
-    held = {name: None if offset is None else offset.detach() for name, offset in held.items()}
+    constants = {
+        "x": (x / scale).round() - x / scale,
+        "zero_point": None if symmetric else zero_point.round() - zero_point,
+    }
+    constants = {name: None if offset is None else offset.detach() for name, offset in constants.items()}
     integers = (x / scale).round().detach() + (0 if symmetric else zero_point.round().detach())
-    held["edge"] = integers.clamp(*integer_range(4, symmetric))
-    held["inside"] = held["edge"] == integers
-    assert 0 < held["inside"].sum() < 40
+    constants["edge"] = integers.clamp(*integer_range(4, symmetric))
+    constants["inside"] = constants["edge"] == integers
+    assert 0 < constants["inside"].sum() < 40
     weights = randn(40, seed=3).double()
     inputs = [x, scale] if symmetric else [x, scale, zero_point]
-    found = torch.autograd.grad((fake_quantize(x, scale, 4, zero_point) * weights).sum(), inputs)
+    gradients = torch.autograd.grad((fake_quantize(x, scale, 4, zero_point) * weights).sum(), inputs)
     step = 1e-6
-    for place, (tensor, gradient) in enumerate(zip(inputs, found, strict=True)):
+    for place, (tensor, gradient) in enumerate(zip(inputs, gradients, strict=True)):
         flat = tensor.detach().clone().flatten()
         for index in range(flat.numel()):
             ends = []
@@ -251,21 +254,21 @@ def test_straight_through_gradients_equal_finite_differences_of_the_smooth_parts
                 arguments = [t.detach() for t in inputs]
                 arguments[place] = moved.view(tensor.shape)
                 zero = None if symmetric else arguments[2]
-                ends.append((smooth(arguments[0], arguments[1], zero, held) * weights).sum())
+                ends.append((smooth(arguments[0], arguments[1], zero, constants) * weights).sum())
             difference = (ends[0] - ends[1]) / (2 * step)
             assert gradient.flatten()[index].item() == pytest.approx(difference.item(), abs=1e-6)
 
 
-def test_values_do_not_depend_on_whether_gradients_are_wanted():
+def test_values_are_the_same_with_and_without_gradients():
     x = randn(3, 50)
     scale, zero_point = torch.full((3, 1), 0.2), torch.full((3, 1), 6.0)
     for offset in (None, zero_point):
-        wanted = fake_quantize(x.clone().requires_grad_(), scale, 4, offset)
-        assert torch.equal(wanted.detach(), fake_quantize(x, scale, 4, offset))
+        with_gradients = fake_quantize(x.clone().requires_grad_(), scale, 4, offset)
+        assert torch.equal(with_gradients.detach(), fake_quantize(x, scale, 4, offset))
 
 
 def test_gradients_reach_clip_factors_of_dynamic_quantizers():
-    """A factor below 1 that clips: the loss falls where the gradient says it does."""
+    """A step against the gradient of a factor that clips lowers the loss."""
     x = randn(20, 16)
     for symmetric in (True, False):
         quantizer = ActivationQuantizer(QuantizerSpec(8, symmetric, dynamic=True), 16)

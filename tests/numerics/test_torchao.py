@@ -1,4 +1,4 @@
-"""Number formats against torchao, a reference that shares no code with compressed-tensors (test_grids.py)."""
+"""Number formats equal those of torchao, a reference that shares no code with compressed-tensors (test_grids.py)."""
 
 import sys
 from pathlib import Path
@@ -39,8 +39,8 @@ def make_values(rows=6, width=64):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(3)) * spread
 
 
-def test_mxfp4_is_that_of_torchao():
-    """Weights and dynamic activations; codes and scales as they are packed, and what they stand for."""
+def test_mxfp4_equals_torchao():
+    """Weights and dynamic activations: packed codes, packed scales and values."""
     x = make_values()
     scale, _ = choose_parameters(*measure_range(group(x, 32)), MXFP4Grid())
     codes = quantize_weight(x, scale, MXFP4Grid())
@@ -54,8 +54,8 @@ def test_mxfp4_is_that_of_torchao():
     assert torch.equal(quantizer(x), expected)
 
 
-def test_nvfp4_is_that_of_torchao_given_the_scale_for_the_tensor():
-    """torchao multiplies by the scale's reciprocal: halfway values may fall to either side, and here none does."""
+def test_nvfp4_equals_torchao_given_the_scale_of_the_tensor():
+    """torchao multiplies by the scale's reciprocal, so halfway values may round either way. Here there are none."""
     x = make_values()
     scale, _ = choose_parameters(*measure_range(group(x, 16)), NVFP4Grid())
     packed, common = NVFP4Grid().pack_scale(scale)
@@ -73,13 +73,13 @@ def test_nvfp4_is_that_of_torchao_given_the_scale_for_the_tensor():
 
 
 def unsigned_zeros(packed):
-    """torchao keeps the sign of what rounds to zero; here zero has one code."""
+    """Remove the sign of zeros: torchao keeps it for values that round to zero; here zero has one code."""
     low, high = packed & 15, packed >> 4
     return torch.where(low == 8, 0, low) | (torch.where(high == 8, 0, high) << 4)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_fp8_is_that_of_torchao(dynamic):
+def test_fp8_equals_torchao(dynamic):
     x = make_values()
     quantizer = ActivationQuantizer(QuantizerSpec(8, dynamic=dynamic, format="fp8_e4m3"), x.shape[1])
     largest = x.abs().amax(dim=-1, keepdim=True) if dynamic else x.abs().amax().reshape(1, 1)
@@ -91,7 +91,7 @@ def test_fp8_is_that_of_torchao(dynamic):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 16), (4, -1), (3, 8), (8, -1)])
-def test_integers_are_those_of_torchao(bits, group_size, symmetric):
+def test_integers_equal_torchao(bits, group_size, symmetric):
     x, spec = make_values(), QuantizerSpec(bits, symmetric, group_size)
     scale, zero_point = choose_parameters(*measure_range(group(x, group_size)), spec.grid)
     codes = quantize_weight(x, scale, spec.grid, zero_point)
