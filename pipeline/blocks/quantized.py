@@ -247,7 +247,7 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         architecture.mlp_output: (settings.online_r4, settings.r4_block_size),
     }
     own_sites = {architecture.attention_output: Site.ATTENTION_OUTPUT, architecture.mlp_output: Site.MLP_HIDDEN}
-    for short, name in architecture.linear_sites.items():
+    for short, name in architecture.linear_names.items():
         site = own_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
         rotate, blocks = rotated.get(name, (False, -1))

@@ -174,7 +174,7 @@ def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[s
     skeleton = checkpoint.build_block(0)
     for index in range(checkpoint.block_count):
         settings = block_settings(checkpoint, index)
-        for short, name in architecture.linear_sites.items():
+        for short, name in architecture.linear_names.items():
             bits = settings.spec(short).bits if settings.spec(short).enabled else 8 * checkpoint.dtype.itemsize
             promised += skeleton.get_submodule(name).weight.numel() * bits / 8
     size, original_size = (

@@ -73,7 +73,7 @@ def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
     homeless = {}
     for index in range(checkpoint.block_count):
         names = checkpoint.load_block_tensors(index)
-        for short, name in checkpoint.architecture.linear_sites.items():
+        for short, name in checkpoint.architecture.linear_names.items():
             if f"{name}.bias" in names and skeleton[index].get_submodule(name).bias is None:
                 homeless[short] = None
     return list(homeless)

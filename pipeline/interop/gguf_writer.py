@@ -49,12 +49,12 @@ def find_gguf_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings
         rope_type = config.rope_parameters["rope_type"]
         problems[f"export.formats: gguf cannot hold rope_type={rope_type!r}. Remove gguf."] = None
     for settings in all_settings:
-        for linear in checkpoint.architecture.linear_sites:
+        for linear in checkpoint.architecture.linear_names:
             misfit = _find_misfit(settings.spec(linear))
             if misfit:
                 problems[f"quantizer_init.weights: gguf cannot hold {linear}: {misfit}"] = None
     widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
-    for linear in checkpoint.architecture.linear_sites:
+    for linear in checkpoint.architecture.linear_names:
         if widths[linear] % _BLOCK:
             problems[
                 f"export.formats: gguf cannot hold {linear}: its {widths[linear]} inputs are not a multiple of "

@@ -164,7 +164,7 @@ def compare_formats(
 
 def _choose_loading(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> str:
     """Return the call that loads the compressed-tensors folder."""
-    weights = [settings.spec(linear) for settings in all_settings for linear in checkpoint.architecture.linear_sites]
+    weights = [settings.spec(linear) for settings in all_settings for linear in checkpoint.architecture.linear_names]
     if needs_bfloat16(weights):
         return _LOAD_FP4
     return _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
@@ -173,7 +173,7 @@ def _choose_loading(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -
 def _find_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> list[str]:
     """Return a message for each reason to refuse the model, whatever `drop` names."""
     problems = []
-    linears = checkpoint.architecture.linear_sites
+    linears = checkpoint.architecture.linear_names
     if not any(settings.spec(linear).enabled for settings in all_settings for linear in linears):
         problems.append(
             "quantizer_init.weights.bits=16: the formats hold quantized weights. Use fewer, or empty export.formats."

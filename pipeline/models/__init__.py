@@ -1,4 +1,4 @@
-"""Models as this project stores them: families as data, checkpoint folders read and written tensor by tensor.
+"""Models as this project stores them: model families as data, and checkpoint folders with one file per block.
 
-Read `architectures.py`, then `checkpoint.py`. May import from: runtime to kernels.
+Read `sites.py`, `architectures.py`, then `checkpoint.py`. May import from: runtime to kernels.
 """

@@ -1,7 +1,8 @@
 """Tensors that keep their dtype when the model around them is cast: the ranges and means of quantizers.
 
-A scale is chosen in float32. Rounded to bfloat16 it would send values to other integers than those that were evaluated.
-So `.to(torch.bfloat16)`, `.half()` and the like move these tensors between devices, and leave their dtype as it is.
+A scale is chosen in float32. Rounded to bfloat16, it would turn values into other integers than those that were
+evaluated. So `.to(torch.bfloat16)`, `.half()` and the like move these tensors between devices, and do not change their
+dtype.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import nn
 
 
 class KeepsDtype(nn.Module):
-    """A module whose own `kept_tensors` are never cast. Its submodules decide for themselves.
+    """A module whose `kept_tensors` are never cast. This does not apply to the tensors of its submodules.
 
     Attributes:
         kept_tensors: names of parameters and buffers; None for all.
@@ -25,10 +26,10 @@ class KeepsDtype(nn.Module):
             for module in self.children():
                 module._apply(fn)
         tensors = self._parameters | self._buffers
-        kept = {id(tensors[name]) for name in tensors if self.kept_tensors is None or name in self.kept_tensors}
+        kept_ids = {id(tensors[name]) for name in tensors if self.kept_tensors is None or name in self.kept_tensors}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+            return tensor.to(moved.device) if id(tensor) in kept_ids and moved.dtype != tensor.dtype else moved
 
         return super()._apply(move, recurse=False)

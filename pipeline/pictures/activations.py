@@ -130,7 +130,7 @@ def _hang_hooks(block: nn.Module, checkpoint: Checkpoint, keep: Any) -> None:
         else:
             linear = block.get_submodule(readers[0])
             linear.register_forward_pre_hook(lambda m, args, site=site: keep(site, args[0]))
-    for short, name in architecture.linear_sites.items():
+    for short, name in architecture.linear_names.items():
         block.get_submodule(name).register_forward_hook(lambda m, args, output, site=short: keep(site, output))
 
 

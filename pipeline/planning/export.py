@@ -41,7 +41,7 @@ def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: lis
 
 
 def _count_gguf_blocks(checkpoint: Checkpoint) -> float:
-    total, linears = 0.0, checkpoint.architecture.linear_sites
+    total, linears = 0.0, checkpoint.architecture.linear_names
     for index in range(checkpoint.block_count):
         settings = block_settings(checkpoint, index) or BlockSettings()
         block = checkpoint.build_block(index)

@@ -1,18 +1,26 @@
-"""Where RoPE of longer texts is another one, no text may go beyond: keys in a cache would keep the old way."""
+"""Inputs are hooked where a family has them, and texts that would change RoPE's frequencies are refused."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.importing.import_model import import_model
 from pipeline.inference.prefixed_model import assemble_model
-from pipeline.models.architectures import UnsupportedModelError, check_window, find_max_positions, find_rope_limit
+from pipeline.models.architectures import (
+    UnsupportedModelError,
+    check_window,
+    find_architecture,
+    find_max_positions,
+    find_rope_limit,
+    find_sliding_window,
+)
+from pipeline.models.sites import RESIDUAL_SITES
 from tests.blocks.test_walk import assert_close, walked_logits
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import FAMILIES, SLIDING, WINDOW, make_model, open_model
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
@@ -37,12 +45,12 @@ def limited(request, model_folders, tmp_path):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), tmp_path / "out"
 
 
-def test_families_have_no_limit_without_it():
+def test_families_without_longrope_or_dynamic_rope_have_no_limit():
     assert {find_rope_limit(config) for config in FAMILIES.values()} == {None}
     assert find_max_positions(FAMILIES["llama_long_rope"]) == 256
 
 
-def test_the_walk_counts_the_prefix_and_refuses_what_goes_beyond(limited):
+def test_the_walk_counts_the_prefix_and_refuses_texts_beyond_the_limit(limited):
     original, folder = limited
     checkpoint, runner = open_model(folder)
     assert find_max_positions(checkpoint.config) == 32
@@ -58,7 +66,7 @@ def test_the_walk_counts_the_prefix_and_refuses_what_goes_beyond(limited):
         walked_logits(checkpoint, runner, torch.cat((token_ids, token_ids[:, :1]), dim=1), prefix_kv)
 
 
-def test_generation_counts_the_prefix_and_stops_before_what_goes_beyond(limited):
+def test_generation_counts_the_prefix_and_refuses_texts_beyond_the_limit(limited):
     original, folder = limited
     checkpoint, runner = open_model(folder)
     prefix, token_ids = torch.tensor([[5, 9, 0]]), torch.tensor([[40, 41, 42, 43]])
@@ -67,7 +75,8 @@ def test_generation_counts_the_prefix_and_stops_before_what_goes_beyond(limited)
     options = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     whole = original.generate(torch.cat((prefix, token_ids), dim=1), max_new_tokens=26, **options)[:, 3:]
     assert torch.equal(model.generate(token_ids, max_new_tokens=26, **options), whole)  # reads 3 + 4 + 25 positions
-    with pytest.raises(UnsupportedModelError, match=r"33 positions .* exceed 32, beyond which this model's RoPE"):
+    message = r"33 positions .* exceed 32, beyond which this model's RoPE changes its frequencies"
+    with pytest.raises(UnsupportedModelError, match=message):
         model.generate(token_ids, max_new_tokens=27, **options)
 
 
@@ -78,3 +87,48 @@ def test_the_message_names_the_limit_and_the_remedy(limited):
     with pytest.raises(UnsupportedModelError, match=r"40 positions .* exceed 32, .* at most 32 tokens less the prefix"):
         check_window(config, 40)
     check_window(config, 32)
+
+
+@pytest.mark.parametrize("site", RESIDUAL_SITES)
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "olmo2"])  # norms before, on both sides, after
+@torch.no_grad()
+def test_a_hook_replaces_the_input_of_exactly_the_readers_of_its_site(family, site):
+    model = make_model(family)
+    architecture, block = find_architecture(model.config), model.model.layers[0]
+    inputs = {name: [] for name in architecture.linears}
+    for name, collected in inputs.items():
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, collected=collected: collected.append(args[0].clone())
+        )
+    token_ids = torch.tensor([[5, 9, 40, 7]])
+    model(token_ids)
+    modules = []
+    architecture.watch_input_(block, site, lambda module, x: modules.append(module) or torch.ones_like(x))
+    model(token_ids)
+    assert modules == [architecture.input_module(block, site)]
+    for name in architecture.site_readers[site]:
+        before, after = inputs[name]
+        assert (after == 1).all()
+        assert not torch.equal(before, after)
+    if site == RESIDUAL_SITES[1]:  # attention comes before the MLP, so its inputs are the same
+        for name in architecture.attention_readers:
+            assert torch.equal(*inputs[name])
+
+
+def test_sliding_windows_are_found_in_the_layers_that_slide():
+    for family, config in FAMILIES.items():
+        if "phi3" in family:
+            continue  # imported as mistral
+        model = make_model(family)
+        windows = {find_sliding_window(model.config, block) for block in model.model.layers}
+        assert (WINDOW in windows) == (family in SLIDING), family
+        assert windows <= {WINDOW, None}
+        if config.model_type in ("qwen2", "gemma2", "gemma3_text"):
+            assert windows == {WINDOW, None}
+
+
+def test_a_family_that_is_not_supported_is_refused_with_those_that_are():
+    with pytest.raises(
+        UnsupportedModelError, match=r"^model_type='gpt2' is not supported; supported are: gemma2, .*qwen3$"
+    ):
+        find_architecture(GPT2Config())

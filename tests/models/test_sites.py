@@ -34,7 +34,7 @@ def test_every_site_of_a_block_has_a_width(imported):
     checkpoint = Checkpoint(imported["qwen3"], "model")
     architecture, config = checkpoint.architecture, checkpoint.config
     widths = architecture.site_widths(checkpoint.build_block(0))
-    assert widths.keys() == {*Site, *architecture.linear_sites}
+    assert widths.keys() == {*Site, *architecture.linear_names}
     assert tuple(architecture.site_readers) == INPUT_SITES
     hidden, head = config.hidden_size, config.head_dim
     expected = {
