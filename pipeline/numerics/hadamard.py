@@ -37,7 +37,7 @@ _LEAST_ORDER, _LARGEST_ORDER, _LARGEST_PALEY = 16, 128, 1024
 
 @dataclass(frozen=True)
 class HadamardFactors:
-    """The factors of a width: n = blocks * prod(paley) * power_of_two. Each block is transformed by itself.
+    """The factors of a width: n = blocks * prod(paley) * power_of_two. Each block is transformed separately.
 
     Attributes:
         blocks: how many blocks there are.
@@ -146,7 +146,7 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
     Args:
         x: [..., n] of any width, floating point. The arithmetic is in x's dtype.
         inverse: apply the transpose, which undoes the transform.
-        block_size: transform each block of this many consecutive values by itself; -1: all n values together.
+        block_size: transform each block of this many consecutive values separately; -1: all n together.
 
     Returns:
         [..., n], same dtype and device. On CUDA the power-of-two factor goes through `fast_hadamard_transform` if that
@@ -207,7 +207,7 @@ def list_matrix_orders(factors: HadamardFactors, on_gpu: bool) -> tuple[tuple[in
 def _multiply_matrices(
     x: torch.Tensor, factors: HadamardFactors, matrices: list[torch.Tensor], inverse: bool, kernel: bool = False
 ) -> torch.Tensor:
-    """Return x times the Kronecker product of `matrices`, each [order, order], Paley's first; each block by itself.
+    """Return x times the Kronecker product of `matrices`, each [order, order], Paley's first. Blocks are separate.
 
     If `kernel`, Sylvester's matrices are applied by `fast_hadamard_transform`.
     """

@@ -153,7 +153,7 @@ def is_exempt(path: str) -> bool:
 def describe_tree(node: ast.AST) -> str:
     """Return a syntax tree as text, the same for Python 3.11 to 3.13, without docstrings and messages.
 
-    `ast.dump` would not do: what it prints differs between versions of Python.
+    `ast.dump` would not do, because its output differs between versions of Python.
     """
     match node:
         case ast.Call() if takes_message(node.func):
@@ -176,7 +176,7 @@ def _describe_value(value: Any) -> str:
 
 
 def _is_text_statement(node: Any) -> bool:
-    """Return whether a node is a docstring, or another string that stands alone."""
+    """Return whether a node is a docstring, or another string that is a whole statement."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
