@@ -189,10 +189,10 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else "; pick one of those"
         return f"{key}={_show(repr(value))}: allowed are {choices}{hint}"
     if kind in ("model_type", "dict_type"):
-        known = ", ".join(list_known_keys(location)) or "names that you choose"
+        keys = ", ".join(list_known_keys(location)) or "names that you choose"
         if value is None:
-            return f"{key}=null: the group is empty. Put its keys below it ({known}), or restore them from git."
-        return f"{key}={_show(repr(value))}: expected a group of keys. Put its keys below it ({known})."
+            return f"{key}=null: the group is empty. Put its keys below it ({keys}), or restore them from git."
+        return f"{key}={_show(repr(value))}: expected a group of keys. Put its keys below it ({keys})."
     if kind == "string_type" and type(value) in _UNQUOTED:
         return (
             f"{key}={_show(repr(value))}: expected text, but YAML reads this as {_UNQUOTED[type(value)]}. "

@@ -100,12 +100,13 @@ class Architecture:
 
     def input_norm(self, site: str) -> str | None:
         """Return the name of the norm that writes `attention_input` or `mlp_input`, or None."""
-        return {Site.ATTENTION_INPUT: self.attention_norm, Site.MLP_INPUT: self.mlp_norm}[site]
+        norms: dict[str, str | None] = {Site.ATTENTION_INPUT: self.attention_norm, Site.MLP_INPUT: self.mlp_norm}
+        return norms[site]
 
     def input_module(self, block: nn.Module, site: str) -> nn.Module:
         """Return the norm that writes `attention_input` or `mlp_input`, or else the module that reads it."""
-        reader = {Site.ATTENTION_INPUT: self.attention, Site.MLP_INPUT: self.mlp}[site]
-        return block.get_submodule(self.input_norm(site) or reader)
+        readers: dict[str, str] = {Site.ATTENTION_INPUT: self.attention, Site.MLP_INPUT: self.mlp}
+        return block.get_submodule(self.input_norm(site) or readers[site])
 
     def watch_input_(
         self, block: nn.Module, site: str, replace: Callable[[nn.Module, torch.Tensor], torch.Tensor]

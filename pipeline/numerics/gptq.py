@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.numerics.grids import Grid, as_grid
+from pipeline.numerics.grids import Grid, StoredGrid, as_stored_grid
 from pipeline.numerics.quantizer import dequantize, quantize
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def round_gptq(
     Returns:
         Codes [out, in], as from `quantize_weight`.
     """
-    rounding = _Rounding(weight, factor, scale, zero_point, as_grid(grid, zero_point is None))
+    rounding = _Rounding(weight, factor, scale, zero_point, as_stored_grid(grid, zero_point is None))
     rounding.round_(0, weight.shape[1])
     result = torch.empty_like(rounding.codes)
     result[factor.order] = rounding.codes
@@ -92,7 +92,7 @@ class _Rounding:
         factor: InverseFactor,
         scale: torch.Tensor,
         zero_point: torch.Tensor | None,
-        grid: Grid,
+        grid: StoredGrid,
     ) -> None:
         self.weight, self.factor, self.grid = weight, factor, grid
         out, width = weight.shape
@@ -173,7 +173,7 @@ class _RecordedRounding:
         """Do the same as `_round_inputs_`, for at most _INPUTS inputs. Unused rows come last and affect no other."""
         count = len(inputs.values)
         for buffer, tensor in zip(self.buffers, inputs, strict=True):
-            if tensor is not None:
+            if buffer is not None and tensor is not None:
                 buffer[:count, : tensor.shape[1]] = tensor
         self.replay()
         inputs.values.copy_(self.buffers.values[:count])

@@ -237,6 +237,7 @@ class NVFP4Grid(E2M1Grid):
         return (scale / common).to(torch.float8_e4m3fn).view(torch.uint8), common
 
     def unpack_scale(self, packed: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
+        assert common is not None, "nvfp4 scales have a common factor"
         return packed.view(torch.float8_e4m3fn).float() * common
 
     @staticmethod
@@ -297,6 +298,13 @@ def find_grid(name: str, bits: int, symmetric: bool = True, group_size: int = -1
 def as_grid(grid: Grid | int, symmetric: bool = True) -> Grid:
     """Return `grid` itself, or the grid of integers with this number of bits."""
     return grid if isinstance(grid, Grid) else find_grid("int", grid, symmetric)
+
+
+def as_stored_grid(grid: Grid | int, symmetric: bool = True) -> StoredGrid:
+    """Do the same as `as_grid`, for weights, whose values are stored."""
+    stored = as_grid(grid, symmetric)
+    assert isinstance(stored, StoredGrid), f"weights cannot be stored in {type(stored).__name__}"
+    return stored
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

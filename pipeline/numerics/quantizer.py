@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from pipeline.numerics.formats import INT
-from pipeline.numerics.grids import Grid, as_grid, find_grid
+from pipeline.numerics.grids import Grid, as_grid, as_stored_grid, find_grid
 from pipeline.numerics.grids import integer_range as integer_range  # may be imported from here, too
 from pipeline.numerics.grids import round_through as round_through
 from pipeline.numerics.kept_dtype import KeepsDtype
@@ -207,17 +207,17 @@ def quantize_weight(
     Returns:
         Codes [out, in]. Codes of integers are the integers themselves, int8 if symmetric, otherwise uint8.
     """
-    grid = as_grid(grid, zero_point is None)
+    stored = as_stored_grid(grid, zero_point is None)
     grouped = weight.float().reshape(*scale.shape, -1)
     zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-    return grid.encode(quantize(grouped, scale.unsqueeze(-1), grid, zero_point)).reshape(weight.shape)
+    return stored.encode(quantize(grouped, scale.unsqueeze(-1), stored, zero_point)).reshape(weight.shape)
 
 
 def dequantize_weight(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, grid: Grid | None = None
 ) -> torch.Tensor:
     """Undo `quantize_weight`: return float32 [out, in]. `grid` None: codes are integers."""
-    values = codes.float() if grid is None else grid.decode(codes)
+    values = codes.float() if grid is None else as_stored_grid(grid).decode(codes)
     grouped = values.reshape(*scale.shape, -1)
     zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
     return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(codes.shape)
@@ -242,6 +242,11 @@ class ActivationQuantizer(KeepsDtype):
         one_pass: a module that applies the rotation before this quantizer and returns the codes, in one pass; None: the
             two are separate.
     """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    shift: torch.Tensor
+    clip_factor: torch.Tensor
 
     def __init__(self, spec: QuantizerSpec, width: int, heads: int | None = None) -> None:
         """Create an uncalibrated quantizer for a last dimension of `width`, C or d."""
@@ -305,11 +310,13 @@ class ActivationQuantizer(KeepsDtype):
 
     def to_codes(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of x, uint8 of the same shape, 0 … 2^b - 1. Their values: (code - code_of_zero) * scale."""
+        assert self.code_of_zero is not None, "call emit_codes_ first"
         codes = (self.center(x).float() / self.scale).round_()
         return codes.add_(self.code_of_zero).clamp_(0, (1 << self.spec.bits) - 1).to(torch.uint8)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Undo `to_codes`: return the fake-quantized values, float32."""
+        assert self.code_of_zero is not None, "call emit_codes_ first"
         values = (codes.float() - self.code_of_zero) * self.scale
         return values + self.shift if self.spec.centered else values
 
