@@ -74,7 +74,7 @@ class Checkpoint:
         self.header: Header = read_header(self.folder, stage) if self.folder.is_dir() else self._missing()
         self.settings: dict[str, Any] = self.read_config().get(CONFIG_KEY, {})
         path = self.folder / CONFIG
-        with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}); make the artifact again")):
+        with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}). Make the artifact again")):
             self.config = AutoConfig.from_pretrained(self.folder)
         self.architecture: Architecture = find_architecture(self.config)
         self.config._attn_implementation = self.architecture.kernel
@@ -86,7 +86,7 @@ class Checkpoint:
         """Return the content of config.json, for example to change it and write it again."""
         values = load_json(self.folder / CONFIG, self.stage)
         if not isinstance(values, dict):
-            raise ArtifactError(f"{self.folder / CONFIG} is not a JSON object; make the artifact again")
+            raise ArtifactError(f"{self.folder / CONFIG} is not a JSON object. Make the artifact again")
         return values
 
     @property
