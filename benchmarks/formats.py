@@ -30,7 +30,7 @@ from pipeline.rotation.merging import rotate_model
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.errors import run_main
-from pipeline.text.windows import load_windows, start_behind
+from pipeline.text.windows import find_text_start_token, load_windows
 
 GROUPS = ("weights", "activations", "keys", "values")
 PLAIN = {
@@ -121,7 +121,7 @@ class Bench:
         params = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
         prefix = load_prefix(self.artifacts / "prefix_training" / "prefix.safetensors", use)
         train = load_windows(self.artifacts / "calibration" / "train.safetensors")
-        start_token = start_behind(train.start_token, prefix.begun_from)
+        start_token = find_text_start_token(train.text_start_token_id, prefix.begun_from)
         folder = self.work / "quantized"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -40,7 +40,7 @@ def main() -> None:
     runs = [folder / "artifacts" for folder in arguments.run or [Path()]]
     original = Checkpoint(runs[0] / "model", "model")
     windows = cut_texts(arguments.text, arguments.windows, arguments.length, original)
-    start_token = load_windows(runs[0] / "calibration/train.safetensors").start_token
+    start_token = load_windows(runs[0] / "calibration/train.safetensors").text_start_token_id
     exact = measure_losses(original, windows, None, start_token)
     rows = {}
     for run in runs:

@@ -27,7 +27,7 @@ from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import show_progress
-from pipeline.text.windows import load_start_token, load_windows, put_in_front
+from pipeline.text.windows import load_start_token, load_windows, prepend_start_token
 from pipeline.training.block_wise import load_scales
 
 OWN = "its own"
@@ -70,7 +70,7 @@ def measure_rounding(
     prefix_kv = load_prefix_kv(quantized.folder, quantized.stage)
     start_token = load_start_token(quantized.folder / PREFIX, quantized.stage)
     scales, r2 = load_scales(quantized), load_rotation(rotated.folder, "r2")
-    hidden = {text: rotated.embed(put_in_front(ids, start_token)) for text, ids in texts.items()}
+    hidden = {text: rotated.embed(prepend_start_token(ids, start_token)) for text, ids in texts.items()}
     found: dict[tuple[str, float], dict[str, list[float]]] = {row: {text: [] for text in texts} for row in ROWS}
 
     def open_block(index: int) -> torch.nn.Module:

@@ -22,7 +22,7 @@ from pipeline.pictures.tables import format_markdown, mean_and_error
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
 from pipeline.runtime.progress import show_progress
-from pipeline.text.windows import load_start_token, load_windows, put_in_front
+from pipeline.text.windows import load_start_token, load_windows, prepend_start_token
 
 _CPU = torch.device("cpu")
 EVERY = frozenset(Site)
@@ -43,7 +43,7 @@ def main() -> None:
     original = Checkpoint(artifacts / "model", "model")
     quantized = Checkpoint(artifacts / arguments.variant, arguments.variant)
     windows = cut_texts(arguments.text, arguments.windows, arguments.length, original)
-    start_token = load_windows(artifacts / "calibration/train.safetensors").start_token
+    start_token = load_windows(artifacts / "calibration/train.safetensors").text_start_token_id
     exact = measure_losses(original, windows, None, start_token)
     lines = []
     for row, losses in measure_rows(quantized, windows).items():
@@ -58,7 +58,7 @@ def measure_rows(checkpoint: Checkpoint, windows: dict[str, torch.Tensor]) -> di
     architecture, runner = checkpoint.architecture, BlockRunner(checkpoint, _CPU, 1)
     prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
     start_token = load_start_token(checkpoint.folder / PREFIX, checkpoint.stage)
-    embedded = {text: checkpoint.embed(put_in_front(ids, start_token)) for text, ids in windows.items()}
+    embedded = {text: checkpoint.embed(prepend_start_token(ids, start_token)) for text, ids in windows.items()}
     hidden = {row: {text: states.clone() for text, states in embedded.items()} for row in ROWS}
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "sites"):

@@ -34,14 +34,14 @@ def main(run: Run) -> None:
     own, prefix = run.params.activation_plots, run.params.prefix
     stage, folder = CHECKPOINTS[run.variant]
     checkpoint, windows = Checkpoint(folder, stage), load_windows(WINDOWS)
-    runner, prefix_kv, token_ids = run.runner(checkpoint), None, windows.behind()
+    runner, prefix_kv, token_ids = run.runner(checkpoint), None, windows.model_inputs()
     values, inputs = own.model_dump(), {"checkpoint": checkpoint.header, "search": windows.header}
     if run.variant == "prefixed":
         candidate = load_prefix(PREFIX, prefix.use, prefix.length)
         inputs["prefix_training"] = candidate.header
         values |= prefix.model_dump()
         prefix_kv = compute_rotated_prefix_kv(checkpoint, candidate.embeddings, runner)
-        token_ids = windows.behind(candidate.begun_from)
+        token_ids = windows.model_inputs(candidate.begun_from)
     last = checkpoint.block_count - 1
     blocks = [0, last // 2, last] if own.surface_blocks is None else own.surface_blocks
     token_ids = token_ids[: own.windows]

@@ -73,12 +73,12 @@ def main(run: Run) -> None:
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
     logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)
     if decision.token is not None:
-        problems = find_misfits(calibration, find_max_positions(checkpoint.config), in_front=1)
+        problems = find_misfits(calibration, find_max_positions(checkpoint.config), tokens_before=1)
         if problems:
             raise ParamsError(list_problems("params", problems))
     with replacing_folder(CALIBRATION) as partial:
         for name, cut in cuts.items():
-            save_windows(partial / f"{name}.safetensors", cut.begin_with(decision.token))
+            save_windows(partial / f"{name}.safetensors", cut.with_start_token(decision.token))
             run.metrics[f"{name.replace('/', '_')}_tokens"] = cut.token_ids.numel()
     run.metrics["start_token"] = decision.summary()
     used = {corpus for split in calibration.splits().values() for corpus in split.corpora}

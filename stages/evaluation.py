@@ -35,7 +35,7 @@ from pipeline.planning.need import Need
 from pipeline.prefix.candidates import load_prefix
 from pipeline.runtime.artifacts import Header, check_input, make_header, read_header, save_tensors
 from pipeline.text.start_token import set_start_token_
-from pipeline.text.windows import load_start_token, load_windows, start_behind
+from pipeline.text.windows import find_text_start_token, load_start_token, load_windows
 from stages.opening import Run, open_stage
 
 MODEL = Path("artifacts/model")
@@ -52,7 +52,7 @@ def main(run: Run) -> None:
     tasks = prepare_tasks(params) if ranks.first and params.evaluation.tasks else None
     corpora = params.calibration.evaluation.corpora
     windows = {corpus: load_windows(WINDOWS / f"{corpus}.safetensors") for corpus in corpora}
-    opened = open_variant(run, windows[corpora[0]].start_token)
+    opened = open_variant(run, windows[corpora[0]].text_start_token_id)
     inputs = opened.inputs | {f"windows.{corpus}": cut.header for corpus, cut in windows.items()}
     compared = variant != "original" and params.evaluation.compare_with_original
     original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
@@ -145,7 +145,7 @@ def open_prefix(
     prefix = load_prefix(PREFIXES, own.use, own.length)
     check_input(prefix.header, "model", checkpoint.header, PREFIXES)
     prefix_kv = compute_prefix_kv(checkpoint, prefix.embeddings, runner)
-    return prefix_kv, start_behind(start_token, prefix.begun_from), {"prefix_training": prefix.header}
+    return prefix_kv, find_text_start_token(start_token, prefix.begun_from), {"prefix_training": prefix.header}
 
 
 if __name__ == "__main__":

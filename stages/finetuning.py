@@ -46,7 +46,9 @@ def main(run: Run) -> None:
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(run.runner(rotated), offload, WORK, header, run.ranks, Keeping(need.recompute, need.stream))
         models = Models(original, rotated, initial)
-        windows = FinetuningWindows(train.token_ids, end_to_end.token_ids, validation.token_ids, train.start_token)
+        windows = FinetuningWindows(
+            train.token_ids, end_to_end.token_ids, validation.token_ids, train.text_start_token_id
+        )
         run.metrics.update(finetune(models, windows, own, place, FINETUNING))
 
 

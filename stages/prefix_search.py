@@ -31,7 +31,7 @@ def main(run: Run) -> None:
         threshold=settings.outlier_threshold,
         start_token_counts=settings.start_token_counts,
         ranks=run.ranks,
-        window_start=windows.start_token,
+        window_start=windows.text_start_token_id,
         choose=settings.choose,
     )
     inputs = {"model": checkpoint.header, "windows": windows.header}

@@ -39,7 +39,7 @@ def main(run: Run) -> None:
     windows = train.token_ids, validation.token_ids
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(run.runner(checkpoint), offload, WORK, header, run.ranks, keeping)
-        candidates = make_candidates(checkpoint, found, *windows, own, place, train.start_token)
+        candidates = make_candidates(checkpoint, found, *windows, own, place, train.text_start_token_id)
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
     run.metrics.update(candidates.summary())

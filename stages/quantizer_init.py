@@ -18,7 +18,7 @@ from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import check_same_origin, make_header
-from pipeline.text.windows import load_windows, start_behind
+from pipeline.text.windows import find_text_start_token, load_windows
 from stages.opening import Run, open_stage
 
 ROTATION = Path("artifacts/rotation")
@@ -52,7 +52,7 @@ def main(run: Run) -> None:
             work_folder=WORK,
             header=header,
             ranks=run.ranks,
-            text_start_token_id=start_behind(windows.start_token, candidate.begun_from),
+            text_start_token_id=find_text_start_token(windows.text_start_token_id, candidate.begun_from),
         )
     )
 

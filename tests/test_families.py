@@ -88,9 +88,9 @@ def test_rotated_is_the_original(family):
 def test_walked_is_the_original(family):
     original, folder = family
     windows = load_windows(folder / "artifacts/calibration/evaluation/prose.safetensors")
-    assert windows.start_token == (0 if original.config.model_type.startswith("gemma") else None)
+    assert windows.text_start_token_id == (0 if original.config.model_type.startswith("gemma") else None)
     found = evaluated(folder, "original")["hidden.prose"]
-    states = original.model(windows.behind()).last_hidden_state[:, -windows.token_ids.shape[1] :]
+    states = original.model(windows.model_inputs()).last_hidden_state[:, -windows.token_ids.shape[1] :]
     assert differ(found, states) <= 1e-5
 
 

@@ -230,7 +230,7 @@ def test_auto_is_measured_and_said(project, monkeypatch, caplog):
     assert decision["why"].startswith("auto: loss with BOS '<s>' ")
     assert f"start token in front of every window: {decision['id']} ({decision['why']})" in caplog.text
     cut = load_windows(project / "artifacts/calibration/train.safetensors")
-    assert cut.start_token == decision["id"]
+    assert cut.text_start_token_id == decision["id"]
     assert cut.token_ids.shape == (3, 32)
 
 

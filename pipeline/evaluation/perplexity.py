@@ -31,7 +31,7 @@ from pipeline.runtime.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 
 LOGIT_POSITIONS = 256  # positions whose logits are in memory at a time: 50 MB for a vocabulary of 49,152
 _HIGHEST_LOSS = 700.0  # nats a token; exp of more overflows float64, and JSON has no infinity
@@ -278,7 +278,7 @@ def run_model(
     handle = model.model.norm.register_forward_hook(lambda module, args, output: batch_hidden.append(output.cpu()))
     hidden, saturation = {}, {}
     for corpus, content in windows.items():
-        ids = put_in_front(content, model.text_start_token_id)
+        ids = prepend_start_token(content, model.text_start_token_id)
         parts = list(batches(len(ids), batch_size))
         with probe_saturation(model) as probes:
             model(ids[parts[0]].to(model.device), logits_to_keep=1)

@@ -18,7 +18,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
 from pipeline.text.start_token import choose_start_token, find_added_token
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 
 _WINDOWS, _LENGTH = 4, 256  # of those at hand
 # A clear difference is of more standard errors (with one, four windows would take chance for it one time in five) and
@@ -94,7 +94,7 @@ def measure_losses(
 
     The targets are the same: the content behind its first token.
     """
-    streams = [checkpoint.embed(put_in_front(token_ids, token)) for token in (None, start_token)]
+    streams = [checkpoint.embed(prepend_start_token(token_ids, token)) for token in (None, start_token)]
     blocks = load_blocks(checkpoint, runner.device)
     for _ in show_progress(range(checkpoint.block_count), checkpoint.block_count, "with and without a start token"):
         block = next(blocks)

@@ -25,7 +25,7 @@ from pipeline.prefix.sites import watch_sites_
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
-from pipeline.text.windows import put_in_front, start_behind
+from pipeline.text.windows import find_text_start_token, prepend_start_token
 from pipeline.training.divergence import mean_divergences
 
 _BITS, _SEED = 4, 0  # of the simulated quantizers; as `prefix_training` has them by default
@@ -71,13 +71,13 @@ def simulate_costs(
         window_start: the start token in front of every window that no candidate ends in, or None.
     """
     quantizers = SimulatedQuantizers(checkpoint, _BITS, _SEED)
-    original = checkpoint.embed(put_in_front(judged, window_start))
+    original = checkpoint.embed(prepend_start_token(judged, window_start))
     own = range(len(candidates))[ranks.rank :: ranks.world]
     streams = [
         _Stream(
             checkpoint.embed(torch.tensor([candidates[number]], dtype=torch.int64)).to(runner.device),
             *(
-                checkpoint.embed(put_in_front(windows, start_behind(window_start, candidates[number])))
+                checkpoint.embed(prepend_start_token(windows, find_text_start_token(window_start, candidates[number])))
                 for windows in (calibrated, judged)
             ),
         )

@@ -11,7 +11,7 @@ from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.sites import watch_sites_
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.streams import IN_MEMORY, Offload
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.place import HIDDEN_STATES, Keeping
 from pipeline.training.streamed import TrainedBlocks
@@ -71,7 +71,7 @@ class FrozenModel:
         if not self.params.weights.kl:
             return None
         self._terms = None
-        hidden = self.checkpoint.embed(put_in_front(token_ids, start_token))
+        hidden = self.checkpoint.embed(prepend_start_token(token_ids, start_token))
         for index in range(len(self.blocks)):
             self.runner.advance_(self.blocks.bring(index), hidden)
         return hidden[:, -token_ids.shape[1] :]

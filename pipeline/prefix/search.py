@@ -32,7 +32,7 @@ from pipeline.prefix.outliers import (
 )
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.start_token import choose_start_token
-from pipeline.text.windows import put_in_front, start_behind
+from pipeline.text.windows import find_text_start_token, prepend_start_token
 
 _AFTER_WINDOWS = 4
 _EXPLAIN_BENEFIT = "the shortest candidate within a standard error of the least divergence behind simulated quantizers"
@@ -95,7 +95,9 @@ def search_prefix(
         window_start: the start token in front of every window that no prefix ends in, or None.
         choose: threshold (the paper's rule) or benefit (`benefit.py`).
     """
-    before = measure_outliers(checkpoint, put_in_front(token_ids, window_start), runner, site, threshold, ranks=ranks)
+    before = measure_outliers(
+        checkpoint, prepend_start_token(token_ids, window_start), runner, site, threshold, ranks=ranks
+    )
     start_token, start_choice = choose_start_token(checkpoint)
     decode = checkpoint.tokenizer.decode
     table = None
@@ -111,7 +113,9 @@ def search_prefix(
     after = before
     if chosen:
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
-        behind = put_in_front(token_ids[: max(_AFTER_WINDOWS, ranks.world)], start_behind(window_start, chosen))
+        behind = prepend_start_token(
+            token_ids[: max(_AFTER_WINDOWS, ranks.world)], find_text_start_token(window_start, chosen)
+        )
         after = measure_outliers(checkpoint, behind, runner, site, threshold, prefix_kv, ranks)
     report = {
         "prefix_token_ids": chosen,

@@ -31,7 +31,7 @@ from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.search import measure_outliers
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
 from pipeline.runtime.errors import PipelineError
-from pipeline.text.windows import put_in_front, start_behind
+from pipeline.text.windows import find_text_start_token, prepend_start_token
 from pipeline.training.place import Place
 from pipeline.training.trainer import Rows, Trainer
 
@@ -123,7 +123,7 @@ def make_candidates(
             "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
         )
     begun_from = resize_rows(found["token_ids"], len(initial))
-    starts = start_token, start_behind(start_token, begun_from)
+    starts = start_token, find_text_start_token(start_token, begun_from)
     trained = train_prefix(checkpoint, initial, train, validation, params, place, *starts)
     token_ids, similarities = discretise(trained.embeddings, table)
     tensors |= {
@@ -139,7 +139,7 @@ def make_candidates(
     for name, end in ends.items():
         embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, place.runner)
-        windows = put_in_front(validation, start_behind(start_token, end))
+        windows = prepend_start_token(validation, find_text_start_token(start_token, end))
         layers = measure_outliers(
             checkpoint, windows, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
         )
@@ -274,7 +274,7 @@ def train_prefix(
     def prepare(windows: torch.Tensor) -> PrefixData:
         rank_windows = windows[place.ranks.slice_windows(len(windows))]
         reference = model.run_original(rank_windows, original_start)
-        return PrefixData(put_in_front(rank_windows, start_token), reference, len(windows))
+        return PrefixData(prepend_start_token(rank_windows, start_token), reference, len(windows))
 
     train_data, validation_data = prepare(train), prepare(validation)
     trainer = PrefixTrainer(model, embeddings, params, place)

@@ -42,7 +42,7 @@ from pipeline.runtime.artifacts import Header, load_tensors, load_unfinished, sa
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.unfinished import load_generation, save_generation
-from pipeline.text.windows import pack_start_token, put_in_front
+from pipeline.text.windows import pack_start_token, prepend_start_token
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def init_quantizers(
         The stage's metrics: mean errors of the blocks' outputs and of each kind of site, saturation, prefix length.
     """
     prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix_embeddings, runner)
-    rank_windows = put_in_front(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
+    rank_windows = prepend_start_token(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
     embedding_dtype = getattr(torch, params.embedding_dtype)
     hidden = checkpoint.embed(rank_windows).to(embedding_dtype).to(checkpoint.dtype)
     report = init_blocks(

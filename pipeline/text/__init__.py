@@ -1,5 +1,7 @@
-"""Text: documents of a corpus, and the token windows that calibration and evaluation see.
+"""Text: the documents of corpora, and the token windows for calibration and evaluation.
 
-Read `calibration.py` first; it and `corpora.py` are what the stages of these names call. May import from: runtime to
+Read `corpora.py` and `calibration.py` first, which the stages of these names call. May import from: runtime to
 importing.
+
+Tested elsewhere: `hub.py` in tests/text/test_corpora.py.
 """

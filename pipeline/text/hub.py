@@ -1,14 +1,19 @@
-"""Corpora on the Hugging Face Hub that have a name here, as data."""
+"""The corpora on the Hugging Face Hub that have a name in this project."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a corpus lives on the hub and which of its splits serves for what.
+    """The place of a corpus on the hub, and the use of its splits.
 
-    `splits` maps ours to theirs; a split that is missing is dealt from `train`. `rows_per_document` > 0 joins that
-    many rows (sentences) to a document; `heading` starts a new document at every row it matches.
+    Attributes:
+        repository, config, revision: as `datasets.load_dataset` takes them.
+        splits: this project's split -> the hub's. A missing split is dealt from `train`.
+        text_field: the column that holds the text.
+        data_files: split -> the file that is read, where not all are.
+        rows_per_document: the number of rows (sentences) that are joined to a document.
+        heading: a pattern. Where there is one, every row that it matches starts a new document.
     """
 
     repository: str
@@ -21,7 +26,7 @@ class HubCorpus:
     heading: str | None = None
 
 
-# Script datasets are refused by datasets >= 4: those come from the hub's converted parquet revision.
+# `datasets` refuses script datasets from version 4 on. They are taken from the hub's own conversion to parquet.
 HUB_CORPORA = {
     "wikitext2": HubCorpus(
         "Salesforce/wikitext",

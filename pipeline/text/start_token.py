@@ -1,18 +1,17 @@
-"""The start token: which one a model has, whether its tokenizer puts it in front of texts, and how to make it do so.
+"""The start token of a model: which one it is, whether the tokenizer adds it to texts, and how to make it do so.
 
-Some models were trained with a start token in front of every text and cannot read without one (Gemma), others never saw
-one there. Whether windows have it, `calibration.start_token` says; `inspection/start_decision.py` finds out.
+Some models were trained with a start token before every text and cannot read without one (Gemma). Others never read one
+there. `calibration.start_token` says whether windows have it, and `inspection/start_decision.py` finds out.
 """
 
-from typing import Any
-
 from tokenizers import processors
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.checkpoint import Checkpoint
 
 
 def choose_start_token(checkpoint: Checkpoint) -> tuple[int | None, str]:
-    """A model's start token and why: BOS; for tokenizers without one EOS, as the paper does for Qwen."""
+    """Return a model's start token and the reason: BOS, or EOS where there is no BOS, as the paper does for Qwen."""
     tokenizer = checkpoint.tokenizer
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id, f"BOS {tokenizer.bos_token!r}"
@@ -21,19 +20,21 @@ def choose_start_token(checkpoint: Checkpoint) -> tuple[int | None, str]:
     return None, "none: the tokenizer has neither BOS nor EOS"
 
 
-def find_added_token(tokenizer: Any) -> int | None:
-    """The special token a tokenizer puts in front of texts by itself, or None."""
-    added, plain = (tokenizer("a", add_special_tokens=wanted)["input_ids"][:1] for wanted in (True, False))
-    return None if added == plain else added[0]
+def find_added_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that a tokenizer adds before every text on its own, or None."""
+    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
+    return None if with_special == plain else with_special[0]
 
 
-def set_start_token_(tokenizer: Any, start_token: int | None) -> bool:
-    """Have a tokenizer put `start_token` in front of texts, None: nothing; whether it did something else before."""
-    if find_added_token(tokenizer) == start_token:
+def set_start_token_(tokenizer: PreTrainedTokenizerBase, text_start_token_id: int | None) -> bool:
+    """Make a tokenizer add `text_start_token_id` before every text, or nothing for None. Return whether it changed."""
+    if find_added_token(tokenizer) == text_start_token_id:
         return False
-    special = [] if start_token is None else [(tokenizer.convert_ids_to_tokens(start_token), start_token)]
-    front = [token for token, _ in special]
+    special = []
+    if text_start_token_id is not None:
+        special = [(tokenizer.convert_ids_to_tokens(text_start_token_id), text_start_token_id)]
+    first = [token for token, _ in special]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*front, "$A"], pair=[*front, "$A", "$B"], special_tokens=special
+        single=[*first, "$A"], pair=[*first, "$A", "$B"], special_tokens=special
     )
     return True

@@ -1,9 +1,9 @@
-"""Token windows as an artifact: what `calibration` writes and every later stage reads.
+"""Token windows as an artifact, which `calibration` writes and every later stage reads.
 
-Windows are cut from content. Where a model was trained with a start token in front of every text
-(`calibration.start_token`), it stands in front of every window as an ordinary token, unless a prefix that ends in it
-stands there already: `start_behind` decides, for everybody. Lengths count content, and so does every loss: the targets
-are the same with and without it.
+Windows are cut from content. A model that was trained with a start token before every text (`calibration.start_token`)
+reads it before every window like any other token, unless the prefix ends in it: `find_text_start_token` decides this
+for the whole library. Lengths count content, and so does every loss: the targets are the same with and without the
+start token.
 """
 
 from collections.abc import Sequence
@@ -23,63 +23,74 @@ class Windows:
     """Token windows.
 
     Attributes:
-        token_ids: [N, T] int64, content alone.
+        token_ids: [N, T] int64, content only.
         header: of the artifact that holds them.
-        start_token: what belongs in front of each, or None.
+        text_start_token_id: the start token before every window where there is no prefix, or None.
     """
 
     token_ids: torch.Tensor
     header: Header
-    start_token: int | None = None
+    text_start_token_id: int | None = None
 
-    def begin_with(self, start_token: int | None) -> "Windows":
-        """The same windows with this start token, or, None, as they are."""
-        if start_token is None:
+    def with_start_token(self, token_id: int | None) -> "Windows":
+        """Return the same windows with this start token; unchanged for None."""
+        if token_id is None:
             return self
-        header = make_header("calibration", {START_TOKEN: start_token}, {"content": self.header})
-        return replace(self, start_token=start_token, header=header)
+        header = make_header("calibration", {START_TOKEN: token_id}, {"content": self.header})
+        return replace(self, text_start_token_id=token_id, header=header)
 
-    def behind(self, prefix_token_ids: torch.Tensor | Sequence[int] = ()) -> torch.Tensor:
-        """What a model reads behind a prefix: [N, T], or [N, T + 1] with the start token in front of each."""
-        return put_in_front(self.token_ids, start_behind(self.start_token, prefix_token_ids))
+    def model_inputs(self, prefix_token_ids: torch.Tensor | Sequence[int] = ()) -> torch.Tensor:
+        """Return the token ids that a model reads after a prefix: [N, T], or [N, T + 1] with the start token first."""
+        return prepend_start_token(self.token_ids, find_text_start_token(self.text_start_token_id, prefix_token_ids))
 
 
-def start_behind(start_token: int | None, prefix_token_ids: torch.Tensor | Sequence[int]) -> int | None:
-    """What stands between a prefix and every text: the start token, unless the prefix ends in it.
+def find_text_start_token(
+    text_start_token_id: int | None, prefix_token_ids: torch.Tensor | Sequence[int]
+) -> int | None:
+    """Return the start token between a prefix and every text: None if the prefix ends in it.
 
     Args:
-        start_token: what belongs in front of every text, or None.
-        prefix_token_ids: of the prefix; of a continuous one, those it was begun from; none: no prefix.
+        text_start_token_id: the start token before every text where there is no prefix, or None.
+        prefix_token_ids: the tokens of the prefix: of a continuous one, the tokens that its training began with. Empty
+            where there is no prefix.
     """
-    return None if len(prefix_token_ids) and int(prefix_token_ids[-1]) == start_token else start_token
+    ends_in_it = len(prefix_token_ids) > 0 and int(prefix_token_ids[-1]) == text_start_token_id
+    return None if ends_in_it else text_start_token_id
 
 
-def put_in_front(token_ids: torch.Tensor, start_token: int | None) -> torch.Tensor:
-    """Windows [N, T] -> [N, T + 1] that begin with the start token; None: as they are."""
-    return token_ids if start_token is None else torch.nn.functional.pad(token_ids, (1, 0), value=start_token)
+def prepend_start_token(token_ids: torch.Tensor, text_start_token_id: int | None) -> torch.Tensor:
+    """Return windows [N, T] with the start token before each, [N, T + 1]; the same tensor for None."""
+    if text_start_token_id is None:
+        return token_ids
+    return torch.nn.functional.pad(token_ids, (1, 0), value=text_start_token_id)
 
 
-def pack_start_token(start_token: int | None) -> dict[str, torch.Tensor]:
-    """A start token as tensors of an artifact."""
-    return {} if start_token is None else {START_TOKEN: torch.tensor([start_token])}
+def pack_start_token(text_start_token_id: int | None) -> dict[str, torch.Tensor]:
+    """Return a start token as tensors of an artifact: {} for None."""
+    return {} if text_start_token_id is None else {START_TOKEN: torch.tensor([text_start_token_id])}
 
 
 def unpack_start_token(tensors: dict[str, torch.Tensor]) -> int | None:
-    """What `pack_start_token` packed."""
+    """Return the start token that `pack_start_token` packed."""
     return int(tensors[START_TOKEN]) if START_TOKEN in tensors else None
 
 
 def load_start_token(path: Path, stage: str) -> int | None:
-    """What stands between the prefix of a quantized checkpoint, the artifact `path`, and every text, or None."""
+    """Return the start token between prefix and text of a quantized checkpoint, from its prefix artifact `path`."""
     tensors, _ = load_tensors(path, stage)
     return unpack_start_token(tensors)
 
 
 def save_windows(path: Path, windows: Windows) -> None:
-    save_tensors(path, {_TENSOR: windows.token_ids} | pack_start_token(windows.start_token), windows.header)
+    """Write windows to a safetensors file."""
+    save_tensors(path, {_TENSOR: windows.token_ids} | pack_start_token(windows.text_start_token_id), windows.header)
 
 
 def load_windows(path: Path) -> Windows:
-    """Raises ArtifactError when the file is missing, damaged or not of the calibration stage."""
+    """Return windows from a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or from another stage.
+    """
     tensors, header = load_tensors(path, "calibration")
     return Windows(tensors[_TENSOR], header, unpack_start_token(tensors))

@@ -39,7 +39,7 @@ from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.streams import Stream, as_tensor
 from pipeline.runtime.unfinished import load_generation, save_generation
-from pipeline.text.windows import load_start_token, put_in_front
+from pipeline.text.windows import load_start_token, prepend_start_token
 from pipeline.training.losses import LOSSES
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
@@ -131,7 +131,7 @@ def finetune_blocks(
     wanted = TARGETS[params.blocks.target]
     start_token = load_start_token(initial.folder / PREFIX, initial.stage)
     windows = {
-        split: put_in_front(ids[ranks.slice_windows(len(ids))], start_token)
+        split: prepend_start_token(ids[ranks.slice_windows(len(ids))], start_token)
         for split, ids in {"train": train, "validation": validation}.items()
     }
     if not params.blocks.enabled:  # the rest of them nobody would look at

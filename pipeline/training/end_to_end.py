@@ -18,7 +18,7 @@ from pipeline.blocks.quantized import block_settings, fill_block
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.runtime.streams import Stream
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place
@@ -129,7 +129,7 @@ def run_original(
 
     `start_token` stands in front of each window, where there is one; its own states are left out.
     """
-    hidden = walk(original, original.embed(put_in_front(token_ids, start_token)), runner, "original")
+    hidden = walk(original, original.embed(prepend_start_token(token_ids, start_token)), runner, "original")
     hidden = hidden[:, -token_ids.shape[1] :]
     original.apply_final_norm_(hidden)
     return hidden

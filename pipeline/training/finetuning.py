@@ -17,7 +17,7 @@ from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import block_settings
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
-from pipeline.text.windows import put_in_front, unpack_start_token
+from pipeline.text.windows import prepend_start_token, unpack_start_token
 from pipeline.training.block_wise import Models, finetune_blocks
 from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
 from pipeline.training.params import FinetuningParams
@@ -103,7 +103,7 @@ def _finetune_end_to_end(
         own = ids[place.ranks.slice_windows(len(ids))]
         reference = run_original(models.original, own, place.runner, windows.start_token)
         reference = place.offload.keep(f"original-{name}", reference)
-        read = put_in_front(own, unpack_start_token(prefix))
+        read = prepend_start_token(own, unpack_start_token(prefix))
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
         data.append(ModelData(embedded, reference, len(ids)))
     trainer = EndToEndTrainer(

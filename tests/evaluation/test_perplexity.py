@@ -18,7 +18,7 @@ from pipeline.evaluation.perplexity import (
     score_hidden,
 )
 from pipeline.runtime.artifacts import ArtifactError, make_header, save_tensors
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from tests.conftest import make_model, open_model
 
 
@@ -42,7 +42,7 @@ def test_a_start_token_is_read_but_is_not_a_target(family, imported, token_ids):
     plain, *_ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None)
     metrics, tensors, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None, text_start_token_id=0)
     model = make_model(family)
-    ids = put_in_front(token_ids, 0)
+    ids = prepend_start_token(token_ids, 0)
     labels = ids.clone()
     labels[:, :2] = -100
     with torch.no_grad():

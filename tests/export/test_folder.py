@@ -27,7 +27,7 @@ from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
 from pipeline.text.start_token import find_added_token, set_start_token_
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from tests.conftest import ROOT, make_tokenizer, open_model
 from tests.inference.test_prefixed_model import PREFIX, QUANTIZERS, make_quantized
 

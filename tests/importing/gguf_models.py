@@ -37,7 +37,7 @@ KINDS = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationT
 
 
 def permute(tensor: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """As llama.cpp's converter: two halves of each head -> pairs."""
+    """Return rows in the order of llama.cpp's converter: pairs instead of two halves of each head."""
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
@@ -64,7 +64,7 @@ def convert_tensors(model: nn.Module) -> dict[str, numpy.ndarray]:
 
 
 def describe(model: nn.Module) -> dict[str, tuple[Any, GGUFValueType]]:
-    """The settings of a model, without those that every test adds for itself."""
+    """Return the settings of a model, without those that a test adds."""
     config, whole, real = model.config, GGUFValueType.UINT32, GGUFValueType.FLOAT32
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -101,17 +101,17 @@ def write_gguf(
     """Write a model and its byte-level tokenizer, and return the path of the (first) file.
 
     Args:
-        settings: more of them, or others; name -> (value, type, and of a list its elements' type); None takes one away.
-        tensors: the same of tensors.
-        quantized: matrices in one storage type after the other; all in float32 otherwise.
-        parts: split into so many files, as llama.cpp names them.
+        settings: additions and replacements, name -> (value, type, and for a list its elements' type). None removes one.
+        tensors: the same for tensors.
+        quantized: whether matrices take the storage types in turn, instead of float32.
+        parts: the number of files, named as llama.cpp does.
     """
     architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
-    own = {f"{architecture}.{name}": value for name, value in describe(model).items()}
-    own |= describe_tokenizer(tokenizer)
+    metadata = {f"{architecture}.{name}": value for name, value in describe(model).items()}
+    metadata |= describe_tokenizer(tokenizer)
     if model.config.model_type.startswith("gemma"):  # its tokenizer class fails on unknown characters without one
-        own["tokenizer.ggml.unknown_token_id"] = (tokenizer.eos_token_id, GGUFValueType.UINT32)
-    own |= settings or {}
+        metadata["tokenizer.ggml.unknown_token_id"] = (tokenizer.eos_token_id, GGUFValueType.UINT32)
+    metadata |= settings or {}
     contents = {
         name: values for name, values in (convert_tensors(model) | (tensors or {})).items() if values is not None
     }
@@ -123,7 +123,7 @@ def write_gguf(
             writer.add_key_value("split.no", part, GGUFValueType.UINT16)
             writer.add_key_value("split.count", parts, GGUFValueType.UINT16)
             writer.add_key_value("split.tensors.count", len(names), GGUFValueType.INT32)
-        for name, value in own.items() if part == 0 else ():
+        for name, value in metadata.items() if part == 0 else ():
             if value is not None:
                 writer.add_key_value(name, *value)
         for name in names[part::parts]:

@@ -31,16 +31,16 @@ from tests.conftest import SIZES, make_tokenizer, randomize_
 from tests.importing.gguf_models import write_gguf
 
 WHOLE, REAL, TEXT, LIST = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
-OWN = SIZES | {"hidden_size": 64}  # whole blocks of 32, as quantized storage wants them
-GEMMA = OWN | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
+WIDE = SIZES | {"hidden_size": 64}  # whole blocks of 32, as quantized storage wants them
+GEMMA = WIDE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
 CONFIGS = {
-    "llama_tied": LlamaConfig(**OWN, tie_word_embeddings=True),
-    "llama_biases": LlamaConfig(**OWN, attention_bias=True, mlp_bias=True),
-    "llama_wide_heads": LlamaConfig(**OWN, head_dim=32),
-    "mistral": MistralConfig(**OWN, head_dim=32, sliding_window=None),
-    "qwen2": Qwen2Config(**OWN),
-    "qwen3": Qwen3Config(**OWN, head_dim=32, tie_word_embeddings=True),
-    "phi3": Phi3Config(**OWN, sliding_window=20),
+    "llama_tied": LlamaConfig(**WIDE, tie_word_embeddings=True),
+    "llama_biases": LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True),
+    "llama_wide_heads": LlamaConfig(**WIDE, head_dim=32),
+    "mistral": MistralConfig(**WIDE, head_dim=32, sliding_window=None),
+    "qwen2": Qwen2Config(**WIDE),
+    "qwen3": Qwen3Config(**WIDE, head_dim=32, tie_word_embeddings=True),
+    "phi3": Phi3Config(**WIDE, sliding_window=20),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA),
 }
@@ -59,7 +59,7 @@ def import_logits(path, folder, token_ids):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tensors_are_what_transformers_reads_bit_for_bit(family, tmp_path):
+def test_tensors_equal_those_of_transformers_bit_for_bit(family, tmp_path):
     model = make(CONFIGS[family])
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), quantized=True)
     with ExitStack() as stack:
@@ -72,18 +72,18 @@ def test_tensors_are_what_transformers_reads_bit_for_bit(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_imported_model_is_the_one_that_was_written(family, tmp_path, token_ids):
+def test_import_reads_the_model_that_was_written(family, tmp_path, token_ids):
     """Sizes of heads, biases, soft caps, windows: transformers drops some of them."""
     model = make(CONFIGS[family])
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer())
     with torch.no_grad():
         expected = model(token_ids).logits
-    found = import_logits(path, tmp_path / "out", token_ids)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 0, and 3e-7 with norms plus one
+    logits = import_logits(path, tmp_path / "out", token_ids)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 0, and 3e-7 with norms plus one
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_tokenizer_is_transformers_conversion_whatever_lies_beside_the_file(family, tmp_path):
+def test_tokenizer_comes_from_the_file_and_not_from_its_folder(family, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS[family]), make_tokenizer())
     AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name).save_pretrained(tmp_path / "expected")
     (tmp_path / "tokenizer_config.json").write_text("something else")
@@ -93,7 +93,7 @@ def test_the_tokenizer_is_transformers_conversion_whatever_lies_beside_the_file(
     assert (tmp_path / "out/tokenizer.json").is_file()
 
 
-def test_versions_that_read_tokenizers_wrong_are_refused(tmp_path, monkeypatch):
+def test_transformers_versions_that_misread_tokenizers_are_refused(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
     for version in ("5.17.0", "5.18.0.dev0"):
         monkeypatch.setattr(transformers, "__version__", version)
@@ -106,7 +106,7 @@ def test_versions_that_read_tokenizers_wrong_are_refused(tmp_path, monkeypatch):
     import_model(str(path), None, torch.float32, tmp_path / "out")
 
 
-def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_path, caplog):
+def test_unknown_ways_of_splitting_text_are_refused(tmp_path, caplog):
     model = make(CONFIGS["llama_tied"])
     settings = {"tokenizer.ggml.pre": ("deepseek-coder", TEXT)}
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
@@ -117,7 +117,7 @@ def test_a_way_of_splitting_text_that_transformers_does_not_know_is_refused(tmp_
     assert "tokenizer.ggml.pre=None does not say how text is split" in caplog.text
 
 
-def test_chat_templates_with_names_are_read_though_transformers_drops_them(tmp_path):
+def test_named_chat_templates_are_kept(tmp_path):
     settings = {
         "tokenizer.chat_template": ("{{ messages }}", TEXT),
         "tokenizer.chat_template.tool_use": ("{{ tools }}", TEXT),
@@ -130,14 +130,14 @@ def test_chat_templates_with_names_are_read_though_transformers_drops_them(tmp_p
 
 
 @pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown"])
-def test_a_special_id_beyond_the_vocabulary_is_refused_by_setting(name, tmp_path):
+def test_special_ids_beyond_the_vocabulary_are_refused(name, tmp_path):
     settings = {f"tokenizer.ggml.{name}_token_id": (400, WHOLE)}
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
     with pytest.raises(ModelImportError, match=rf"{name}_token_id=400 is beyond the vocabulary of 320 tokens"):
         import_model(str(path), None, torch.float32, tmp_path / "out")
 
 
-def test_the_splits_listed_are_those_transformers_has():
+def test_listed_ways_of_splitting_text_are_those_of_transformers():
     transformers_splits = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
     assert gguf_source._SPLITS - {"gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm"} == set(
         transformers_splits
@@ -185,37 +185,40 @@ LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
                 "rope.scaling.original_context_length": (32, WHOLE),
                 "rope.scaling.attn_factor": (math.sqrt(1 + math.log(8) / math.log(32)), REAL),
             },
-            {f"rope_factors_{name}.weight": numpy.float32(own) for name, own in (("short", SHORT), ("long", LONG))},
+            {
+                f"rope_factors_{name}.weight": numpy.float32(factors)
+                for name, factors in (("short", SHORT), ("long", LONG))
+            },
         ),
     ],
 )
-def test_rope_for_long_texts_is_read_though_transformers_drops_it(family, rope, settings, tensors, tmp_path):
+def test_rope_scaling_is_kept(family, rope, settings, tensors, tmp_path):
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "phi3": Phi3Config}[family]
     more = ORIGINAL if family == "phi3" else {}
-    model = make(kind(**OWN | more, rope_parameters={"rope_theta": 10000.0} | rope))
+    model = make(kind(**WIDE | more, rope_parameters={"rope_theta": 10000.0} | rope))
     settings = {f"{family}.{name}": value for name, value in settings.items()}
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings, tensors)
     token_ids = torch.randint(0, 320, (1, 200), generator=torch.Generator().manual_seed(3))
     for ids in (token_ids, token_ids[:, :24]):
         with torch.no_grad():
             expected = model(ids).logits
-        found = import_logits(path, tmp_path / "out", ids)
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 4e-6; without: 0.3 and more
+        logits = import_logits(path, tmp_path / "out", ids)
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 4e-6; without: 0.3 and more
 
 
 @pytest.mark.parametrize("original", [8192, 131072])
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_the_rope_of_real_llamas_is_recognised(original, factor, tmp_path):
-    model = make(LlamaConfig(**OWN | {"max_position_embeddings": 131072}, rope_parameters={"rope_theta": 5e5}))
+def test_rope_of_real_llamas_is_recognised(original, factor, tmp_path):
+    model = make(LlamaConfig(**WIDE | {"max_position_embeddings": 131072}, rope_parameters={"rope_theta": 5e5}))
     tensors = {"rope_freqs.weight": llama3_divisors(5e5, 16, factor, original)}
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {}, tensors)
     import_model(str(path), None, torch.float32, tmp_path / "out")
-    found = Checkpoint(tmp_path / "out", "model").config.rope_parameters
-    assert (found["rope_type"], found["factor"]) == ("llama3", factor)
+    rope = Checkpoint(tmp_path / "out", "model").config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("llama3", factor)
 
 
 @pytest.mark.parametrize("pattern", [(2, WHOLE), ([True, False, True], LIST, GGUFValueType.BOOL)])
-def test_layers_slide_as_the_file_says(pattern, tmp_path):
+def test_pattern_of_sliding_layers_is_kept(pattern, tmp_path):
     model = make(Gemma3TextConfig(**GEMMA, sliding_window_pattern=2))
     settings = {"gemma3.attention.sliding_window_pattern": pattern}
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
@@ -248,7 +251,7 @@ def test_layers_slide_as_the_file_says(pattern, tmp_path):
         ("something.new", (1, WHOLE), r"llama\.something\.new=1"),
     ],
 )
-def test_settings_that_nothing_reads_are_refused_by_name(name, value, message, tmp_path):
+def test_unknown_settings_are_refused_by_name(name, value, message, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {f"llama.{name}": value})
     with pytest.raises(ModelImportError, match=message) as error:
         import_model(str(path), None, torch.float32, tmp_path / "out")
@@ -256,7 +259,7 @@ def test_settings_that_nothing_reads_are_refused_by_name(name, value, message, t
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_change_nothing_are_no_obstacle(tmp_path):
+def test_settings_that_change_nothing_are_accepted(tmp_path):
     settings = {
         "llama.logit_scale": (1.0, REAL),
         "llama.attention.scale": (0.25, REAL),
@@ -286,7 +289,7 @@ def test_settings_that_change_nothing_are_no_obstacle(tmp_path):
         ({"blk.0.ffn_up.weight": numpy.zeros((96, 64), numpy.int32)}, r"blk\.0\.ffn_up\.weight is stored as I32"),
     ],
 )  # fmt: skip
-def test_tensors_that_lack_or_have_no_place_are_refused_by_name(tensors, message, tmp_path):
+def test_missing_and_surplus_tensors_are_refused_by_name(tensors, message, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {}, tensors)
     with pytest.raises(ModelImportError, match=message) as error:
         import_model(str(path), None, torch.float32, tmp_path / "out")
@@ -294,7 +297,7 @@ def test_tensors_that_lack_or_have_no_place_are_refused_by_name(tensors, message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_split_set_is_read_whole_by_any_of_its_parts_or_refused(tmp_path, token_ids):
+def test_split_files_are_read_whole_or_refused(tmp_path, token_ids):
     model = make(CONFIGS["llama_tied"])
     first = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), parts=3)
     assert first.name == "model-00001-of-00003.gguf"
@@ -319,7 +322,7 @@ def test_a_split_set_is_read_whole_by_any_of_its_parts_or_refused(tmp_path, toke
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9, 0.999])
-def test_a_file_that_is_cut_off_is_one_line(share, tmp_path):
+def test_files_that_are_cut_off_are_refused_in_one_line(share, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
@@ -328,7 +331,7 @@ def test_a_file_that_is_cut_off_is_one_line(share, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_architectures_that_are_not_supported_are_listed(tmp_path):
+def test_unsupported_architectures_are_refused_with_a_list(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer())
     path.write_bytes(path.read_bytes().replace(b"llama", b"gpt2x"))
     with pytest.raises(
@@ -338,7 +341,7 @@ def test_architectures_that_are_not_supported_are_listed(tmp_path):
     assert Olmo2Config.model_type not in ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
 
 
-def test_paths_are_taken_as_people_write_them(tmp_path, monkeypatch):
+def test_paths_may_begin_at_home_and_name_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "models"
     folder.mkdir()
@@ -352,7 +355,7 @@ def test_paths_are_taken_as_people_write_them(tmp_path, monkeypatch):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_rows_are_dequantized_some_at_a_time_to_the_same_numbers(tmp_path, monkeypatch):
+def test_dequantizing_in_chunks_gives_the_same_numbers(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["qwen2"]), make_tokenizer(), quantized=True)
     file = GgufFile(path)
     whole = {name: file.read(name) for name in file.tensors}

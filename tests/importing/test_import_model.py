@@ -20,14 +20,14 @@ from tests.conftest import FAMILIES, WINDOW, make_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_imported_folder_is_the_same_model_for_transformers(family, imported, token_ids):
+def test_transformers_loads_the_same_model_from_the_import(family, imported, token_ids):
     loaded = AutoModelForCausalLM.from_pretrained(imported[family]).eval()
     with torch.no_grad():
         assert torch.equal(loaded(token_ids).logits, make_model(family)(token_ids).logits)
     assert AutoTokenizer.from_pretrained(imported[family])("a stone bridge").input_ids
 
 
-def test_fused_projections_are_taken_apart_long_positions_kept(model_folders, tmp_path, token_ids):
+def test_fused_projections_are_split_and_long_positions_kept(model_folders, tmp_path, token_ids):
     folder = shutil.copytree(model_folders["phi3"], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0] * 6}
@@ -49,7 +49,7 @@ def test_fused_projections_are_taken_apart_long_positions_kept(model_folders, tm
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_two_imports_are_byte_identical_and_carry_no_path_or_version(model_folders, imported, tmp_path):
+def test_imports_are_byte_identical_without_paths_and_versions(model_folders, imported, tmp_path):
     import_model(str(model_folders["llama_tied"]), None, torch.float32, tmp_path / "again")
     first = {path.name: path.read_bytes() for path in imported["llama_tied"].iterdir()}
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
@@ -90,7 +90,7 @@ def broken(folder, change):
         (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"shape \[3\], its config asks for \[48\]"),
     ],
 )
-def test_wrong_tensors_are_one_clear_error_and_leave_nothing(change, message, model_folders, tmp_path):
+def test_wrong_tensors_are_refused_and_leave_nothing(change, message, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     broken(folder, change)
     with pytest.raises(ModelImportError, match=message):
@@ -98,14 +98,14 @@ def test_wrong_tensors_are_one_clear_error_and_leave_nothing(change, message, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_a_tied_checkpoint_may_carry_its_lm_head_and_a_rotary_table(model_folders, tmp_path):
+def test_tied_checkpoint_may_hold_lm_head_and_rotary_table(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     broken(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()} | extra))
     assert import_model(str(folder), None, torch.float32, tmp_path / "out")["tied_embeddings"] is True
 
 
-def test_damaged_missing_pickled_and_foreign_sources(model_folders, tmp_path):
+def test_damaged_missing_pickled_and_foreign_sources_are_refused(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -126,7 +126,7 @@ def test_damaged_missing_pickled_and_foreign_sources(model_folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unsupported_family_lists_the_supported_ones(tmp_path):
+def test_unsupported_families_are_refused_with_a_list(tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -151,7 +151,7 @@ def test_already_quantized_sources_are_refused(addition, message, model_folders,
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_hub_ids_are_asked_for_with_their_revision_and_without_pickles(model_folders, tmp_path, monkeypatch):
+def test_hub_downloads_name_the_revision_and_skip_pickles(model_folders, tmp_path, monkeypatch):
     asked = {}
 
     def snapshot(repository, **options):
@@ -188,7 +188,7 @@ def test_shards_are_those_of_the_index(model_folders, imported, tmp_path):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monkeypatch):
+def test_unreachable_hub_names_the_request_in_one_line(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise LocalEntryNotFoundError("cannot find the requested files\nand more")
 
@@ -200,7 +200,7 @@ def test_an_unreachable_hub_is_one_line_saying_what_was_asked_for(tmp_path, monk
     assert "\n" not in str(error.value)
 
 
-def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
+def test_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
 
     def refuse(widths, blocks, max_positions, sliding_window):
@@ -213,18 +213,18 @@ def test_the_plan_is_checked_before_any_tensor_is_read(model_folders, tmp_path, 
         import_model(str(model_folders["qwen2"]), None, torch.float32, tmp_path / "out", check_plan=refuse)
 
 
-def test_a_tied_flag_beside_another_lm_head_is_kept_untied_as_transformers_does(model_folders, tmp_path, token_ids):
+def test_tied_flag_with_another_lm_head_is_imported_untied(model_folders, tmp_path, token_ids):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     broken(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.5 + 0.1}))
     assert import_model(str(folder), None, torch.float32, tmp_path / "out")["tied_embeddings"] is False
-    expected, found = (AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder, tmp_path / "out"))
+    source_model, loaded = (AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder, tmp_path / "out"))
     with torch.no_grad():
-        assert torch.equal(found(token_ids).logits, expected(token_ids).logits)
-        assert (found(token_ids).logits - make_model("llama_tied")(token_ids).logits).abs().max() > 1
+        assert torch.equal(loaded(token_ids).logits, source_model(token_ids).logits)
+        assert (loaded(token_ids).logits - make_model("llama_tied")(token_ids).logits).abs().max() > 1
     assert Checkpoint(tmp_path / "out", "model").config.tie_word_embeddings is False
 
 
-def test_a_tied_checkpoint_may_carry_its_lm_head_alone(model_folders, imported, tmp_path):
+def test_tied_checkpoint_may_hold_only_its_lm_head(model_folders, imported, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     broken(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
     import_model(str(folder), None, torch.float32, tmp_path / "out")
@@ -232,7 +232,7 @@ def test_a_tied_checkpoint_may_carry_its_lm_head_alone(model_folders, imported, 
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_model_safetensors_is_read_whatever_index_stands_beside_it(gone, model_folders, imported, tmp_path):
+def test_model_safetensors_is_read_whatever_the_index_says(gone, model_folders, imported, tmp_path):
     """As transformers does."""
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     make_model("llama_tied", seed=1).save_pretrained(tmp_path / "other", max_shard_size="40KB")
@@ -245,7 +245,7 @@ def test_model_safetensors_is_read_whatever_index_stands_beside_it(gone, model_f
     assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
 
 
-def test_weights_under_a_name_that_transformers_would_not_read_are_refused(model_folders, tmp_path):
+def test_weights_under_other_names_are_refused(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     with pytest.raises(
@@ -258,7 +258,7 @@ def test_weights_under_a_name_that_transformers_would_not_read_are_refused(model
     "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"]
 )
 @pytest.mark.parametrize("kind", ["cut off", "pointer", "list"])
-def test_damaged_json_is_one_line(name, kind, model_folders, tmp_path):
+def test_damaged_json_is_refused_in_one_line(name, kind, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     if "index" in name:
         make_model("llama_tied").save_pretrained(folder, max_shard_size="40KB")
@@ -280,7 +280,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
-def test_a_pointer_in_place_of_weights_is_one_line(name, model_folders, tmp_path):
+def test_git_lfs_pointers_are_refused_in_one_line(name, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     (folder / name).write_text(POINTER)
     source = folder / name if name.endswith("gguf") else folder
@@ -298,7 +298,7 @@ def test_fp8_weights_without_their_config_are_refused(model_folders, tmp_path):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_a_padding_id_beyond_the_vocabulary_is_refused(model_folders, tmp_path):
+def test_padding_id_beyond_the_vocabulary_is_refused(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 320}))
@@ -317,7 +317,7 @@ def test_a_padding_id_beyond_the_vocabulary_is_refused(model_folders, tmp_path):
         ("rope_parameters", {"rope_type": "default", "rope_theta": math.nan}, "do not fit .Out of range float values"),
     ],
 )
-def test_sizes_that_are_none_are_refused_before_a_model_is_built(key, value, message, model_folders, tmp_path):
+def test_impossible_sizes_are_refused_before_a_model_is_built(key, value, message, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -327,7 +327,7 @@ def test_sizes_that_are_none_are_refused_before_a_model_is_built(key, value, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_longrope_limits_the_windows_that_are_planned(model_folders, tmp_path):
+def test_longrope_limits_the_planned_windows(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["phi3"], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
@@ -353,9 +353,7 @@ def test_longrope_limits_the_windows_that_are_planned(model_folders, tmp_path):
         ("phi3", "is_causal", False),
     ],
 )
-def test_attention_to_later_positions_is_refused_by_its_setting(
-    family, key, value, model_folders, tmp_path, monkeypatch
-):
+def test_attention_to_later_positions_is_refused_by_key(family, key, value, model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(model_import, "_check_tensor", lambda *args: pytest.fail("a tensor was read"))
     folder = shutil.copytree(model_folders[family], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
@@ -364,7 +362,7 @@ def test_attention_to_later_positions_is_refused_by_its_setting(
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_causal_attention_may_be_said(model_folders, tmp_path):
+def test_explicitly_causal_attention_is_accepted(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": False}))
@@ -388,14 +386,14 @@ def test_causal_attention_may_be_said(model_folders, tmp_path):
         (["base_model.model.layers.0.self_attn.q_proj.lora_A.default.weight"], r"merge_and_unload"),
     ],
 )
-def test_tensors_without_a_place_are_named_with_the_remedy(names, message, model_folders, tmp_path):
+def test_surplus_tensors_are_named_with_the_remedy(names, message, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     broken(folder, lambda t: t.update({name: torch.zeros(2, 2) for name in names}))
     with pytest.raises(ModelImportError, match=message):
         import_model(str(folder), None, torch.float32, tmp_path / "out")
 
 
-def test_the_remedy_for_tensors_without_a_place_works(model_folders, imported, tmp_path):
+def test_remedy_for_surplus_tensors_works(model_folders, imported, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     broken(folder, lambda t: t.update({"mtp.fc.weight": torch.zeros(2, 2)}))
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
@@ -404,9 +402,7 @@ def test_the_remedy_for_tensors_without_a_place_works(model_folders, imported, t
     assert read_header(tmp_path / "out", "model") == read_header(imported["llama_tied"], "model")
 
 
-def test_tensors_that_the_model_class_ignores_are_left_out_and_named(
-    model_folders, imported, tmp_path, monkeypatch, caplog
-):
+def test_tensors_that_the_class_ignores_are_left_out_and_named(model_folders, imported, tmp_path, monkeypatch, caplog):
     """As Qwen3-Next's class ignores mtp.*."""
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
@@ -418,7 +414,7 @@ def test_tensors_that_the_model_class_ignores_are_left_out_and_named(
     assert "left out, as transformers does: model.layers.0.self_attn.rotary_emb.inv_freq, mtp.fc.weight" in caplog.text
 
 
-def test_an_adapter_is_refused_before_its_weights_are_looked_for(model_folders, tmp_path):
+def test_adapters_are_refused(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for _ in range(2):  # beside a whole model, and alone

@@ -33,7 +33,7 @@ def change_core(source, model=None, **changes):
     change_json(source / "tokenizer.json", model=core["model"] | (model or {}), **changes)
 
 
-def test_token_ids_without_a_row_are_refused_unless_no_text_has_them(model_folders, tmp_path, caplog):
+def test_ids_without_a_row_are_refused_unless_texts_lack_them(model_folders, tmp_path, caplog):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -60,7 +60,7 @@ def test_token_ids_without_a_row_are_refused_unless_no_text_has_them(model_folde
         import_model(str(folder), None, torch.float32, tmp_path / "other")
 
 
-def test_a_tokenizer_that_loads_and_cannot_be_used_is_refused(model_folders, tmp_path):
+def test_tokenizer_that_loads_and_fails_in_use_is_refused(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": "long"}))
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_loads_and_cannot_be_used_is_refused(model_folders, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
+def test_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     for path in folder.glob("*token*"):
         path.unlink()
@@ -87,8 +87,8 @@ def test_a_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
     assert (tmp_path / "out/tokenizer.json").is_file()
     core = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     text = "The bridge was built in three summers."
-    found = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False).input_ids
-    assert found == core.encode(text)
+    token_ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False).input_ids
+    assert token_ids == core.encode(text)
 
 
 WHITESPACE = {"type": "Whitespace"}
@@ -105,7 +105,7 @@ PIECES = [["<s>", 0.0], ["</s>", 0.0], ["The", -1.0]]
         ({"unk_token": "<unk>", "byte_fallback": True}, {"pre_tokenizer": WHITESPACE}, r"Unk token `<unk>` not found"),
     ],
 )
-def test_an_unknown_token_missing_from_the_vocabulary_is_refused(model, changes, message, source):
+def test_unknown_token_missing_from_the_vocabulary_is_refused(model, changes, message, source):
     change_core(source, model, **changes)
     with pytest.raises(
         ModelImportError,
@@ -115,7 +115,7 @@ def test_an_unknown_token_missing_from_the_vocabulary_is_refused(model, changes,
     assert not (source.parent / "out").exists()
 
 
-def test_an_unknown_token_that_transformers_would_add_without_a_row_is_refused(source):
+def test_unknown_token_that_transformers_adds_without_a_row_is_refused(source):
     change_json(source / "tokenizer_config.json", unk_token="<unk>")
     with pytest.raises(ModelImportError, match=r"has none for: '<unk>' \(320\)\. Resize the embedding"):
         import_source(source)
@@ -140,7 +140,7 @@ def test_a_tokenizer_that_turns_text_into_nothing_is_refused(model, changes, sou
         import_source(source)
 
 
-def test_a_token_added_without_a_row_is_refused_as_texts_may_hold_it(source):
+def test_token_added_without_a_row_is_refused(source):
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(source)
@@ -148,7 +148,7 @@ def test_a_token_added_without_a_row_is_refused_as_texts_may_hold_it(source):
         import_source(source)
 
 
-def test_a_token_of_a_further_chat_template_without_a_row_is_refused(source):
+def test_token_of_any_chat_template_without_a_row_is_refused(source):
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(["<call>"], special_tokens=True)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}<call>"}
@@ -157,7 +157,7 @@ def test_a_token_of_a_further_chat_template_without_a_row_is_refused(source):
         import_source(source)
 
 
-def test_an_id_that_only_the_post_processor_gives_is_refused(source):
+def test_id_of_the_post_processor_without_a_row_is_refused(source):
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     template = {
         "type": "TemplateProcessing",
@@ -181,7 +181,7 @@ def test_special_ids_beyond_the_embedding_are_refused_by_key(name, key, value, s
     assert not (source.parent / "out").exists()
 
 
-def test_the_tokenizer_is_checked_before_any_tensor_is_read(source, monkeypatch):
+def test_tokenizer_is_checked_before_any_tensor_is_read(source, monkeypatch):
     monkeypatch.setattr("pipeline.importing.import_model._check_tensor", lambda *args: pytest.fail("a tensor was read"))
     change_core(source, {"vocab": {}, "merges": []})
     with pytest.raises(ModelImportError, match="turns a text"):

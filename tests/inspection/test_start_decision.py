@@ -11,7 +11,7 @@ from pipeline.importing.import_model import import_model
 from pipeline.inspection import start_decision
 from pipeline.inspection.start_decision import StartTokenError, decide_start_token, measure_losses
 from pipeline.text.start_token import set_start_token_
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from tests.conftest import PROSE, make_model, make_tokenizer, open_model
 
 LENGTH = 24
@@ -20,7 +20,7 @@ LENGTH = 24
 @torch.no_grad()
 def losses_of(model, content, start):
     """transformers' own, of each window; the start token is read, and no target."""
-    ids = put_in_front(content, start)
+    ids = prepend_start_token(content, start)
     targets = content.clone()
     targets[:, 0] = -100
     if start is not None:
@@ -56,9 +56,9 @@ def trained(request, model_folders, windows, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     if request.param is None:
         other = windows[8:].flip(1)[:, 1:]
-        ids = torch.cat((windows[8:], put_in_front(other, 0)))
+        ids = torch.cat((windows[8:], prepend_start_token(other, 0)))
     else:
-        ids = put_in_front(windows[8:], request.param)
+        ids = prepend_start_token(windows[8:], request.param)
     for _ in range(100):
         rows = torch.randint(len(ids), (16,), generator=generator)
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from pipeline.prefix import search
 from pipeline.prefix.outliers import LayerOutliers, describe_outliers, outlier_ratios, token_maxima
 from pipeline.prefix.search import choose_prefix, measure_outliers, search_prefix
 from pipeline.text.start_token import choose_start_token
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from tests.conftest import open_model
 
 
@@ -110,7 +110,7 @@ def test_windows_are_searched_with_the_start_token_and_judged_behind_a_prefix_wi
     assert found.token_ids[-1] == 0
     assert 0 not in found.token_ids[:-1]
     before, after = read
-    assert torch.equal(before, put_in_front(token_ids, 0))
+    assert torch.equal(before, prepend_start_token(token_ids, 0))
     assert torch.equal(after, token_ids)
     assert checkpoint.tokenizer.decode([0]) not in [row["text"] for row in found.report["layers"][0]["tokens"]]
 

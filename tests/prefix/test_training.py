@@ -18,7 +18,7 @@ from pipeline.prefix.training import cosine, discretise, initial_embeddings, mak
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.streams import Offload
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from pipeline.training.place import HIDDEN_STATES, Keeping, Place
 from tests.blocks.test_walk import walked_logits
 from tests.conftest import ROOT, SLIDING, WINDOW, make_model, open_model
@@ -220,11 +220,11 @@ def test_kl_compares_content_with_the_original_reading_a_start_token(behind, imp
     model = FrozenModel(checkpoint, runner, params)
     reference = model.run_original(windows[0], start_token=0)
     assert reference.shape == (4, 12, 48)
-    found = model.losses(prefix, put_in_front(windows[0], behind), reference)["kl"].item()
+    found = model.losses(prefix, prepend_start_token(windows[0], behind), reference)["kl"].item()
     original = make_model("llama_tied")
     with torch.no_grad():
-        p = original(put_in_front(windows[0], 0)).logits[:, 1:].log_softmax(-1)
-        doubled = put_in_front(put_in_front(windows[0], 0), behind)
+        p = original(prepend_start_token(windows[0], 0)).logits[:, 1:].log_softmax(-1)
+        doubled = prepend_start_token(prepend_start_token(windows[0], 0), behind)
         q = original(doubled).logits[:, -12:].log_softmax(-1)
     assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
     assert (found > 1e-3) == (behind == 0)

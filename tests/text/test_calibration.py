@@ -54,26 +54,26 @@ def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0, tokeniz
     )
 
 
-def test_windows_of_different_purposes_share_no_document(data):
+def test_splits_share_no_document(data):
     tokenizer = make_tokenizer()
-    seen = {}
+    numbers_of = {}
     for split in ("search", "train", "end_to_end", "validation"):
         text = tokenizer.decode(cut(data, split, windows=9, length=24).token_ids.flatten().tolist())
-        seen[split] = {word for word in text.split() if word.isdigit()}
-    seen["evaluation"] = {
+        numbers_of[split] = {word for word in text.split() if word.isdigit()}
+    numbers_of["evaluation"] = {
         word
         for word in tokenizer.decode(
             cut_evaluation("a", None, 24, data, tokenizer).token_ids.flatten().tolist()
         ).split()
         if word.isdigit()
     }
-    assert all(len(numbers) >= 3 for numbers in seen.values())
-    for first in seen:
-        for second in seen:
-            assert first == second or not seen[first] & seen[second]
+    assert all(len(numbers) >= 3 for numbers in numbers_of.values())
+    for first in numbers_of:
+        for second in numbers_of:
+            assert first == second or not numbers_of[first] & numbers_of[second]
 
 
-def test_windows_follow_seed_and_fingerprints_follow_what_determines_them(data):
+def test_fingerprints_follow_everything_that_determines_windows(data):
     base = cut(data, "train")
     assert (cut(data, "train").token_ids == base.token_ids).all()
     assert cut(data, "train").header == base.header
@@ -92,13 +92,13 @@ def test_more_windows_begin_with_the_same_ones(data):
     assert (cut(data, "train", windows=8).token_ids[:4] == cut(data, "train", windows=4).token_ids).all()
 
 
-def test_a_mix_takes_turns(data):
+def test_two_corpora_take_turns(data):
     mixed = cut(data, "train", ("a", "b"), windows=5).token_ids
     assert (mixed[0::2] == cut(data, "train", ("a",), windows=3).token_ids).all()
     assert (mixed[1::2] == cut(data, "train", ("b",), windows=2).token_ids).all()
 
 
-def test_a_mix_by_shares_spreads_each_corpus_over_all_windows(data):
+def test_corpora_in_proportion_are_spread_over_all_windows(data):
     mixed = cut(data, "train", {"a": 3, "b": 1}, windows=8).token_ids
     assert (mixed[[0, 1, 3, 4, 5, 7]] == cut(data, "train", ("a",), windows=6).token_ids).all()
     assert (mixed[[2, 6]] == cut(data, "train", ("b",), windows=2).token_ids).all()
@@ -121,7 +121,7 @@ def test_no_special_tokens_are_added(data):
     assert not set(cut(data, "train").token_ids.flatten().tolist()) & {0, 1}
 
 
-def test_a_corpus_too_small_says_what_it_has_and_needs(data):
+def test_too_small_corpus_names_its_size_and_the_need(data):
     with pytest.raises(
         WindowsError, match=r"validation from a: needs 50 windows of 64 = 3200 tokens, the corpus has \d+"
     ):
@@ -130,7 +130,7 @@ def test_a_corpus_too_small_says_what_it_has_and_needs(data):
         cut_evaluation("a", None, 100000, data, make_tokenizer())
 
 
-def test_windows_of_the_same_text_are_counted_however_they_are_cut():
+def test_overlapping_windows_are_counted_wherever_they_are_cut():
     text = torch.randint(0, 5000, (2000,), generator=torch.Generator().manual_seed(0))
     known, other = text[:800].view(4, 200), text[1000:1600].view(3, 200)
     assert count_overlapping_windows(other, known) == 0
@@ -165,7 +165,7 @@ def test_conversations_go_through_the_tokenizers_chat_template(tmp_path):
     assert cut(tmp_path / "data", "train", ["chat"], windows=2, tokenizer=tokenizer).header != train
 
 
-def test_a_start_token_of_the_template_alone_is_left_to_calibration(tmp_path):
+def test_start_token_at_the_beginning_of_a_template_is_left_out(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     assert render_documents([Conversation(CHAT)], tokenizer, "x") == ["[user] Hello?\n[assistant] Yes.\n"]
@@ -176,7 +176,7 @@ def test_a_start_token_of_the_template_alone_is_left_to_calibration(tmp_path):
         render_documents([Conversation(CHAT)], tokenizer, "x")
 
 
-def test_a_token_without_a_row_is_refused_where_a_text_holds_it():
+def test_text_with_a_token_without_a_row_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     token_ids = cut_documents(["The house <image> and the hill. " * 9], 2, 16, tokenizer, "x")

@@ -53,7 +53,7 @@ def test_a_folder_with_files_named_after_splits_keeps_them(tmp_path):
     assert len(splits["validation"]) == 3
 
 
-def test_a_folder_below_home_is_found_and_its_hidden_files_are_none_of_it(tmp_path, monkeypatch):
+def test_folder_below_home_is_read_without_hidden_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     source = tmp_path / "in"
     source.mkdir()
@@ -63,7 +63,7 @@ def test_a_folder_below_home_is_found_and_its_hidden_files_are_none_of_it(tmp_pa
     assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:30])
 
 
-def test_max_documents_caps(tmp_path):
+def test_max_documents_limits_each_split(tmp_path):
     _, splits = fetch(write(tmp_path / "x.txt", DOCUMENTS), tmp_path / "out", max_documents=20)
     assert sorted(itertools.chain(*splits.values())) == sorted(DOCUMENTS[:20])
 
@@ -81,13 +81,13 @@ def test_max_documents_caps(tmp_path):
         (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl, row 1: cannot"),
     ],
 )
-def test_unusable_sources_say_what_is_wrong(make, message, tmp_path):
+def test_unusable_sources_are_refused_with_the_reason(make, message, tmp_path):
     with pytest.raises(CorpusError, match=message):
         fetch(make(tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", corpora.HUB_CORPORA)
-def test_hub_corpora_are_asked_for_as_the_field_does(name, tmp_path, monkeypatch):
+def test_hub_corpora_are_requested_as_in_the_field(name, tmp_path, monkeypatch):
     asked = []
 
     def load(repository, config, **options):
@@ -109,7 +109,7 @@ def test_hub_corpora_are_asked_for_as_the_field_does(name, tmp_path, monkeypatch
     assert "trust_remote_code" not in str(asked)
 
 
-def test_rows_of_wikitext_become_articles_that_join_to_the_same_text(tmp_path, monkeypatch):
+def test_wikitext_rows_become_articles_that_join_to_the_same_text(tmp_path, monkeypatch):
     rows = ["", " = One = \n", "", " text \n", " = = Part = = \n", " more \n", " = Two = \n", " end \n"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: [{"text": row} for row in rows])
     _, splits = fetch("wikitext2", tmp_path / "out")
@@ -117,7 +117,7 @@ def test_rows_of_wikitext_become_articles_that_join_to_the_same_text(tmp_path, m
     assert "\n\n".join(splits["test"]) == "\n\n".join(rows)
 
 
-def test_an_unreachable_hub_names_what_was_asked_for(tmp_path, monkeypatch):
+def test_unreachable_hub_names_the_request(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise ConnectionError("no route to the hub\nmore")
 

@@ -71,14 +71,14 @@ def fetch(source, folder):
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_what_is_no_text_is_refused_by_file_and_row(name, content, message, tmp_path):
+def test_rows_without_text_are_refused_by_file_and_row(name, content, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CorpusError, match=message):
         read_local_documents(path, "text")
 
 
-def test_rows_with_nothing_in_them_are_skipped_and_counted(tmp_path):
+def test_empty_rows_are_skipped_and_counted(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [None, *TEXTS, "", " \n", []])
     counts, splits = fetch(path, tmp_path / "out")
     assert counts["skipped_rows"] == 4
@@ -86,13 +86,13 @@ def test_rows_with_nothing_in_them_are_skipped_and_counted(tmp_path):
     assert "skipped_rows" not in fetch(write_lines(tmp_path / "y.jsonl", TEXTS), tmp_path / "none")[0]
 
 
-def test_a_short_csv_row_is_null_and_a_long_field_is_whole(tmp_path):
+def test_short_csv_rows_are_null_and_long_fields_whole(tmp_path):
     long = "word " * 40_000
     (tmp_path / "x.csv").write_text(f'id,text\n1\n2,"{long}"\n3,b\n')
     assert read_local_documents(tmp_path / "x.csv", "text") == [long, "b"]
 
 
-def test_compressed_files_are_read_as_the_files_they_hold(tmp_path):
+def test_compressed_files_give_the_same_rows(tmp_path):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines))
     with pyarrow.output_stream(str(tmp_path / "y.jsonl.zst"), compression="zstd") as file:
