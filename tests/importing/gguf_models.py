@@ -101,7 +101,7 @@ def write_gguf(
     """Write a model and its byte-level tokenizer, and return the path of the (first) file.
 
     Args:
-        settings: additions and replacements, name -> (value, type, and for a list its elements' type). None removes one.
+        settings: additions and replacements, name -> (value, type, for a list its elements' type). None removes one.
         tensors: the same for tensors.
         quantized: whether matrices take the storage types in turn, instead of float32.
         parts: the number of files, named as llama.cpp does.

@@ -185,10 +185,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
                 "rope.scaling.original_context_length": (32, WHOLE),
                 "rope.scaling.attn_factor": (math.sqrt(1 + math.log(8) / math.log(32)), REAL),
             },
-            {
-                f"rope_factors_{name}.weight": numpy.float32(factors)
-                for name, factors in (("short", SHORT), ("long", LONG))
-            },
+            {"rope_factors_short.weight": numpy.float32(SHORT), "rope_factors_long.weight": numpy.float32(LONG)},
         ),
     ],
 )
