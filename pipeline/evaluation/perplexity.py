@@ -249,7 +249,9 @@ def compute_final_hidden(
         QuantizerCountError: the number differs from the one that the checkpoint's settings ask for.
         NonFiniteError: a hidden state is NaN or infinite.
     """
-    hidden = {corpus: checkpoint.embed(put_in_front(ids, text_start_token_id)) for corpus, ids in windows.items()}
+    hidden = {
+        corpus: checkpoint.embed(prepend_start_token(ids, text_start_token_id)) for corpus, ids in windows.items()
+    }
     saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
     fired, expected = Counter[str](), Counter[str]()
     blocks = load_blocks(checkpoint, runner.device)

@@ -39,13 +39,13 @@ class FinetuningWindows:
         train: [N, T], which blocks are trained on one by one, and saturation is counted on.
         end_to_end: [K, T'], which all are trained on together.
         validation: [M, T"], which choose the epoch, in both phases.
-        start_token: what the original reads in front of each, or None; the quantized checkpoint knows its own.
+        text_start_token_id: what the original reads in front of each, or None; the quantized checkpoint knows its own.
     """
 
     train: torch.Tensor
     end_to_end: torch.Tensor
     validation: torch.Tensor
-    start_token: int | None = None
+    text_start_token_id: int | None = None
 
 
 def finetune(
@@ -101,7 +101,7 @@ def _finetune_end_to_end(
     data = []
     for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
         own = ids[place.ranks.slice_windows(len(ids))]
-        reference = run_original(models.original, own, place.runner, windows.start_token)
+        reference = run_original(models.original, own, place.runner, windows.text_start_token_id)
         reference = place.offload.keep(f"original-{name}", reference)
         read = prepend_start_token(own, unpack_start_token(prefix))
         embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))

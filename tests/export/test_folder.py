@@ -253,7 +253,7 @@ def test_folder_records_that_texts_begin_with_a_start_token(imported, tmp_path, 
     assert "begins with the start token `<s>`" in (folder / "README.md").read_text()
     windows = torch.randint(2, 320, (3, 20), generator=torch.Generator().manual_seed(8))
     metrics, tensors, _ = evaluate_model(model, {"a": windows}, 2, None)
-    ids = put_in_front(windows, 0)
+    ids = prepend_start_token(windows, 0)
     labels = ids.clone()
     labels[:, :2] = -100
     assert metrics["perplexity"]["a"] == pytest.approx(evaluated(ids, labels=labels).loss.exp().item(), rel=1e-5)
