@@ -58,7 +58,8 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
         kernel = find_architecture(config).kernel
         options = {"dtype": dtype, "attn_implementation": kernel, "output_loading_info": True}
         with loading(source, "this folder"):
-            return check_complete(source, *AutoModelForCausalLM.from_pretrained(folder, **options))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+            return check_complete(source, *loaded)
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
         return _load_block(
@@ -147,5 +148,6 @@ def _load_block(
     small = make_block_config(config, index, len(token_ids))
     small._attn_implementation = architecture.kernel
     options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
+    model_class: Any = type(build_skeleton(small))
     with loading(source, "this folder"):
-        return check_complete(source, *type(build_skeleton(small)).from_pretrained(None, config=small, **options))
+        return check_complete(source, *model_class.from_pretrained(None, config=small, **options))

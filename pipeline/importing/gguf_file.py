@@ -12,6 +12,7 @@ Layout (versions 2 and 3): https://github.com/ggml-org/ggml/blob/master/docs/ggu
 """
 
 import math
+import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -193,7 +194,10 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = numpy.memmap(path, mode="r") if path.stat().st_size else b""
+        self.data: mmap.mmap | bytes = b""
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with path.open("rb") as file:
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.position = 0
 
     def read_contents(self) -> tuple[dict[str, Setting], dict[str, _Tensor]]:

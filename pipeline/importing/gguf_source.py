@@ -284,7 +284,7 @@ def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
         logger.warning("tokenizer.ggml.pre=%r does not say how text is split: it is split as GPT-2 does", split)
     if kind == "llama" and space is False and not config.model_type.startswith("gemma"):
         logger.warning("tokenizer.ggml.add_space_prefix=False is not converted: texts begin with a space")
-    tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    tokenizer_class: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "model.gguf"
         link.symlink_to(file.path.resolve())
@@ -351,8 +351,8 @@ def _read_config(file: GgufFile) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # Transformers would read every token of the vocabulary, and needs only their number.
         path = Path(folder) / "settings.gguf"
-        tensors = {name: name for name in ("output_norm.weight", "output.weight") if name in file.tensors}
-        file.write_excerpt(path, _excerpt_settings(file), tensors, rows=[0])
+        names = [name for name in ("output_norm.weight", "output.weight") if name in file.tensors]
+        file.write_excerpt(path, _excerpt_settings(file), dict(zip(names, names, strict=True)), rows=[0])
         config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
     for name, setting in _DEFAULT_IDS.items():  # the family's defaults fit a larger vocabulary
         index = getattr(config, name)
@@ -543,7 +543,7 @@ def _load_block(
     }
     path = folder / "block.gguf"
     file.write_excerpt(path, settings, names, token_ids.tolist())
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=path.name,
         config=make_block_config(config, index, len(token_ids)),
@@ -551,4 +551,4 @@ def _load_block(
         attn_implementation=find_architecture(config).kernel,
         output_loading_info=True,
     )
-    return check_complete(source, model, report)
+    return check_complete(source, *loaded)

@@ -88,7 +88,7 @@ def import_model(
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
         _check_names(source, set(expected), present, skeleton)
-        layers = skeleton.model.layers
+        layers = list(skeleton.get_submodule("model.layers").children())
         check_plan(
             architecture.site_widths(layers[0]),
             config.num_hidden_layers,

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.runtime.artifacts import ArtifactError, fingerprint, fingerprint_file, make_header
 from pipeline.runtime.errors import PipelineError, reading
-from pipeline.text.conversations import find_unread_fields, render_conversation
+from pipeline.text.conversations import Conversation, find_unread_fields, render_conversation
 from pipeline.text.corpora import read_documents
 from pipeline.text.params import split_windows
 from pipeline.text.rows import Document
@@ -53,7 +53,7 @@ def load_tokenizer(model_folder: Path) -> tuple[PreTrainedTokenizerBase, str]:
     remedy = "Rerun the stage that makes it: dvc repro model"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing. {remedy}")
-    with reading(lambda why: ArtifactError(f"the tokenizer in {model_folder} is damaged ({why}). {remedy}")):
+    with reading(lambda reason: ArtifactError(f"the tokenizer in {model_folder} is damaged ({reason}). {remedy}")):
         return AutoTokenizer.from_pretrained(model_folder), fingerprint_file(path)
 
 
@@ -76,17 +76,18 @@ def render_documents(documents: list[Document], tokenizer: PreTrainedTokenizerBa
         )
     if unread := find_unread_fields(conversations, tokenizer):
         logger.warning("%s: the chat template leaves out these fields of messages: %s", purpose, ", ".join(unread))
-    texts = []
-    for number, document in enumerate(documents, start=1):
-        problem = f"{purpose}: the chat template refuses conversation {number}"
-        if isinstance(document, str):
-            texts.append(document)
-            continue
-        with reading(lambda why, problem=problem: WindowsError(f"{problem} ({why})")):
-            text = render_conversation(document, tokenizer)
-        start = tokenizer.bos_token
-        texts.append(text.removeprefix(start) if start and text.rfind(start) == 0 else text)
-    return texts
+    problem = f"{purpose}: the chat template refuses conversation"
+    return [
+        document if isinstance(document, str) else _render(document, tokenizer, f"{problem} {number}")
+        for number, document in enumerate(documents, start=1)
+    ]
+
+
+def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, problem: str) -> str:
+    with reading(lambda reason: WindowsError(f"{problem} ({reason})")):
+        text = render_conversation(conversation, tokenizer)
+    start = tokenizer.bos_token
+    return text.removeprefix(start) if start and text.rfind(start) == 0 else text
 
 
 def count_conversations(documents: list[Document]) -> int:

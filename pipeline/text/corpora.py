@@ -36,10 +36,11 @@ SPLITS = ("train", "validation", "test")
 
 # The split of each of 20 documents in turn: 13 train, 2 validation, 5 test. The pattern is fixed, so a document keeps
 # its split when `max_documents` changes.
-_DEALING = ("train",) * 4 + ("test", "validation") + ("train",) * 3 + ("test",) + ("train",) * 3
+_DEALING: tuple[str, ...] = ("train",) * 4 + ("test", "validation") + ("train",) * 3 + ("test",) + ("train",) * 3
 _DEALING += ("test", "validation", "test") + ("train",) * 3 + ("test",)
 # An article has thousands of references. Removing them before the parser builds its tree is far faster.
 _REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+_LEFT_OUT = re.compile(r"\s*(file|image|category):", re.IGNORECASE)  # links
 _MINIMUM_ARTICLE = 200  # characters; shorter ones are stubs that hold only markup
 
 
@@ -91,7 +92,10 @@ def read_documents(path: Path) -> list[Document]:
     remedy = f"Rerun the stage that makes it: dvc repro corpora@{path.parent.name}"
     if not path.is_file():
         raise CorpusError(f"{path} is missing. {remedy}")
-    with reading(lambda why: CorpusError(f"{path} is damaged ({why}). {remedy}")), open(path, encoding="utf-8") as file:
+    with (
+        reading(lambda reason: CorpusError(f"{path} is damaged ({reason}). {remedy}")),
+        open(path, encoding="utf-8") as file,
+    ):
         rows = map(json.loads, file)
         return [Conversation.from_row(row) if "messages" in row else row["text"] for row in rows]
 
@@ -261,7 +265,7 @@ def _strip_markup(wikitext: str) -> str:
     code = mwparserfromhell.parse(_REFERENCE.sub("", wikitext))
     for node in code.filter_tags(matches=lambda tag: str(tag.tag).lower() in {"table", "gallery", "math"}):
         _remove(code, node)
-    for link in code.filter_wikilinks(matches=lambda link: re.match(r"(?i)\s*(file|image|category):", str(link.title))):
+    for link in code.filter_wikilinks(matches=lambda link: bool(_LEFT_OUT.match(str(link.title)))):
         _remove(code, link)
     text = code.strip_code(normalize=True, collapse=True)
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()

@@ -84,12 +84,12 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
             ]
         if len(set(split.corpora)) != len(split.corpora):
             problems.append(f"calibration.{name}.corpora={split.corpora} names a corpus twice. Remove one")
-    for name, corpus in corpora.items():
+    for name, group in corpora.items():
         if not name.replace("_", "").replace("-", "").isalnum():
             problems.append(
                 f"corpora.{name} is not a folder name. Use letters, digits, `-` and `_` (it becomes data/<name>/)"
             )
-        problems += check_packaged(f"corpora.{name}.source", corpus.source, PACKAGED_CORPORA)
+        problems += check_packaged(f"corpora.{name}.source", group.source, PACKAGED_CORPORA)
     return problems
 
 

@@ -19,9 +19,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -59,7 +59,7 @@ def read_file(source: str, path: Path, text_field: str) -> Iterator[Document | N
     if reader is None:
         raise CorpusError(f"corpus {source!r}: {path.name}: cannot be read. Allowed are files ending in {FORMATS}")
     row = 1
-    with reading(lambda why: CorpusError(f"corpus {source!r}: {path.name}, row {row}: cannot be read ({why})")):
+    with reading(lambda reason: CorpusError(f"corpus {source!r}: {path.name}, row {row}: cannot be read ({reason})")):
         try:
             for value in reader(path, text_field):
                 yield judge_row(value, text_field)
@@ -230,11 +230,7 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-_COMPRESSIONS: dict[str, Callable[[Path], AbstractContextManager[IO[bytes]]]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".zst": _open_zstd,
-}
+_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": _open_zstd}
 _READERS: dict[str, Reader] = {
     ".txt": _read_text,
     ".raw": _read_text,
