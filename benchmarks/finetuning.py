@@ -62,7 +62,7 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
     block = load_block(initial, BLOCK)
     weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in initial.architecture.linears}
     trainables = unfreeze_(block, initial.architecture, weights=weights)
-    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, Ranks())
+    trainer = BlockTrainer(block, trainables, prefix_kv=prefix_kv, runner=runner, params=params, ranks=Ranks())
     data = BlockData(inputs, [target], len(inputs))
     trained = [_make_parameter(plain.get_submodule(name)) for name in initial.architecture.linears]
     order = shuffle(len(inputs), torch.Generator().manual_seed(0))

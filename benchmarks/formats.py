@@ -121,7 +121,7 @@ class Bench:
         params = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
         prefix = load_prefix(self.artifacts / "prefix_training" / "prefix.safetensors", use)
         train = load_windows(self.artifacts / "calibration" / "train.safetensors")
-        start_token = find_text_start_token(train.text_start_token_id, prefix.begun_from)
+        start_token = find_text_start_token(train.text_start_token_id, prefix.initial_token_ids)
         folder = self.work / "quantized"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

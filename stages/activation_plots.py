@@ -41,7 +41,7 @@ def main(run: Run) -> None:
         inputs["prefix_training"] = candidate.header
         values |= prefix.model_dump()
         prefix_kv = compute_rotated_prefix_kv(checkpoint, candidate.embeddings, runner)
-        token_ids = windows.model_inputs(candidate.begun_from)
+        token_ids = windows.model_inputs(candidate.initial_token_ids)
     last = checkpoint.block_count - 1
     blocks = [0, last // 2, last] if own.surface_blocks is None else own.surface_blocks
     token_ids = token_ids[: own.windows]

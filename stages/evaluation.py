@@ -145,7 +145,7 @@ def open_prefix(
     prefix = load_prefix(PREFIXES, own.use, own.length)
     check_input(prefix.header, "model", checkpoint.header, PREFIXES)
     prefix_kv = compute_prefix_kv(checkpoint, prefix.embeddings, runner)
-    return prefix_kv, find_text_start_token(start_token, prefix.begun_from), {"prefix_training": prefix.header}
+    return prefix_kv, find_text_start_token(start_token, prefix.initial_token_ids), {"prefix_training": prefix.header}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Fine-tune the quantized model: each block by itself where asked for, then all together.
+"""Fine-tune the quantized model (arXiv:2410.05265, §5): block by block, then end to end, each phase if enabled.
 
 Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use), artifacts/calibration/ (train,
         end_to_end and validation); end to end also artifacts/model/
-Writes  artifacts/finetuning/ (a checkpoint as quantizer_init's, with report.json and losses for dvc plots),
+Writes  artifacts/finetuning/ (a checkpoint like that of quantizer_init, with report.json and losses for dvc plots),
         metrics/finetuning.json
-`--plan` says what a run will take, without running. Finished blocks are kept in .work/finetuning/ until the end: a
-killed run continues where it was. arXiv:2410.05265, §5. Packaged model: 8 to 10 minutes for 96 windows of 512.
+`--plan` prints the memory and disk that a run needs, and stops. Finished work stays in .work/finetuning/ until the end,
+so a killed run continues. Packaged model: 8 to 10 minutes for 96 windows of 512 tokens.
 """
 
 from pathlib import Path
@@ -33,23 +33,33 @@ FINETUNING = Path("artifacts/finetuning")
 
 
 def main(run: Run) -> None:
-    own, need = run.params.finetuning, plan(run)
+    params, need = run.params.finetuning, plan(run)
     original, rotated = Checkpoint(MODEL, "model"), Checkpoint(ROTATION, "rotation")
     initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
     train, end_to_end, validation = map(load_windows, (TRAIN, END_TO_END, VALIDATION))
     check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
     check_input(rotated.header, "model", original.header, ROTATION)
     inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
-    if own.end_to_end.enabled:
+    if params.end_to_end.enabled:
         inputs["end_to_end"] = end_to_end.header
-    header = make_header("finetuning", own.model_dump(), inputs)
+    header = make_header("finetuning", params.model_dump(), inputs)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
-        place = Place(run.runner(rotated), offload, WORK, header, run.ranks, Keeping(need.recompute, need.stream))
-        models = Models(original, rotated, initial)
-        windows = FinetuningWindows(
-            train.token_ids, end_to_end.token_ids, validation.token_ids, train.text_start_token_id
+        place = Place(
+            runner=run.runner(rotated),
+            offload=offload,
+            work_folder=WORK,
+            header=header,
+            ranks=run.ranks,
+            keeping=Keeping(need.recompute, need.stream),
         )
-        run.metrics.update(finetune(models, windows, own, place, FINETUNING))
+        windows = FinetuningWindows(
+            train=train.token_ids,
+            end_to_end=end_to_end.token_ids,
+            validation=validation.token_ids,
+            text_start_token_id=train.text_start_token_id,
+        )
+        models = Models(original, rotated, initial)
+        run.metrics.update(finetune(models, windows, params, place, FINETUNING))
 
 
 def plan(run: Run) -> Need:

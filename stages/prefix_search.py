@@ -1,8 +1,8 @@
-"""Find the outlier tokens of the original model and choose the prefix.
+"""Find the outlier tokens of the original model and choose the prefix (arXiv:2410.05265, §5.1 and Eq. 3).
 
 Reads   artifacts/model/, artifacts/calibration/search.safetensors
 Writes  artifacts/prefix_search/prefix.safetensors and report.json, metrics/prefix_search.json
-arXiv:2410.05265, §5.1 and Eq. 3. Packaged model: about 20 seconds for 16 windows of 512 tokens, 0.7 GiB.
+Packaged model: about 20 seconds for 16 windows of 512 tokens, 0.7 GiB.
 """
 
 from pathlib import Path
@@ -21,21 +21,18 @@ PREFIX_SEARCH = Path("artifacts/prefix_search")
 
 
 def main(run: Run) -> None:
-    settings = run.params.prefix_search
+    params = run.params.prefix_search
     checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
     prefix = search_prefix(
         checkpoint,
         windows.token_ids,
-        run.runner(checkpoint),
-        site=settings.site,
-        threshold=settings.outlier_threshold,
-        start_token_counts=settings.start_token_counts,
+        params=params,
+        runner=run.runner(checkpoint),
         ranks=run.ranks,
-        window_start=windows.text_start_token_id,
-        choose=settings.choose,
+        text_start_token_id=windows.text_start_token_id,
     )
     inputs = {"model": checkpoint.header, "windows": windows.header}
-    header = make_header("prefix_search", settings.model_dump(), inputs)
+    header = make_header("prefix_search", params.model_dump(), inputs)
     if run.ranks.first:
         with replacing_folder(PREFIX_SEARCH) as partial:
             tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}

@@ -1,9 +1,10 @@
-"""Train prefix embeddings, or pass the found prefix on: every candidate prefix in one file.
+"""Train prefix embeddings if enabled, and write every candidate prefix to one file; the found prefix is one of them.
 
 Reads   artifacts/model/, artifacts/prefix_search/prefix.safetensors, artifacts/calibration/ (train and validation)
 Writes  artifacts/prefix_training/prefix.safetensors, report.json and losses.json, metrics/prefix_training.json
-The state is saved in .work/prefix_training/ every eighth step: a killed run continues there.
-Packaged model: a second when disabled; when enabled about six plain forwards of the tokens trained on, 2.9 GiB.
+Every eighth step the state is saved in .work/prefix_training/, so a killed run continues.
+Packaged model: a second if disabled. If enabled, the time of about six plain forward passes of the tokens trained on,
+and 2.9 GiB.
 """
 
 from pathlib import Path
@@ -27,19 +28,32 @@ PREFIX_TRAINING = Path("artifacts/prefix_training")
 
 
 def main(run: Run) -> None:
-    own = run.params.prefix_training
+    params = run.params.prefix_training
     checkpoint, train, validation = Checkpoint(MODEL, "model"), load_windows(TRAIN), load_windows(VALIDATION)
-    found, found_header = load_tensors(FOUND, "prefix_search")
+    found_prefix, found_header = load_tensors(FOUND, "prefix_search")
     inputs = {"model": checkpoint.header, "prefix_search": found_header}
-    if own.enabled:
+    if params.enabled:
         inputs |= {"train": train.header, "validation": validation.header}
-    header = make_header("prefix_training", own.model_dump() if own.enabled else {"enabled": False}, inputs)
+    header = make_header("prefix_training", params.model_dump() if params.enabled else {"enabled": False}, inputs)
     need = plan(run)
-    keeping = Keeping(need.recompute, need.stream)
-    windows = train.token_ids, validation.token_ids
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
-        place = Place(run.runner(checkpoint), offload, WORK, header, run.ranks, keeping)
-        candidates = make_candidates(checkpoint, found, *windows, own, place, train.text_start_token_id)
+        place = Place(
+            runner=run.runner(checkpoint),
+            offload=offload,
+            work_folder=WORK,
+            header=header,
+            ranks=run.ranks,
+            keeping=Keeping(need.recompute, need.stream),
+        )
+        candidates = make_candidates(
+            checkpoint,
+            found_prefix,
+            train=train.token_ids,
+            validation=validation.token_ids,
+            params=params,
+            place=place,
+            text_start_token_id=train.text_start_token_id,
+        )
     if run.ranks.first:
         write_candidates(PREFIX_TRAINING, candidates, header)
     run.metrics.update(candidates.summary())

@@ -52,7 +52,7 @@ def main(run: Run) -> None:
             work_folder=WORK,
             header=header,
             ranks=run.ranks,
-            text_start_token_id=find_text_start_token(windows.text_start_token_id, candidate.begun_from),
+            text_start_token_id=find_text_start_token(windows.text_start_token_id, candidate.initial_token_ids),
         )
     )
 

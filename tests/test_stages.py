@@ -632,9 +632,7 @@ def test_a_trained_prefix_that_is_not_there_is_an_error(project, monkeypatch):
         "quantizer_init", monkeypatch
     )
     change(project, "prefix_training.enabled", True)
-    assert "holds no trained prefix; set prefix_training.enabled: true and rerun" in fails(
-        "quantizer_init", monkeypatch
-    )
+    assert "holds no trained prefix. Set prefix_training.enabled: true and run" in fails("quantizer_init", monkeypatch)
 
 
 def test_keys_before_rope_from_end_to_end(project, monkeypatch):

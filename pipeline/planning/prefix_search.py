@@ -8,7 +8,7 @@ from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.walk import plan_walk
 from pipeline.planning.workload import Workload
-from pipeline.prefix.benefit import CALIBRATED, MOST_CANDIDATES, MOST_WINDOWS
+from pipeline.prefix.benefit import CALIBRATION_WINDOWS, MOST_CANDIDATES, MOST_WINDOWS
 from pipeline.prefix.params import PrefixSearchParams
 from pipeline.training.divergence import LOGIT_POSITIONS
 
@@ -27,7 +27,7 @@ def plan_prefix_search(checkpoint: Checkpoint, workload: Workload, params: Prefi
         return search
     sizes = Sizes.of(checkpoint)
     batches = SIMULATED_BATCHES_ON_GPU if workload.on_gpu else 1.0  # the calibration windows are one batch
-    comparing = sizes.block + batches * sizes.forward(CALIBRATED * workload.length)
+    comparing = sizes.block + batches * sizes.forward(CALIBRATION_WINDOWS * workload.length)
     scoring = sizes.table + KL_LOGITS * sizes.logits(LOGIT_POSITIONS)
     comparison = make_need(
         on_gpu=workload.on_gpu,

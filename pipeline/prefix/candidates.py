@@ -1,4 +1,4 @@
-"""The prefix as an artifact: the candidates of `prefix_training`, and what a quantized model carries."""
+"""Read a prefix from the artifact of `prefix_training`, which holds every candidate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.runtime.artifacts import ArtifactError, Header, load_tensors
 
 
 def resize_rows(rows: torch.Tensor, length: int | None) -> torch.Tensor:
-    """Cut or repeat rows [P, …] to [length, …] so that the last stays last; None or no rows: as they are.
+    """Cut or repeat rows [P, …] to [length, …] so that the last row stays last; None or P = 0 changes nothing.
 
     [a, b, c] -> 2: [b, c]; -> 5: [b, c, a, b, c].
     """
@@ -20,40 +20,46 @@ def resize_rows(rows: torch.Tensor, length: int | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CandidatePrefix:
-    """A prefix to put in front of a model.
+    """A prefix to use with a model.
 
     Attributes:
-        token_ids: [P] int64; empty for a continuous one.
+        token_ids: [P] int64; empty for a continuous prefix.
         embeddings: [P, D] in the original model's basis.
-        begun_from: token ids; of a continuous one those its training began from, empty where that was random.
+        initial_token_ids: `token_ids`; for a continuous prefix the tokens that its training started from, empty if it
+            started from random embeddings.
         header: of the artifact.
     """
 
     token_ids: torch.Tensor
     embeddings: torch.Tensor
-    begun_from: torch.Tensor
+    initial_token_ids: torch.Tensor
     header: Header
 
 
 def load_prefix(path: Path, use: str, length: int | None = None) -> CandidatePrefix:
-    """The prefix that `prefix.use` selects, cut or repeated to `prefix.length`.
+    """Return the prefix that `prefix.use` selects, cut or repeated to `prefix.length`.
 
     Args:
-        path: the artifact of `prefix_training`.
-        use: `none` gives an empty prefix (P = 0) of the right width; `found`, `trained`, `discretised`.
+        path: prefix.safetensors of `prefix_training`.
+        use: none (an empty prefix of the right width) | found | trained | discretised.
 
     Raises:
-        ArtifactError: the file is missing, foreign or damaged, or holds no such candidate.
+        ArtifactError: the file is missing, damaged or of another stage, or has no such candidate.
     """
     tensors, header = load_tensors(path, "prefix_training")
     candidate = "found" if use == "none" else use
     if f"{candidate}.embeddings" not in tensors:
         raise ArtifactError(
-            f"{path} holds no {use} prefix; set prefix_training.enabled: true and rerun: dvc repro prefix_training"
+            f"{path} holds no {use} prefix. Set prefix_training.enabled: true and run: dvc repro prefix_training"
         )
     embeddings = tensors[f"{candidate}.embeddings"]
     token_ids = tensors.get(f"{candidate}.token_ids", torch.zeros(0, dtype=torch.int64))
-    begun_from = tensors.get(f"{candidate}.initial_token_ids", token_ids)
+    initial_token_ids = tensors.get(f"{candidate}.initial_token_ids", token_ids)
     if use == "none":
         return CandidatePrefix(token_ids[:0], embeddings[:0], token_ids[:0], header)
-    return CandidatePrefix(*(resize_rows(rows, length) for rows in (token_ids, embeddings, begun_from)), header)
+    return CandidatePrefix(
+        token_ids=resize_rows(token_ids, length),
+        embeddings=resize_rows(embeddings, length),
+        initial_token_ids=resize_rows(initial_token_ids, length),
+        header=header,
+    )

@@ -1,13 +1,14 @@
-"""Find the tokens to prefix (arXiv:2410.05265, §5.1): the ones that draw massive activations wherever they first occur.
+"""Find the tokens to prefix (arXiv:2410.05265, §5.1): those that draw massive activations where they first occur.
 
-One walk over the original model looks at outlier tokens in every layer. Which of them make the prefix is chosen by
+One walk over the original model measures outlier tokens in every layer. `prefix_search.choose` chooses among them:
 
-    threshold   the paper's rule: their number o is the largest over layers of the mean over windows, rounded up; the
-                prefix is the o most frequent outlier tokens followed by the start token
-    benefit     ours: what static quantizers cost behind it (`benefit.py`), however far the outliers stand out
+    threshold   the paper's rule. o is the mean number of outlier tokens per window, rounded up, in the layer that has
+                most. The prefix is the o most frequent outlier tokens, followed by the start token
+    benefit     the default. Candidate prefixes are compared by the cost of static quantizers after them (`benefit.py`);
+                the ratios only rank the tokens
 
-Put once in front of every sequence, they take the massive activations with them: a second, shorter walk with the prefix
-in the cache shows the ratios that are left.
+The prefix then takes the massive activations with it. A second, shorter walk with the prefix in the cache measures the
+ratios that remain.
 """
 
 import math
@@ -30,11 +31,12 @@ from pipeline.prefix.outliers import (
     rank_peaks,
     token_maxima,
 )
+from pipeline.prefix.params import PrefixSearchParams
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.start_token import choose_start_token
 from pipeline.text.windows import find_text_start_token, prepend_start_token
 
-_AFTER_WINDOWS = 4
+_WINDOWS_WITH_PREFIX = 4
 _EXPLAIN_BENEFIT = "the shortest candidate within a standard error of the least divergence behind simulated quantizers"
 
 
@@ -43,9 +45,9 @@ class Prefix:
     """The prefix found.
 
     Attributes:
-        token_ids: int64 [P], the start token last; empty when nothing is an outlier.
+        token_ids: int64 [P], the start token last; empty if no prefix is best.
         embeddings: [P, D], rows of the original model's embedding table.
-        report: everything measured, as JSON values.
+        report: all measurements, as JSON values.
     """
 
     token_ids: torch.Tensor
@@ -53,7 +55,7 @@ class Prefix:
     report: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
-        """The stage's metrics: the largest values over layers, without and with the prefix."""
+        """Return the stage's metrics: the largest values over layers, without and with the prefix."""
         layers, candidates = self.report["layers"], self.report["candidates"]
         return {
             "prefix_token_ids": self.report["prefix_token_ids"],
@@ -74,49 +76,55 @@ class Prefix:
 def search_prefix(
     checkpoint: Checkpoint,
     token_ids: torch.Tensor,
+    *,
+    params: PrefixSearchParams,
     runner: BlockRunner,
-    site: str,
-    threshold: float,
-    start_token_counts: bool,
     ranks: Ranks = ALONE,
-    window_start: int | None = None,
-    choose: str = "threshold",
+    text_start_token_id: int | None = None,
 ) -> Prefix:
     """Find the prefix of a model.
 
     Args:
-        checkpoint: the original, unrotated model.
+        checkpoint: the original model.
         token_ids: search windows [N, T], content alone.
-        site: `down_proj_input` (the paper's) or `block_output`: whose token maxima are judged.
-        threshold: r_t beyond which a token is an outlier; `benefit` only counts them.
-        start_token_counts: of the paper's rule: whether the start token is one of the o tokens (the paper's text) or
-            comes on top of them (the official code).
-        ranks: each looks at its own windows; all find the same.
-        window_start: the start token in front of every window that no prefix ends in, or None.
-        choose: threshold (the paper's rule) or benefit (`benefit.py`).
+        ranks: each measures its own windows; all return the same prefix.
+        text_start_token_id: the start token before every text, or None. It is left out after a prefix that ends in it.
     """
-    before = measure_outliers(
-        checkpoint, prepend_start_token(token_ids, window_start), runner, site, threshold, ranks=ranks
-    )
-    start_token, start_choice = choose_start_token(checkpoint)
+    site, threshold = params.site, params.outlier_threshold
+    windows = prepend_start_token(token_ids, text_start_token_id)
+    before = measure_outliers(checkpoint, windows, runner=runner, site=site, threshold=threshold, ranks=ranks)
+    start_token_id, start_choice = choose_start_token(checkpoint)
     decode = checkpoint.tokenizer.decode
     table = None
-    if choose == "benefit":
-        ranked = rank_peaks(before)
-        choice = choose_by_benefit(checkpoint, ranked, start_token, token_ids, runner, ranks, window_start)
+    if params.choose == "benefit":
+        choice = choose_by_benefit(
+            checkpoint,
+            rank_peaks(before),
+            start_token_id=start_token_id,
+            token_ids=token_ids,
+            runner=runner,
+            ranks=ranks,
+            text_start_token_id=text_start_token_id,
+        )
         chosen, why = choice.token_ids, _EXPLAIN_BENEFIT
         table = [row | {"texts": [decode([token]) for token in row["token_ids"]]} for row in choice.table]
     else:
-        chosen = choose_prefix(before, start_token, start_token_counts)
-        why = _explain(before, chosen, threshold)
+        chosen = choose_prefix(before, start_token_id, params.start_token_counts)
+        why = _explain_threshold(before, chosen, threshold)
     embeddings = checkpoint.embed(torch.tensor(chosen, dtype=torch.int64))
     after = before
     if chosen:
         prefix_kv = compute_prefix_kv(checkpoint, embeddings, runner)
-        behind = prepend_start_token(
-            token_ids[: max(_AFTER_WINDOWS, ranks.world)], find_text_start_token(window_start, chosen)
+        some_windows = token_ids[: max(_WINDOWS_WITH_PREFIX, ranks.world)]
+        after = measure_outliers(
+            checkpoint,
+            prepend_start_token(some_windows, find_text_start_token(text_start_token_id, chosen)),
+            runner=runner,
+            site=site,
+            threshold=threshold,
+            prefix_kv=prefix_kv,
+            ranks=ranks,
         )
-        after = measure_outliers(checkpoint, behind, runner, site, threshold, prefix_kv, ranks)
     report = {
         "prefix_token_ids": chosen,
         "prefix_texts": [decode([token]) for token in chosen],
@@ -149,15 +157,20 @@ def search_prefix(
 def measure_outliers(
     checkpoint: Checkpoint,
     token_ids: torch.Tensor,
+    *,
     runner: BlockRunner,
     site: str,
     threshold: float,
     prefix_kv: torch.Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> list[LayerOutliers]:
-    """Outlier statistics of every layer, in one walk; prefix positions are in the cache and never counted.
+    """Return the outlier statistics of every layer, in one walk. Prefix positions are never counted.
 
-    `token_ids` [N, T] are all that is read: a start token in front is position 0.
+    Args:
+        token_ids: [N, T], all tokens that are read after the prefix; a start token among them is position 0.
+        site: down_proj_input (the paper's) | block_output, whose token maxima are measured.
+        threshold: of the ratio to the median.
+        prefix_kv: [L, 2, heads, P, d] or None.
     """
     hidden = checkpoint.embed(token_ids[ranks.slice_windows(len(token_ids))])
     maxima: list[torch.Tensor] = []
@@ -179,29 +192,34 @@ def measure_outliers(
     return layers
 
 
-def choose_prefix(layers: list[LayerOutliers], start_token: int | None, start_token_counts: bool) -> list[int]:
-    """The prefix's token ids, start token last; [] when no layer has an outlier.
+def choose_prefix(layers: list[LayerOutliers], start_token_id: int | None, start_token_counts: bool) -> list[int]:
+    """Choose the prefix by the paper's rule; return its token ids, [] if no layer has an outlier.
 
     Content tokens are ranked by how often they are outliers, over all layers; ties go to the smaller id.
+
+    Args:
+        start_token_id: the start token that the prefix ends in, or None.
+        start_token_counts: whether it is one of the o tokens (the paper's text), or comes after them (official code).
     """
     largest = max(layer.mean_count for layer in layers)
     if largest == 0:
         return []
     content: Counter[int] = sum((layer.content for layer in layers), Counter())
     count = math.ceil(largest)
-    if start_token is not None:
-        content.pop(start_token, None)
+    if start_token_id is not None:
+        content.pop(start_token_id, None)
         count -= start_token_counts
     chosen = [token for token, _ in most_frequent(content, count)]
-    return chosen if start_token is None else [*chosen, start_token]
+    return chosen if start_token_id is None else [*chosen, start_token_id]
 
 
 def _pick_costs(candidates: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Without a prefix, the first of the candidates, and behind the chosen one."""
+    """Return the cost without a prefix, which is the first candidate, and that of the chosen one."""
     return {"none": candidates[0]["kl"], "chosen": next(row["kl"] for row in candidates if row["chosen"])}
 
 
-def _explain(layers: list[LayerOutliers], chosen: list[int], threshold: float) -> str:
+def _explain_threshold(layers: list[LayerOutliers], chosen: list[int], threshold: float) -> str:
+    """Return the sentence of the report that explains a choice by the paper's rule."""
     if not chosen:
         return f"no token exceeds {threshold:g} times the median in any layer: the prefix is empty"
     layer = max(layers, key=lambda layer: layer.mean_count)

@@ -1,13 +1,13 @@
-"""Static quantizers that a rotated model would have, simulated at the sites of the original one.
+"""Simulate, at the sites of the original model, the static quantizers that a rotated model would have.
 
-What passes a site is rotated on the fly, centered, quantized with a scale searched on the first batch that passes and
-held from then on, and rotated back. Weights stay as they are. Rotations are Hadamard matrices of a seed of their own,
-norms' weights are folded. With the seed of `rotation` the signs of R1 are the very ones the model will get. Families
-that R1 cannot rotate are left as they are at attention_input and mlp_input. R5 is left out: with it the candidates of
-the prefix search lie closer together, and it chose worse (docs/ablations.md).
+The values at a site are rotated, centered, quantized, and rotated back. Means and scales are those of the first batch,
+and hold until `reset`. Weights are not quantized. The rotations are Hadamard matrices, R1 with random signs, and the
+weights of norms are folded as in a rotated model. With the seed of `rotation`, the signs are those of the model's own
+R1. In families that R1 cannot rotate, attention_input and mlp_input are not rotated. R5 is left out: with it the
+candidates of the prefix search differ less, and the search chose worse (docs/ablations.md).
 
-Keys are seen before RoPE, where a bias is a constant that centering takes out, as the quantizers of keys do (they
-quantize RoPE(k - m)); behind RoPE, which only turns pairs of channels, what varies is as large.
+Keys are simulated before RoPE. There a bias is a constant that centering removes. The quantizers of keys remove it too:
+they quantize RoPE(k - m). RoPE only turns pairs of channels, so the part that varies is as large after it.
 """
 
 import torch
@@ -18,13 +18,14 @@ from pipeline.numerics.hadamard import hadamard_transform, random_signs
 from pipeline.numerics.quantizer import choose_parameters, fake_quantize
 
 _FACTORS = tuple(0.85**step for step in range(16))  # clip factors tried
-_SAMPLED = 1 << 14  # values per scale the factors are judged on
+_SAMPLED = 1 << 14  # values per scale that a factor is judged on
 
 
 class SimulatedQuantizers:
-    """The quantizers of all blocks. Their means and scales are those of the first batch, until they are forgotten."""
+    """The quantizers of all blocks. Their means and scales are those of the first batch after `reset`."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int, seed: int) -> None:
+        """`seed` is that of the random signs of R1."""
         self.bits = bits
         architecture = checkpoint.architecture
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(seed))
@@ -37,18 +38,18 @@ class SimulatedQuantizers:
         self.heads = checkpoint.config.num_attention_heads
         self._fixed: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def forget(self) -> None:
-        """The next batch sets means and scales anew."""
+    def reset(self) -> None:
+        """Forget means and scales; the next batch sets new ones."""
         self._fixed.clear()
 
-    def act(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        """What the quantizer at a site of block `index` leaves of x, float32."""
+    def simulate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
+        """Return x [B, T, C] or [B, heads, T, d], float32, as the quantizer at a site of block `index` leaves it."""
         mean, _, quantized = self.quantize(self.rotate(index, site, x), (index, site))
         return self.rotate_back(index, site, quantized + mean)
 
     def rotate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        """What a site of the original model would be in the rotated one."""
-        if (index, site) in self.norms:  # a norm's weight goes into the linears behind it; a zero stays a zero
+        """Return the values that the rotated model would have at a site where the original has x."""
+        if (index, site) in self.norms:  # its weight is folded into the linears that follow; a weight of 0 gives 0
             signs, weight = self._signs_and_norm(index, site, x.device)
             return hadamard_transform(x * (signs / weight.where(weight != 0, 1.0)))
         if site in RESIDUAL_SITES:
@@ -58,11 +59,12 @@ class SimulatedQuantizers:
         return hadamard_transform(x)
 
     def _signs_and_norm(self, index: int, site: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [D] on the device, where they stay."""
-        self.signs, self.norms[index, site] = (t.to(device) for t in (self.signs, self.norms[index, site]))
+        """Return the signs of R1 and the weight of the norm before a site, [D] each; they stay on the device."""
+        self.signs, self.norms[index, site] = self.signs.to(device), self.norms[index, site].to(device)
         return self.signs, self.norms[index, site]
 
     def rotate_back(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
+        """Undo `rotate`."""
         if (index, site) in self.norms:
             signs, weight = self._signs_and_norm(index, site, x.device)
             return hadamard_transform(x, inverse=True) * (signs * weight)
@@ -75,9 +77,11 @@ class SimulatedQuantizers:
     def quantize(
         self, x: torch.Tensor, key: tuple[int, str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The mean of each channel, x - mean, and what a static quantizer leaves of that.
+        """Return the mean of each channel, x - mean, and the latter as a static quantizer leaves it.
 
-        [B, T, C] has one scale, [B, heads, T, d] one a head. Mean and scale found under a `key` are held.
+        Args:
+            x: [B, T, C], which has one scale, or [B, heads, T, d], which has one scale per head.
+            key: mean and scale are kept under it, and used for later batches; None: they are those of x.
         """
         if key is None or key not in self._fixed:
             self._fixed[key] = self._fit(x.detach())
@@ -86,7 +90,7 @@ class SimulatedQuantizers:
         return mean, centered, fake_quantize(centered, scale, self.bits)
 
     def _fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of each channel, and the scale, [] or [heads, 1, 1], of what is left of x."""
+        """Return the mean of each channel, and the scale, [] or [heads, 1, 1], of x - mean."""
         if x.dim() == 3:
             mean = x.mean((0, 1), keepdim=True)
             return mean, self._search((x - mean).flatten()[None])[0]
@@ -94,7 +98,7 @@ class SimulatedQuantizers:
         return mean, self._search((x - mean).movedim(1, 0).flatten(1)).view(-1, 1, 1)
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:
-        """[S, n] values -> [S] scales with the least squared error on a subset of them."""
+        """Return the scales [S] with the least squared error on a subset of the values [S, n]."""
         largest = values.abs().amax(1)
         subset = values[:, :: max(1, values.shape[1] // _SAMPLED)]
         factors = torch.tensor(_FACTORS, device=values.device)

@@ -1,7 +1,11 @@
-"""What passes the sites of a block, shown to whoever watches, who says what goes on in its place.
+"""Hooks on the sites of the original model's blocks.
 
-All sites as the original model has them, norm weights included, no rotation: attention_input, attention_output,
-mlp_input, mlp_hidden [B, T, C]; o_proj [B, T, D], its output; key (before RoPE) and value [B, heads, T, d].
+A hook gets the values at a site and returns the values that the block goes on with. The block is a plain decoder layer,
+so the values include the norm weights and are not rotated:
+
+    attention_input, attention_output, mlp_input, mlp_hidden   [B, T, C]
+    key (before RoPE), value                                   [B, heads, T, d]
+    o_proj, which is not a quantized site: the output of o_proj   [B, T, D]
 """
 
 from collections.abc import Callable, Iterable
@@ -10,64 +14,75 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import quantize_cache_
+from pipeline.blocks.kv_cache import find_key_source, quantize_cache_
 from pipeline.models.architectures import Architecture
-from pipeline.models.sites import Site
+from pipeline.models.sites import RESIDUAL_SITES, Site
 
-See = Callable[[str, torch.Tensor], torch.Tensor]
+ATTENTION_RESULT = "o_proj"
+
+Hook = Callable[[str, torch.Tensor], torch.Tensor]  # (site, values) -> values that the block goes on with
 
 
-def watch_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[str], see: See) -> None:
-    """Put see(site, x) in the place of x at the `sites` of a plain decoder layer, whenever it runs from now on."""
+def hook_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[str], hook: Hook) -> None:
+    """Replace the values x at each of the `sites` by hook(site, x) whenever the block runs.
 
-    def watch_input(site: str, name: str) -> None:
-        block.get_submodule(name).register_forward_pre_hook(lambda module, args: (see(site, args[0]),))
-
-    def watch_input_module(site: str) -> None:
-        architecture.watch_input_(block, site, lambda module, x: see(site, x))
-
-    def watch_output(site: str, name: str) -> None:
-        block.get_submodule(name).register_forward_hook(lambda module, args, output: see(site, output))
-
-    hang: dict[str, Callable[[str], Any]] = {
-        Site.ATTENTION_INPUT: watch_input_module,
-        Site.KEY: lambda site: _watch_keys_(block.self_attn, architecture.heads_first, see),
-        Site.VALUE: lambda site: _watch_values_(block.self_attn, _CacheSite(see, site)),
-        Site.ATTENTION_OUTPUT: lambda site: watch_input(site, architecture.attention_output),
-        "o_proj": lambda site: watch_output(site, architecture.attention_output),
-        Site.MLP_INPUT: watch_input_module,
-        Site.MLP_HIDDEN: lambda site: watch_input(site, architecture.mlp_output),
-    }
+    Args:
+        block: a decoder layer without quantizers.
+    """
     for site in sites:
-        hang[site](site)
+        if site in RESIDUAL_SITES:
+            architecture.watch_input_(block, site, _drop_module(hook, site))
+        elif site == Site.ATTENTION_OUTPUT:
+            _hook_input_(block.get_submodule(architecture.attention_output), site, hook)
+        elif site == Site.MLP_HIDDEN:
+            _hook_input_(block.get_submodule(architecture.mlp_output), site, hook)
+        elif site == Site.KEY:
+            _hook_keys_(block.self_attn, architecture.heads_first, hook)
+        elif site == Site.VALUE:
+            _hook_values_(block.self_attn, hook)
+        elif site == ATTENTION_RESULT:
+            _hook_output_(block.get_submodule(architecture.attention_output), site, hook)
+        else:
+            raise ValueError(f"{site} is not a site")
 
 
-def _watch_keys_(attention: nn.Module, heads_first: bool, see: See) -> None:
-    """Show what RoPE turns: the output of k_norm where the family has one, of k_proj otherwise."""
+def _drop_module(hook: Hook, site: str) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    return lambda module, x: hook(site, x)
 
-    head_dim = attention.head_dim  # a hook that held the block would keep it until the garbage collector comes by
+
+def _hook_input_(module: nn.Module, site: str, hook: Hook) -> None:
+    module.register_forward_pre_hook(lambda module, args: (hook(site, args[0]),))
+
+
+def _hook_output_(module: nn.Module, site: str, hook: Hook) -> None:
+    module.register_forward_hook(lambda module, args, output: hook(site, output))
+
+
+def _hook_keys_(attention: nn.Module, heads_first: bool, hook: Hook) -> None:
+    """Hook the keys before RoPE: the output of k_norm if the family has one, of k_proj otherwise."""
+    head_dim = attention.head_dim  # a hook that held the module would keep it until the next garbage collection
 
     def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if heads_first:
-            return see(Site.KEY, output)
+            return hook(Site.KEY, output)
         keys = output.view(*output.shape[:2], -1, head_dim).transpose(1, 2)
-        return see(Site.KEY, keys).transpose(1, 2).reshape(output.shape)
+        return hook(Site.KEY, keys).transpose(1, 2).reshape(output.shape)
 
-    source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
-    source.register_forward_hook(replace)
+    find_key_source(attention).register_forward_hook(replace)
 
 
-def _watch_values_(attention: nn.Module, site: "_CacheSite") -> None:
-    attention.value_quantizer = site
+def _hook_values_(attention: nn.Module, hook: Hook) -> None:
+    """Hook the values on their way to the cache."""
+    attention.value_quantizer = _ValueHook(hook)
     quantize_cache_(attention)
 
 
-class _CacheSite(nn.Module):
-    """Takes the place of a block's quantizer of values, and shows them to `see`."""
+class _ValueHook(nn.Module):
+    """Takes the place of a block's quantizer of values."""
 
-    def __init__(self, see: See, site: str) -> None:
+    def __init__(self, hook: Hook) -> None:
         super().__init__()
-        self.see, self.site = see, site
+        self.hook = hook
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.see(self.site, x)
+        return self.hook(Site.VALUE, x)

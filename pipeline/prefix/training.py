@@ -1,16 +1,16 @@
-"""Learn prefix embeddings that leave the rest of the sequence easy to quantize: the trainable prefix.
+"""Train prefix embeddings after which the text is easy to quantize: the trainable prefix.
 
-P continuous embeddings stand in front of every calibration window and are the only thing that is trained; the model is
-frozen, and every loss looks at the positions behind the prefix only. The loss is the weighted sum of
+P continuous embeddings come before every calibration window, and only they are trained; the model is frozen. Every loss
+is computed at the positions after the prefix. It is the weighted sum of
 
-    the terms of `loss_type`, mean over layers (`losses.py`)
+    the terms of `loss_type`, means over layers (`losses.py`)
     diversity   squared cosine similarity between different rows of the prefix
-    magnitude   norms beyond the largest of the embedding table
-    kl          KL(reference ‖ with prefix), in nats; with `simulate`, of the model as quantized. The reference is the
-                original model without a prefix
+    magnitude   norms beyond the largest norm of the embedding table
+    kl          KL(reference ‖ model with prefix) in nats, where the reference is the original model without a prefix;
+                with `simulate`, the model with the prefix is quantized
 
-What blocks keep for the backward pass stays in memory where there is room; where not, they run inside
-`torch.utils.checkpoint`, and only the hidden states between them stay; where the blocks do not fit either, they are
+The activations that blocks keep for the backward pass stay in memory where there is room. Where not, blocks run inside
+`torch.utils.checkpoint`, which keeps the hidden states between them. Where the blocks do not fit either, they are
 streamed, forwards and backwards (`training/streamed.py`).
 """
 
@@ -42,37 +42,38 @@ _STATE = "state.safetensors"
 
 
 class PrefixTrainingError(PipelineError):
-    """There is nothing to train."""
+    """A prefix cannot be trained."""
 
 
 @dataclass(frozen=True)
 class TrainedPrefix:
-    """The outcome.
+    """The result of training a prefix.
 
     Attributes:
-        embeddings: [P, D] float32, of the epoch with the least validation loss (0: the initial ones).
-        best_epoch, epochs: which that was, and how many were run.
+        embeddings: [P, D] float32, those of the best epoch.
+        best_epoch: the epoch with the lowest validation loss; epoch 0 is the start.
+        epochs: the number of epochs that were run.
         stopped: why training ended before its last epoch, or None.
-        history: per epoch {"epoch", "train", "validation", and each term's mean on validation windows}.
+        history: per epoch {"epoch", "train", "validation", and the mean of each term on validation windows}.
     """
 
     embeddings: torch.Tensor
     best_epoch: int
     epochs: int
     stopped: str | None
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every candidate prefix as tensors, and what was measured; `trained` None when training is disabled."""
+    """Every candidate prefix as tensors, the outcome of training (None if disabled), and the report."""
 
     tensors: dict[str, torch.Tensor]
     trained: TrainedPrefix | None
     report: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
-        """The stage's metrics."""
+        """Return the stage's metrics."""
         if self.trained is None:
             return {"enabled": False, "prefix_tokens": len(self.tensors["found.token_ids"])}
         history, best = self.trained.history, self.trained.best_epoch
@@ -96,52 +97,73 @@ class Candidates:
 
 def make_candidates(
     checkpoint: Checkpoint,
-    found: dict[str, torch.Tensor],
+    found_prefix: dict[str, torch.Tensor],
+    *,
     train: torch.Tensor,
     validation: torch.Tensor,
     params: PrefixTrainingParams,
     place: Place,
-    start_token: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> Candidates:
-    """The found prefix, unchanged, and when training is enabled the trained and the discretised one.
+    """Return the found prefix, unchanged, and, if training is enabled, the trained and the discretised one.
 
     Args:
-        found: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
-        train, validation: windows [N, T] and [M, T], content alone.
-        start_token: in front of every window that no prefix ends in, or None.
+        checkpoint: the original model.
+        found_prefix: `token_ids` [P0] and `embeddings` [P0, D] of prefix_search; P0 may be 0.
+        train: windows [N, T], content alone.
+        validation: windows [M, T], content alone.
+        text_start_token_id: the start token before every text, or None. It is left out after a prefix that ends in it.
 
     Raises:
-        PrefixTrainingError: nothing was found and no length is set, so that there is nothing to train.
+        PrefixTrainingError: prefix_search found no prefix, and no length is set.
     """
-    tensors = {"found.token_ids": found["token_ids"], "found.embeddings": found["embeddings"]}
+    found_ids, found_embeddings = found_prefix["token_ids"], found_prefix["embeddings"]
+    tensors = {"found.token_ids": found_ids, "found.embeddings": found_embeddings}
     if not params.enabled:
         return Candidates(tensors, None, {"enabled": False})
     table = checkpoint.load_tensor(checkpoint.architecture.embedding)
-    initial = initial_embeddings(found["embeddings"], checkpoint.scale_embeddings(table), params.length, params.seed)
+    initial = initial_embeddings(found_embeddings, checkpoint.scale_embeddings(table), params.length, params.seed)
     if len(initial) == 0:
         raise PrefixTrainingError(
-            "prefix_search found no prefix to start from; set prefix_training.length, or prefix_training.enabled: false"
+            "prefix_training.length=null: prefix_search found no prefix to start from. Set a length, or "
+            "prefix_training.enabled: false."
         )
-    begun_from = resize_rows(found["token_ids"], len(initial))
-    starts = start_token, find_text_start_token(start_token, begun_from)
-    trained = train_prefix(checkpoint, initial, train, validation, params, place, *starts)
+    initial_token_ids = resize_rows(found_ids, len(initial))
+    trained = train_prefix(
+        checkpoint,
+        initial,
+        train=train,
+        validation=validation,
+        params=params,
+        place=place,
+        reference_start_token_id=text_start_token_id,
+        text_start_token_id=find_text_start_token(text_start_token_id, initial_token_ids),
+    )
     token_ids, similarities = discretise(trained.embeddings, table)
     tensors |= {
         "trained.embeddings": trained.embeddings.to(checkpoint.dtype),
-        "trained.initial_token_ids": begun_from,
+        "trained.initial_token_ids": initial_token_ids,
         "discretised.token_ids": token_ids,
         "discretised.embeddings": checkpoint.scale_embeddings(table[token_ids]),
         "discretised.similarities": similarities,
     }
     decode = checkpoint.tokenizer.decode
+    prefixes = {
+        "none": (found_ids[:0], found_embeddings[:0]),
+        "found": (found_ids, found_embeddings),
+        "trained": (initial_token_ids, tensors["trained.embeddings"]),
+        "discretised": (token_ids, tensors["discretised.embeddings"]),
+    }
     outliers = {}
-    ends = {"none": token_ids[:0], "found": found["token_ids"], "trained": begun_from, "discretised": token_ids}
-    for name, end in ends.items():
-        embeddings = tensors["found.embeddings"][:0] if name == "none" else tensors[f"{name}.embeddings"]
-        prefix_kv = compute_prefix_kv(checkpoint, embeddings, place.runner)
-        windows = prepend_start_token(validation, find_text_start_token(start_token, end))
+    for name, (prefix_token_ids, embeddings) in prefixes.items():
         layers = measure_outliers(
-            checkpoint, windows, place.runner, "down_proj_input", params.outlier_threshold, prefix_kv, place.ranks
+            checkpoint,
+            prepend_start_token(validation, find_text_start_token(text_start_token_id, prefix_token_ids)),
+            runner=place.runner,
+            site="down_proj_input",
+            threshold=params.outlier_threshold,
+            prefix_kv=compute_prefix_kv(checkpoint, embeddings, place.runner),
+            ranks=place.ranks,
         )
         outliers[name] = [
             {
@@ -167,7 +189,7 @@ def make_candidates(
 
 
 def write_candidates(folder: Path, candidates: Candidates, header: Header) -> None:
-    """Replace `folder` by prefix.safetensors, report.json and losses.json (a row per epoch; none when disabled)."""
+    """Replace `folder` by prefix.safetensors, report.json and losses.json (a row per epoch; no row if disabled)."""
     history = candidates.report.get("history", [])
     with replacing_folder(folder) as partial:
         save_tensors(partial / PREFIX, candidates.tensors, header)
@@ -175,20 +197,26 @@ def write_candidates(folder: Path, candidates: Candidates, header: Header) -> No
         write_rows(partial / LOSSES, history)
 
 
-def initial_embeddings(found: torch.Tensor, table: torch.Tensor, length: int | None, seed: int) -> torch.Tensor:
-    """Where training starts: the found prefix [P0, D] cut or repeated to `length` (None: P0).
+def initial_embeddings(
+    found_embeddings: torch.Tensor, table: torch.Tensor, length: int | None, seed: int
+) -> torch.Tensor:
+    """Return the embeddings that training starts from, [P, D] float32.
 
-    Without a found prefix random rows are drawn at the scale of the embedding table [V, D].
+    Args:
+        found_embeddings: [P0, D], cut or repeated to `length` (None: P0). If P0 is 0, rows are drawn at random at the
+            scale of the embedding table.
+        table: the embedding table [V, D].
+        seed: of the random rows.
     """
-    length = len(found) if length is None else length
-    if len(found):
-        return resize_rows(found, length).float().clone()
+    length = len(found_embeddings) if length is None else length
+    if len(found_embeddings):
+        return resize_rows(found_embeddings, length).float().clone()
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(length, table.shape[1], generator=generator) * table.float().std()
 
 
 def discretise(embeddings: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest vocabulary tokens by cosine similarity: ids [P] int64 and similarities [P]."""
+    """Return the vocabulary's nearest tokens by cosine similarity, ids [P] int64, and the similarities [P]."""
     normed = nn.functional.normalize(embeddings.float(), dim=-1)
     similarity = normed @ nn.functional.normalize(table.float(), dim=-1).T
     best = similarity.max(dim=-1)
@@ -200,10 +228,10 @@ class PrefixData:
     """Windows that a prefix is trained or validated on.
 
     Attributes:
-        inputs: [N, T] int64, this rank's windows as they are read after the prefix.
-        reference: [N, T, D], final hidden states of their content in the original model without a prefix; None where no
+        inputs: [N, T] int64, this rank's windows, as they are read after the prefix.
+        reference: [N, T, D], final hidden states of their content in the original model without a prefix; None if no
             term of the loss needs them.
-        count: windows of all ranks.
+        count: the windows of all ranks.
     """
 
     inputs: torch.Tensor
@@ -217,11 +245,12 @@ class PrefixTrainer(Trainer[PrefixData]):
     bar = "prefix"
     failure_limit = 1
     needs_finite_validation = True
-    foreach = None  # there is one parameter, and a GPU's rounding depends on the choice
+    foreach = None  # torch's default: there is one parameter, and on a GPU the last bit depends on the choice
 
     def __init__(
         self, model: FrozenModel, embeddings: torch.Tensor, params: PrefixTrainingParams, place: Place
     ) -> None:
+        """Start from `embeddings`, or from the state of an unfinished run with the same header."""
         device = place.runner.device
         self.model, self.prefix = model, nn.Parameter(embeddings.to(device, torch.float32).clone())
         super().__init__(
@@ -232,7 +261,7 @@ class PrefixTrainer(Trainer[PrefixData]):
             autocast="none",
             ranks=place.ranks,
         )
-        self.resume_(place.work / _STATE, place.header)
+        self.resume_(place.work_folder / _STATE, place.header)
 
     def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
         return highest * cosine(step_index, step_count)
@@ -241,40 +270,45 @@ class PrefixTrainer(Trainer[PrefixData]):
         return torch.randperm(count, generator=generator)
 
     def batch_loss(self, data: PrefixData, rows: Rows, count: int) -> torch.Tensor:
-        reference = None if data.reference is None else data.reference[rows]
+        """Return the loss of this rank's windows `rows`, weighted by their part of a batch of `count` windows, []."""
         token_ids = data.inputs[rows]
-        return self.model.weigh(self.model.losses(self.prefix, token_ids, reference)) * (len(token_ids) / count)
+        reference = None if data.reference is None else data.reference[rows]
+        terms = self.model.losses(self.prefix, token_ids, reference)
+        return self.model.weigh(terms) * (len(token_ids) / count)
 
     def evaluate(self, data: PrefixData) -> dict[str, float]:
-        """Return the means over the windows of all ranks: "validation", the weighted sum, and every term."""
+        """Return means over the windows of all ranks: "validation", the weighted sum, and every term."""
         return self.model.evaluate(self.prefix, data.inputs, data.reference, self.ranks)
 
 
 def train_prefix(
     checkpoint: Checkpoint,
     embeddings: torch.Tensor,
+    *,
     train: torch.Tensor,
     validation: torch.Tensor,
     params: PrefixTrainingParams,
     place: Place,
-    original_start: int | None = None,
-    start_token: int | None = None,
+    reference_start_token_id: int | None = None,
+    text_start_token_id: int | None = None,
 ) -> TrainedPrefix:
-    """Train a prefix; a killed run with the same header continues behind the step that was saved last.
+    """Train a prefix. A killed run with the same header continues after the step that was saved last.
 
     Args:
         checkpoint: the original model.
         embeddings: [P, D] to start from.
-        train, validation: windows [N, T] and [M, T], content alone.
-        original_start, start_token: in front of windows without a prefix, and behind the one that is trained, or None.
-        place: its `work` keeps the state, and is removed by the caller at the end.
+        train: windows [N, T], content alone.
+        validation: windows [M, T], content alone.
+        place: the caller removes its work folder at the end.
+        reference_start_token_id: the start token before every text where the model reads no prefix, or None.
+        text_start_token_id: the start token between the trained prefix and every text, or None.
     """
     model = FrozenModel(checkpoint, place.runner, params, place.keeping, place.offload)
 
     def prepare(windows: torch.Tensor) -> PrefixData:
         rank_windows = windows[place.ranks.slice_windows(len(windows))]
-        reference = model.run_original(rank_windows, original_start)
-        return PrefixData(prepend_start_token(rank_windows, start_token), reference, len(windows))
+        reference = model.run_original(rank_windows, reference_start_token_id)
+        return PrefixData(prepend_start_token(rank_windows, text_start_token_id), reference, len(windows))
 
     train_data, validation_data = prepare(train), prepare(validation)
     trainer = PrefixTrainer(model, embeddings, params, place)
@@ -284,9 +318,15 @@ def train_prefix(
         stopped = f"no lower validation loss for {params.early_stop} epochs"
     if stopped:
         logger.warning("prefix training stopped: %s; keeping epoch %d", stopped, outcome.best_epoch)
-    return TrainedPrefix(trainer.prefix.detach().cpu(), outcome.best_epoch, epochs, stopped, outcome.history)
+    return TrainedPrefix(
+        embeddings=trainer.prefix.detach().cpu(),
+        best_epoch=outcome.best_epoch,
+        epochs=epochs,
+        stopped=stopped,
+        history=outcome.history,
+    )
 
 
-def cosine(step: int, steps: int) -> float:
-    """1 at step 0, falling to 0 at `steps`."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(step_index: int, step_count: int) -> float:
+    """Return the factor of the learning rate: 1 at the first step, falling along a cosine to 0 at `step_count`."""
+    return 0.5 * (1 + math.cos(math.pi * step_index / step_count))

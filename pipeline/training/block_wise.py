@@ -1,22 +1,22 @@
 """Block-wise fine-tuning (PrefixQuant, arXiv:2410.05265, §5; EfficientQAT, arXiv:2407.11062, §3.2).
 
-Blocks in order. Two streams of hidden states stand before a block: what the quantized blocks before it made of the
-windows, which it is trained on, and the reference's, from which its target comes. The reference of this phase is the
-rotated model in full precision:
+Blocks are trained in order. Each is trained on the hidden states that the quantized blocks before it give. Its target
+comes from the reference, the rotated model in full precision. `finetuning.blocks.target` chooses the target:
 
-    fp_input      block(full-precision input): also makes up for what the blocks before it lost
-    quant_input   block(quantized input): only the block's own error
+    fp_input      reference block(hidden states in the reference); also compensates for the errors of earlier blocks
+    quant_input   reference block(hidden states in the quantized model); only the block's own error counts
     both          the mean of the two losses
 
-Prefix positions are keys and values in the cache, never outputs, and so in no loss. Weights and quantizer parameters
-are trained by AdamW along a cosine; after each epoch the loss of validation windows is taken, and in the end the best
-epoch stands. Epoch 0, the start, counts: no block gets worse on validation windows.
+Prefix positions are keys and values in the cache. They are never outputs, so no loss contains them. AdamW trains
+weights and quantizer parameters along a cosine. The epoch with the lowest loss on validation windows is kept. Epoch 0,
+the start, is one of them, so no block gets worse on validation windows.
 
-Each finished block is on disk before the next one starts, with the streams behind it.
+Each finished block, and the hidden states after it, are on disk before the next block starts.
 """
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,14 @@ from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.inspection.saturation import PROBED_WINDOWS, advance_probed_
-from pipeline.models.checkpoint import (
-    Checkpoint,
-    save_block_file,
-)
+from pipeline.models.checkpoint import Checkpoint, save_block_file
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.artifacts import load_tensors, write_json
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.streams import Stream, as_tensor
+from pipeline.runtime.streams import Offload, Stream, as_tensor
 from pipeline.runtime.unfinished import load_generation, save_generation
 from pipeline.text.windows import load_start_token, prepend_start_token
 from pipeline.training.losses import LOSSES
@@ -54,12 +51,12 @@ TARGETS = {"fp_input": ("fp_input",), "quant_input": ("quant_input",), "both": (
 
 @dataclass
 class BlockData:
-    """What a block is trained on.
+    """Windows that a block is trained or validated on.
 
     Attributes:
-        inputs: [N, T, D], this rank's windows as the quantized blocks before it made them.
-        targets: one or two times [N, T, D], what the block should make of them.
-        count: how many windows all ranks have together.
+        inputs: [N, T, D], this rank's windows after the quantized blocks before the block.
+        targets: one or two times [N, T, D], outputs of the reference block. Empty where no loss is computed.
+        count: the windows of all ranks.
     """
 
     inputs: Stream
@@ -68,17 +65,24 @@ class BlockData:
 
 
 class BlockTrainer(Trainer[BlockData]):
-    """Trains one block on windows before it."""
+    """Trains one block."""
 
     def __init__(
         self,
         block: nn.Module,
         trainables: Trainables,
+        *,
         prefix_kv: torch.Tensor | None,
         runner: BlockRunner,
         params: FinetuningParams,
         ranks: Ranks,
     ) -> None:
+        """Set up the optimizer.
+
+        Args:
+            block: the block that `unfreeze_` has returned `trainables` of.
+            prefix_kv: [2, heads, P, d], the prefix in this block, or None.
+        """
         blocks = params.blocks
         super().__init__(
             [(trainables.quantizers, blocks.quant_lr), (trainables.weights, blocks.weight_lr)],
@@ -89,24 +93,93 @@ class BlockTrainer(Trainer[BlockData]):
             ranks=ranks,
         )
         self.block, self.prefix_kv, self.runner = block, prefix_kv, runner
-        self.loss_of, self.min_lr_factor = LOSSES[blocks.loss_type], blocks.min_lr_factor
+        self.loss, self.min_lr_factor = LOSSES[blocks.loss_type], blocks.min_lr_factor
 
     def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
         return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
 
     def losses(self, data: BlockData, rows: Rows) -> torch.Tensor:
-        """Of each of this rank's windows `rows`, [B]: the mean over the targets."""
+        """Return the loss of each of this rank's windows `rows`, the mean over the targets, [B]."""
         output = self.runner.run(self.block, data.inputs[rows].to(self.device), self.prefix_kv)
-        return torch.stack([self.loss_of(output, target[rows].to(self.device)) for target in data.targets]).mean(0)
+        return torch.stack([self.loss(output, target[rows].to(self.device)) for target in data.targets]).mean(0)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The original, the rotated one in full precision, and the quantized one to start from."""
+    """The original model, the rotated one in full precision, and the quantized one to start from."""
 
     original: Checkpoint
     rotated: Checkpoint
     initial: Checkpoint
+
+
+class _Streams:
+    """Hidden states of this rank's windows before a block, by split: "train" and "validation".
+
+    Attributes:
+        quantized: split -> [N, T, D] after the quantized blocks.
+        reference: split -> [N, T, D] after the reference blocks; only with the target fp_input or both.
+        outputs: split -> [N, T, D], room for the outputs of a reference block for `quantized`; only with the target
+            quant_input or both.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        windows: dict[str, torch.Tensor],
+        *,
+        targets: Collection[str],
+        measured_splits: Collection[str],
+        offload: Offload,
+        saved: dict[str, torch.Tensor],
+    ) -> None:
+        """Embed the windows, or continue with the saved hidden states of an unfinished run.
+
+        Args:
+            windows: split -> token ids [N, T].
+            targets: of `TARGETS`.
+            measured_splits: the splits whose loss is computed. Only they need targets.
+            saved: from `saved_tensors`; empty at the first block.
+        """
+        self.quantized: dict[str, Stream] = {}
+        self.reference: dict[str, Stream] = {}
+        self.outputs: dict[str, Stream] = {}
+
+        def begin(kind: str, split: str, checkpoint: Checkpoint) -> Stream:
+            hidden = saved[f"{kind}.{split}"] if saved else checkpoint.embed(windows[split])
+            return offload.keep(f"{kind}-{split}", hidden)
+
+        for split in windows:
+            self.quantized[split] = begin("quantized", split, models.initial)
+        for split in measured_splits:
+            if "fp_input" in targets:
+                self.reference[split] = begin("reference", split, models.rotated)
+            if "quant_input" in targets:
+                room = torch.empty_like(as_tensor(self.quantized[split]))
+                self.outputs[split] = offload.keep(f"outputs-{split}", room)
+
+    def advance_reference_(
+        self, runner: BlockRunner, block: nn.Module, prefix_kv: torch.Tensor | None
+    ) -> dict[str, list[Stream]]:
+        """Run a reference block on all windows; return split -> the targets of the quantized block."""
+        targets: dict[str, list[Stream]] = {split: [] for split in self.quantized}
+        for split, inputs in self.quantized.items():
+            if split in self.reference:
+                runner.advance_(block, self.reference[split], prefix_kv)
+                targets[split].append(self.reference[split])
+            if split in self.outputs:
+                runner.advance_(block, inputs, prefix_kv, into=self.outputs[split])
+                targets[split].append(self.outputs[split])
+        return targets
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what an unfinished run needs to continue at this block."""
+        streams = {"quantized": self.quantized, "reference": self.reference}
+        return {
+            f"{kind}.{split}": as_tensor(stream)
+            for kind, of_splits in streams.items()
+            for split, stream in of_splits.items()
+        }
 
 
 def finetune_blocks(
@@ -116,83 +189,74 @@ def finetune_blocks(
     params: FinetuningParams,
     place: Place,
 ) -> list[dict[str, Any]]:
-    """Train all blocks into `place.work`, continuing there if an earlier run with the same header was cut short.
+    """Train all blocks, one after another, and write them to `place.work_folder`.
 
-    Windows [N, T] and [M, T] are content alone; the start token that the quantized model reads in front of them, where
-    it reads one, stands there in every stream and counts like any other token.
+    An unfinished run there with the same header is continued. Unless `finetuning.blocks.enabled`, blocks are measured
+    and written untrained.
+
+    Args:
+        train: windows [N, T] of content. The start token that the quantized model reads between prefix and text, if
+            any, is put before each; it counts in the losses like any other token.
+        validation: windows [M, T], likewise.
 
     Returns:
         Per block: {"block", "validation_before", "validation_after", "best_epoch", "failure", "history",
         "changed_integers": share of the weights' integers that differ from the start's, "saturation"}.
     """
     rotated, initial, runner, ranks = models.rotated, models.initial, place.runner, place.ranks
-    place.work.mkdir(parents=True, exist_ok=True)
-    prefix_kv = load_prefix_kv(initial.folder, initial.stage)
-    wanted = TARGETS[params.blocks.target]
-    start_token = load_start_token(initial.folder / PREFIX, initial.stage)
+    place.work_folder.mkdir(parents=True, exist_ok=True)
+    text_start_token_id = load_start_token(initial.folder / PREFIX, initial.stage)
     windows = {
-        split: prepend_start_token(ids[ranks.slice_windows(len(ids))], start_token)
-        for split, ids in {"train": train, "validation": validation}.items()
+        split: prepend_start_token(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
+        for split, token_ids in {"train": train, "validation": validation}.items()
     }
-    if not params.blocks.enabled:  # the rest of them nobody would look at
-        windows["train"] = windows["train"][:PROBED_WINDOWS]
     counts = {"train": len(train), "validation": len(validation)}
-    start, saved = load_generation(place.work, place.header, ranks)
+    measured_splits = ["train", "validation"]
+    if not params.blocks.enabled:  # saturation is counted on the first train windows, and nothing needs the others
+        windows["train"] = windows["train"][:PROBED_WINDOWS]
+        measured_splits = ["validation"]
+    start, saved = load_generation(place.work_folder, place.header, ranks)
     if start:
         logger.info("continuing at block %d of %d", start, initial.block_count)
-    judged = [*windows] if params.blocks.enabled else ["validation"]  # what needs a target
-    streams: dict[str, dict[str, Stream]] = {}
-    for kind, checkpoint in ({"quantized": initial} | ({"reference": rotated} if "fp_input" in wanted else {})).items():
-        streams[kind] = {
-            split: place.offload.keep(f"{kind}-{split}", saved[f"{kind}.{split}"] if start else checkpoint.embed(ids))
-            for split, ids in windows.items()
-            if kind == "quantized" or split in judged
-        }
+    streams = _Streams(
+        models,
+        windows,
+        targets=TARGETS[params.blocks.target],
+        measured_splits=measured_splits,
+        offload=place.offload,
+        saved=saved,
+    )
     del saved
-    own_target = {
-        split: place.offload.keep(f"target-{split}", torch.empty_like(as_tensor(streams["quantized"][split])))
-        for split in judged
-        if "quant_input" in wanted
-    }
-    reference_blocks = load_blocks(rotated, runner.device, start)
+    prefix_kv = load_prefix_kv(initial.folder, initial.stage)
     scales, r2 = load_scales(initial), load_rotation(rotated.folder, "r2")
+    reference_blocks = load_blocks(rotated, runner.device, start)
     for index in show_progress(range(start, initial.block_count), initial.block_count - start, "fine-tuning"):
+        block_kv = reference_kv = runner.take_prefix(prefix_kv, index)
+        if block_kv is not None:  # the quantized checkpoint's prefix is equalized, as its blocks are
+            reference_kv = scale_prefix(block_kv, select_block(scales, index), r2, inverse=True)
         reference_block = next(reference_blocks)
-        own_prefix = reference_prefix_kv = runner.take_prefix(prefix_kv, index)
-        if own_prefix is not None:
-            reference_prefix_kv = scale_prefix(own_prefix, select_block(scales, index), r2, inverse=True)
-        data = {}
-        for split, inputs in streams["quantized"].items():
-            targets = []
-            if split in judged and "fp_input" in wanted:
-                runner.advance_(reference_block, streams["reference"][split], reference_prefix_kv)
-                targets.append(streams["reference"][split])
-            if split in judged and "quant_input" in wanted:
-                runner.advance_(reference_block, inputs, reference_prefix_kv, into=own_target[split])
-                targets.append(own_target[split])
-            data[split] = BlockData(inputs, targets, counts[split])
+        targets = streams.advance_reference_(runner, reference_block, reference_kv)
         del reference_block
-        report, tensors = _finetune_block(models, index, data, own_prefix, params, place)
+        data = {split: BlockData(inputs, targets[split], counts[split]) for split, inputs in streams.quantized.items()}
+        report, tensors = _finetune_block(models, index, data=data, prefix_kv=block_kv, params=params, place=place)
         if ranks.first:
-            write_json(place.work / _REPORT.format(index=index), {"block": index} | report)
-            save_block_file(place.work, initial.architecture, index, tensors, place.header)
-        finished = {
-            f"{kind}.{split}": as_tensor(stream) for kind, own in streams.items() for split, stream in own.items()
-        }
-        save_generation(place.work, finished, index + 1, place.header, ranks)
-    paths = [place.work / _REPORT.format(index=index) for index in range(initial.block_count)]
+            write_json(place.work_folder / _REPORT.format(index=index), {"block": index} | report)
+            save_block_file(place.work_folder, initial.architecture, index, tensors, place.header)
+        save_generation(place.work_folder, streams.saved_tensors(), index + 1, place.header, ranks)
+    paths = [place.work_folder / _REPORT.format(index=index) for index in range(initial.block_count)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def _finetune_block(
     models: Models,
     index: int,
+    *,
     data: dict[str, BlockData],
     prefix_kv: torch.Tensor | None,
     params: FinetuningParams,
     place: Place,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Train one block and move its inputs, the quantized streams, behind it; its report and its tensors."""
+    """Train a block, then run it on its inputs in place; return its report and its tensors."""
     architecture, runner = models.initial.architecture, place.runner
     block = load_block(models.initial, index, runner.device)
     weights = None
@@ -201,32 +265,38 @@ def _finetune_block(
     elif params.blocks.weight_lr > 0:
         weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
     trainables = unfreeze_(block, architecture, weights=weights)
-    del weights  # trained is a copy
-    trainer = BlockTrainer(block, trainables, prefix_kv, runner, params, place.ranks)
+    del weights  # `trainables` has copies
+    trainer = BlockTrainer(block, trainables, prefix_kv=prefix_kv, runner=runner, params=params, ranks=place.ranks)
     outcome = trainer.train_(data["train"], data["validation"], params.seed * 10_000 + index)
     freeze_(block)
     saturation = advance_probed_(runner, block, architecture, data["train"].inputs, prefix_kv)
     runner.advance_(block, data["validation"].inputs, prefix_kv)
     if outcome.failure:
-        logger.warning("block %d: %s; it keeps its state of epoch %d", index, outcome.failure, outcome.best_epoch)
-    before = models.initial.load_block_tensors(index)  # read again rather than kept while training
-    pairs = [(block.get_submodule(name).weight, before[f"{name}.weight"]) for name in architecture.linears]
-    changed = sum((after.cpu() != weight).sum().item() for after, weight in pairs)
+        logger.warning("block %d: %s. It keeps its state of epoch %d.", index, outcome.failure, outcome.best_epoch)
     losses = [row["validation"] for row in outcome.history]
     report = {
         "validation_before": losses[0],
         "validation_after": losses[outcome.best_epoch],
         "best_epoch": outcome.best_epoch,
         "failure": outcome.failure,
-        "changed_integers": changed / sum(weight.numel() for _, weight in pairs),
+        "changed_integers": _measure_changes(block, models.initial, index),
         "history": outcome.history,
         "saturation": saturation,
     }
     return report, block.state_dict()
 
 
+def _measure_changes(block: nn.Module, initial: Checkpoint, index: int) -> float:
+    """Return the share of the integers of a block's weights that differ from those of `initial`."""
+    tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
+    names = initial.architecture.linears
+    pairs = [(block.get_submodule(name).weight, tensors[f"{name}.weight"]) for name in names]
+    changed = sum((after.cpu() != before).sum().item() for after, before in pairs)
+    return changed / sum(before.numel() for _, before in pairs)
+
+
 def load_scales(initial: Checkpoint) -> dict[str, torch.Tensor]:
-    """What all blocks were equalized by, for `select_block`."""
+    """Return the scales by which the blocks of a quantized checkpoint were equalized, for `select_block`."""
     path = initial.folder / EQUALIZATION
     return load_tensors(path, initial.stage)[0] if path.is_file() else {}
 
@@ -234,19 +304,25 @@ def load_scales(initial: Checkpoint) -> dict[str, torch.Tensor]:
 def use_full_precision_(
     block: nn.Module, rotated: Checkpoint, initial: Checkpoint, index: int
 ) -> dict[str, torch.Tensor]:
-    """Linear -> the rotated model's weight [out, in] of block `index`, equalized as the quantized one was.
+    """Prepare a quantized block for a start from full-precision weights, and return these weights.
 
-    The biases of the quantized `block` become those that go with these weights rounded to nearest, in place: of a
-    centered weight, with the correction of its own mean error instead of that of `initial`'s integers.
+    In place, each bias becomes the one that belongs to these weights rounded to nearest: where weights are centered, it
+    corrects the mean error of this rounding, instead of that of the integers of `initial`.
+
+    Args:
+        block: block `index` of `initial`.
+
+    Returns:
+        Linear -> weight [out, in] of the rotated model, equalized like the block.
     """
-    architecture = initial.architecture
-    reference = fill_block(rotated, index, rotated.load_block_tensors(index), block_settings(initial, index))
-    equalizer = Equalizer(reference, architecture, block_settings(initial, index), load_rotation(rotated.folder, "r2"))
+    architecture, settings = initial.architecture, block_settings(initial, index)
+    rotated_block = fill_block(rotated, index, rotated.load_block_tensors(index), settings)
+    equalizer = Equalizer(rotated_block, architecture, settings, load_rotation(rotated.folder, "r2"))
     equalizer.scale_(select_block(load_scales(initial), index))
     quantizers, weights = find_site_quantizers(block, architecture), {}
     for site, readers in architecture.site_readers.items():
         for name in readers:
-            linear, source = block.get_submodule(name), reference.get_submodule(name)
+            linear, source = block.get_submodule(name), rotated_block.get_submodule(name)
             weights[name] = source.weight.to(linear.weight.device)
             if linear.bias is None:
                 continue

@@ -1,11 +1,13 @@
-"""Train what is left to train through the whole quantized model: scales, zero points, clip factors, and, where asked
-for, norm weights and the prefix's keys and values.
+"""End-to-end fine-tuning: train scales, zero points and clip factors through the whole quantized model.
 
-The loss is KL(reference ‖ quantized), in nats, on calibration windows. The reference of this phase is the original
-model, neither rotated nor quantized, without a prefix. What the next blocks make of an error counts, not its size.
-Integers of the weights stand still. All blocks are in memory where there is room. Where
-what they keep for the backward pass does not fit beside them, only hidden states between them are kept, and they are
-run again; where the blocks do not fit, they are streamed, forwards and backwards (`streamed.py`).
+Norm weights and the prefix's keys and values are trained too where their rate is above 0. The integers of the weights
+do not change. The loss is KL(reference ‖ quantized) in nats, on calibration windows. The reference of this phase is the
+original model, neither rotated nor quantized, without a prefix. So an error counts by its effect on the predictions,
+not by its size.
+
+All blocks are in memory where there is room. Where the activations that autograd keeps do not fit next to them, only
+the hidden states between blocks are kept, and blocks run again in the backward pass. Where the blocks do not fit
+either, they are streamed, forwards and backwards (`streamed.py`).
 """
 
 from dataclasses import dataclass
@@ -31,12 +33,13 @@ _STATE = "end-to-end.safetensors"
 
 @dataclass
 class ModelData:
-    """This rank's windows.
+    """Windows of this rank that the whole model is trained or validated on.
 
     Attributes:
-        inputs: embedded, as the quantized model reads them: [N, T, D], or [N, T + 1, D] with a start token in front.
-        reference: [N, T, D], hidden states of the original model after its final norm, of content alone.
-        count: how many windows all ranks have together.
+        inputs: embeddings of the tokens that the quantized model reads after the prefix: [N, T, D], or [N, T + 1, D]
+            if it reads a start token before each text.
+        reference: [N, T, D], hidden states of the content in the original model, after its final norm.
+        count: the windows of all ranks.
     """
 
     inputs: Stream
@@ -45,7 +48,7 @@ class ModelData:
 
 
 class EndToEndTrainer(Trainer[ModelData]):
-    """Trains the finished blocks of `work` together."""
+    """Trains the finished blocks in a work folder together."""
 
     bar = "end to end"
 
@@ -53,56 +56,65 @@ class EndToEndTrainer(Trainer[ModelData]):
         self,
         initial: Checkpoint,
         original: Checkpoint,
+        *,
         prefix_kv: torch.Tensor | None,
         params: EndToEndParams,
         autocast: str,
         place: Place,
     ) -> None:
-        """The blocks in `place.work`, and how far an unfinished run with the same header has trained them.
+        """Load the blocks in `place.work_folder`, and the state of an unfinished run with the same header.
 
         Args:
-            initial: the quantized checkpoint the blocks are of: final norm, lm_head, settings.
-            original: the model whose logits are the target.
+            initial: the quantized checkpoint; final norm, lm_head and settings are taken from it.
+            original: the original model.
             prefix_kv: [L, 2, kv_heads, P, d] or None.
-            autocast: the kind of it, as in params.yaml.
+            autocast: auto | none | bfloat16, as in params.yaml.
         """
         self.initial, self.runner, self.place = initial, place.runner, place
         architecture, device = initial.architecture, self.runner.device
         self.blocks = TrainedBlocks(architecture, self._load_tensors, device, place.keeping, place.offload)
-        quantizers, norms = [], []
+        quantizers: list[nn.Parameter] = []
+        norms: list[nn.Parameter] = []
         for index in range(initial.block_count):
             block = fill_block(initial, index, self._load_tensors(index), block_settings(initial, index), device)
-            found = unfreeze_(block, architecture, norms=params.norm_lr > 0)
-            quantizers += found.quantizers
-            norms += found.norms
-            self.blocks.append(block, (*found.quantizers, *found.norms))
+            trainables = unfreeze_(block, architecture, norms=params.norm_lr > 0)
+            quantizers += trainables.quantizers
+            norms += trainables.norms
+            self.blocks.append(block, (*trainables.quantizers, *trainables.norms))
         self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
         self.norm = initial.load_final_norm().to(device).requires_grad_(False)
-        self.lm_head, self.reference_lm_head = (c.load_lm_head().to(device) for c in (initial, original))
-        groups = [
-            (quantizers, params.quant_lr),
-            (norms, params.norm_lr),
-            ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
-        ]
-        super().__init__(groups, schedule=params, weight_decay=0.0, device=device, autocast=autocast, ranks=place.ranks)
+        self.lm_head = initial.load_lm_head().to(device)
+        self.reference_lm_head = original.load_lm_head().to(device)
+        super().__init__(
+            [
+                (quantizers, params.quant_lr),
+                (norms, params.norm_lr),
+                ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
+            ],
+            schedule=params,
+            weight_decay=0.0,
+            device=device,
+            autocast=autocast,
+            ranks=place.ranks,
+        )
         self.min_lr_factor = params.min_lr_factor
-        self.resume_(place.work / _STATE, place.header)
+        self.resume_(place.work_folder / _STATE, place.header)
 
     def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
         return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)
 
     def losses(self, data: ModelData, rows: Rows) -> torch.Tensor:
-        """The divergence of each of this rank's windows `rows`, [B]."""
+        """Return the mean divergence of each of this rank's windows `rows`, [B]."""
         hidden = data.inputs[rows].to(self.device)
         for index in range(len(self.blocks)):
-            own_prefix = None if self.prefix_kv is None else self.prefix_kv[index]
-            hidden = self.blocks.run(self._run_block, index, hidden, own_prefix)
-        reference = data.reference[rows].to(self.device)
-        normed = self.norm(hidden[:, -reference.shape[1] :])
+            block_kv = None if self.prefix_kv is None else self.prefix_kv[index]
+            hidden = self.blocks.run(self._run_block, index, hidden, block_kv)
+        references = data.reference[rows].to(self.device)
+        normed = self.norm(hidden[:, -references.shape[1] :])  # without the start token
         return torch.stack(
             [
-                mean_divergence(ours, target, self.lm_head, self.reference_lm_head)
-                for ours, target in zip(normed, reference, strict=True)
+                mean_divergence(states, reference, self.lm_head, self.reference_lm_head)
+                for states, reference in zip(normed, references, strict=True)
             ]
         )
 
@@ -110,26 +122,28 @@ class EndToEndTrainer(Trainer[ModelData]):
         return self.runner.run(self.blocks[index], hidden, prefix_kv)
 
     def _load_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        return load_block_file(self.place.work, self.initial.architecture, index, self.place.header.stage)
+        return load_block_file(self.place.work_folder, self.initial.architecture, index, self.place.header.stage)
 
-    def write_(self, blocks: Path) -> torch.Tensor | None:
-        """Freeze everything and replace the blocks in `blocks`; the prefix's KV on the CPU in the model's dtype."""
+    def write_(self, folder: Path) -> torch.Tensor | None:
+        """Freeze the blocks and write them to `folder`; return the prefix's KV on the CPU, in the model's dtype."""
         for index in range(len(self.blocks)):
             block = self.blocks.bring(index)
             freeze_(block)
-            save_block_file(blocks, self.initial.architecture, index, block.state_dict(), self.place.header)
+            save_block_file(folder, self.initial.architecture, index, block.state_dict(), self.place.header)
         return None if self.prefix_kv is None else self.prefix_kv.detach().to(self.initial.dtype).cpu()
 
 
 @torch.no_grad()
 def run_original(
-    original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, start_token: int | None = None
+    original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, text_start_token_id: int | None = None
 ) -> torch.Tensor:
-    """Hidden states [N, T, D] of windows [N, T] behind the original's final norm, without a prefix.
+    """Return hidden states of windows after the original's final norm, without a prefix, [N, T, D].
 
-    `start_token` stands in front of each window, where there is one; its own states are left out.
+    Args:
+        token_ids: [N, T], content alone.
+        text_start_token_id: the start token that is put before each window, or None. Its states are left out.
     """
-    hidden = walk(original, original.embed(prepend_start_token(token_ids, start_token)), runner, "original")
+    hidden = walk(original, original.embed(prepend_start_token(token_ids, text_start_token_id)), runner, "original")
     hidden = hidden[:, -token_ids.shape[1] :]
     original.apply_final_norm_(hidden)
     return hidden

@@ -1,7 +1,7 @@
-"""Fine-tuning as a whole: where asked for, blocks one by one (`block_wise.py`); all together (`end_to_end.py`).
+"""Fine-tuning as a whole: first block by block (`block_wise.py`), then end to end (`end_to_end.py`), each if enabled.
 
-What is finished is kept in the place's work folder until the end, so that a killed run continues there; what the
-artifact holds beside the checkpoint are losses for `dvc plots` and a report by block and epoch.
+Finished work stays in the work folder until the end, so that a killed run continues. Next to the checkpoint, the
+artifact holds losses for `dvc plots` and a report by block and epoch.
 """
 
 import logging
@@ -36,10 +36,11 @@ class FinetuningWindows:
     """Token ids of content alone.
 
     Attributes:
-        train: [N, T], which blocks are trained on one by one, and saturation is counted on.
-        end_to_end: [K, T'], which all are trained on together.
-        validation: [M, T"], which choose the epoch, in both phases.
-        text_start_token_id: what the original reads in front of each, or None; the quantized checkpoint knows its own.
+        train: [N, T], to train single blocks on and to count saturation on.
+        end_to_end: [K, T'], to train all blocks on together.
+        validation: [M, T"], to choose the epoch in both phases.
+        text_start_token_id: the start token that the original reads before each text, or None. For the quantized
+            model, the one in its checkpoint counts.
     """
 
     train: torch.Tensor
@@ -51,32 +52,35 @@ class FinetuningWindows:
 def finetune(
     models: Models, windows: FinetuningWindows, params: FinetuningParams, place: Place, folder: Path
 ) -> dict[str, Any]:
-    """From a quantized checkpoint to a better one.
+    """Fine-tune a quantized checkpoint.
 
     Args:
-        folder: replaced by the checkpoint at the end.
+        folder: replaced by the new checkpoint.
 
     Returns:
         The stage's metrics.
     """
+    initial, architecture = models.initial, models.initial.architecture
     blocks = finetune_blocks(models, windows.train, windows.validation, params, place)
     report: dict[str, Any] = {"blocks": blocks}
     metrics = summarise_blocks(blocks)
-    prefix, _ = load_tensors(models.initial.folder / PREFIX, models.initial.stage)
-    finished = place.work
+    prefix, _ = load_tensors(initial.folder / PREFIX, initial.stage)
+    block_folder = place.work_folder
     if params.end_to_end.enabled:
-        finished = place.work / "end_to_end"
-        outcome, kv = _finetune_end_to_end(models, prefix, windows, params, place, finished)
-        prefix |= {} if kv is None else {"kv": kv}
+        block_folder = place.work_folder / "end_to_end"
+        outcome, prefix_kv = _finetune_end_to_end(
+            models, windows, prefix=prefix, params=params, place=place, block_folder=block_folder
+        )
+        if prefix_kv is not None:
+            prefix["kv"] = prefix_kv
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
     if place.ranks.first:
-        initial, architecture = models.initial, models.initial.architecture
         names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
         assemble_checkpoint(
             initial,
             folder,
-            work_folder=finished,
+            work_folder=block_folder,
             settings=[block_settings(initial, index) for index in range(initial.block_count)],
             embeddings={name: initial.load_tensor(name) for name in names},
             prefix=prefix,
@@ -84,39 +88,48 @@ def finetune(
             header=place.header,
             write_extras=lambda unfinished: write_losses(unfinished, report),
         )
-        shutil.rmtree(place.work)
+        shutil.rmtree(place.work_folder)
     place.ranks.wait()
     return metrics
 
 
 def _finetune_end_to_end(
     models: Models,
-    prefix: dict[str, torch.Tensor],
     windows: FinetuningWindows,
+    *,
+    prefix: dict[str, torch.Tensor],
     params: FinetuningParams,
     place: Place,
-    finished: Path,
+    block_folder: Path,
 ) -> tuple[Outcome, torch.Tensor | None]:
-    """Train the finished blocks together into `finished`. Return the outcome and the prefix's KV."""
-    data = []
-    for name, ids in (("train", windows.end_to_end), ("validation", windows.validation)):
-        own = ids[place.ranks.slice_windows(len(ids))]
-        reference = run_original(models.original, own, place.runner, windows.text_start_token_id)
-        reference = place.offload.keep(f"original-{name}", reference)
-        read = prepend_start_token(own, unpack_start_token(prefix))
-        embedded = place.offload.keep(f"embedded-{name}", models.initial.embed(read))
-        data.append(ModelData(embedded, reference, len(ids)))
+    """Train the finished blocks together and write them to `block_folder`; return the outcome and the prefix's KV."""
+
+    def prepare(split: str, token_ids: torch.Tensor) -> ModelData:
+        rank_windows = token_ids[place.ranks.slice_windows(len(token_ids))]
+        reference = place.offload.keep(
+            f"reference-{split}",
+            run_original(models.original, rank_windows, place.runner, windows.text_start_token_id),
+        )
+        embedded = models.initial.embed(prepend_start_token(rank_windows, unpack_start_token(prefix)))
+        return ModelData(place.offload.keep(f"embedded-{split}", embedded), reference, len(token_ids))
+
+    train, validation = prepare("train", windows.end_to_end), prepare("validation", windows.validation)
     trainer = EndToEndTrainer(
-        models.initial, models.original, prefix.get("kv"), params.end_to_end, params.autocast, place
+        models.initial,
+        models.original,
+        prefix_kv=prefix.get("kv"),
+        params=params.end_to_end,
+        autocast=params.autocast,
+        place=place,
     )
-    place.ranks.wait()  # the first one may be through, and clear up, before another has read its blocks
-    outcome = trainer.train_(*data, params.seed)
+    place.ranks.wait()  # the first rank may finish and clear up before another one has read its blocks
+    outcome = trainer.train_(train, validation, params.seed)
     if outcome.failure:
-        logger.warning("end to end: %s; everything keeps its state of epoch %d", outcome.failure, outcome.best_epoch)
-    if place.ranks.first:
-        finished.mkdir(exist_ok=True)
-        return outcome, trainer.write_(finished)
-    return outcome, None
+        logger.warning("end to end: %s. Everything keeps its state of epoch %d.", outcome.failure, outcome.best_epoch)
+    if not place.ranks.first:
+        return outcome, None
+    block_folder.mkdir(exist_ok=True)
+    return outcome, trainer.write_(block_folder)
 
 
 def write_losses(folder: Path, report: dict[str, Any]) -> None:
@@ -129,9 +142,9 @@ def write_losses(folder: Path, report: dict[str, Any]) -> None:
     for block in report["blocks"]:
         first = block["validation_before"] or 1.0
         for row in block["history"]:
-            own = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
-            shares = {name: None if row[name] is None else row[name] / first for name in ("train", "validation")}
-            epochs.append(own | {"epoch": row["epoch"]} | shares)
+            position = {"place": block["block"] + row["epoch"] / len(block["history"]), "block": block["block"]}
+            ratios = {name: None if row[name] is None else row[name] / first for name in ("train", "validation")}
+            epochs.append(position | {"epoch": row["epoch"]} | ratios)
         after = block["validation_after"]
         values = {"before": block["validation_before"], "after": after, "ratio": after / first}
         before_after.append({"block": block["block"]} | values)
@@ -141,11 +154,11 @@ def write_losses(folder: Path, report: dict[str, Any]) -> None:
 
 
 def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The stage's metrics of the block-wise phase; a warning names the blocks whose training was given up."""
+    """Return the metrics of the block-wise phase; warn about blocks whose training failed."""
     ratios = [block["validation_after"] / block["validation_before"] for block in blocks if block["validation_before"]]
     failed = [block["block"] for block in blocks if block["failure"]]
     if failed:
-        logger.warning("training was given up in blocks %s; they keep their best state", ", ".join(map(str, failed)))
+        logger.warning("training failed in blocks %s; they keep their best state", ", ".join(map(str, failed)))
     mean = sum(math.log(max(ratio, 1e-6)) for ratio in ratios) / max(len(ratios), 1)
     return {
         "validation_ratio": round(math.exp(mean), 4),
@@ -156,7 +169,7 @@ def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise_end_to_end(outcome: Outcome) -> dict[str, Any]:
-    """The stage's metrics of the second phase: KL from the original on validation windows, in nats."""
+    """Return the metrics of the second phase: KL from the original on validation windows, in nats."""
     losses = [row["validation"] for row in outcome.history]
     return {
         "end_to_end": {

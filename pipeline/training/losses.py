@@ -1,14 +1,14 @@
-"""How far a block's output is from what it should be: the losses of block-wise fine-tuning.
+"""Losses of block-wise fine-tuning: the distance of a block's output from its target.
 
     mse             mean squared difference
-    clamp_mse       the same with both clamped to the range that holds all but the largest 0.1 % of the target's
-                    magnitudes in the window: what sticks out counts only up to there
-    skip_mse        the same without the 3 tokens whose target has the largest mean magnitude
-    normalized_mse  squared difference of each token, relative to the token's energy in the target; mean over tokens
+    clamp_mse       mse, with output and target clamped to the range that holds all but the largest 0.1 % of the
+                    target's magnitudes in the window
+    skip_mse        mse, without the 3 tokens whose target has the largest mean magnitude
+    normalized_mse  squared difference of each token relative to the energy of the token's target; mean over tokens
     cosine          1 - cosine similarity of each token; mean over tokens
 
-All take output and target [B, T, D] behind the prefix and return one loss per window, [B] float32: a batch's loss is
-their mean, however its windows are spread over processes.
+All take output and target [B, T, D], the positions after the prefix, and return one loss per window, [B] float32. The
+loss of a batch is the mean of these, so it does not depend on how windows are spread over processes.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from torch import nn
 _CLAMPED_SHARE = 0.001
 _SKIPPED_TOKENS = 3
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().mean((1, 2))
@@ -27,17 +29,17 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def clamp_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     output, target = output.float(), target.float()
     magnitudes = target.abs().flatten(1)
-    beyond = max(1, round(_CLAMPED_SHARE * magnitudes.shape[1]))
-    largest = magnitudes.topk(beyond, dim=1).values[:, -1, None, None]
+    clamped_count = max(1, round(_CLAMPED_SHARE * magnitudes.shape[1]))
+    largest = magnitudes.topk(clamped_count, dim=1).values[:, -1, None, None]
     return mse(torch.minimum(torch.maximum(output, -largest), largest), target.clamp(-largest, largest))
 
 
 def skip_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     magnitudes = target.float().abs().mean(-1)
     skipped = magnitudes.topk(min(_SKIPPED_TOKENS, magnitudes.shape[-1] - 1), dim=-1).indices
-    kept = torch.ones_like(magnitudes).scatter(-1, skipped, 0.0)
+    weights = torch.ones_like(magnitudes).scatter(-1, skipped, 0.0)
     errors = (output.float() - target.float()).square().mean(-1)
-    return (errors * kept).sum(-1) / kept.sum(-1)
+    return (errors * weights).sum(-1) / weights.sum(-1)
 
 
 def normalized_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ def cosine(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 1 - nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean(-1)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+LOSSES: dict[str, Loss] = {
     "mse": mse,
     "clamp_mse": clamp_mse,
     "skip_mse": skip_mse,

@@ -1,4 +1,4 @@
-"""Where a training run takes place, and what it keeps for the backward pass."""
+"""Where a training run takes place, and how it saves memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from pipeline.runtime.streams import Offload
 
 @dataclass(frozen=True)
 class Keeping:
-    """What of a whole model under training is kept; changes nothing but time and memory.
+    """The way in which a whole model under training saves memory; it changes time and memory, and no result.
 
     Attributes:
-        recompute: blocks are run again for the backward pass, so that only hidden states between them are kept.
-        stream: the weights of one block are in memory at a time (`streamed.py`); blocks are run again.
+        recompute: whether blocks run again for the backward pass. Then only the hidden states between them are kept.
+        stream: whether the weights of one block at a time are in memory (`streamed.py`). Then blocks always run again.
     """
 
     recompute: bool = True
@@ -29,27 +29,27 @@ class Keeping:
 HIDDEN_STATES = Keeping()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a training run takes place.
 
     Attributes:
-        runner: runs blocks, on its device.
-        offload: where streams are kept.
-        work: where what is finished is kept until the end; an unfinished run with the same header is continued.
+        runner: runs blocks on its device.
+        offload: holds hidden states of all windows, in memory or in files.
+        work_folder: of unfinished work; an unfinished run with the same header is continued.
         header: of the artifact.
-        ranks: each runs its own windows; the first one writes.
-        keeping: what of a whole model is.
+        ranks: each rank runs its own windows; the first one writes.
+        keeping: how a whole model saves memory.
     """
 
     runner: BlockRunner
     offload: Offload
-    work: Path
+    work_folder: Path
     header: Header
     ranks: Ranks = ALONE
     keeping: Keeping = HIDDEN_STATES
 
 
 def run_differentiably(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args); for the backward pass it is run again, or all it needs is kept."""
+    """Return function(*args); with `recompute` it runs again for the backward pass, and keeps only its arguments."""
     return run_again(function, *args, use_reentrant=False) if recompute else function(*args)

@@ -1,14 +1,14 @@
-"""The blocks of a whole model under training: all of them in memory, or the weights of one at a time.
+"""The blocks of a whole model under training: all of them in memory, or the weights of one block at a time.
 
-A streamed block keeps what is small and what is trained: norms, biases, quantizers, and the optimizer its state of
-them. The weights of its linears are read when it runs and dropped when another one does. Forward, only hidden states in
-front of each block are kept, in memory or in files; backward, blocks are read again in reverse order, and each is run
-again for its gradients:
+A streamed block keeps its small tensors (norms, biases, quantizers) and the trained ones in memory. The weights of its
+linears are read when it runs and dropped when another block runs. The forward pass keeps only the hidden states before
+each block, in memory or in files. The backward pass reads the blocks again in reverse order and runs each once more for
+its gradients:
 
-    forward    0  1  …  L-1           the next one is read while one computes (on a GPU)
-    backward            L-1  …  1  0  the last one is still there, as is the first one for the batch that follows
+    forward    0  1  …  L-1           on a GPU, the next block is read while one computes
+    backward            L-1  …  1  0  the last block is still in memory, and so is the first one for the next batch
 
-What comes of it is, to the last bit, what comes of blocks that are all there.
+The results are the same to the last bit as those of blocks that stay in memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,13 +22,13 @@ from pipeline.models.architectures import Architecture
 from pipeline.runtime.streams import Offload
 from pipeline.training.place import Keeping, run_differentiably
 
-Function = Callable[..., Any]  # (index, hidden, *others) -> hidden states behind block `index`, and what else there is
+Function = Callable[..., Any]  # (index, hidden, *others) -> hidden states after block `index`, or a tuple of tensors
 
 
 class TrainedBlocks:
-    """Blocks on a device, run with gradients, in order and backwards.
+    """The blocks of a model on a device, which run with gradients.
 
-    Of a streamed one that does not run the linears' weights are on the meta device.
+    The linears' weights of a streamed block that does not run are on the meta device.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class TrainedBlocks:
         keeping: Keeping,
         offload: Offload,
     ) -> None:
-        """No blocks yet.
+        """Start without blocks.
 
         Args:
-            load: the tensors of a block as they are on disk, the linears' weights among them.
-            offload: where a streamed model keeps hidden states.
+            load: returns the tensors of a block as they are on disk, among them the linears' weights.
+            offload: holds the hidden states of a streamed model.
         """
         self._blocks: list[nn.Module] = []
         self.keeping, self.offload = keeping, offload
-        self._names = [f"{name}.weight" for name in architecture.linears]
+        self._weight_names = [f"{name}.weight" for name in architecture.linears]
         self._load, self._fetcher = load, TensorFetcher(self._load_weights, device)
         self._trained: list[list[nn.Parameter]] = []
         self._present: int | None = None
@@ -56,18 +56,21 @@ class TrainedBlocks:
         return len(self._blocks)
 
     def __getitem__(self, index: int) -> nn.Module:
-        """As it is at the moment."""
+        """Return a block in its current state: the weights of a streamed one may be missing."""
         return self._blocks[index]
 
     def append(self, block: nn.Module, trained: Iterable[nn.Parameter] = ()) -> None:
-        """Take over a whole block, of which the parameters `trained` get gradients."""
+        """Take over a complete block, whose parameters `trained` get gradients."""
         self._blocks.append(block)
         self._trained.append(list(trained))
         if self.keeping.stream:
             self._drop_(len(self) - 1)
 
     def run(self, function: Function, index: int, hidden: torch.Tensor, *others: torch.Tensor | None) -> Any:
-        """function(index, hidden, *others), which runs block `index`; gradients reach all tensors and the trained."""
+        """Return function(index, hidden, *others), which runs block `index`.
+
+        Gradients reach `hidden`, `others` and the block's trained parameters.
+        """
         if not self.keeping.stream:
             return run_differentiably(self.keeping.recompute, function, index, hidden, *others)
         if torch.is_grad_enabled():
@@ -76,7 +79,7 @@ class TrainedBlocks:
         return function(index, hidden, *others)
 
     def bring(self, index: int, following: int | None = None) -> nn.Module:
-        """Block `index`, all of it; that of `following` may be fetched meanwhile."""
+        """Return block `index` with all its weights; on a GPU, block `following` is fetched meanwhile."""
         if self.keeping.stream and self._present != index:
             if self._present is not None:
                 self._drop_(self._present)
@@ -85,33 +88,33 @@ class TrainedBlocks:
         return self._blocks[index]
 
     def _load_weights(self, index: int) -> Tensors:
-        """In the dtypes the block has them in."""
+        """Return the linears' weights of a block from disk, in the dtypes that the block has them in."""
         tensors, block = self._load(index), self._blocks[index]
-        own = {name: block.get_submodule(name.removesuffix(".weight")).weight.dtype for name in self._names}
-        return {name: tensors[name].to(dtype) for name, dtype in own.items()}
+        dtypes = {name: block.get_submodule(name.removesuffix(".weight")).weight.dtype for name in self._weight_names}
+        return {name: tensors[name].to(dtype) for name, dtype in dtypes.items()}
 
     def _drop_(self, index: int) -> None:
         state = self._blocks[index].state_dict()
-        self._set_(index, {name: state[name].to("meta") for name in self._names})
+        self._set_(index, {name: state[name].to("meta") for name in self._weight_names})
 
     def _set_(self, index: int, tensors: Tensors) -> None:
         self._blocks[index].load_state_dict(tensors, strict=False, assign=True)
 
 
 class _RunStreamed(torch.autograd.Function):
-    """One block with its gradients; in between it is not there."""
+    """Runs a streamed block with gradients; between the two passes its weights are not in memory."""
 
     @staticmethod
     def forward(
         ctx: Any, blocks: TrainedBlocks, function: Function, index: int, hidden: torch.Tensor, *tensors: Any
     ) -> Any:
-        """`tensors`: others that the function takes, and the block's trained parameters."""
+        """Run the block; `tensors` are the other arguments of the function, then the block's trained parameters."""
         blocks.bring(index, index + 1 if index + 1 < len(blocks) else None)
         others = tensors[: len(tensors) - len(blocks._trained[index])]
         ctx.set_materialize_grads(False)
         ctx.blocks, ctx.function, ctx.index = blocks, function, index
-        kept = blocks.offload.keep(f"in-front-of-{index:05d}", hidden)
-        ctx.file = None if isinstance(kept, torch.Tensor) else kept
+        stream = blocks.offload.keep(f"before-{index:05d}", hidden)
+        ctx.file = None if isinstance(stream, torch.Tensor) else stream
         ctx.save_for_backward(hidden if ctx.file is None else None, *others)
         ctx.device = hidden.device
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
@@ -123,20 +126,22 @@ class _RunStreamed(torch.autograd.Function):
         blocks.bring(index, index - 1 if index else None)
         hidden, *others = ctx.saved_tensors
         hidden = ctx.file[:].to(ctx.device) if hidden is None else hidden
+        # Whether hidden, the others and the trained parameters need a gradient; blocks, function and index never do.
         needed = ctx.needs_input_grad[3:]
-        given = [
-            tensor if tensor is None else tensor.detach().requires_grad_(wanted)
-            for tensor, wanted in zip((hidden, *others), needed, strict=False)
+        arguments = [
+            tensor if tensor is None else tensor.detach().requires_grad_(is_needed)
+            for tensor, is_needed in zip((hidden, *others), needed, strict=False)
         ]
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(ctx.device.type, dtype, enabled=enabled):
-            outputs = ctx.function(index, *given)
+            outputs = ctx.function(index, *arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = zip(outputs, upstream, strict=True)
-        pairs = [(output, own) for output, own in pairs if output.requires_grad and own is not None]
-        sources = [t for t, wanted in zip((*given, *blocks._trained[index]), needed, strict=True) if wanted]
-        found = iter(())
+        pairs = [(output, slope) for output, slope in pairs if output.requires_grad and slope is not None]
+        inputs = (*arguments, *blocks._trained[index])
+        sources = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        gradients = iter(())
         if pairs:
-            ends, weights = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(ends, sources, weights, allow_unused=True))
-        return None, None, None, *(next(found, None) if wanted else None for wanted in needed)
+            ends, slopes = zip(*pairs, strict=True)
+            gradients = iter(torch.autograd.grad(ends, sources, slopes, allow_unused=True))
+        return None, None, None, *(next(gradients, None) if is_needed else None for is_needed in needed)

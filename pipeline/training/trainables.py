@@ -1,15 +1,15 @@
-"""A calibrated block as something to train, and back: its scales, zero points, clip factors, and weights.
+"""Turn a calibrated block into parameters to train, and back: scales, zero points, clip factors, weights, norms.
 
-Quantizer parameters and norms are trained relative to what they are at the start, so that one learning rate suits a
-scale of 0.001 and one of 10, and no step turns a scale negative:
+Quantizer parameters and norms are trained relative to their values at the start, by a parameter theta that begins at 0:
 
-    scale, clip factor   initial * exp(theta); a scale then rounded as its format has it, gradients passing through
-    gain of a norm       initial * exp(theta); it carries the scales of equalized channels
-    zero point           round(initial + (qmax - qmin) * theta), kept in range
+    scale, clip factor   initial * exp(theta); a scale is then rounded to its format, straight-through
+    gain of a norm       initial * exp(theta); norms carry the scales of equalized channels
+    zero point           round(initial + (qmax - qmin) * theta), clamped to the range
 
-with theta = 0 at the start: a step of 0.001 is a thousandth of the scale, or of the range. What is trained is float32,
-whatever the block computes in. What is rounded in the end is rounded all along, so that the block under training
-computes what the frozen one will.
+So one learning rate suits a scale of 0.001 and a scale of 10, and no step makes a scale negative: a step of 0.001 is a
+thousandth of the scale, or of the range. All trained parameters are float32, whatever dtype the block computes in.
+Values that are rounded in the end are rounded in training too, so the block under training computes the same as the
+frozen one.
 """
 
 from dataclasses import dataclass, field
@@ -27,12 +27,12 @@ from pipeline.numerics.quantizer import ActivationQuantizer, integer_range, quan
 
 @dataclass
 class Trainables:
-    """What of a block is trained.
+    """The trained parameters of a block.
 
     Attributes:
         quantizers: thetas of scales, zero points and clip factors.
         weights: weights [out, in] and biases [out].
-        norms: thetas of what its norms multiply by, [D].
+        norms: thetas of the gains of norms, [D].
     """
 
     quantizers: list[nn.Parameter] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Trainables:
 
 
 class _Cast(nn.Module):
-    """A float32 parameter in the dtype a module computes in."""
+    """Gives a module a float32 parameter in the dtype that it computes in."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,6 +55,8 @@ class _Cast(nn.Module):
 
 
 class _Relative(nn.Module):
+    """Gives a module initial * exp(theta), rounded as `grid` rounds scales."""
+
     def __init__(self, initial: torch.Tensor, grid: Grid | None = None) -> None:
         super().__init__()
         self.register_buffer("initial", initial.clone())
@@ -69,17 +71,19 @@ class _Relative(nn.Module):
 
 
 class _RelativeGain(_Relative):
-    """A norm's weight, which multiplies by `offset` more than it is, in the dtype the module has it in."""
+    """Gives a norm its weight in the norm's dtype. The gain, weight + `offset`, is its initial value * exp(theta)."""
 
     def __init__(self, initial: torch.Tensor, offset: float, dtype: torch.dtype) -> None:
         super().__init__(initial)
         self.offset, self.dtype = offset, dtype
 
     def forward(self, theta: torch.Tensor) -> torch.Tensor:
-        return (self.initial + (self.initial + self.offset) * theta.expm1()).to(self.dtype)  # at 0 to the last bit
+        return (self.initial + (self.initial + self.offset) * theta.expm1()).to(self.dtype)  # exact at theta = 0
 
 
 class _RelativeZeroPoint(_Relative):
+    """Gives a module its zero point, moved by theta of the range."""
+
     def __init__(self, initial: torch.Tensor, bits: int) -> None:
         super().__init__(initial)
         self.qmin, self.qmax = integer_range(bits, symmetric=False)
@@ -95,57 +99,59 @@ def unfreeze_(
     weights: dict[str, torch.Tensor] | None = None,
     norms: bool = False,
 ) -> Trainables:
-    """Turn scales, zero points, clip factors and what else is to be trained into parameters, in place.
+    """Turn scales, zero points, clip factors, and weights and norms if asked for, into parameters, in place.
 
     Args:
         block: calibrated, from `load_block`.
-        weights: linear -> float weight [out, in] to start from, to be rounded with the linear's scales; None: the
-            integers stand still.
+        weights: linear -> float weight [out, in] to start from, rounded with the linear's scales; None: the integers
+            do not change.
         norms: whether the weights of the norms are trained.
     """
-    found = Trainables()
+    trainables = Trainables()
     for name in architecture.linears:
         linear: QuantizedLinear = block.get_submodule(name)
         linear.unfrozen = True
         if weights is not None:
-            # A weight that is to be rounded is cast behind the rounding.
+            # A weight that is rounded is cast after the rounding.
             dtype = None if linear.spec.enabled else linear.weight.dtype
             linear.weight = weights[name].to(linear.weight.device)
-            found.weights.append(_make_parameter_(linear, "weight", dtype))
+            trainables.weights.append(_make_parameter_(linear, "weight", dtype))
             if linear.bias is not None:
-                found.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
+                trainables.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
         if linear.spec.enabled:
-            found.quantizers.append(_make_relative_(linear, "weight_scale", _Relative, linear.spec.grid))
+            trainables.quantizers.append(_make_relative_(linear, "weight_scale", _Relative, linear.spec.grid))
             if linear.weight_zero_point is not None:
                 bits = linear.spec.bits
-                found.quantizers.append(_make_relative_(linear, "weight_zero_point", _RelativeZeroPoint, bits))
+                trainables.quantizers.append(_make_relative_(linear, "weight_zero_point", _RelativeZeroPoint, bits))
     for quantizer in find_site_quantizers(block, architecture).values():
         for name, grid in (("scale", quantizer.spec.grid), ("clip_factor", None)):
             if _has(quantizer, name):
-                found.quantizers.append(_make_relative_(quantizer, name, _Relative, grid))
+                trainables.quantizers.append(_make_relative_(quantizer, name, _Relative, grid))
         if _has(quantizer, "zero_point"):
-            found.quantizers.append(_make_relative_(quantizer, "zero_point", _RelativeZeroPoint, quantizer.spec.bits))
+            trainables.quantizers.append(
+                _make_relative_(quantizer, "zero_point", _RelativeZeroPoint, quantizer.spec.bits)
+            )
     for name in (*architecture.norms, *architecture.post_norms) if norms else ():
         norm, offset = block.get_submodule(name), architecture.norm_offset
-        found.norms.append(_make_relative_(norm, "weight", _RelativeGain, offset, norm.weight.dtype))
-    return found
+        trainables.norms.append(_make_relative_(norm, "weight", _RelativeGain, offset, norm.weight.dtype))
+    return trainables
 
 
 @torch.no_grad()
 def freeze_(block: nn.Module) -> None:
-    """Undo `unfreeze_`: parameters become buffers again, weights their integers; the block computes the same."""
+    """Undo `unfreeze_` with the trained values; float weights become integers. The block computes the same."""
     for module in block.modules():
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
                 value = getattr(module, name).detach()
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, nn.Parameter(value))
-        ours = isinstance(module, QuantizedLinear | ActivationQuantizer)
+        has_buffers = isinstance(module, QuantizedLinear | ActivationQuantizer)
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if ours:
+            if has_buffers:
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
-            else:  # a norm's
+            else:  # of a norm
                 parameter.requires_grad_(False)
         if isinstance(module, QuantizedLinear):
             module.unfrozen = False
@@ -161,7 +167,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A float32 parameter in place of a buffer or parameter; the module sees it in `dtype` (None: float32)."""
+    """Replace a buffer or parameter by a float32 parameter, which the module reads in `dtype` (None: float32)."""
     value = getattr(module, name).detach()
     if name in module._buffers:
         del module._buffers[name]
@@ -173,7 +179,7 @@ def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = N
 
 
 def _make_relative_(module: nn.Module, name: str, kind: type[_Relative], *options: Any) -> nn.Parameter:
-    """Theta in place of a buffer or parameter; what the module sees is `kind` of what it was and the options."""
+    """Replace a buffer or parameter by theta; the module reads `kind(initial value, *options)` of it."""
     initial = _make_parameter_(module, name).detach()
     parametrize.register_parametrization(module, name, kind(initial, *options), unsafe=True)
     return module.parametrizations[name].original

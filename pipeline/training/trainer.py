@@ -183,7 +183,7 @@ class Trainer(Generic[Data]):
         state, failure = self.state, None
         epochs = self.schedule.epochs if self.schedule.enabled and self.parameters else 0
         if not state.history:
-            state.add({"epoch": 0, "train": None, **self.evaluate(validation)})
+            state.end_epoch({"epoch": 0, "train": None, **self.evaluate(validation)})
             self._save_state()
         for epoch in range(len(state.history), epochs + 1):
             if epoch - state.best_epoch > self.schedule.early_stop:
@@ -196,7 +196,7 @@ class Trainer(Generic[Data]):
             if self.needs_finite_validation and not math.isfinite(measured["validation"]):
                 failure = f"the validation loss was not finite after epoch {epoch}"
                 break
-            state.add({"epoch": epoch, "train": train_loss, **measured})
+            state.end_epoch({"epoch": epoch, "train": train_loss, **measured})
             self._save_state()
         state.restore_best_()
         return Outcome(state.history, state.best_epoch, failure)

@@ -10,9 +10,10 @@ import yaml
 
 from pipeline.runtime.params import RuntimeParams
 from pipeline.runtime.ranks import ALONE, RankError, Ranks, shuffle
+from pipeline.training.block_wise import BlockData
 from stages.launcher import join_ranks
 from tests.conftest import ROOT
-from tests.training.test_finetuning import BlockData, quantized, trainer_of  # noqa: F401 (a fixture)
+from tests.training.setup import make_block_trainer, quantized  # noqa: F401 (a fixture)
 
 RUNTIME = RuntimeParams.model_validate(
     yaml.safe_load((ROOT / "params.yaml").read_text())["runtime"] | {"device": "cpu"}
@@ -95,7 +96,7 @@ def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     with join_ranks(RUNTIME) as (ranks, _):
-        trainer, _, data = trainer_of(quantized)
+        trainer, _, data = make_block_trainer(quantized)
         windows = ranks.slice_windows(data.count)
         trainer.ranks = ranks
         shard = BlockData(data.inputs[windows], [target[windows] for target in data.targets], data.count)
@@ -104,7 +105,7 @@ def _differentiate(rank, world, port, quantized, folder):  # noqa: F811
 
 
 def test_two_ranks_have_the_losses_and_gradients_of_one(quantized, tmp_path):  # noqa: F811
-    trainer, _, data = trainer_of(quantized)
+    trainer, _, data = make_block_trainer(quantized)
     losses, gradients, history = measure(trainer, data)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,0 +1,1 @@
+from tests.prefix.setup import windows  # noqa: F401 (a fixture)

@@ -1,0 +1,1 @@
+from tests.training.setup import quantized  # noqa: F401 (a fixture)
