@@ -90,12 +90,12 @@ def simulate_costs(
     streams = []
     for number in rank_candidates:
         token_ids = candidates[number]
-        start_token = find_text_start_token(text_start_token_id, token_ids)
+        start_after_candidate = find_text_start_token(text_start_token_id, token_ids)
         streams.append(
             _Stream(
                 prefix=checkpoint.embed(torch.tensor([token_ids], dtype=torch.int64)).to(runner.device),
-                calibration=checkpoint.embed(prepend_start_token(calibration, start_token)),
-                scored=checkpoint.embed(prepend_start_token(scored, start_token)),
+                calibration=checkpoint.embed(prepend_start_token(calibration, start_after_candidate)),
+                scored=checkpoint.embed(prepend_start_token(scored, start_after_candidate)),
             )
         )
     blocks = load_blocks(checkpoint, runner.device)
