@@ -33,16 +33,16 @@ FINETUNING = Path("artifacts/finetuning")
 
 
 def main(run: Run) -> None:
-    params, need = run.params.finetuning, plan(run)
+    finetuning, need = run.params.finetuning, plan(run)
     original, rotated = Checkpoint(MODEL, "model"), Checkpoint(ROTATION, "rotation")
     initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
     train, end_to_end, validation = map(load_windows, (TRAIN, END_TO_END, VALIDATION))
     check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
     check_input(rotated.header, "model", original.header, ROTATION)
     inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
-    if params.end_to_end.enabled:
+    if finetuning.end_to_end.enabled:
         inputs["end_to_end"] = end_to_end.header
-    header = make_header("finetuning", params.model_dump(), inputs)
+    header = make_header("finetuning", finetuning.model_dump(), inputs)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(
             runner=run.runner(rotated),
@@ -59,7 +59,7 @@ def main(run: Run) -> None:
             text_start_token_id=train.text_start_token_id,
         )
         models = Models(original, rotated, initial)
-        run.metrics.update(finetune(models, windows, params, place, FINETUNING))
+        run.metrics.update(finetune(models, windows, finetuning, place, FINETUNING))
 
 
 def plan(run: Run) -> Need:

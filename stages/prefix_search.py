@@ -21,18 +21,18 @@ PREFIX_SEARCH = Path("artifacts/prefix_search")
 
 
 def main(run: Run) -> None:
-    params = run.params.prefix_search
+    prefix_search = run.params.prefix_search
     checkpoint, windows = Checkpoint(MODEL, "model"), load_windows(SEARCH)
     prefix = search_prefix(
         checkpoint,
         windows.token_ids,
-        params=params,
+        params=prefix_search,
         runner=run.runner(checkpoint),
         ranks=run.ranks,
         text_start_token_id=windows.text_start_token_id,
     )
     inputs = {"model": checkpoint.header, "windows": windows.header}
-    header = make_header("prefix_search", params.model_dump(), inputs)
+    header = make_header("prefix_search", prefix_search.model_dump(), inputs)
     if run.ranks.first:
         with replacing_folder(PREFIX_SEARCH) as partial:
             tensors = {"token_ids": prefix.token_ids, "embeddings": prefix.embeddings}

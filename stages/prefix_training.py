@@ -28,13 +28,14 @@ PREFIX_TRAINING = Path("artifacts/prefix_training")
 
 
 def main(run: Run) -> None:
-    params = run.params.prefix_training
+    prefix_training = run.params.prefix_training
     checkpoint, train, validation = Checkpoint(MODEL, "model"), load_windows(TRAIN), load_windows(VALIDATION)
     found_prefix, found_header = load_tensors(FOUND, "prefix_search")
     inputs = {"model": checkpoint.header, "prefix_search": found_header}
-    if params.enabled:
+    if prefix_training.enabled:
         inputs |= {"train": train.header, "validation": validation.header}
-    header = make_header("prefix_training", params.model_dump() if params.enabled else {"enabled": False}, inputs)
+    settings = prefix_training.model_dump() if prefix_training.enabled else {"enabled": False}
+    header = make_header("prefix_training", settings, inputs)
     need = plan(run)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(
@@ -50,7 +51,7 @@ def main(run: Run) -> None:
             found_prefix,
             train=train.token_ids,
             validation=validation.token_ids,
-            params=params,
+            params=prefix_training,
             place=place,
             text_start_token_id=train.text_start_token_id,
         )

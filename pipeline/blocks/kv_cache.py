@@ -97,19 +97,11 @@ class KeyQuantizer(KeepsDtype):
         Args:
             heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
         """
-        find_key_source(attention).register_forward_hook(functools.partial(self._quantize_output, heads_first))
-
-    def _quantize_output(
-        self, heads_first: bool, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        keys = self(self.split_heads(output, heads_first))
-        return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
+        hook_keys_(attention, heads_first, self)
 
     def split_heads(self, output: torch.Tensor, heads_first: bool) -> torch.Tensor:
         """Return keys [B, heads, T, d] from the output of `find_key_source`'s module."""
-        if heads_first:
-            return output
-        return output.view(*output.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+        return _split_heads(output, self.head_dim, heads_first)
 
 
 class QuantizingCache:
@@ -150,6 +142,32 @@ def _wrap_cache(
 def find_key_source(attention: nn.Module) -> nn.Module:
     """Return the module whose output RoPE turns into keys."""
     return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+
+
+def hook_keys_(attention: nn.Module, heads_first: bool, hook: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace the keys before RoPE, [B, heads, T, d], by hook(keys) whenever an attention module runs.
+
+    Args:
+        heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
+    """
+    replace = functools.partial(_replace_keys, hook, attention.head_dim, heads_first)
+    find_key_source(attention).register_forward_hook(replace)
+
+
+def _replace_keys(
+    hook: Callable[[torch.Tensor], torch.Tensor],
+    head_dim: int,
+    heads_first: bool,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    keys = hook(_split_heads(output, head_dim, heads_first))
+    return keys if heads_first else keys.transpose(1, 2).reshape(output.shape)
+
+
+def _split_heads(output: torch.Tensor, head_dim: int, heads_first: bool) -> torch.Tensor:
+    return output if heads_first else output.view(*output.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 class PrefixLayer(DynamicLayer):

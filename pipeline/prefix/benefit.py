@@ -157,7 +157,7 @@ def choose_candidate(candidates: list[list[int]], costs: torch.Tensor) -> Choice
             "prefix_search.choose=benefit: with simulated quantizers the model diverges after every candidate. "
             "Set prefix_search.choose: threshold."
         )
-    table = []
+    table: list[dict[str, Any]] = []
     for token_ids, mean, window_costs in zip(candidates, means.tolist(), costs, strict=True):
         above = window_costs - costs[best]
         finite = math.isfinite(mean)

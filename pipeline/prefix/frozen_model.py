@@ -1,5 +1,8 @@
 """The original model with a prefix before the text, all frozen but the prefix, and the terms of the loss in it."""
 
+import functools
+import operator
+
 import torch
 from torch import nn
 
@@ -110,7 +113,7 @@ class FrozenModel:
 
     def weigh(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of the terms, []."""
-        return sum(self.weights[name] * value for name, value in terms.items())
+        return functools.reduce(operator.add, (self.weights[name] * value for name, value in terms.items()))
 
     @torch.no_grad()
     def evaluate(

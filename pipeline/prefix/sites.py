@@ -8,13 +8,13 @@ so the values include the norm weights and are not rotated:
     o_proj, which is not a quantized site: the output of o_proj   [B, T, D]
 """
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import find_key_source, quantize_cache_
+from pipeline.blocks.kv_cache import hook_keys_, quantize_cache_
 from pipeline.models.architectures import Architecture
 from pipeline.models.sites import RESIDUAL_SITES, Site
 
@@ -37,7 +37,7 @@ def hook_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[st
         elif site == Site.MLP_HIDDEN:
             _hook_input_(block.get_submodule(architecture.mlp_output), site, hook)
         elif site == Site.KEY:
-            _hook_keys_(block.self_attn, architecture.heads_first, hook)
+            hook_keys_(block.self_attn, architecture.heads_first, functools.partial(hook, Site.KEY))
         elif site == Site.VALUE:
             _hook_values_(block.self_attn, hook)
         elif site == ATTENTION_RESULT:
@@ -56,19 +56,6 @@ def _hook_input_(module: nn.Module, site: str, hook: Hook) -> None:
 
 def _hook_output_(module: nn.Module, site: str, hook: Hook) -> None:
     module.register_forward_hook(lambda module, args, output: hook(site, output))
-
-
-def _hook_keys_(attention: nn.Module, heads_first: bool, hook: Hook) -> None:
-    """Hook the keys before RoPE: the output of k_norm if the family has one, of k_proj otherwise."""
-    head_dim = attention.head_dim  # a hook that held the module would keep it until the next garbage collection
-
-    def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if heads_first:
-            return hook(Site.KEY, output)
-        keys = output.view(*output.shape[:2], -1, head_dim).transpose(1, 2)
-        return hook(Site.KEY, keys).transpose(1, 2).reshape(output.shape)
-
-    find_key_source(attention).register_forward_hook(replace)
 
 
 def _hook_values_(attention: nn.Module, hook: Hook) -> None:

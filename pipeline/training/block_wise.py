@@ -291,7 +291,7 @@ def _measure_changes(block: nn.Module, initial: Checkpoint, index: int) -> float
     tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
     names = initial.architecture.linears
     pairs = [(block.get_submodule(name).weight, tensors[f"{name}.weight"]) for name in names]
-    changed = sum((after.cpu() != before).sum().item() for after, before in pairs)
+    changed = sum(int(torch.ne(after.cpu(), before).sum()) for after, before in pairs)
     return changed / sum(before.numel() for _, before in pairs)
 
 

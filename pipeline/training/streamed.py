@@ -11,7 +11,7 @@ its gradients:
 The results are the same to the last bit as those of blocks that stay in memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -136,11 +136,14 @@ class _RunStreamed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(ctx.device.type, dtype, enabled=enabled):
             outputs = ctx.function(index, *arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = zip(outputs, upstream, strict=True)
-        pairs = [(output, slope) for output, slope in pairs if output.requires_grad and slope is not None]
+        pairs = [
+            (output, slope)
+            for output, slope in zip(outputs, upstream, strict=True)
+            if output.requires_grad and slope is not None
+        ]
         inputs = (*arguments, *blocks._trained[index])
         sources = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
-        gradients = iter(())
+        gradients: Iterator[torch.Tensor | None] = iter(())
         if pairs:
             ends, slopes = zip(*pairs, strict=True)
             gradients = iter(torch.autograd.grad(ends, sources, slopes, allow_unused=True))

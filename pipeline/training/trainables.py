@@ -57,6 +57,8 @@ class _Cast(nn.Module):
 class _Relative(nn.Module):
     """Gives a module initial * exp(theta), rounded as `grid` rounds scales."""
 
+    initial: torch.Tensor
+
     def __init__(self, initial: torch.Tensor, grid: Grid | None = None) -> None:
         super().__init__()
         self.register_buffer("initial", initial.clone())

@@ -1,4 +1,4 @@
-"""What is unfrozen computes what it computed; what is frozen again computes what was trained."""
+"""Unfreezing changes nothing, and a frozen block computes what was trained."""
 
 import math
 
@@ -53,17 +53,17 @@ def test_unfreezing_and_freezing_changes_nothing(with_weights, block):
     assert not any(p.requires_grad for p in block.parameters())
 
 
-def test_what_was_trained_is_what_is_frozen(block):
-    """After random moves of everything the block in training, without gradients, and the frozen one agree."""
+def test_frozen_block_computes_what_was_trained(block):
+    """After random moves, the block in training (with and without gradients) and the frozen block agree."""
     checkpoint, block = block
     before = run(checkpoint, block)
-    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    trainables = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        run(checkpoint, block)  # whatever is kept from here must not be used below
-        for parameter in found.quantizers + found.norms:
+        run(checkpoint, block)  # a cached weight from here must not be used below
+        for parameter in trainables.quantizers + trainables.norms:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        for parameter in found.weights:
+        for parameter in trainables.weights:
             parameter += 0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
         trained = run(checkpoint, block)
     with torch.enable_grad():
@@ -75,15 +75,15 @@ def test_what_was_trained_is_what_is_frozen(block):
         assert not block.get_submodule(name).weight.is_floating_point()
 
 
-def test_integers_stand_still_and_are_rounded_with_the_trained_scales(imported):
+def test_weights_are_rounded_with_the_trained_scales(imported):
     checkpoint, _ = open_model(imported["llama_untied_biases"])
     block = quantized_block(checkpoint, settings_of(weights=4))
     start = weights_of(checkpoint, block)
     linear = block.mlp.up_proj
     scale = linear.weight_scale.clone()
-    found = unfreeze_(block, checkpoint.architecture, weights=start)
+    trainables = unfreeze_(block, checkpoint.architecture, weights=start)
     theta = linear.parametrizations["weight_scale"].original
-    assert any(theta is parameter for parameter in found.quantizers)
+    assert any(theta is parameter for parameter in trainables.quantizers)
     with torch.no_grad():
         theta += 0.3
     freeze_(block)
@@ -93,31 +93,31 @@ def test_integers_stand_still_and_are_rounded_with_the_trained_scales(imported):
 
 def test_every_quantizer_parameter_gets_a_gradient(block):
     checkpoint, block = block
-    found = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
+    trainables = unfreeze_(block, checkpoint.architecture, weights=weights_of(checkpoint, block), norms=True)
     run(checkpoint, block).square().sum().backward()
-    everything = found.quantizers + found.weights + found.norms
+    everything = trainables.quantizers + trainables.weights + trainables.norms
     assert all(p.grad is not None and p.grad.isfinite().all() for p in everything)
-    for parameter in found.weights + found.norms:
+    for parameter in trainables.weights + trainables.norms:
         assert (parameter.grad != 0).any()
-    moved = sum((p.grad != 0).any().item() for p in found.quantizers)
-    assert moved >= len(found.quantizers) / 2  # zero points get one only where something lies beyond the range
+    moved = sum((p.grad != 0).any().item() for p in trainables.quantizers)
+    assert moved >= len(trainables.quantizers) / 2  # zero points get one only if values lie beyond the range
 
 
-def test_a_bfloat16_block_is_trained_in_float32(imported):
+def test_bfloat16_block_is_trained_in_float32(imported):
     checkpoint, _ = open_model(imported["llama_untied_biases"])
     block = quantized_block(checkpoint, settings_of(weights=4, activations=4), torch.bfloat16)
     runner, hidden = BlockRunner(checkpoint, torch.device("cpu"), 2), torch.randn(2, 6, 48).bfloat16()
     expected, names = runner.run(block, hidden), dict(block.state_dict())
     start = {n: w.bfloat16() for n, w in weights_of(checkpoint, block).items()}
-    found = unfreeze_(block, checkpoint.architecture, weights=start, norms=True)
-    everything = found.quantizers + found.weights + found.norms
+    trainables = unfreeze_(block, checkpoint.architecture, weights=start, norms=True)
+    everything = trainables.quantizers + trainables.weights + trainables.norms
     assert {p.dtype for p in everything} == {torch.float32}
     runner.run(block, hidden).float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in everything)
     with torch.no_grad():
-        for parameter in found.norms:
-            parameter += 1e-4  # less than bfloat16 can tell from nothing
-    assert all((p.detach() - p.detach().bfloat16().float()).abs().max() > 0 for p in found.norms)
+        for parameter in trainables.norms:
+            parameter += 1e-4  # too small a change for bfloat16
+    assert all((p.detach() - p.detach().bfloat16().float()).abs().max() > 0 for p in trainables.norms)
     freeze_(block)
     assert {name: tensor.dtype for name, tensor in block.state_dict().items()} == {n: t.dtype for n, t in names.items()}
     assert (runner.run(block, hidden) - expected).abs().max() <= 0.05 * expected.abs().max()
@@ -125,8 +125,8 @@ def test_a_bfloat16_block_is_trained_in_float32(imported):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_scales_and_zero_points_get_the_gradients_of_the_whole_weight(symmetric, bias):
-    """One scale a channel: no gradient of the weight is formed, and nothing else differs. Against autograd."""
+def test_scales_and_zero_points_get_the_gradients_of_the_dense_weight(symmetric, bias):
+    """One scale per channel needs no gradient of the weight; autograd through the dense weight gives the same."""
     generator = torch.Generator().manual_seed(5)
     source = nn.Linear(12, 7, bias=bias)
     linear = QuantizedLinear(source, QuantizerSpec(4, symmetric), False, None)
@@ -142,21 +142,21 @@ def test_scales_and_zero_points_get_the_gradients_of_the_whole_weight(symmetric,
     expected = nn.functional.linear(x, weight, linear.bias)
     gradients = torch.autograd.grad(expected, trained, upstream)
     linear.unfrozen = True
-    found = linear(x)
-    assert torch.equal(found, expected)
-    for own, other in zip(torch.autograd.grad(found, trained, upstream), gradients, strict=True):
-        assert own.shape == other.shape
-        assert torch.allclose(own, other, rtol=1e-4, atol=1e-5)
+    output = linear(x)
+    assert torch.equal(output, expected)
+    for gradient, other in zip(torch.autograd.grad(output, trained, upstream), gradients, strict=True):
+        assert gradient.shape == other.shape
+        assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "offset"), [("llama_tied", 0.0), ("gemma3_text", 1.0)])
-def test_norms_are_trained_relative_to_what_they_multiply_by(family, offset, imported):
+def test_norms_are_trained_relative_to_their_gain(family, offset, imported):
     checkpoint, _ = open_model(imported[family])
     block = quantized_block(checkpoint, settings_of(weights=4, activations=4))
     before = block.input_layernorm.weight.detach().clone()
-    found = unfreeze_(block, checkpoint.architecture, norms=True)
+    trainables = unfreeze_(block, checkpoint.architecture, norms=True)
     assert torch.equal(block.input_layernorm.weight, before)
     with torch.no_grad():
-        found.norms[0].fill_(math.log(2))
+        trainables.norms[0].fill_(math.log(2))
     freeze_(block)
     assert torch.allclose(block.input_layernorm.weight + offset, 2 * (before + offset), rtol=1e-5)
