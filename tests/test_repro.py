@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.experiments import find_unfinished
+from pipeline.pictures.summary import format_summary
 from tests.conftest import ROOT, tiny_params, write_params
 
 ALWAYS_RUN = {"code", "sources"}
@@ -307,3 +309,27 @@ def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_
     names = [name.rpartition(":")[2] for name in head]
     assert {"bits", "prefix", "ppl.prose", "ratio.prose", "minutes", "gib", "mib"} <= set(names)
     assert len(names) < 20
+
+
+def test_results_of_an_earlier_run_are_marked(repository):
+    """`make table` after an experiment that stopped at quantizer_init, in place."""
+    repro(repository)
+    commit(repository)
+    assert "outdated" not in format_summary(repository)
+    dvc(repository, "exp", "run", "-S", "prefix.use=none", "quantizer_init")
+    summary = format_summary(repository)
+    assert "| original | " in summary
+    for variant in ("original_prefix", "quantizer_init", "finetuning", "export"):
+        assert f"| {variant} (outdated) | " in summary
+    assert "  original_prefix: prefix.use is none, the run had found" in summary
+    assert "  quantizer_init: artifacts/quantizer_init has changed" in summary
+    subprocess.run(["git", "checkout", "-q", "."], cwd=repository, check=True)
+    repro(repository)
+    assert "outdated" not in format_summary(repository)
+
+
+def test_experiments_that_stopped_early_are_listed(repository, monkeypatch):
+    commit(repository)
+    dvc(repository, "exp", "run", "--temp", "-n", "early", "-S", "prefix.use=none", "quantizer_init")
+    monkeypatch.chdir(repository)
+    assert find_unfinished() == {"early": "prefix.use is none, the run had found"}
