@@ -1,8 +1,8 @@
 """Run pipeline stages with changed params outside DVC, each result once.
 
-A stage's folder is named after what determines its result: its code, its params and its inputs' folders, all read from
-dvc.yaml; what comes from a stage that always runs (`sources`) counts by its content. Rows of a benchmark that share
-stages share their folders, and a benchmark that is started again continues.
+A stage's folder is named after everything that determines its result, as dvc.yaml lists it: its params and its inputs.
+Inputs from stages that always run (`code`, `sources`) count by their content. Rows of a benchmark that share stages
+share their folders, and a benchmark that is started again continues.
 """
 
 import copy
@@ -29,30 +29,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Workspace:
-    """Stages run below `folder` (some GB; delete it when done)."""
+    """Runs stages in subfolders of `folder`, which take some GB. Delete it afterwards."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._looked_at: set[Path] = set()  # folders of stages that always run: here, once
+        self._always_run: set[Path] = set()  # folders of stages that always run, which this object has run
 
     def run(self, stage: str, params: dict[str, Any]) -> Path:
-        """Run `stage` (say, `evaluation@original`) and all it needs; the folder it ran in.
+        """Run a stage (such as `evaluation@original`) and all stages that it needs, and return the folder it ran in.
 
         Raises:
-            subprocess.CalledProcessError: the stage failed; its output has been shown.
+            subprocess.CalledProcessError: the stage failed. Its output has been shown.
         """
         parse_params(params)
         stages = expand_stages(params)
         spec = stages[stage]
-        upstream = {name: self.run(name, params) for name in _producers(stages, spec)}
-        code = {path: fingerprint_file(ROOT / path) for path in spec.get("deps", []) if path.endswith(".py")}
+        deps = spec.get("deps", [])
+        upstream = {name: self.run(name, params) for name in _list_producers(stages, deps)}
         values = {key: _look_up(params, key) for key in spec.get("params", [])}
         runtime = params["runtime"]["threads"], params["runtime"]["device"]
-        inputs = sorted(_identify(stages[name], path, spec.get("deps", [])) for name, path in upstream.items())
-        key = fingerprint({"code": code, "params": values, "inputs": inputs, "runtime": runtime})
+        inputs = sorted(_identify(stages[name], path, deps) for name, path in upstream.items())
+        key = fingerprint({"params": values, "inputs": inputs, "runtime": runtime})
         folder = self.folder / f"{stage}-{key}"
-        if folder in self._looked_at or (not _always_runs(spec) and (folder / "done").is_file()):
+        if folder in self._always_run or (not _always_runs(spec) and (folder / "done").is_file()):
             return folder
         if not _always_runs(spec):
             shutil.rmtree(folder, ignore_errors=True)
@@ -66,11 +66,11 @@ class Workspace:
         subprocess.run(command, cwd=folder, env=_environment(), check=True)
         (folder / "done").touch()
         if _always_runs(spec):
-            self._looked_at.add(folder)
+            self._always_run.add(folder)
         return folder
 
     def metrics(self, stage: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Run `stage` and return its metrics file."""
+        """Run a stage and return its metrics."""
         folder = self.run(stage, params)
         name, _, key = stage.partition("@")
         return json.loads(
@@ -78,11 +78,11 @@ class Workspace:
         )
 
     def plan(self, stage: str, params: dict[str, Any]) -> float:
-        """GiB of memory that `--plan` says `stage` takes, with its inputs ready."""
+        """Return the memory in GiB that `--plan` gives for a stage whose inputs are ready."""
         return self.need(stage, params)["memory"]
 
     def need(self, stage: str, params: dict[str, Any]) -> dict[str, float]:
-        """What `--plan` says `stage` takes, with its inputs ready: "memory", "GPU", "disk", "hidden states", in GiB."""
+        """Return the plan of a stage whose inputs are ready, in GiB: "memory", "GPU", "disk", "hidden states"."""
         folder = self.run(stage, params)
         name, _, variant = stage.partition("@")
         command = [sys.executable, "-m", f"stages.{name}", *([variant] if variant else []), "--plan"]
@@ -94,35 +94,35 @@ class Workspace:
 
 
 def make_parser(description: str | None, rows: Collection[str], default: Collection[str] | None = None) -> Parser:
-    """The arguments every benchmark has: --rows (default: all), --json, --work."""
+    """Return a parser with the arguments of every benchmark: --rows (default: all), --json, --work."""
     parser = Parser(description=description)
     chosen = list(rows if default is None else default)
     parser.add_argument("--rows", nargs="*", choices=rows, default=chosen, help=f"default: {', '.join(chosen)}")
-    parser.add_argument("--json", type=Path, help="keep rows in this file")
+    parser.add_argument("--json", type=Path, help="keep finished rows in this file")
     parser.add_argument("--work", type=Path, default=Path(".work/benchmarks"), help="where stages run")
     return parser
 
 
 def read_rows(path: Path | None) -> dict[str, Any]:
-    """The rows that an earlier run kept in --json."""
+    """Return the rows that an earlier run kept in --json."""
     if path is None or not path.is_file():
         return {}
-    with reading(lambda why: PipelineError(f"{path} holds no rows ({why}); name another file, or remove it")):
+    with reading(lambda why: PipelineError(f"--json {path}: has no rows ({why}). Name another file, or remove it.")):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_params() -> dict[str, Any]:
-    """The project's params.yaml as a plain mapping."""
+    """Return the project's params.yaml as a plain mapping."""
     return yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 
 def find_device() -> torch.device:
-    """Where params.yaml's `runtime.device` computes."""
+    """Return the device of params.yaml's `runtime.device`."""
     return select_device(parse_params(read_params()).runtime)
 
 
 def override(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy with dotted keys changed: {"quantizer_init.weights.bits": 8}. Raises KeyError on unknown keys."""
+    """Return a copy with dotted keys changed: {"quantizer_init.weights.bits": 8}. Raises KeyError on unknown keys."""
     changed = copy.deepcopy(params)
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
@@ -136,7 +136,7 @@ def override(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def expand_stages(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The stages of dvc.yaml with every `foreach` written out, as DVC does."""
+    """Return the stages of dvc.yaml with every `foreach` expanded, as DVC does."""
     stages = {}
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
         if "foreach" not in stage:
@@ -152,14 +152,14 @@ def expand_stages(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def append_row(path: Path | None, rows: dict[str, Any], name: str, values: dict[str, Any]) -> None:
-    """Keep a finished row, in memory and in the JSON file when there is one."""
+    """Keep a finished row in `rows`, and in the JSON file if there is one."""
     rows[name] = values
     if path is not None:
         write_json(path, rows)
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with the project in front of where else Python looks."""
+    """Return this process's environment, with the project first in Python's path."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
@@ -168,7 +168,7 @@ def _always_runs(stage: dict[str, Any]) -> bool:
 
 
 def _identify(stage: dict[str, Any], folder: Path, deps: list[str]) -> str:
-    """What an input from `stage`, run in `folder`, is: the folder's name; its content where the stage always runs."""
+    """Return what identifies an input from `stage`: its folder's name, or its content if the stage always runs."""
     if not _always_runs(stage):
         return folder.name
     read = [dep for dep in deps if any(Path(dep).is_relative_to(out) for out in _list_written(stage))]
@@ -176,18 +176,19 @@ def _identify(stage: dict[str, Any], folder: Path, deps: list[str]) -> str:
 
 
 def _list_written(stage: dict[str, Any]) -> list[str]:
+    """Return the paths of everything that a stage writes."""
     entries = [*stage["outs"], *stage.get("metrics", [])]
     return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
 
 
-def _producers(stages: dict[str, dict[str, Any]], spec: dict[str, Any]) -> list[str]:
-    """The stages whose outs `spec` depends on: an out is a dependency, holds one, or lies in one."""
-    found = []
-    for name, stage in stages.items():
-        for out in _list_written(stage):
-            if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in spec.get("deps", [])):
-                found.append(name)
-    return found
+def _list_producers(stages: dict[str, dict[str, Any]], deps: list[str]) -> list[str]:
+    """Return the stages that write a dependency: an out is a dependency, contains one, or is inside one."""
+    return [
+        name
+        for name, stage in stages.items()
+        for out in _list_written(stage)
+        if any(Path(out).is_relative_to(dep) or Path(dep).is_relative_to(out) for dep in deps)
+    ]
 
 
 def _look_up(params: dict[str, Any], dotted: str) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny random models of each supported family, in transformers' own classes, with a tokenizer, saved as folders."""
+"""Fixtures of all tests: tiny random models (benchmarks/tiny_models.py), saved as folders and imported."""
 
 import copy
 import functools
@@ -10,116 +10,42 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
 
+from benchmarks.tiny_models import (
+    FAMILIES,
+    POST_NORMS,
+    PROSE,
+    PROSE_FILE,
+    SIZES,
+    SLIDING,
+    VOCABULARY,
+    WINDOW,
+    make_model,
+    make_tokenizer,
+    randomize_,
+    tiny_params,
+)
 from pipeline.blocks.walk import BlockRunner
 from pipeline.importing.import_model import import_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.params import QuantizerInitParams
 
+# Tests import these from here.
+__all__ = [
+    "FAMILIES",
+    "POST_NORMS",
+    "PROSE",
+    "PROSE_FILE",
+    "SIZES",
+    "SLIDING",
+    "WINDOW",
+    "make_model",
+    "make_tokenizer",
+    "randomize_",
+    "tiny_params",
+]
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way
-VOCABULARY = 320
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-ROPE_SCALING = {  # as Llama 3's
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-WINDOW = 28  # of families that slide
-SLIDING = ("mistral", "qwen2", "phi3", "gemma2", "gemma3_text")
-POST_NORMS = ("gemma2", "gemma3_text", "olmo2")  # no R1
-FAMILIES = {
-    "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama_untied_biases": LlamaConfig(**SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
-    "llama_odd_sizes": LlamaConfig(**SIZES | {"hidden_size": 52, "intermediate_size": 78}, head_dim=13 * 2),
-    "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=WINDOW),
-    "qwen2": Qwen2Config(
-        **SIZES,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        use_sliding_window=True,
-        sliding_window=WINDOW,
-        max_window_layers=1,
-    ),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
-    "llama_long_rope": LlamaConfig(**SIZES, rope_parameters=ROPE_SCALING),
-    "phi3": Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=WINDOW),
-    "gemma2": Gemma2Config(
-        **SIZES,
-        head_dim=16,
-        query_pre_attn_scalar=20,
-        sliding_window=WINDOW,
-        attn_logit_softcapping=4.0,
-        final_logit_softcapping=6.0,
-    ),
-    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=WINDOW, sliding_window_pattern=2),
-    "olmo2": Olmo2Config(**SIZES),
-}
-PROSE = (ROOT / "tests" / "prose.txt").read_text(encoding="utf-8")
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a few paragraphs; adds no special tokens by itself."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([PROSE], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-
-
-def randomize_(model: torch.nn.Module) -> torch.nn.Module:
-    """Norms and biases are random too: folding them wrongly must show."""
-    model.float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 2.0)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3)
-            else:
-                parameter.normal_(0, 0.15)
-    return model
-
-
-def make_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random model of one of the families."""
-    torch.manual_seed(seed)
-    config = copy.deepcopy(FAMILIES[family])
-    capped = getattr(config, "attn_logit_softcapping", None)  # which sdpa leaves out, and older versions take
-    return randomize_(AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -199,30 +125,11 @@ def open_model(folder: Path, batch_size: int = 2) -> tuple[Checkpoint, BlockRunn
     return checkpoint, BlockRunner(checkpoint, torch.device("cpu"), batch_size)
 
 
-def tiny_params(source: Path, corpus: Path) -> dict:
-    """The project's params.yaml, shrunk to a tiny model and a local corpus."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["model"]["source"] = str(source)
-    params["corpora"] = {"prose": {"source": str(corpus)}}
-    params["prefix_search"]["choose"] = "threshold"  # tiny random models have no tokens that stand out
-    for name in ("search", "train", "end_to_end", "validation"):
-        params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
-    params["calibration"]["validation"]["windows"] = 1
-    params["calibration"]["evaluation"] = {"corpora": ["prose"], "windows": 2, "length": 48}
-    params["calibration"]["start_token"] = "never"  # `auto` measures, and random models have no habits
-    params["quantizer_init"]["mse_samples"] = 2
-    params["finetuning"]["blocks"] |= {"enabled": True, "epochs": 1}  # so that both phases run
-    params["evaluation"]["tasks"] = {}
-    params["activation_plots"] |= {"windows": 2, "surface_blocks": [0]}
-    params["runtime"] |= {"batch_size": 2, "threads": 1, "device": "cpu"}
-    return params
-
-
 @pytest.fixture
 def project(tmp_path, model_folders, monkeypatch) -> Path:
     """A working folder with a params.yaml for the tiny tied Llama, as current directory."""
     corpus = tmp_path / "prose.txt"
-    shutil.copyfile(ROOT / "tests" / "prose.txt", corpus)
+    shutil.copyfile(PROSE_FILE, corpus)
     write_params(tmp_path, tiny_params(model_folders["llama_tied"], corpus))
     monkeypatch.chdir(tmp_path)
     return tmp_path

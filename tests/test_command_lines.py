@@ -16,12 +16,12 @@ from pipeline.evaluation.texts import main as evaluate
 from pipeline.inference import generation
 from pipeline.inference.generation import main as generate
 from pipeline.runtime.errors import PipelineError, run_main
-from tests.conftest import ROOT, write_params
+from tests.conftest import PROSE_FILE, write_params
 from tests.evaluation.test_harness import local_task
 from tests.export.test_folder import make_export
 
 pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
-TEXT = ROOT / "tests" / "prose.txt"
+TEXT = PROSE_FILE
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pipeline.text.params import SPLIT_GROUPS
 from pipeline.text.windows import load_windows
 from tests.conftest import (
     FAMILIES,
-    ROOT,
+    PROSE_FILE,
     SIZES,
     WINDOW,
     read_json,
@@ -42,7 +42,7 @@ def family(request, model_folders, tmp_path_factory):
     """The family's own model, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     source = model_folders.get(request.param) or save_wide(folder / "source", model_folders["qwen2"])
-    shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
+    shutil.copyfile(PROSE_FILE, folder / "prose.txt")
     params = tiny_params(source, folder / "prose.txt")
     if request.param in ("mistral", "qwen2"):
         params["rotation"]["r1"] = "hadamard"  # merged; the others: online

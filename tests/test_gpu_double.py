@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.blocks.prefetch import TensorFetcher, prefetch_blocks
-from tests.conftest import ROOT, tiny_params, write_params
+from tests.conftest import PROSE_FILE, tiny_params, write_params
 from tests.gpu_double import CUDA, GpuDouble, MixedDevicesError, UnorderedError
 from tests.test_stages import ALL, contents, run
 
@@ -95,7 +95,7 @@ def test_tensors_are_fetched_in_any_order_and_what_was_not_wanted_after_all_is_d
 def run_on(device, folder, source, stages, monkeypatch):
     """Artifacts of a tiny model's stages, in float32 throughout, and the double they ran on."""
     folder.mkdir()
-    shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
+    shutil.copyfile(PROSE_FILE, folder / "prose.txt")
     params = tiny_params(source, folder / "prose.txt")
     params["prefix_search"]["outlier_threshold"] = 1.2
     params["prefix_training"] |= {"enabled": True, "epochs": 1, "length": 2}

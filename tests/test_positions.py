@@ -1,11 +1,11 @@
-"""The benchmark of positions scores what the evaluation scores."""
+"""The benchmark of positions agrees with the evaluation."""
 
 import math
 
 import pytest
 import torch
 
-from benchmarks.positions import format_table, measure_losses, split_positions
+from benchmarks.quality.positions import format_table, measure_losses, split_positions
 from pipeline.evaluation.perplexity import evaluate_windows
 from tests.conftest import open_model
 

@@ -107,7 +107,8 @@ def test_modules_exist(page):
         if PLACEHOLDER.search(module):
             continue
         if module.split(".")[0] in FOLDERS:
-            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
         elif not module.startswith("vllm."):  # it has an environment of its own, .venv-serving
             assert importlib.util.find_spec(module), module
     for module, variant in re.findall(r"python -m stages\.(\w+)(?: (\w+))?", PAGES[page]):

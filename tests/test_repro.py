@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.experiments import find_unfinished
 from pipeline.pictures.summary import format_summary
-from tests.conftest import ROOT, tiny_params, write_params
+from tests.conftest import PROSE_FILE, ROOT, tiny_params, write_params
 
 ALWAYS_RUN = {"code", "sources"}
 
@@ -26,7 +26,7 @@ def repository(tmp_path_factory, model_folders):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
     corpus = folder / "prose.txt"
-    shutil.copyfile(ROOT / "tests" / "prose.txt", corpus)
+    shutil.copyfile(PROSE_FILE, corpus)
     (folder / "data").mkdir()
     shutil.copytree(model_folders["llama_tied"], folder / "llama")
     params = tiny_params(folder / "llama", corpus)

@@ -1,4 +1,4 @@
-"""The benchmarks of sites and of rounding measure what the pipeline computes."""
+"""The benchmarks of sites and of rounding agree with the pipeline."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.rounding import OWN, ROWS, measure_rounding
-from benchmarks.sites import EVERY, measure_rows
+from benchmarks.quality.rounding import CALIBRATION, ROWS, measure_rounding
+from benchmarks.quality.sites import EVERY, measure_rows
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation.perplexity import evaluate_windows
 from pipeline.models.checkpoint import REPORT, Checkpoint
@@ -33,18 +33,18 @@ def test_rows_are_what_the_evaluation_gives_with_those_quantizers(imported, tmp_
 
 
 def test_errors_of_rounding_are_those_that_the_stage_reports(imported, tmp_path):
-    """Of block 0, which reads the same in full precision as behind quantized blocks."""
+    """Tested on block 0, whose inputs are the same in full precision as after quantized blocks."""
     changes = {"weights.rounding": "gptq", "weights.range": "layer", "weights.damping": 0.01}
     checkpoint, _ = make_quantized(imported, tmp_path, changes=changes)
     windows = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(4))  # as there
     others = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(5))
     rotated = Checkpoint(tmp_path / "rotation", "rotation")
-    found = measure_rounding(rotated, checkpoint, {OWN: windows, "other": others}, [0])
+    errors = measure_rounding(rotated, checkpoint, {CALIBRATION: windows, "other": others}, [0])
     sites = json.loads((checkpoint.folder / REPORT).read_text())["blocks"][0]["sites"]
-    reported = [own["relative_error"] for site, own in sites.items() if site.endswith("_proj")]
+    reported = [values["relative_error"] for site, values in sites.items() if site.endswith("_proj")]
     assert len(reported) == 7
-    assert found[ROWS[0]][OWN] == pytest.approx(sum(reported) / 7, rel=1e-3)
+    assert errors[ROWS[0]][CALIBRATION] == pytest.approx(sum(reported) / 7, rel=1e-3)
     for row in ROWS:
-        assert 0 < found[row][OWN] < found[row]["other"] < 1
-    damped = [found["tensor", damping][OWN] for damping in (0.01, 0.3)]
+        assert 0 < errors[row][CALIBRATION] < errors[row]["other"] < 1
+    damped = [errors["tensor", damping][CALIBRATION] for damping in (0.01, 0.3)]
     assert damped[0] < damped[1]

@@ -31,7 +31,7 @@ except ImportError:
 CPU = torch.device("cpu")
 # A power of two is applied as a few matrix products whose orders lie between these. On a CPU this is faster than
 # butterflies. Products of only a few columns take up to fifty times as long. On a GPU each product is a pass through
-# memory, so Paley's matrix takes the part above the largest order. Measured with `python -m benchmarks.hadamard`.
+# memory, so Paley's matrix takes the part above the largest order. Measured with `python -m benchmarks.speed.hadamard`.
 _LEAST_ORDER, _LARGEST_ORDER, _LARGEST_PALEY = 16, 128, 1024
 
 

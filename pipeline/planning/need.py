@@ -4,7 +4,7 @@
 
 A phase is a step of a stage, such as "one block is trained" or "logits are computed". The module of a stage
 (`rotation.py`, …) counts its phases from the model's shapes (`sizes.py`): weights, gradients, the optimizer's state,
-and a batch on its way through a block. `python -m benchmarks.stages` and `python -m benchmarks.finetuning`
+and a batch on its way through a block. `python -m benchmarks.speed.stages` and `python -m benchmarks.speed.finetuning`
 compare plans with measured peaks.
 """
 

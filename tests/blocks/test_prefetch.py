@@ -13,7 +13,7 @@ from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
 from tests.blocks.test_walk import walked_logits
-from tests.conftest import ROOT, open_model, read_json, tiny_params, write_params
+from tests.conftest import PROSE_FILE, open_model, read_json, tiny_params, write_params
 from tests.test_stages import ALL, run
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_the_whole_pipeline_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(dtype, m
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
         folder.mkdir()
-        shutil.copyfile(ROOT / "tests" / "prose.txt", folder / "prose.txt")
+        shutil.copyfile(PROSE_FILE, folder / "prose.txt")
         params = tiny_params(model_folders["llama_untied_biases"], folder / "prose.txt")
         params["model"]["dtype"] = params["rotation"]["dtype"] = dtype
         params["prefix_search"]["outlier_threshold"] = 1.2

@@ -28,7 +28,7 @@ from pipeline.models.architectures import find_architecture
 from pipeline.runtime.artifacts import load_tensors, make_header, save_tensors
 from pipeline.text.start_token import find_added_token, set_start_token_
 from pipeline.text.windows import prepend_start_token
-from tests.conftest import ROOT, make_tokenizer, open_model
+from tests.conftest import PROSE_FILE, ROOT, make_tokenizer, open_model
 from tests.inference.test_prefixed_model import PREFIX, QUANTIZERS, make_quantized
 
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks into /proc")
@@ -459,7 +459,7 @@ def test_commands_generate_and_evaluate(imported, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == expected.strip()
     results = tmp_path / "results.json"
-    text = ROOT / "tests" / "prose.txt"
+    text = PROSE_FILE
     done = run("pipeline.evaluate", folder, "--text", text, "--length", 48, "--windows", 2, "--json", results)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads(results.read_text())

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
+from benchmarks.tiny_gguf import write_gguf
 from pipeline.importing import gguf_file, gguf_source
 from pipeline.importing.gguf_file import GgufFile
 from pipeline.importing.gguf_source import open_gguf
@@ -28,7 +29,6 @@ from pipeline.importing.import_model import ModelImportError, import_model
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from tests.conftest import SIZES, make_tokenizer, randomize_
-from tests.importing.gguf_models import write_gguf
 
 WHOLE, REAL, TEXT, LIST = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 WIDE = SIZES | {"hidden_size": 64}  # whole blocks of 32, as quantized storage wants them

@@ -5,13 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_gguf import write_gguf
 from pipeline.importing import folder_source, fused_projections, gguf_source
 from pipeline.importing.import_model import import_model
 from pipeline.inspection import import_gate
 from pipeline.inspection.import_gate import ImportGateError, check_import
 from pipeline.models.checkpoint import CheckpointWriter
 from tests.conftest import FAMILIES, make_model, make_tokenizer
-from tests.importing.gguf_models import write_gguf
 
 ROOMY, NARROW = (functools.partial(check_import, limit=limit) for limit in (1e15, 0))
 

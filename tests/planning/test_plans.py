@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.scaling import END_TO_END, PARAMS, SHAPES, Shape
+from benchmarks.speed.scaling import END_TO_END, PARAMS, SHAPES, Shape
 from benchmarks.workspace import override, read_params
 from pipeline.evaluation.perplexity import LOGIT_POSITIONS
 from pipeline.params import parse_params

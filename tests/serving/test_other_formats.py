@@ -26,7 +26,7 @@ TEXTS = torch.randint(2, 320, (8, 32), generator=torch.Generator().manual_seed(3
 PROGRAM = """
 import json, sys
 from vllm import LLM
-from benchmarks.serving_parity import score_served
+from benchmarks.serving.parity import score_served
 llm = LLM(sys.argv[1], dtype=sys.argv[3], enforce_eager=True, max_model_len=64)
 print(json.dumps([scores.tolist() for scores in score_served(llm, json.loads(sys.argv[2]))]))
 """

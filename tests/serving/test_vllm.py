@@ -146,7 +146,7 @@ def test_compiled_blocks_compute_it_too(exports, name):
 
 def compare(exports, name, *options):
     longest = MODELS[name][4]
-    command = [sys.executable, "-m", "benchmarks.serving_parity", str(exports[name]), *options]
+    command = [sys.executable, "-m", "benchmarks.serving.parity", str(exports[name]), *options]
     command += ["--max-model-len", str(longest)] if longest else []
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,15 +1,15 @@
-"""What the exported model takes to load and run, against the original and in vLLM, in one table.
+"""Time and memory of the exported model, against the original and in vLLM, in one table.
 
-    python -m benchmarks.inference                        # artifacts/model and artifacts/export of the last run
-    python -m benchmarks.inference --json inference.json --w4a16 FOLDER
+    python -m benchmarks.speed.inference                        # artifacts/model and artifacts/export of the last run
+    python -m benchmarks.speed.inference --json inference.json --w4a16 FOLDER
 
-Each row runs in a process of its own, several times, rows in turn; times are medians over the rounds. Prefill is one
-forward of 512 tokens, of one text and of eight, decoding 64 tokens one by one behind them. Peak memory is the
-process's until then, loading included, less what it had after its imports; vLLM's has its cache of 1 GiB in it.
-Perplexity is on the windows of artifacts/calibration/evaluation/wikipedia.
+Each row runs several times in processes of its own, with rows in turn. Times are medians over the rounds. Prefill is
+one forward of 512 tokens, of one text and of eight. Decoding is 64 tokens one by one after them. Peak memory includes
+loading and excludes the memory after the imports; vLLM's includes its cache of 1 GiB. Perplexity is on the windows of
+artifacts/calibration/evaluation/wikipedia.
 
-Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its cache of
-prefixes. `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
+Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its prefix caching.
+`--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.serving_parity import as_prompts, compute_perplexity, score, score_served, set_up_vllm
+from benchmarks.serving.parity import as_prompts, compute_perplexity, score, score_served, set_up_vllm
 from benchmarks.workspace import ROOT, append_row, make_parser, read_rows
 from pipeline.inference.loading import load
 from pipeline.pictures.tables import format_markdown
@@ -39,7 +39,7 @@ from pipeline.text.windows import load_windows
 
 @dataclass(frozen=True)
 class Row:
-    """What is run, and how. `arithmetic`: of `load`; None: transformers' own loading."""
+    """A model and how it runs. `arithmetic`: that of `load`; None: transformers' own loading."""
 
     engine: str
     folder: str
@@ -65,8 +65,8 @@ _TIMES = [(kind, batch) for batch in BATCHES for kind in ("prefill", "decode")]
 
 def main() -> None:
     has_vllm = importlib.util.find_spec("vllm") is not None
-    own = [name for name, row in ROWS.items() if row.engine != "vllm" or (has_vllm and row.folder != "w4a16")]
-    parser = make_parser(__doc__, list(ROWS), own)
+    default = [name for name, row in ROWS.items() if row.engine != "vllm" or (has_vllm and row.folder != "w4a16")]
+    parser = make_parser(__doc__, list(ROWS), default)
     parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", help="of a finished run")
     parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
     parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
@@ -79,14 +79,22 @@ def main() -> None:
         return
     names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
     if any(ROWS[name].folder == "w4a16" for name in names) and arguments.w4a16 is None:
-        parser.error("its row needs --w4a16 FOLDER")
+        parser.error("--rows: the row of W4A16 needs --w4a16 FOLDER")
     if not names:
-        parser.error("--rows names none")
+        parser.error("--rows: name at least one")
     rows = read_rows(arguments.json)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS if name in names and name not in rows}
     for _ in range(arguments.rounds):
         for name, measured in rounds.items():
-            command = [sys.executable, "-m", "benchmarks.inference", "--child", name, "--artifacts", str(artifacts)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.speed.inference",
+                "--child",
+                name,
+                "--artifacts",
+                str(artifacts),
+            ]
             command += ["--w4a16", str(arguments.w4a16.resolve())] if arguments.w4a16 else []
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             measured.append(json.loads(done.stdout.splitlines()[-1]))
@@ -97,7 +105,7 @@ def main() -> None:
 
 
 def measure(row: Row, folders: dict[str, Path], artifacts: Path) -> dict[str, float]:
-    """File size and peak memory in GiB, seconds to load, to prefill and per decoded token, perplexity."""
+    """Return size and peak memory in GiB, seconds to load, to prefill and per decoded token, and perplexity."""
     windows = load_windows(artifacts / "calibration/evaluation/wikipedia.safetensors").token_ids
     return_freed_memory()
     before = current_rss_gib()
@@ -110,6 +118,7 @@ def measure(row: Row, folders: dict[str, Path], artifacts: Path) -> dict[str, fl
 
 
 def run_transformers(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    """Measure a row in transformers."""
     start = time.perf_counter()
     dtype = getattr(torch, row.dtype)
     if row.arithmetic is None:
@@ -126,7 +135,7 @@ def run_transformers(row: Row, folder: Path, windows: torch.Tensor) -> dict[str,
 
 @torch.no_grad()
 def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, float]:
-    """Seconds of a prefill [B, T] and of a step of B tokens behind it, the first of each left out."""
+    """Return the seconds of a prefill [B, T] and of a step of B tokens after it, without the first of each."""
     prefill, decode = [], []
     for _ in range(3):
         start = time.perf_counter()
@@ -140,6 +149,7 @@ def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, flo
 
 
 def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    """Measure a row in vLLM."""
     set_up_vllm()
     from vllm import LLM, SamplingParams
 
@@ -172,18 +182,18 @@ def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
 
 
 def take_median(run: Callable[[], float]) -> float:
-    """Of five, one before them left out."""
+    """Return the median of five runs, after a first one that does not count."""
     return statistics.median([run() for _ in range(6)][1:])
 
 
 def cut_texts(windows: torch.Tensor, batch: int) -> torch.Tensor:
-    """[batch, 512] different texts."""
+    """Return different texts, [batch, 512]."""
     texts = windows.unfold(1, _PREFILL, _PREFILL // 4).flatten(0, 1)
     return texts[:: len(texts) // batch][:batch]
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table; speeds as ratios to the first row's."""
+    """Return a Markdown table, with speeds as ratios to the first row's."""
     base = next(iter(rows.values()))
     head = ["", "file, MiB", "peak memory, GiB"]
     head += [f"{kind}, {'one text' if batch == 1 else f'{batch} texts'}" for kind, batch in _TIMES]
@@ -195,7 +205,7 @@ def format_table(rows: dict[str, Any]) -> str:
         f"{batch * (_PREFILL if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in _TIMES
     ]
     table = format_markdown([*head, "perplexity"], lines)
-    return f"{table}\n\n1.00 is {', '.join(speeds)} tokens a second."
+    return f"{table}\n\n1.00 is {', '.join(speeds)} tokens per second."
 
 
 if __name__ == "__main__":

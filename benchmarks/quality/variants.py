@@ -3,11 +3,11 @@
     python -m benchmarks.quality --size screening                  # 16 x 512 calibration tokens, 4 + 4 windows
     python -m benchmarks.quality --size final --json quality.json  # 64 x 512, 8 + 8 windows of 1,024
     python -m benchmarks.quality --table ablations                 # one choice of the default changed at a time
-    python -m benchmarks.quality --table finetuning                # what training brings, and what of it
+    python -m benchmarks.quality --table finetuning                # the gain of training, and of its parts
 
-Rows are params.yaml with a few keys changed; a finished row is kept in --json and skipped when restarted. The table of
-fine-tuning also pairs each row with another one, window by window: the mean difference of the loss in nats a token, and
-its standard error.
+Each row is params.yaml with a few keys changed. Finished rows are kept in --json and skipped later. The table of
+fine-tuning also pairs each row with another one, window by window: the mean difference of the loss in nats per token,
+and its standard error.
 """
 
 from pathlib import Path
@@ -19,7 +19,6 @@ from benchmarks.workspace import Workspace, append_row, override, read_params, r
 from pipeline.pictures.tables import format_markdown, list_result_columns, mean_and_error
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.artifacts import load_tensors
-from pipeline.runtime.errors import run_main
 
 SIZES = {
     "screening": {
@@ -49,7 +48,7 @@ def _bits(weights: int, activations: int, kv: int) -> dict[str, Any]:
 
 GROUPS = ("weights", "activations", "keys", "values")
 PREFIX_FREE = {"prefix.use": "none"}
-# The same method without what is ours: no means kept out, no equalized channels.
+# The method of the paper: no centered quantizers, no equalized channels.
 TEXTBOOK = {f"quantizer_init.{group}.centered": False for group in GROUPS} | {"quantizer_init.equalize": []}
 NEAREST = {"quantizer_init.weights.rounding": "rtn"}
 DYNAMIC = {f"quantizer_init.{group}.mode": "dynamic" for group in GROUPS[1:]}
@@ -179,7 +178,7 @@ def main() -> None:
 
 
 def measure_finetuning(workspace: Workspace, name: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a row of the table of fine-tuning, and the loss of every window."""
+    """Return the metrics of a row of the table of fine-tuning, and the loss of every window."""
     variant = "quantizer_init" if name == UNTRAINED else "finetuning"
     measured = workspace.metrics(f"evaluation@{variant}", params)
     folder = workspace.run(f"evaluation@{variant}", params)
@@ -222,7 +221,3 @@ def _pair(name: str, rows: dict[str, Any], corpora: list[str]) -> list[str]:
         return [""] * (1 + len(corpora))
     losses, paired = rows[name]["losses"], rows[partner]["losses"]
     return [partner, *(pair_losses(losses[corpus], paired[corpus]) for corpus in corpora)]
-
-
-if __name__ == "__main__":
-    run_main(main)

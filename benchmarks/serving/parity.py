@@ -1,22 +1,25 @@
 """vLLM against transformers on one exported folder: log-probabilities, greedy continuations, perplexity.
 
     W=artifacts/calibration/evaluation
-    python -m benchmarks.serving_parity artifacts/export --windows $W/*.safetensors --perplexity 4
+    python -m benchmarks.serving.parity artifacts/export --windows $W/*.safetensors --perplexity 4
 
-To be run where vLLM is installed (`make serve-setup`; docs/serving.md). Both read the same 8 texts of different
-lengths, all at once in vLLM, one by one in transformers (`pipeline.quantized_model.load`), and continue them greedily.
-Where a continuation differs, what counts is how far apart transformers has the two tokens there: a tie, or not.
+Run it where vLLM is installed (`make serve-setup`; docs/serving.md). Both engines read the same 8 texts of different
+lengths, vLLM all at once, transformers one by one (`pipeline.quantized_model.load`), and continue them greedily. Where
+a continuation differs, the figure to look at is the distance of the two tokens in transformers: is it a tie?
 
-Both multiply integers, where settings allow it, by kernels of their own; `--arithmetic float` compares with what
-`evaluation` computed.
+Both multiply integers by kernels of their own, if the settings allow it. `--arithmetic float` compares with the
+arithmetic of `evaluation`.
 
-Quantizers round: a value on the edge between two integers falls to either side by the last bit of a sum, the next block
-sees the difference, and 30 blocks of 4 bits make a perturbation of 1e-6 as large as quantization itself. So beside the
-log-probabilities stand `noise`, what they change by in transformers when its embeddings are disturbed by 1e-6,
-`noise_equal`, at how many of the continued texts transformers would choose alike all along when so disturbed, and two
-figures for which every block of transformers gets the very input that vLLM's had: `median_block`, the difference of a
-token's output relative to its size, and `rounded_otherwise`, the share of outputs in which it is above 1e-4. They need
---eager: nobody sees what passes between compiled blocks.
+Quantizers amplify rounding. A value on the edge between two integers falls to either side with the last bit of a sum,
+and after 30 blocks of 4 bits a perturbation of 1e-6 is as large as the quantization error itself. The output therefore
+also has
+
+    noise               the change of log-probabilities in transformers if its embeddings are disturbed by 1e-6
+    noise_equal         the number of continued texts in which this disturbance changes no choice
+    median_block        the relative difference of a token's output, if every block of transformers reads vLLM's input
+    rounded_otherwise   the fraction of these outputs that differ by more than 1e-4
+
+The last two need --eager, because the values between compiled blocks cannot be read.
 """
 
 import json
@@ -67,6 +70,7 @@ def main() -> None:
 
 def compare(
     folder: Path,
+    *,
     windows: Sequence[Path] = (),
     perplexity: int = 0,
     dtype: str = "float32",
@@ -75,7 +79,7 @@ def compare(
     eager: bool = False,
     arithmetic: Arithmetic = "integer",
 ) -> dict[str, Any]:
-    """What `main` prints. `chunk`: tokens that vLLM reads at a time."""
+    """Return the figures that `main` prints. `chunk`: number of tokens that vLLM reads at a time."""
     set_up_vllm()
     from vllm import LLM, SamplingParams
 
@@ -101,36 +105,36 @@ def compare(
     values["mean_difference"] = torch.cat(differences).mean().item()
     values["largest_difference"] = torch.cat(differences).max().item()
     if eager and any(len(text) <= chunk - 16 for text in tokens):
-        own = torch.cat([compare_blocks(model, llm, text) for text in tokens if len(text) <= chunk - 16])
-        values |= {"median_block": own.median().item(), "rounded_otherwise": (own > 1e-4).float().mean().item()}
+        off = torch.cat([compare_blocks(model, llm, text) for text in tokens if len(text) <= chunk - 16])
+        values |= {"median_block": off.median().item(), "rounded_otherwise": (off > 1e-4).float().mean().item()}
     starts = [text[: 4 + 3 * place] for place, text in enumerate(tokens * 3)][:CONTINUED]
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     served = llm.generate(as_prompts(starts), greedy, use_tqdm=False)
-    found = [compare_continuation(model, text, one) for text, one in zip(starts, served, strict=True)]
-    gaps = [gap for gap, _ in found if gap is not None]
+    compared = [compare_continuation(model, text, output) for text, output in zip(starts, served, strict=True)]
+    gaps = [gap for gap, _ in compared if gap is not None]
     values |= {"continued": len(starts), "equal": len(starts) - len(gaps), "largest_tie": max(gaps, default=0.0)}
-    values["noise_equal"] = sum(alike for _, alike in found)
+    values["noise_equal"] = sum(is_stable for _, is_stable in compared)
     if perplexity:
         texts = {
             path.stem: [strip_start_token(row.tolist(), model) for row in load_windows(path).token_ids[:perplexity]]
             for path in windows
         }
-        served = {name: score_served(llm, own) for name, own in texts.items()}
+        served = {name: score_served(llm, rows) for name, rows in texts.items()}
         values["perplexity_vllm"] = compute_perplexities(served)
-        scored = {name: [score(model, text) for text in own] for name, own in texts.items()}
+        scored = {name: [score(model, text) for text in rows] for name, rows in texts.items()}
         values["perplexity_transformers"] = compute_perplexities(scored)
     return values
 
 
 def set_up_vllm() -> None:
-    """Before vLLM is imported: one process, so that what fails is seen, no thread bound to a core, a cache of 1 GiB."""
+    """Set vLLM's environment, before it is imported: one process (errors show), unbound threads, a cache of 1 GiB."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def cut_texts(model: PreTrainedModel, windows: Sequence[Path], longest: int | None) -> list[list[int]]:
-    """Token ids of 8 texts of different lengths, from the first file of windows."""
+    """Return the token ids of 8 texts of different lengths, from the first file of windows, or at random."""
     lengths = [min(length, (longest or 512) - NEW_TOKENS - 8) for length in LENGTHS]
     if windows:
         rows = load_windows(windows[0]).token_ids
@@ -142,17 +146,18 @@ def cut_texts(model: PreTrainedModel, windows: Sequence[Path], longest: int | No
 
 
 def as_prompts(texts: list[list[int]]) -> list[dict[str, list[int]]]:
+    """Return texts in the form that vLLM takes token ids in."""
     return [{"prompt_token_ids": text} for text in texts]
 
 
 def score(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.Tensor:
-    """Log-probabilities of a text's tokens but the first, in transformers; its embeddings disturbed by `noise`."""
+    """Return the log-probabilities of a text's tokens except the first, in transformers, with disturbed embeddings."""
     return compute_log_p(model, text, noise)[:-1].gather(1, torch.tensor(text)[1:, None]).squeeze(1)
 
 
 @torch.no_grad()
 def compute_log_p(model: PreTrainedModel, text: list[int], noise: float = 0.0) -> torch.Tensor:
-    """Of every token behind every one of `text`, [T, V]."""
+    """Return log-probabilities of every token after each position, [T, V], with embeddings disturbed by `noise`."""
     ids = torch.tensor([text])
     embedded = model.get_input_embeddings()(ids)
     generator = torch.Generator().manual_seed(0)
@@ -162,83 +167,89 @@ def compute_log_p(model: PreTrainedModel, text: list[int], noise: float = 0.0) -
 
 @torch.no_grad()
 def compare_blocks(model: PreTrainedModel, llm: Any, text: list[int]) -> torch.Tensor:
-    """[blocks * T]: how far vLLM's outputs are from transformers', both on vLLM's input, relative to their size."""
+    """Return the relative distance of vLLM's outputs from those of transformers on vLLM's inputs, [blocks * T]."""
     from vllm import SamplingParams
 
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def watch(own: Any) -> None:
+    def watch_(served: Any) -> None:
         def keep_input(layer: Any, args: tuple) -> None:
             inputs.append(args[1].clone() if args[2] is None else args[1] + args[2])  # vLLM changes them in place
 
         def keep_output(layer: Any, args: tuple, output: tuple) -> None:
-            seen.append((inputs.pop(), output[0] + output[1]))
+            recorded.append((inputs.pop(), output[0] + output[1]))
 
         inputs: list[torch.Tensor] = []
-        for layer in own.model.layers:
+        for layer in served.model.layers:
             handles.append(layer.register_forward_pre_hook(keep_input))
             handles.append(layer.register_forward_hook(keep_output))
 
     handles: list[Any] = []
-    llm.apply_model(watch)
+    llm.apply_model(watch_)
     llm.reset_prefix_cache()
     llm.generate(as_prompts([text]), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
     for handle in handles:
         handle.remove()
     prefix = 0 if model.prefix_kv is None else model.prefix_kv.shape[-2]
     handles = []
-    found: list[torch.Tensor] = []
-    for block, (before, _) in zip(model.model.layers, seen, strict=True):
+    outputs: list[torch.Tensor] = []
+    for block, (before, _) in zip(model.model.layers, recorded, strict=True):
 
-        def replace(block: Any, args: tuple, kwargs: dict, own: torch.Tensor = before[prefix:]) -> tuple:
-            return (own[None], *args[1:]), kwargs
+        def replace(block: Any, args: tuple, kwargs: dict, states: torch.Tensor = before[prefix:]) -> tuple:
+            return (states[None], *args[1:]), kwargs
 
         handles.append(block.register_forward_pre_hook(replace, with_kwargs=True))
-        handles.append(block.register_forward_hook(lambda block, args, output: found.append(output)))
+        handles.append(block.register_forward_hook(lambda block, args, output: outputs.append(output)))
     model(torch.tensor([text]))
     for handle in handles:
         handle.remove()
-    pairs = [(mine[0] if mine.dim() == 3 else mine, its[prefix:]) for mine, (_, its) in zip(found, seen, strict=True)]
-    return torch.cat([(mine - its).norm(dim=-1) / mine.norm(dim=-1) for mine, its in pairs])
+    compared = []
+    for output, (_, served) in zip(outputs, recorded, strict=True):
+        reference = output[0] if output.dim() == 3 else output
+        compared.append((reference - served[prefix:]).norm(dim=-1) / reference.norm(dim=-1))
+    return torch.cat(compared)
 
 
 def score_served(llm: Any, texts: list[list[int]]) -> list[torch.Tensor]:
-    """The same in vLLM, of several texts at once; it counts placeholders as the prompt's."""
+    """Return the same as `score` in vLLM, for several texts at once. vLLM counts placeholders as part of the prompt."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     scores = []
     for text, output in zip(texts, llm.generate(as_prompts(texts), sampling, use_tqdm=False), strict=True):
         assert output.prompt_token_ids[-len(text) :] == text
-        own = output.prompt_logprobs[-len(text) :]
-        scores.append(torch.tensor([found[token].logprob for token, found in zip(text[1:], own[1:], strict=True)]))
+        pairs = zip(text[1:], output.prompt_logprobs[-len(text) :][1:], strict=True)
+        scores.append(torch.tensor([choices[token].logprob for token, choices in pairs]))
     return scores
 
 
 def compute_perplexities(scores: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-    """Of each file's texts, and of those of all files."""
-    together = {"all": [score for own in scores.values() for score in own]} if len(scores) > 1 else {}
-    return {name: compute_perplexity(own) for name, own in (scores | together).items()}
+    """Return the perplexity of each file's texts, and of the texts of all files."""
+    together = {"all": [score for texts in scores.values() for score in texts]} if len(scores) > 1 else {}
+    return {name: compute_perplexity(texts) for name, texts in (scores | together).items()}
 
 
 def compute_perplexity(scores: list[torch.Tensor]) -> float:
-    """Of texts that are equally long."""
+    """Return the perplexity of texts of equal length."""
     return torch.stack([-score.mean() for score in scores]).mean().exp().item()
 
 
 def compare_continuation(model: PreTrainedModel, text: list[int], output: Any) -> tuple[float | None, bool]:
-    """How much likelier, in nats, transformers has its own token than vLLM's where both part; None: they do not.
+    """Compare a continuation of vLLM with the choices of transformers on the same text.
 
-    And whether transformers would choose alike all along vLLM's text if its embeddings were disturbed by 1e-6.
+    Returns:
+        At the first different token: how much likelier, in nats, transformers' choice is in transformers; None if all
+        are equal. And whether a disturbance of the embeddings by 1e-6 changes no choice of transformers.
     """
-    made = list(output.outputs[0].token_ids)
-    log_p, disturbed = (compute_log_p(model, text + made[:-1], noise)[len(text) - 1 :] for noise in (0.0, 1e-6))
+    continuation = list(output.outputs[0].token_ids)
+    read = text + continuation[:-1]
+    log_p, disturbed = (compute_log_p(model, read, noise)[len(text) - 1 :] for noise in (0.0, 1e-6))
     best = log_p.argmax(-1)
-    alike = torch.equal(best, disturbed.argmax(-1))
-    for place, (mine, its) in enumerate(zip(best.tolist(), made, strict=True)):
-        if mine != its:
-            return (log_p[place, mine] - log_p[place, its]).item(), alike
-    return None, alike
+    is_stable = torch.equal(best, disturbed.argmax(-1))
+    for place, (chosen, served) in enumerate(zip(best.tolist(), continuation, strict=True)):
+        if chosen != served:
+            return (log_p[place, chosen] - log_p[place, served]).item(), is_stable
+    return None, is_stable
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""What becomes of what users hand in when it is broken at random: read rightly, refused in words, or not.
+"""Damage what users hand in at random, and count what is accepted rightly, refused in words, or handled wrongly.
 
     python -m benchmarks.robustness --seed 0 --count 1000
     python -m benchmarks.robustness --seed 0 --first 250 --count 250 --json robustness.json      # a part; keeps rows
 
-Each mutation is drawn from seed and number alone: a params file, a corpus, a checkpoint, a GGUF file, an exported
-folder or a command line of tiny models (those of `tests/`) is changed in one place, or the disk is full; then the entry
-point runs as a user runs it, in a process of its own that is ended after 60 seconds. What comes of it is one of
+Each mutation is determined by seed and number. It changes one place of a params file, a corpus, a checkpoint, a GGUF
+file, an exported folder or a command line, all of tiny models, or it fills the disk. The entry point then runs as a
+user runs it, in a process of its own, for at most 60 seconds. The outcome is one of
 
-    right       done, and a reference agrees: transformers' own loading of the same files, pyarrow's reading of the
-                same rows, the values that stand in the file
+    right       accepted, and a reference agrees: transformers' own loading of the same files, pyarrow's reading of the
+                same rows, the values in the file
     refused     one message, exit code 1, and nothing written
     traceback   anything else that was raised, or a process that died
     hang        not done after 60 seconds
     half        something half written was left
-    silent      done, without an error, and the reference differs
+    silent      accepted without an error, and the reference differs
 
-The last four are faults, and are listed with number and message.
+The last four are faults. They are listed with number and message.
 """
 
 import json
@@ -35,7 +35,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.robustness_cases import KINDS, WEIGHTS, Bases, Trial
+from benchmarks.robustness.bases import Bases
+from benchmarks.robustness.kinds import KINDS, WEIGHTS
+from benchmarks.robustness.trial import Trial
 from benchmarks.workspace import read_rows
 from pipeline.runtime.arguments import Parser, whole
 from pipeline.runtime.errors import run_main
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--first", type=whole(0), default=0, help="number of the first mutation")
     parser.add_argument("--count", type=whole(1), default=1000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--json", type=Path, help="keep every mutation there; what it has is not run again")
+    parser.add_argument("--json", type=Path, help="keep finished mutations in this file, and skip them later")
     arguments = parser.parse_args()
     rows = read_rows(arguments.json)
     with tempfile.TemporaryDirectory() as work:
@@ -70,11 +72,12 @@ def main() -> None:
 
 
 def choose_kind(seed: int, number: int) -> str:
+    """Return the kind of a mutation, one of `KINDS`."""
     return random.Random(f"{seed}/{number}").choices(list(KINDS), WEIGHTS)[0]
 
 
 def try_mutation(seed: int, number: int, bases: Bases, folder: Path) -> dict[str, Any]:
-    """Run mutation `number` in a child process: {"kind", "mutation", "outcome", "message", "seconds"}."""
+    """Run a mutation in a child process and return its row: "kind", "mutation", "outcome", "message", "seconds"."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     kind = choose_kind(seed, number)
@@ -83,17 +86,17 @@ def try_mutation(seed: int, number: int, bases: Bases, folder: Path) -> dict[str
     child = os.fork()
     if child == 0:
         os.close(reader)
-        found = _run_child(seed, number, kind, bases, folder)
+        result = _run_child(seed, number, kind, bases, folder)
         with os.fdopen(writer, "w") as file:
-            json.dump(found, file)
+            json.dump(result, file)
         os._exit(0)
     os.close(writer)
-    found = _collect(child, reader)
-    return {"kind": kind} | found | {"seconds": round(time.perf_counter() - start, 2)}
+    result = _collect(child, reader)
+    return {"kind": kind} | result | {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def _collect(child: int, reader: int) -> dict[str, str]:
-    """What the child says; or that it died, or took too long."""
+    """Return the child's result, or that it died or took too long."""
     end, received = time.monotonic() + PATIENCE, b""
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
         part = os.read(reader, 65536)
@@ -111,7 +114,8 @@ def _collect(child: int, reader: int) -> dict[str, str]:
 
 def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) -> dict[str, str]:
     mutation = "?"
-    torch.set_num_threads(1)  # in a fork torch makes its pool anew; of several threads that ask first one may find none
+    # A fork makes torch's pool of threads anew. If several threads ask for it first, one of them may find none.
+    torch.set_num_threads(1)
     with (folder / "output").open("w+") as output:
         for target in (1, 2):
             os.dup2(output.fileno(), target)
@@ -120,34 +124,34 @@ def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) ->
             trial = KINDS[kind](random.Random(f"{seed}/{number}/mutation"), bases, folder)
             mutation = trial.mutation
             outcome, message = run_trial(trial, folder)
-        except BaseException:  # of the mutation itself, or the reference: a fault of this program, shown as one
+        except BaseException:  # raised by the mutation or the reference: a fault of this program, shown as one
             outcome, message = "traceback", traceback.format_exc()[-600:]
-    said = {"mutation": mutation, "outcome": outcome, "message": message}
-    return {key: text.encode(errors="backslashreplace").decode() for key, text in said.items()}
+    result = {"mutation": mutation, "outcome": outcome, "message": message}
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in result.items()}
 
 
 def run_trial(trial: Trial, folder: Path) -> tuple[str, str]:
-    """Do what a user does, and judge: (outcome, what was said)."""
-    before = snapshot(trial.keeps)
+    """Act as a user does, judge the result, and return (outcome, message)."""
+    before = snapshot(trial.unchanged)
     message = _act(trial)
     if message is not None and message.startswith("Traceback"):
         return "traceback", message
     left = [path.name for path in folder.rglob(".*") if path.name.endswith((".tmp", ".partial"))]
     if left:
         return "half", f"left behind: {', '.join(left)}"
-    if snapshot(trial.keeps) != before:
-        return "half", "what was read has changed"
+    if snapshot(trial.unchanged) != before:
+        return "half", "an input has changed"
     if message is not None:
         there = [path.name for path in trial.writes if path.exists()]
-        return ("half", f"{message}; and yet there is {', '.join(there)}") if there else ("refused", message)
+        return ("half", f"{message}; but {', '.join(there)} was written") if there else ("refused", message)
     problem = trial.judge()
     return ("right", "") if problem is None else ("silent", problem)
 
 
 def _act(trial: Trial) -> str | None:
-    """None when all went well, the message of a refusal, or a traceback."""
+    """Return None if the input was accepted, otherwise the message of a refusal, or a traceback."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if trial.disk is not None:  # bytes a file may have: writing more fails as it does on a full disk
+    if trial.disk is not None:  # writing beyond a file's limit fails as it does on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (trial.disk, limits[1]))
     try:
@@ -166,19 +170,20 @@ def _act(trial: Trial) -> str | None:
 
 
 def snapshot(folder: Path | None) -> dict[str, bytes]:
+    """Return the contents of all files of a folder by path."""
     if folder is None or not folder.exists():
         return {}
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A line per seed and kind, and the faults."""
+    """Return a Markdown table with a line for each seed and kind, followed by the faults."""
     lines = ["| seed | handed in | mutations | " + " | ".join(OUTCOMES) + " |", "| --- " * (3 + len(OUTCOMES)) + "|"]
     seeds = sorted({name.partition("/")[0] for name in rows}, key=int)
     for seed in seeds:
-        own = [row for name, row in rows.items() if name.partition("/")[0] == seed]
+        of_seed = [row for name, row in rows.items() if name.partition("/")[0] == seed]
         for kind in (*KINDS, "all"):
-            counts = Counter(row["outcome"] for row in own if kind in (row["kind"], "all"))
+            counts = Counter(row["outcome"] for row in of_seed if kind in (row["kind"], "all"))
             if total := sum(counts.values()):
                 cells = [seed, kind, total, *(counts[outcome] for outcome in OUTCOMES)]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -189,8 +194,5 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def count_faults(rows: dict[str, dict[str, Any]]) -> int:
+    """Return how many rows are faults."""
     return sum(row["outcome"] in FAULTS for row in rows.values())
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,12 +1,12 @@
-"""What fine-tuning a block costs, against a plain forward and backward of the same block on the same windows.
+"""The cost of fine-tuning a block, against a plain forward and backward of the same block on the same windows.
 
-    python -m benchmarks.finetuning                        # packaged model, 16 x 512 tokens, one epoch
-    python -m benchmarks.finetuning --json finetuning.json
+    python -m benchmarks.speed.finetuning                        # packaged model, 16 x 512 tokens, one epoch
+    python -m benchmarks.speed.finetuning --json finetuning.json
 
-First table: seconds of one epoch of one block (rounding of weights, quantizers, loss, AdamW) and of the plain one
-(rotated, full precision, all weights trained, mean squared error, no optimizer), taken in turn in one process; the
-medians and their ratio. Second table: peak memory of the first phase with streams in memory and in files, beside what
-`--plan` says.
+The first table has the seconds of one epoch of one block, and their ratio to a plain epoch. The epoch rounds weights,
+runs quantizers, loss and AdamW. The plain one trains all weights of the rotated block in full precision with the mean
+squared error, without an optimizer. Both take turns in one process; figures are medians. The second table has the peak
+memory of the first phase, with streams in memory and in files, and the value of `--plan`.
 """
 
 import statistics
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, float]:
-    """Seconds of an epoch of block `BLOCK`: ours, and a plain forward and backward."""
+    """Return the seconds of an epoch of block `BLOCK`: "trained", and "plain" for a plain forward and backward."""
     params = parse_params(values).finetuning
     folders = {stage: workspace.run(stage, values) for stage in ("calibration", "rotation", "quantizer_init")}
     rotated = Checkpoint(folders["rotation"] / "artifacts/rotation", "rotation")
@@ -64,23 +64,23 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
     trainables = unfreeze_(block, initial.architecture, weights=weights)
     trainer = BlockTrainer(block, trainables, prefix_kv=prefix_kv, runner=runner, params=params, ranks=Ranks())
     data = BlockData(inputs, [target], len(inputs))
-    trained = [_make_parameter(plain.get_submodule(name)) for name in initial.architecture.linears]
+    parameters = [_make_parameter(plain.get_submodule(name)) for name in initial.architecture.linears]
     order = shuffle(len(inputs), torch.Generator().manual_seed(0))
 
-    def ours() -> None:
+    def run_trainer() -> None:
         for rows in batches(len(inputs), params.blocks.batch_size):
             trainer.step(data, order[rows], 0, 1)
 
-    def theirs() -> None:
+    def run_plain() -> None:
         for rows in batches(len(inputs), params.blocks.batch_size):
             output = runner.run(plain, inputs[order[rows]], prefix_kv)
             nn.functional.mse_loss(output, target[order[rows]]).backward()
-            for parameter in trained:
+            for parameter in parameters:
                 parameter.grad = None
 
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    seconds: dict[str, list[float]] = {"trained": [], "plain": []}
     for _ in range(ROUNDS):
-        for name, epoch in (("ours", ours), ("plain", theirs)):
+        for name, epoch in (("trained", run_trainer), ("plain", run_plain)):
             start = time.perf_counter()
             epoch()
             seconds[name].append(time.perf_counter() - start)
@@ -88,9 +88,9 @@ def measure_epoch(workspace: Workspace, values: dict[str, Any]) -> dict[str, flo
 
 
 def measure_memory(workspace: Workspace, values: dict[str, Any], offload: str) -> dict[str, float]:
-    """Peak memory of the stage in GiB, and what it was planned to be."""
-    own = {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0}
-    changed = override(values, own | {"finetuning.end_to_end.enabled": False})
+    """Return the stage's peak memory in GiB, measured and planned."""
+    changes = {"runtime.offload": offload, "finetuning.seed": 1 if offload == "always" else 0}
+    changed = override(values, changes | {"finetuning.end_to_end.enabled": False})
     peak = workspace.metrics("finetuning", changed)["peak_rss_gib"]
     return {"peak": peak, "planned": workspace.plan("finetuning", changed)}
 
@@ -103,15 +103,16 @@ def _make_parameter(linear: nn.Module) -> nn.Parameter:
 
 
 def format_tables(rows: dict[str, Any]) -> str:
+    """Return the Markdown tables of the rows."""
     lines = []
     if "epoch" in rows:
-        ours, plain = rows["epoch"]["ours"], rows["epoch"]["plain"]
+        trained, plain = rows["epoch"]["trained"], rows["epoch"]["plain"]
         lines += [
             "| | seconds | ratio |",
             "| --- | ---: | ---: |",
             f"| plain forward and backward | {plain:.2f} | 1.00 |",
         ]
-        lines += [f"| an epoch of fine-tuning | {ours:.2f} | {ours / plain:.2f} |", ""]
+        lines += [f"| an epoch of fine-tuning | {trained:.2f} | {trained / plain:.2f} |", ""]
     memory = {name: rows[name] for name in ("never", "always") if name in rows}
     if memory:
         lines += ["| runtime.offload | peak, GiB | planned, GiB |", "| --- | ---: | ---: |"]

@@ -1,18 +1,18 @@
-"""What each kind of quantizer costs: a run's quantized model with some of its activation quantizers switched off.
+"""The cost of each kind of quantizer: a quantized model of a run with some of its activation quantizers switched off.
 
-    python -m benchmarks.sites --text wiki.txt --text c4.jsonl              # artifacts/quantizer_init of this folder
-    python -m benchmarks.sites --text wiki.txt --run FOLDER --variant finetuning
+    python -m benchmarks.quality.sites --text wiki.txt --text c4.jsonl      # artifacts/quantizer_init of this folder
+    python -m benchmarks.quality.sites --text wiki.txt --run FOLDER --variant finetuning
 
-Rows: everything; weights alone; everything but one site; weights and one site alone. Columns: how much more a token
-costs than in the original, in nats, ± the standard error over windows. Costs do not add up: what one quantizer costs
-depends on what the others leave. All rows are walked together, one block in memory at a time.
+Rows: everything quantized; weights alone; everything but one site; weights and one site alone. Columns: the increase of
+the loss over the original's, in nats per token, ± the standard error over windows. Costs do not add up, because the
+cost of one quantizer depends on the errors of the others. All rows walk together, with one block in memory at a time.
 """
 
 from pathlib import Path
 
 import torch
 
-from benchmarks.positions import cut_texts, measure_losses, score_windows
+from benchmarks.quality.positions import cut_texts, measure_losses, score_windows
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, load_blocks
@@ -54,7 +54,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure_rows(checkpoint: Checkpoint, windows: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Row -> text -> -log p of every target in nats, [N, T - 1] from token ids [N, T]."""
+    """Return -log p of every target in nats by row and text: [N, T - 1] from token ids [N, T]."""
     architecture, runner = checkpoint.architecture, BlockRunner(checkpoint, _CPU, 1)
     prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
     start_token = load_start_token(checkpoint.folder / PREFIX, checkpoint.stage)
@@ -62,12 +62,12 @@ def measure_rows(checkpoint: Checkpoint, windows: dict[str, torch.Tensor]) -> di
     hidden = {row: {text: states.clone() for text, states in embedded.items()} for row in ROWS}
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "sites"):
-        block, own_prefix = next(blocks), runner.take_prefix(prefix_kv, index)
+        block, block_prefix = next(blocks), runner.take_prefix(prefix_kv, index)
         for row, sites in ROWS.items():
             for site, quantizer in find_site_quantizers(block, architecture).items():
                 quantizer.calibrated = quantizer.spec.enabled and site in sites
             for states in hidden[row].values():
-                runner.advance_(block, states, own_prefix)
+                runner.advance_(block, states, block_prefix)
         del block
     lm_head, losses = checkpoint.load_lm_head(), {}
     for row, texts in hidden.items():

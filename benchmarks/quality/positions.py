@@ -1,10 +1,10 @@
-"""How a finished run holds on other text and at later positions: perplexity relative to the original's, by position.
+"""Perplexity of a finished run on other text, relative to the original's, by position in the window.
 
-    python -m benchmarks.positions --text wiki.txt --text c4.jsonl                  # artifacts/ of this folder
-    python -m benchmarks.positions --text wiki.txt --run FOLDER --run OTHER         # others', paired with the first
+    python -m benchmarks.quality.positions --text wiki.txt --text c4.jsonl            # artifacts/ of this folder
+    python -m benchmarks.quality.positions --text wiki.txt --run FOLDER --run OTHER   # others, paired with the first
 
-Windows are cut the field's way (`pipeline.evaluate`): of each text the first `--windows` of `--length` tokens. Column
-`less the first` is the mean difference of the loss on the same windows in nats a token, ± its standard error.
+Windows are cut as `pipeline.evaluate` cuts them: the first `--windows` of `--length` tokens of each text. The column
+`less the first` is the mean difference of the loss on the same windows in nats per token, ± its standard error.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import pair_losses
+from benchmarks.quality.variants import pair_losses
 from benchmarks.workspace import find_device
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
@@ -25,7 +25,7 @@ from pipeline.text.calibration import cut_documents
 from pipeline.text.corpora import read_local_documents
 from pipeline.text.windows import load_start_token, load_windows
 
-_POSITIONS = 256  # logits of so many at a time
+_POSITIONS = 256  # number of positions whose logits are in memory at a time
 Losses = dict[str, torch.Tensor]  # text -> [N, T - 1]
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def cut_texts(paths: list[Path], count: int, length: int, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Name of a text's file -> its first windows, token ids [count, length]."""
+    """Return the first windows of each text by the name of its file: token ids [count, length]."""
     return {
         path.stem: cut_documents(read_local_documents(path, "text"), count, length, checkpoint.tokenizer, str(path))
         for path in paths
@@ -66,7 +66,7 @@ def cut_texts(paths: list[Path], count: int, length: int, checkpoint: Checkpoint
 def measure_losses(
     checkpoint: Checkpoint, windows: dict[str, torch.Tensor], prefix_kv: torch.Tensor | None, start_token: int | None
 ) -> Losses:
-    """-log p of every target, in nats: text -> [N, T - 1] from token ids [N, T]."""
+    """Return -log p of every target in nats, for each text: [N, T - 1] from token ids [N, T]."""
     runner = BlockRunner(checkpoint, find_device(), 1)
     hidden, _, _ = compute_final_hidden(checkpoint, windows, runner, prefix_kv, start_token)
     lm_head = checkpoint.load_lm_head()
@@ -74,12 +74,12 @@ def measure_losses(
 
 
 def score_windows(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
-    """-log p of every target, [N, T - 1], from final hidden states [N, T, D] and token ids [N, T]."""
+    """Return -log p of every target, [N, T - 1], from final hidden states [N, T, D] and token ids [N, T]."""
     return torch.stack([score_targets(*pair, lm_head) for pair in zip(hidden, token_ids, strict=True)])
 
 
 def score_targets(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead) -> torch.Tensor:
-    """-log p of the targets of one window: [T - 1] from hidden states [T, D] and token ids [T]."""
+    """Return -log p of the targets of one window, [T - 1], from hidden states [T, D] and token ids [T]."""
     parts = zip(hidden[:-1].split(_POSITIONS), token_ids[1:].split(_POSITIONS), strict=True)
     return torch.cat(
         [-lm_head.logits(x).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1) for x, targets in parts]
@@ -87,13 +87,13 @@ def score_targets(hidden: torch.Tensor, token_ids: torch.Tensor, lm_head: LmHead
 
 
 def split_positions(length: int) -> list[slice]:
-    """Targets 0 to 255, to 511, to 1023, to 1535, to the end: those that a window of so many targets has."""
+    """Return the ranges of targets 0-255, 256-511, 512-1023, 1024-1535 and above, as far as a window has them."""
     ends = [end for end in (256, 512, 1024, 1536) if end < length]
     return [slice(*pair) for pair in zip([0, *ends], [*ends, length], strict=True)]
 
 
 def format_table(exact: Losses, rows: dict[str, Losses]) -> str:
-    """A Markdown table: a line for each text and row, ratios of perplexities over all targets and by position."""
+    """Return a Markdown table with a line for each text and row: ratios of perplexities, in all and by position."""
     length = next(iter(exact.values())).shape[1]
     places = split_positions(length)
     heads = [f"{place.start}-{place.stop - 1}" for place in places]

@@ -1,11 +1,11 @@
 """Time and memory of every walking stage, against one plain forward of the same tokens in the same run.
 
-    python -m benchmarks.stages                      # packaged model, 64 x 512 calibration tokens
-    python -m benchmarks.stages --json stages.json   # keeps finished rows, continues when restarted
+    python -m benchmarks.speed.stages                      # packaged model, 64 x 512 calibration tokens
+    python -m benchmarks.speed.stages --json stages.json   # keeps finished rows, continues when restarted
 
-Two tables: seconds and peak memory per stage (the forward is transformers' own, logits included, in batches of
-runtime.batch_size, measured right before and after the stage); and peak memory with twice the blocks, on a model made
-of the packaged one's blocks repeated.
+The first table has seconds and peak memory per stage. The forward is transformers' own, logits included, in batches of
+runtime.batch_size, measured just before and after the stage. The second table has the peak memory with twice the
+blocks, on a model made of the packaged one's blocks repeated.
 """
 
 import json
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure_stage(workspace: Workspace, stage: str, params: dict[str, Any]) -> dict[str, float]:
-    """Seconds and memory of a stage, with the plain forward of its tokens before and after it."""
+    """Return seconds and memory of a stage, with the plain forward of its tokens before and after it."""
     for upstream in ("calibration", *_upstream(stage)):
         workspace.run(upstream, params)
     model = workspace.run("model", params) / "artifacts/model"
@@ -80,7 +80,7 @@ def measure_stage(workspace: Workspace, stage: str, params: dict[str, Any]) -> d
 
 @torch.no_grad()
 def time_forward(model_folder: Path, token_ids: torch.Tensor, batch_size: int) -> float:
-    """Seconds transformers takes for one forward of all windows, logits included, model loaded and warm."""
+    """Return the seconds of transformers for one forward of all windows, logits included, with a warm model."""
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     model(token_ids[:1])
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def time_forward(model_folder: Path, token_ids: torch.Tensor, batch_size: int) -
 
 
 def make_doubled_model(workspace: Workspace, params: dict[str, Any]) -> Path:
-    """The packaged model with every block twice, as an ordinary checkpoint folder."""
+    """Write the packaged model with every block twice as an ordinary checkpoint, and return its folder."""
     source = Checkpoint(workspace.run("model", params) / "artifacts/model", "model")
     folder = workspace.folder / "doubled"
     if (folder / CONFIG).is_file():
@@ -110,6 +110,7 @@ def make_doubled_model(workspace: Workspace, params: dict[str, Any]) -> Path:
 
 
 def print_tables(rows: dict[str, Any], stages: list[str]) -> None:
+    """Print both Markdown tables."""
     print("| stage | seconds | tokens | plain forward, seconds | ratio | peak RSS, GiB | --plan, GiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for stage in stages:
@@ -126,7 +127,7 @@ def print_tables(rows: dict[str, Any], stages: list[str]) -> None:
 
 
 def _upstream(stage: str) -> tuple[str, ...]:
-    """What to have ready, so that only the stage itself runs between the two forwards."""
+    """Return the stages to run before, so that only the stage itself runs between the two forwards."""
     ready = {"quantizer_init": ("rotation", "prefix_training")}
     return ready.get(stage, ("quantizer_init", "evaluation@original") if stage.endswith("@quantizer_init") else ())
 

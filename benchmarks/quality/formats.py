@@ -1,14 +1,18 @@
-"""What number formats cost, by rotation and prefix, untrained: perplexity, with bits per weight and activation.
+"""Perplexity of number formats by rotation and prefix, untrained, with bits per weight and activation.
 
-    python -m benchmarks.formats --artifacts artifacts --json formats.json
-    python -m benchmarks.formats --rows "NVFP4/none/none" "NVFP4/none/found"
+    python -m benchmarks.quality.formats --artifacts artifacts --json formats.json
+    python -m benchmarks.quality.formats --rows "NVFP4/none/none" "NVFP4/none/found"
 
-A row is FORMAT/ROTATION/PREFIX; `original` has no quantizers. Rotations: none; block (R1, R2, R4 of every 16 or 32
-channels, the format's block); global. R4 and R5 are online: rows with a rotation are what this project runs, those
-without are what exported folders hold. Reads model, calibration and prefixes of a finished run in --artifacts. Ranges
-are searched in the values themselves (of weights only in INT4 and W4A16) and weights rounded to nearest, so that
-formats are compared and not rounding; INT4 is the headline's W4A4KV4, all others leave keys and values alone and center
-nothing. A finished row is kept in --json and skipped when restarted.
+A row is FORMAT/ROTATION/PREFIX. `original` has no quantizers. Rotations are none, block (R1, R2 and R4 over 16 or 32
+channels, the format's block) and global. R4 and R5 are online, so rows with a rotation need this project to run, and
+rows without one are like exported folders.
+
+Ranges are searched in the values themselves (ranges of weights only for INT4 and W4A16) and weights are rounded to
+nearest, so that formats are compared and not rounding. INT4 is the headline's W4A4KV4. All other formats leave keys and
+values unquantized and center nothing.
+
+Model, calibration and prefixes come from a finished run in --artifacts. Finished rows are kept in --json and skipped
+later.
 """
 
 import shutil
@@ -43,25 +47,25 @@ PLAIN = {
 FLOATS = {"fp8_e4m3": 8, "mxfp4": 4, "nvfp4": 4}
 
 
-def ask_for(name: str) -> dict[str, object]:
-    """Weights and activations in a format of floats."""
-    asked = {
+def use_format(name: str) -> dict[str, object]:
+    """Return changes that put weights and activations into a float format."""
+    changes = {
         f"{group}.{key}": value for group in GROUPS[:2] for key, value in (("format", name), ("bits", FLOATS[name]))
     }
-    return PLAIN | asked
+    return PLAIN | changes
 
 
-# Format -> bits per weight and activation with the scales of blocks, its block, what is changed in quantizer_init.
+# Format -> bits per weight and activation with the scales of blocks, its block, changes to quantizer_init.
 FORMATS = {
     "original": ("16 / 16", 32, PLAIN | {"weights.bits": 16, "activations.bits": 16}),
     "W4A16": ("4.5 / 16", 32, PLAIN | {"weights.group_size": 64, "activations.bits": 16}),
     "W8A8": ("8 / 8", 32, PLAIN | {"weights.bits": 8, "activations.bits": 8}),
-    "FP8": ("8 / 8", 32, ask_for("fp8_e4m3")),
-    "NVFP4": ("4.5 / 4.5", 16, ask_for("nvfp4")),
-    "MXFP4": ("4.25 / 4.25", 32, ask_for("mxfp4") | {"activations.mode": "dynamic", "activations.clipping": False}),
+    "FP8": ("8 / 8", 32, use_format("fp8_e4m3")),
+    "NVFP4": ("4.5 / 4.5", 16, use_format("nvfp4")),
+    "MXFP4": ("4.25 / 4.25", 32, use_format("mxfp4") | {"activations.mode": "dynamic", "activations.clipping": False}),
     "INT4": ("4 / 4", 32, {}),
 }
-SEARCHED = ("INT4", "W4A16")  # weights' ranges are searched
+SEARCHED = ("INT4", "W4A16")  # formats whose ranges of weights are searched
 _NAMES = ("r1", "r2", "r3", "r4", "r5")
 ROTATIONS = {
     "none": dict.fromkeys(_NAMES, "identity"),
@@ -100,7 +104,15 @@ def main() -> None:
 
 @dataclass
 class Bench:
-    """Where rows are measured, on how much text; rotated models are kept in `work` for the rows that share them."""
+    """Measures rows on a finished run.
+
+    Attributes:
+        artifacts: of the run.
+        work: folder of rotated models, which rows share.
+        windows: held-out windows per corpus, at most.
+        calibration: calibration windows, at most.
+        length: tokens that are read of each window, at most.
+    """
 
     artifacts: Path
     work: Path
@@ -111,7 +123,7 @@ class Bench:
     device: torch.device = field(default_factory=find_device)
 
     def measure(self, row: str) -> dict[str, float]:
-        """Corpus -> perplexity of a row."""
+        """Return the perplexity of a row for each corpus."""
         name, rotation, use = row.split("/")
         _, block, changes = FORMATS[name]
         rotated = self.rotate(rotation, block)
@@ -148,7 +160,7 @@ class Bench:
         return metrics["perplexity"]
 
     def rotate(self, rotation: str, block: int) -> Checkpoint:
-        """The model with a rotation, in blocks of `block` channels where it has any."""
+        """Return the rotated model. `block`: number of channels per block of the rotation "block"."""
         key = rotation, block if rotation == "block" else 0
         if key not in self.models:
             folder = self.work / f"{rotation}-{key[1]}"

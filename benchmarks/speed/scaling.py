@@ -1,20 +1,25 @@
-"""Memory and time of the streamed stages on the shapes of large models, against the limits they promise.
+"""Memory and time of the streamed stages on the shapes of large models, against the limits that they promise.
 
-    python -m benchmarks.scaling                             # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
-    python -m benchmarks.scaling --models llama-2-7b --json scaling.json
-    python -m benchmarks.scaling --whole                     # no run: what whole models take on one GPU and on eight
+    python -m benchmarks.speed.scaling              # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
+    python -m benchmarks.speed.scaling --models llama-2-7b --json scaling.json
+    python -m benchmarks.speed.scaling --whole      # no run: the needs of whole models on one GPU and on eight
 
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
-a process of its own, on 8 x 512 tokens. Columns: the peak of resident memory; the limit, 0.6 GiB + hidden states + k
-blocks in float32; what `--plan` said; seconds, and those in plain forwards of the same tokens through the same blocks
-(the original model's, timed in the same run). What `export` packs was rounded to nearest. A model's folder is deleted
-when its rows are done.
+in a process of its own, on 8 x 512 tokens. Columns:
 
---whole is what `--plan` says of memory and disk, and operations counted from shapes: 2 a parameter and token a pass,
-two streams for statistics, targets and reference, 3 x 1.6 passes for each of 20 epochs (`python -m
-benchmarks.finetuning`), a Gram matrix for each kind of input, a cubic factorisation and an update for GPTQ. Windows are
-shared among GPUs; every GPU factorises for itself. Minutes suppose the operations a second of --tflops, reached
-throughout; clip factors' search, which depends on params, and reading the checkpoint, which overlaps, are not counted.
+- the peak of resident memory
+- its limit: 0.6 GiB + hidden states + k blocks in float32
+- the value of `--plan`
+- seconds, and the same in plain forwards of these tokens through these blocks (the original model's, timed in the same
+  run)
+
+The weights that `export` packs were rounded to nearest. A model's folder is deleted after its rows.
+
+--whole prints the memory and disk of `--plan`, and counts operations from shapes: 2 per parameter, token and pass; two
+streams for statistics, targets and reference; 3 x 1.6 passes for each of 20 epochs (`python -m
+benchmarks.speed.finetuning`); for GPTQ a Gram matrix for each kind of input, a cubic factorization and an update. GPUs
+share the windows, but each of them factorizes. Minutes assume that --tflops is reached throughout. Two things are not
+counted: the search of clip factors, which depends on params, and reading the checkpoint, which overlaps.
 """
 
 import json
@@ -76,14 +81,14 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A stage, how many blocks in float32 it may take, and params of its own."""
+    """A stage, its limit in blocks in float32, and changes to params."""
 
     stage: str
     blocks: int
     params: dict[str, Any] = field(default_factory=dict)
 
 
-# What does not depend on how weights were rounded and ranges found need not wait for it.
+# For stages whose time and memory do not depend on how weights were rounded and ranges were searched.
 QUICK = {
     "quantizer_init.weights.rounding": "rtn",
     "quantizer_init.weights.range": "max",
@@ -122,8 +127,8 @@ PARAMS = {
     "calibration.evaluation.windows": WINDOWS // 2,  # of each of two corpora
     "calibration.evaluation.length": LENGTH,
     "evaluation.tasks": {},
-    # Judged at the layer's output a clip factor takes a product with the Gram matrix, whatever the number of tokens: at
-    # these widths some thirty forwards of 8 windows.
+    # range: layer multiplies by the Gram matrix for each clip factor, whatever the number of tokens. At these widths
+    # that takes as long as 30 forwards of 8 windows.
     "quantizer_init.weights.range": "tensor",
     "finetuning.start": "full_precision",
     "finetuning.blocks.enabled": True,
@@ -134,7 +139,7 @@ PARAMS = {
     "finetuning.blocks.batch_size": 1,
 }
 
-# The official command line's: 512 x 1024 tokens, 20 epochs.
+# Those of the official command line: 512 x 1024 tokens, 20 epochs.
 WHOLE = {
     "calibration.train.windows": 512,
     "calibration.train.length": 1024,
@@ -154,39 +159,39 @@ WHOLE = {
 def main() -> None:
     parser = make_parser(__doc__, ROWS)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--whole", action="store_true", help="print what whole models take, and stop")
-    parser.add_argument("--tflops", type=float, default=200.0, help="of --whole: 10^12 operations a GPU does a second")
+    parser.add_argument("--whole", action="store_true", help="print the needs of whole models, and stop")
+    parser.add_argument("--tflops", type=float, default=200.0, help="for --whole: 10^12 operations per second of a GPU")
     arguments = parser.parse_args()
     if arguments.whole:
         print(plan_whole_models(arguments.tflops))
         return
     rows = read_rows(arguments.json)
     for name in arguments.models:
-        wanted = [row for row in arguments.rows if f"{name}/{row}" not in rows and has_room(name, row)]
-        if not wanted:
+        names = [row for row in arguments.rows if f"{name}/{row}" not in rows and has_room(name, row)]
+        if not names:
             continue
         workspace = Workspace(arguments.work / name)
         source = make_model(workspace.folder / "source", SHAPES[name])
         params = override(read_params(), PARAMS | {"model.source": str(source)})
-        for row in wanted:
+        for row in names:
             append_row(arguments.json, rows, f"{name}/{row}", measure(workspace, ROWS[row], params))
         shutil.rmtree(workspace.folder)
     print(format_table(rows))
 
 
 def has_room(model: str, row: str) -> bool:
-    """Weights are trained, and evaluated then, where a block's fit into the memory there is; says what is left out."""
+    """Return whether the memory suffices for a row. Print a message if not; it only matters for training weights."""
     if row not in ("finetuning", "evaluation@finetuning") or torch.cuda.is_available():
         return True
     blocks, size = ROWS["finetuning"].blocks, Sizes.of(Shape(SHAPES[model], False)).weights * 4
     if blocks * size + FIXED * GIB < psutil.virtual_memory().available:
         return True
-    print(f"{model}/{row}: left out, {blocks} blocks in float32 do not fit into this machine's memory")
+    print(f"{model}/{row}: left out. {blocks} blocks in float32 do not fit into this machine's memory.")
     return False
 
 
 def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
-    """A folder as it comes from the hub: config, a shard per block, a tokenizer whose tokens are bytes."""
+    """Write a checkpoint as from the hub (config, a shard per block, a tokenizer of bytes), and return its folder."""
     if (folder / CONFIG).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,10 +202,10 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
         shard = f"block-{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
         names.setdefault(f"{shard}.safetensors", []).append(name)
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
-    for shard, own in names.items():
-        tensors = {name: make_tensor(parameters[name].shape, generator) for name in own}
+    for shard, listed in names.items():
+        tensors = {name: make_tensor(parameters[name].shape, generator) for name in listed}
         save_file(tensors, folder / shard, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: shard for shard, own in names.items() for name in own}}
+    index = {"metadata": {}, "weight_map": {name: shard for shard, listed in names.items() for name in listed}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     core = Tokenizer(models.BPE({**_byte_ids(), "<s>": 256, "</s>": 257}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -210,7 +215,7 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
 
 
 def make_tensor(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Norms are ones, everything else is small and random, drawn where `generator` is."""
+    """Return ones for a norm, and small random values for everything else, drawn on the device of `generator`."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     drawn = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
@@ -222,7 +227,7 @@ def _byte_ids() -> dict[str, int]:
 
 
 def measure(workspace: Workspace, row: Row, params: dict[str, Any]) -> dict[str, float]:
-    """Peak memory of a stage in GiB, its limit, its plan, and its time in plain forwards."""
+    """Return a stage's peak memory in GiB, its limit and plan, and its time in plain forwards."""
     params = override(params, row.params)
     model = Checkpoint(workspace.run("model", params) / "artifacts/model", "model")
     windows = load_windows(workspace.run("calibration", params) / "artifacts/calibration/train.safetensors").token_ids
@@ -251,12 +256,12 @@ def time_block(model: Checkpoint, windows: torch.Tensor, device: torch.device) -
     runner, hidden = BlockRunner(model, device, 1), model.embed(windows)
     runner.advance_(block, hidden[:1].clone())
     start = time.perf_counter()
-    runner.advance_(block, hidden)  # its results are back on the CPU when it returns
+    runner.advance_(block, hidden)  # returns when the results are on the CPU
     return time.perf_counter() - start
 
 
 class Shape:
-    """A checkpoint without tensors, as far as plans need one: its config, its settings, blocks on the meta device."""
+    """A checkpoint without tensors, for plans: config, settings, and blocks on the meta device."""
 
     dtype = torch.bfloat16
     folder = Path("no files")
@@ -277,22 +282,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a stage: `shared` among GPUs, or `own`, of each."""
+    """Floating-point operations of a stage: `shared` by all GPUs, and `repeated` on each of them."""
 
     shared: float = 0.0
-    own: float = 0.0
+    repeated: float = 0.0
 
     def minutes(self, gpus: int, tflops: float) -> float:
-        return (self.shared / gpus + self.own) / (tflops * 1e12) / 60
+        """Return the minutes that it takes at 10^12 `tflops` operations per second and GPU."""
+        return (self.shared / gpus + self.repeated) / (tflops * 1e12) / 60
 
 
 def count_pass(sizes: Sizes, tokens: int, length: int) -> float:
-    """Operations of a pass through all blocks: 2 a parameter and token, 4 a query's number and token that it sees."""
+    """Return the operations of a pass through all blocks: 2 per parameter and token, and those of attention."""
     return sizes.blocks * tokens * (2 * sizes.weights + 2 * length * sizes.queries)
 
 
 def count_gptq(sizes: Sizes, tokens: int) -> Work:
-    """Operations of Gram matrices [n, n], their factorised inverses (n³) and the updates of m rows (m n²)."""
+    """Return the operations of Gram matrices [n, n], their factorized inverses (n³), and updates of m rows (m n²)."""
     linears = [(sizes.hidden, sizes.queries + 2 * sizes.keys), (sizes.queries, sizes.hidden)]
     linears += [(sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)]
     grams = sum(2 * n**2 * tokens for n, _ in linears)
@@ -301,7 +307,7 @@ def count_gptq(sizes: Sizes, tokens: int) -> Work:
 
 
 def plan_whole_models(tflops: float) -> str:
-    """A Markdown table: host memory, GPU memory, disk and time of whole models with the official numbers of windows."""
+    """Return a Markdown table: memory, disk and time of whole models with the official numbers of windows."""
     params = parse_params(override(read_params(), WHOLE))
     runtime, train, tuning = params.runtime, params.calibration.train, params.finetuning
     tokens, windows = train.windows * train.length, train.windows + params.calibration.validation.windows
@@ -334,16 +340,16 @@ def plan_whole_models(tflops: float) -> str:
         gptq, once = count_gptq(sizes, tokens), count_pass(sizes, windows * train.length, train.length)
         work = {
             "prefix_search": Work(count_pass(sizes, 64 * 512, 512)),
-            "quantizer_init": Work(2 * count_pass(sizes, tokens, train.length) + gptq.shared, gptq.own),
+            "quantizer_init": Work(2 * count_pass(sizes, tokens, train.length) + gptq.shared, gptq.repeated),
             "finetuning": Work(2 * once + tuning.blocks.epochs * 3 * 1.6 * count_pass(sizes, tokens, train.length)),
             "evaluation": Work(2 * count_pass(sizes, held_out.tokens, 2048)),
         }
         for stage, need in needs.items():
             host, gpu, disk = (size / GIB for size in (need.memory, need.gpu, need.disk))
             cells = [f"{name}, {blocks} blocks", stage, f"{host:.1f}", f"{gpu:.1f}", f"{disk:.0f}"]
-            if own := work.get(stage):
-                minutes = [own.minutes(gpus, tflops) for gpus in (1, 8)]
-                cells += [f"{value:.1f}" for value in ((own.shared + own.own) / 1e15, *minutes)]
+            if counted := work.get(stage):
+                minutes = [counted.minutes(gpus, tflops) for gpus in (1, 8)]
+                cells += [f"{value:.1f}" for value in ((counted.shared + counted.repeated) / 1e15, *minutes)]
             else:
                 cells += ["", "", ""]
             lines.append("| " + " | ".join(cells) + " |")
@@ -351,7 +357,7 @@ def plan_whole_models(tflops: float) -> str:
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """A Markdown table, a line per model and stage; of a GPU's memory where one was used."""
+    """Return a Markdown table with a line per model and stage, and the GPU's memory if one was used."""
     head = ["model", "stage", "peak RSS, GiB", "limit, GiB", "k", "--plan, GiB", "seconds", "in plain forwards"]
     on_gpu = any(row["peak_gpu_gib"] for row in rows.values())
     lines = []

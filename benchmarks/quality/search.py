@@ -1,12 +1,12 @@
-"""What choosing ranges costs and what error it leaves, by what they are judged by, on a few blocks in one run.
+"""The cost of choosing ranges and the error that it leaves, by the criterion of the search, on a few blocks in one run.
 
-    python -m benchmarks.search                      # packaged model, 16 x 512 calibration tokens, blocks 2, 11, 28
-    python -m benchmarks.search --json search.json   # keeps the rows
+    python -m benchmarks.quality.search                      # packaged model, 16 x 512 calibration tokens, 3 blocks
+    python -m benchmarks.quality.search --json search.json   # keeps the rows
 
-W4A4KV4 static, weights to nearest, so that ranges are all that differs. `cost` is the time to choose all quantizers of
-a block, in plain forwards of the block over all calibration windows, measured right before; `error` is that of the
-block's output on the sampled windows, relative to what the block adds. `block` is the official method: the block runs
-for every factor of every site.
+All rows are W4A4KV4 static with weights rounded to nearest, so that they differ by ranges alone. `cost` is the time to
+choose all quantizers of a block, as a multiple of a plain forward of the block over all calibration windows, measured
+just before. `error` is the error of the block's output on the sampled windows, relative to what the block adds to its
+input. `block` is the official method: the block runs for every factor of every site.
 """
 
 import time
@@ -19,6 +19,7 @@ from pipeline.blocks.quantized import fill_block, load_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import parse_params
+from pipeline.pictures.tables import format_markdown
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import Equalizer
@@ -39,10 +40,10 @@ def main() -> None:
     arguments = make_parser(__doc__, RANGES).parse_args()
     workspace, base = Workspace(arguments.work), read_params()
     rotation = Checkpoint(workspace.run("rotation", base) / "artifacts/rotation", "rotation")
-    found = workspace.run("prefix_training", base) / "artifacts/prefix_training/prefix.safetensors"
+    prefixes = workspace.run("prefix_training", base) / "artifacts/prefix_training/prefix.safetensors"
     train = workspace.run("calibration", base) / "artifacts/calibration/train.safetensors"
     runner = BlockRunner(rotation, torch.device("cpu"), base["runtime"]["batch_size"])
-    embeddings = load_prefix(found, "found").embeddings
+    embeddings = load_prefix(prefixes, "found").embeddings
     prefix_kv = compute_rotated_prefix_kv(rotation, embeddings, runner)
     hidden = rotation.embed(load_windows(train).token_ids)
     rows: dict[str, Any] = {name: {"cost": [], "error": []} for name in arguments.rows}
@@ -52,30 +53,42 @@ def main() -> None:
                 changes = {f"quantizer_init.{group}.range": name for group in GROUPS}
                 changes["quantizer_init.weights.rounding"] = "rtn"
                 init = parse_params(override(base, changes)).quantizer_init
-                cost, error = measure(rotation, index, hidden, prefix_kv[index], init, runner)
+                cost, error = measure(
+                    rotation, index, hidden=hidden, prefix_kv=prefix_kv[index], init=init, runner=runner
+                )
                 row["cost"].append(cost)
                 row["error"].append(error)
         runner.advance_(load_block(rotation, index), hidden, prefix_kv[index])
     if arguments.json is not None:
         write_json(arguments.json, rows)
-    columns = [f"block {index}: {what}" for index in BLOCKS for what in ("cost", "error")]
-    print("| range | " + " | ".join(columns) + " |")
-    print("| --- |" + " ---: |" * len(columns))
+    head = ["range", *(f"block {index}: {figure}" for index in BLOCKS for figure in ("cost", "error"))]
+    lines = []
     for name, row in rows.items():
-        cells = [f"{c:.2f} | {e:.4f}" for c, e in zip(row["cost"], row["error"], strict=True)]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        pairs = zip(row["cost"], row["error"], strict=True)
+        lines.append([name, *(cell for cost, error in pairs for cell in (f"{cost:.2f}", f"{error:.4f}"))])
+    print(format_markdown(head, lines))
 
 
 @torch.no_grad()
 def measure(
     rotation: Checkpoint,
     index: int,
+    *,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor,
     init: QuantizerInitParams,
     runner: BlockRunner,
 ) -> tuple[float, float]:
-    """(cost, error) of one way of choosing on one block."""
+    """Return (cost, error) of choosing the quantizers of one block; see the module's docstring.
+
+    Args:
+        rotation: the rotated model.
+        index: of the block.
+        hidden: inputs of the block, [N, T, D].
+        prefix_kv: keys and values of the prefix in this block.
+        init: settings, among them the criterion.
+        runner: runs the block.
+    """
     plain, copy = load_block(rotation, index), hidden.clone()
     start = time.perf_counter()
     runner.advance_(plain, copy, prefix_kv)

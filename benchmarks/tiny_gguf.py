@@ -37,11 +37,12 @@ KINDS = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationT
 
 
 def permute(tensor: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """Return rows in the order of llama.cpp's converter: pairs instead of two halves of each head."""
+    """Return a weight with the two halves of each head as pairs, as llama.cpp's converter orders them."""
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
 def convert_tensors(model: nn.Module) -> dict[str, numpy.ndarray]:
+    """Return a model's tensors under the names of GGUF."""
     config = model.config
     gemma = config.model_type.startswith("gemma")
     names = NAMES | (GEMMA_NAMES if gemma else {})
@@ -64,7 +65,7 @@ def convert_tensors(model: nn.Module) -> dict[str, numpy.ndarray]:
 
 
 def describe(model: nn.Module) -> dict[str, tuple[Any, GGUFValueType]]:
-    """Return the settings of a model, without those that a test adds."""
+    """Return the settings of a model: name -> (value, type)."""
     config, whole, real = model.config, GGUFValueType.UINT32, GGUFValueType.FLOAT32
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -93,6 +94,7 @@ def write_gguf(
     path: Path,
     model: nn.Module,
     tokenizer: Any,
+    *,
     settings: dict[str, tuple | None] | None = None,
     tensors: dict[str, numpy.ndarray | None] | None = None,
     quantized: bool = False,
@@ -101,10 +103,13 @@ def write_gguf(
     """Write a model and its byte-level tokenizer, and return the path of the (first) file.
 
     Args:
-        settings: additions and replacements, name -> (value, type, for a list its elements' type). None removes one.
+        path: of the file.
+        model: tiny model of one of the families.
+        tokenizer: byte-level.
+        settings: more or other settings: name -> (value, type, and for a list its elements' type). None removes one.
         tensors: the same for tensors.
-        quantized: whether matrices take the storage types in turn, instead of float32.
-        parts: the number of files, named as llama.cpp does.
+        quantized: matrices in one storage type after the other. Otherwise all are in float32.
+        parts: number of files, named as llama.cpp names them.
     """
     architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
     metadata = {f"{architecture}.{name}": value for name, value in describe(model).items()}
@@ -141,6 +146,7 @@ def write_gguf(
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, tuple]:
+    """Return the settings of a byte-level tokenizer."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     strings, whole = (GGUFValueType.ARRAY, GGUFValueType.STRING), GGUFValueType.UINT32

@@ -1,20 +1,24 @@
-"""What each prefix is worth: none, found, trained, discretised, over several calibration seeds, in one table.
+"""The worth of each prefix (none, found, trained, discretised) over several calibration seeds, in one table.
 
-    python -m benchmarks.prefixes                                   # 16 x 512 calibration tokens, seeds 0, 1, 2
-    python -m benchmarks.prefixes --size final --seeds 0 --rows none found trained
-    python -m benchmarks.prefixes --json prefixes.json              # keeps finished rows, continues when restarted
+    python -m benchmarks.quality.prefixes                           # 16 x 512 calibration tokens, seeds 0, 1, 2
+    python -m benchmarks.quality.prefixes --size final --seeds 0 --rows none found trained
+    python -m benchmarks.quality.prefixes --json prefixes.json      # keeps finished rows, continues when restarted
 
-Columns: the largest ratio over layers of a window's largest token maximum to the median, and of outlier tokens per
-window (input of down_proj, validation windows); perplexity in full precision with the prefix; perplexity quantized as
-params.yaml says, without training of anything but the prefix, and its divergence from the original model in nats. Mean
-over seeds ± their standard deviation. The last columns are ratios to the found prefix with the same seed: what
-calibration text does to both cancels.
+Columns, each the mean over seeds ± the standard deviation:
+
+- the largest ratio, over layers, of a window's largest token maximum to the median, and of outlier tokens per window
+  (input of down_proj, validation windows)
+- perplexity in full precision with the prefix
+- perplexity quantized as params.yaml says, with nothing trained but the prefix, and its KL divergence from the original
+  model in nats
+
+The second table has ratios to the found prefix with the same seed. The influence of calibration text on both cancels.
 """
 
 import statistics
 from typing import Any
 
-from benchmarks.quality import SIZES
+from benchmarks.quality.variants import SIZES
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import whole
@@ -41,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "trained, outlier loss": _trained(**OUTLIER_LOSS),
     "trained": _trained(),
     "discretised": _trained("discretised"),
-    # What else was tried.
+    # Other settings that were tried.
     "found, repeated to 8": {"prefix.use": "found", "prefix.length": 8, "prefix_training.enabled": True},
     "trained, as many tokens as found": _trained(length=None),
     "trained, 16 tokens": _trained(length=16),
@@ -73,7 +77,7 @@ def main() -> None:
 
 
 def measure(workspace: Workspace, params: dict[str, Any]) -> dict[str, Any]:
-    """One row for one seed: outliers, perplexities, and what training took."""
+    """Return a row for one seed: outliers, perplexities, and the time and memory of training."""
     training = workspace.metrics("prefix_training", params)
     candidate = params["prefix"]["use"]
     quantized = workspace.metrics("evaluation@quantizer_init", params)
@@ -89,9 +93,9 @@ def measure(workspace: Workspace, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_table(rows: dict[str, Any]) -> str:
-    """Two Markdown tables with a line per prefix, mean ± standard deviation over the seeds there are.
+    """Return two Markdown tables with a line per prefix, mean ± standard deviation over seeds.
 
-    The second one is of ratios, each to the found prefix with the same seed.
+    The second one has ratios to the found prefix with the same seed.
     """
     corpora = list(next(iter(rows.values()))["quantized"])
     by_name: dict[str, dict[str, Any]] = {}
@@ -102,12 +106,12 @@ def format_table(rows: dict[str, Any]) -> str:
     head = ["prefix", "seeds", "top-1 / median", "outliers"]
     head += [f"{title}, {corpus}" for title in kinds.values() for corpus in corpora]
     lines = []
-    for name, own in by_name.items():
-        cells = [name, str(len(own)), _spread([row["ratio"] for row in own.values()], 0)]
-        cells.append(_spread([row["outliers"] for row in own.values()], 2))
+    for name, by_seed in by_name.items():
+        cells = [name, str(len(by_seed)), _spread([row["ratio"] for row in by_seed.values()], 0)]
+        cells.append(_spread([row["outliers"] for row in by_seed.values()], 2))
         for kind in kinds:
             digits = 3 if kind == "divergence" else 2
-            cells += [_spread([row[kind][corpus] for row in own.values()], digits) for corpus in corpora]
+            cells += [_spread([row[kind][corpus] for row in by_seed.values()], digits) for corpus in corpora]
         lines.append(cells)
     table = format_markdown(head, lines)
     if "found" not in by_name:
@@ -116,12 +120,12 @@ def format_table(rows: dict[str, Any]) -> str:
     head = ["to the found prefix", "seeds"]
     head += [f"{title}, {corpus}" for title in compared.values() for corpus in corpora]
     lines = []
-    for name, own in by_name.items():
-        pairs = [(row, found) for seed, row in own.items() if (found := by_name["found"].get(seed))]
+    for name, by_seed in by_name.items():
+        pairs = [(row, base) for seed, row in by_seed.items() if (base := by_name["found"].get(seed))]
         cells = [name, str(len(pairs))]
         for kind in compared:
             for corpus in corpora:
-                cells.append(_spread([row[kind][corpus] / found[kind][corpus] for row, found in pairs], 3))
+                cells.append(_spread([row[kind][corpus] / base[kind][corpus] for row, base in pairs], 3))
         lines.append(cells)
     return f"{table}\n\n{format_markdown(head, lines)}"
 

@@ -1,10 +1,10 @@
-"""What a Hadamard transform takes, against copying its input, for the widths of known models.
+"""The time of a Hadamard transform, as a multiple of copying its input, for the widths of known models.
 
-    python -m benchmarks.hadamard                       # on the GPU where there is one
-    python -m benchmarks.hadamard --device cpu --dtype bfloat16
+    python -m benchmarks.speed.hadamard                       # on the GPU if there is one
+    python -m benchmarks.speed.hadamard --device cpu --dtype bfloat16
 
-"product" is one product with the whole matrix, where that is no larger than 1,024 (what a transform must not be slower
-than). Times are the least of several rounds, rows in turn; 2²² numbers are transformed.
+The column "product" is one product with the whole matrix, up to a width of 1,024. A transform should not be slower.
+Times are the minimum of several rounds, with rows in turn. 2²² numbers are transformed.
 """
 
 import math
@@ -60,7 +60,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(runs: list[Callable[[], torch.Tensor]], where: torch.device) -> list[float]:
-    """Seconds of each, the least of several rounds behind one that is left out."""
+    """Return the seconds of each run: the minimum of several rounds, after a first one that does not count."""
 
     def time_once(run: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()

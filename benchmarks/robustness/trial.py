@@ -1,0 +1,26 @@
+"""What one mutation does and how it is judged."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Trial:
+    """A damaged input and what is done with it.
+
+    Attributes:
+        mutation: the damage in words.
+        act: does what a user does.
+        judge: returns what a reference has against an accepted input, or None.
+        writes: files that must not exist after a refusal.
+        unchanged: folder that must stay as it was, whatever happens.
+        disk: bytes after which a file cannot grow any more, or None.
+    """
+
+    mutation: str
+    act: Callable[[], None]
+    judge: Callable[[], str | None] = lambda: None
+    writes: tuple[Path, ...] = ()
+    unchanged: Path | None = None
+    disk: int | None = None
