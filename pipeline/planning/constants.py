@@ -3,7 +3,7 @@
 Plans count from the model's shapes what the code allocates. Only what cannot be counted is fitted: temporaries of
 libraries, memory that an allocator keeps, and memory that several steps hold at the same time. There were four fits:
 
-    CPU    2026-11-22, float32, two cores: the packaged model (`benchmarks.speed.finetuning` and `.stages`) and blocks of
+    CPU    2026-11-22, float32, two cores: the packaged model (`benchmarks.speed.finetuning`, `.stages`) and blocks of
            Llama-2-7B and Llama-3-70B (`benchmarks.speed.scaling`). docs/scaling.md compares plans with peaks.
     H100   2026-11-26, torch 2.11: blocks of Llama-2-7B, `benchmarks.speed.scaling`.
     H200   2026-11-26, torch 2.11: the 16 rows of docs/scaling.md, "Measured: on GPUs". tests/planning/test_plans.py
