@@ -145,7 +145,7 @@ TABLES = {"modes": ROWS, "ablations": ABLATIONS, "finetuning": FINETUNING}
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument(
         "--table", choices=TABLES, default="modes", help="bits and modes, choices of the default, or training"
     )

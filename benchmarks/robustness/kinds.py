@@ -1,6 +1,6 @@
 """A function for each kind of input: it damages a copy below `folder`, and returns what is then done with it.
 
-What was accepted is judged by a reference: transformers' own loading of the same files, or the values in the file.
+A reference judges every accepted input: transformers' own loading of the same files, or the values in the file.
 """
 
 import contextlib

@@ -131,7 +131,7 @@ def break_tensors(rng: random.Random, path: Path) -> str:
 
 
 def draw_disk(rng: random.Random) -> tuple[int | None, str]:
-    """Return after how many bytes a file cannot grow any more, now and then, and the same in words."""
+    """Return a limit of bytes per file in 6 % of all draws, otherwise None; and the same in words."""
     if rng.random() > 0.06:
         return None, ""
     size = rng.choice([0, 100, 5_000, 30_000])

@@ -1,4 +1,4 @@
-"""What one mutation does and how it is judged."""
+"""One mutation: the damage, the entry point that reads it, and its judge."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

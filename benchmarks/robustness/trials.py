@@ -49,7 +49,7 @@ PATIENCE = 60.0  # seconds
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.robustness", description=__doc__)
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--first", type=whole(0), default=0, help="number of the first mutation")
     parser.add_argument("--count", type=whole(1), default=1000)
