@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.importing.import_model import ModelImportError, import_model
-from tests.conftest import ROOT, make_tokenizer
+from tests.conftest import PROSE_FILE, make_tokenizer
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_sentencepiece_tokenizer_is_converted(model_folders, tmp_path):
     for path in folder.glob("*token*"):
         path.unlink()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(ROOT / "tests/prose.txt"),
+        input=str(PROSE_FILE),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=200,
         model_type="bpe",
