@@ -109,10 +109,10 @@ def test_transformers_versions_that_misread_tokenizers_are_refused(tmp_path, mon
 def test_unknown_ways_of_splitting_text_are_refused(tmp_path, caplog):
     model = make(CONFIGS["llama_tied"])
     settings = {"tokenizer.ggml.pre": ("deepseek-coder", TEXT)}
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings=settings)
     with pytest.raises(ModelImportError, match=r"tokenizer\.ggml\.pre='deepseek-coder' is not known to transformers"):
         import_model(str(path), None, torch.float32, tmp_path / "out")
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {"tokenizer.ggml.pre": None})
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings={"tokenizer.ggml.pre": None})
     assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
     assert "tokenizer.ggml.pre=None does not say how text is split" in caplog.text
 
@@ -123,7 +123,7 @@ def test_named_chat_templates_are_kept(tmp_path):
         "tokenizer.chat_template.tool_use": ("{{ tools }}", TEXT),
         "tokenizer.chat_templates": (["tool_use"], LIST, TEXT),
     }
-    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings=settings)
     import_model(str(path), None, torch.float32, tmp_path / "out")
     templates = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert templates == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
@@ -132,7 +132,7 @@ def test_named_chat_templates_are_kept(tmp_path):
 @pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown"])
 def test_special_ids_beyond_the_vocabulary_are_refused(name, tmp_path):
     settings = {f"tokenizer.ggml.{name}_token_id": (400, WHOLE)}
-    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings=settings)
     with pytest.raises(ModelImportError, match=rf"{name}_token_id=400 is beyond the vocabulary of 320 tokens"):
         import_model(str(path), None, torch.float32, tmp_path / "out")
 
@@ -194,7 +194,7 @@ def test_rope_scaling_is_kept(family, rope, settings, tensors, tmp_path):
     more = ORIGINAL if family == "phi3" else {}
     model = make(kind(**WIDE | more, rope_parameters={"rope_theta": 10000.0} | rope))
     settings = {f"{family}.{name}": value for name, value in settings.items()}
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings, tensors)
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings=settings, tensors=tensors)
     token_ids = torch.randint(0, 320, (1, 200), generator=torch.Generator().manual_seed(3))
     for ids in (token_ids, token_ids[:, :24]):
         with torch.no_grad():
@@ -208,7 +208,7 @@ def test_rope_scaling_is_kept(family, rope, settings, tensors, tmp_path):
 def test_rope_of_real_llamas_is_recognised(original, factor, tmp_path):
     model = make(LlamaConfig(**WIDE | {"max_position_embeddings": 131072}, rope_parameters={"rope_theta": 5e5}))
     tensors = {"rope_freqs.weight": llama3_divisors(5e5, 16, factor, original)}
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), {}, tensors)
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), tensors=tensors)
     import_model(str(path), None, torch.float32, tmp_path / "out")
     rope = Checkpoint(tmp_path / "out", "model").config.rope_parameters
     assert (rope["rope_type"], rope["factor"]) == ("llama3", factor)
@@ -218,7 +218,7 @@ def test_rope_of_real_llamas_is_recognised(original, factor, tmp_path):
 def test_pattern_of_sliding_layers_is_kept(pattern, tmp_path):
     model = make(Gemma3TextConfig(**GEMMA, sliding_window_pattern=2))
     settings = {"gemma3.attention.sliding_window_pattern": pattern}
-    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings)
+    path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), settings=settings)
     import_model(str(path), None, torch.float32, tmp_path / "out")
     config = Checkpoint(tmp_path / "out", "model").config
     assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
@@ -248,8 +248,10 @@ def test_pattern_of_sliding_layers_is_kept(pattern, tmp_path):
         ("something.new", (1, WHOLE), r"llama\.something\.new=1"),
     ],
 )
-def test_unknown_settings_are_refused_by_name(name, value, message, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {f"llama.{name}": value})
+def test_settings_that_nothing_reads_are_refused_by_name(name, value, message, tmp_path):
+    path = write_gguf(
+        tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings={f"llama.{name}": value}
+    )
     with pytest.raises(ModelImportError, match=message) as error:
         import_model(str(path), None, torch.float32, tmp_path / "out")
     assert "\n" not in str(error.value)
@@ -268,7 +270,7 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
         "quantize.imatrix.file": ("imatrix.dat", TEXT),
         "someone.version": (3, WHOLE),
     }
-    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings)
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), settings=settings)
     assert import_model(str(path), None, torch.float32, tmp_path / "out")["blocks"] == 3
 
 
@@ -286,8 +288,8 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
         ({"blk.0.ffn_up.weight": numpy.zeros((96, 64), numpy.int32)}, r"blk\.0\.ffn_up\.weight is stored as I32"),
     ],
 )  # fmt: skip
-def test_missing_and_surplus_tensors_are_refused_by_name(tensors, message, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), {}, tensors)
+def test_tensors_that_lack_or_have_no_place_are_refused_by_name(tensors, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make(CONFIGS["llama_tied"]), make_tokenizer(), tensors=tensors)
     with pytest.raises(ModelImportError, match=message) as error:
         import_model(str(path), None, torch.float32, tmp_path / "out")
     assert "\n" not in str(error.value)
