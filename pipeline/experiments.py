@@ -12,6 +12,7 @@ the rest. Start an interrupted sweep again with the same command: finished stage
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from dvc.utils.hydra import get_hydra_sweeps
@@ -57,10 +58,14 @@ def find_unfinished() -> dict[str, str]:
     """Return the experiments of the last commit whose report is of an earlier run, each with the reason."""
     unfinished = {}
     for name, revision in list_experiments().items():
-        outdated = read_outdated(lambda file, revision=revision: read_committed(Path(file), revision))
+        outdated = read_outdated(partial(_read_committed, revision))
         if "report" in outdated:
             unfinished[name] = outdated["report"]
     return unfinished
+
+
+def _read_committed(revision: str, name: str) -> str | None:
+    return read_committed(Path(name), revision)
 
 
 def main() -> None:

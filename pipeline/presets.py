@@ -66,10 +66,10 @@ def merge_preset(base: str, preset: str, where: str = "preset") -> str:
         raise ParamsError(f"{where} must hold groups of keys (model:, corpora:, …), got {type(changes).__name__}")
     merged = merge_values(yaml.safe_load(base), changes)
     parse_params(merged, where=f"params.yaml with {where}")
-    text = base
-    for start, end, written in sorted(_list_edits(base, yaml.compose(base, yaml.SafeLoader), changes), reverse=True):
-        text = text[:start] + written + text[end:]
+    text, root = base, yaml.compose(base, yaml.SafeLoader)
     with reading(lambda why: ParamsError(f"params.yaml cannot be edited in place ({why}). Restore it from git.")):
+        for start, end, written in sorted(_list_edits(root, changes), reverse=True):
+            text = text[:start] + written + text[end:]
         if yaml.safe_load(text) != merged:
             raise ValueError("its mappings are not in block form")
     return text
@@ -114,8 +114,8 @@ def apply_preset(name: str, *, force: bool = False) -> str:
     for path, content in ((MEMORY / "base.yaml", base), (MEMORY / "written.yaml", text), (PARAMS, text)):
         with replacing(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    lines = [content.splitlines(keepends=True) for content in (current, text)]
-    return "".join(difflib.unified_diff(*lines, "params.yaml before", f"params.yaml with preset {name}"))
+    before, after = (content.splitlines(keepends=True) for content in (current, text))
+    return "".join(difflib.unified_diff(before, after, "params.yaml before", f"params.yaml with preset {name}"))
 
 
 def _find_base(current: str) -> tuple[str, bool]:
@@ -135,16 +135,16 @@ def _holds_settings(value: Any, path: tuple[str, ...]) -> bool:
 
 
 def _list_edits(
-    text: str, node: yaml.MappingNode, changes: dict[str, Any], path: tuple[str, ...] = ()
+    node: yaml.Node | None, changes: dict[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, new text) for every value in `text` that `changes` changes."""
-    entries = {key.value: (key, value) for key, value in node.value}
+    """Yield (start, end, new text) for every value below `node` that `changes` changes."""
+    entries = {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
     for name, change in changes.items():
         if name not in entries:
             raise ParamsError(f"params.yaml: {'.'.join((*path, name))} is missing. Restore it from git.")
         key, value = entries[name]
         if isinstance(value, yaml.MappingNode) and _holds_settings(change, (*path, name)):
-            yield from _list_edits(text, value, change, (*path, name))
+            yield from _list_edits(value, change, (*path, name))
         else:
             written = yaml.dump({name: change}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
             written = textwrap.indent(written.rstrip("\n"), " " * key.start_mark.column).lstrip(" ")
@@ -153,7 +153,7 @@ def _list_edits(
 
 def _find_end(node: yaml.Node) -> int:
     """Return the index after the last character of a value. A block mapping's own mark is after the next comments."""
-    if isinstance(node, yaml.ScalarNode) or node.flow_style:
+    if not isinstance(node, yaml.CollectionNode) or node.flow_style:
         return node.end_mark.index
     last = node.value[-1]
     return _find_end(last[1] if isinstance(node, yaml.MappingNode) else last)

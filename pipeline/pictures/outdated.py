@@ -30,10 +30,10 @@ def read_outdated(read: Callable[[str], str | None], folder: Path | None = None)
         read: returns the text of dvc.lock, params.yaml and dvc.yaml, by name; None for a file that does not exist.
         folder: as for `find_outdated`.
     """
-    texts = [read(name) for name in ("dvc.lock", "params.yaml", "dvc.yaml")]
-    if any(text is None for text in texts):
+    texts = [text for name in ("dvc.lock", "params.yaml", "dvc.yaml") if (text := read(name)) is not None]
+    if len(texts) < 3:
         return {}
-    lock, params, project = (_parse_yaml(text) for text in texts)
+    lock, params, project = map(_parse_yaml, texts)
     # dvc.lock keeps stages that are gone, such as those of a corpus that was removed from params.yaml.
     names = set(_list_stages(project["stages"], params))
     lock = {"stages": {name: stage for name, stage in lock["stages"].items() if name in names}}
@@ -76,8 +76,9 @@ def find_outdated(
                 if (reason := explain(producer)) is not None:
                     return reason
             # Outputs that are not here have not changed: a fresh clone holds metrics, but no artifacts.
-            present = folder is not None and all((folder / path).exists() for path in related)
-            if related and present and _has_changed(folder, dep):
+            if folder is None or not related or not all((folder / path).exists() for path in related):
+                continue
+            if _has_changed(folder, dep):
                 return name, f"{dep['path']} has changed"
         for out in stage.get("outs", ()):
             if folder is not None and out["path"].startswith("metrics/") and _has_changed(folder, out):
@@ -172,7 +173,7 @@ def _hash(path: Path, files: list[Path]) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def _parse_yaml(text: str | None) -> Any:
+def _parse_yaml(text: str) -> Any:
     """Return what a YAML text says, as `yaml.safe_load` does; by C where PyYAML has it, as dvc.lock takes a second."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:

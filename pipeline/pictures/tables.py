@@ -25,7 +25,7 @@ def list_result_columns(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str
     original = rows["original"]
     tasks = [task for task, scores in original.get("tasks", {}).items() if "acc" in scores]
     head = [title for corpus in original["perplexity"] for title in (corpus, "ratio")] + tasks
-    cells = {}
+    cells: dict[str, list[str]] = {}
     for name, metrics in rows.items():
         cells[name] = []
         for corpus, base in original["perplexity"].items():
