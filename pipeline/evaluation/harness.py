@@ -78,17 +78,13 @@ class PrefixedLM(HFLM):
                 raise PipelineError(f"{name}={kwargs[name]!r}: not an argument of --model prefixquant. Leave it out.")
         check_batch_size(kwargs.get("batch_size", 1))
         interface = describe_interface(pretrained, tokenizer) if path is None else read_interface(Path(path))
+        check_special_tokens(interface.tokenizer)
         if interface.prefix_tokens:
             kwargs["max_length"] = choose_max_length(interface, kwargs.get("max_length"))
         if path is not None:
             names = (kwargs.keys() - inspect.signature(HFLM).parameters.keys()) | (kwargs.keys() & {"dtype"})
             options = {name: kwargs.pop(name) for name in sorted(names)}
             pretrained, tokenizer = load(Path(path), choose_device(device), **options)
-        if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise PipelineError(
-                "lm-eval needs a tokenizer with a start or end token, and this one has neither. Set bos_token or "
-                "eos_token in its tokenizer_config.json"
-            )
         ends_in_start_token = interface.prefix_tokens > 0 and interface.text_start_token_id is None
         self.start_token = tokenizer.bos_token if ends_in_start_token else None
         if ends_in_start_token:
@@ -111,11 +107,10 @@ class PrefixedLM(HFLM):
         return super().tok_batch_encode([self._strip(string) for string in strings], *args, **kwargs)
 
     def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Return what the model generates. Raise PipelineError if the tokenizer has no end token."""
+        """Return generated texts. Raise PipelineError where the tokenizer has no end token."""
         if self.tokenizer.eos_token_id is None:
             raise PipelineError(
-                "lm-eval needs a tokenizer with an end token for tasks that generate, and this one has none. Set "
-                "eos_token in its tokenizer_config.json"
+                "eos_token=null in tokenizer_config.json: tasks that generate text need an end token. Set one."
             )
         return super().generate_until(*args, **kwargs)
 
@@ -136,6 +131,14 @@ def check_batch_size(batch_size: int | str | None) -> None:
     """Raise PipelineError unless lm-eval takes it: a whole number of at least 1, `auto`, or `auto:N`."""
     if not re.fullmatch(r"auto(:\d+(\.\d*)?)?|0*[1-9]\d*", str(batch_size)):
         raise PipelineError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or auto, or auto:N.")
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise PipelineError unless a tokenizer has a start or end token, one of which lm-eval needs."""
+    if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise PipelineError(
+            "bos_token=null and eos_token=null in tokenizer_config.json: lm-eval needs a start or an end token. Set one."
+        )
 
 
 def choose_max_length(interface: TextInterface, max_length: Any) -> int:

@@ -85,8 +85,6 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
         tasks = open_tasks(asked, arguments.task_folder)
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
-    for name, token_ids in windows.items():
-        check_token_ids(token_ids, model.config.vocab_size, tokenizer, name)
     if windows:
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
     if asked:
@@ -100,14 +98,16 @@ def cut_texts(arguments: argparse.Namespace, interface: TextInterface) -> dict[s
     Raises:
         ArgumentError: windows of `--length` do not fit into the model.
         CorpusError: a text is missing, unreadable or empty.
-        WindowsError: a text is too short.
+        WindowsError: a text is too short, or holds tokens that the model has no embedding for.
     """
     check_length(interface, arguments.length)
     documents = {path: read_local_documents(path, arguments.text_field) for path in arguments.text}
-    return {
-        name: cut_documents(documents[path], arguments.windows, arguments.length, interface.tokenizer, str(path))
-        for name, path in zip(name_texts(arguments.text), arguments.text, strict=True)
-    }
+    windows = {}
+    for name, path in zip(name_texts(arguments.text), arguments.text, strict=True):
+        tokenizer = interface.tokenizer
+        windows[name] = cut_documents(documents[path], arguments.windows, arguments.length, tokenizer, str(path))
+        check_token_ids(windows[name], interface.vocab_size, tokenizer, str(path))
+    return windows
 
 
 def name_texts(paths: list[Path]) -> list[str]:

@@ -24,6 +24,7 @@ class TextInterface:
         start_token_id: the start token that a text must not begin with, because the prefix ends in it, or None.
         text_start_token_id: the start token between the prefix and every text, or None.
         max_positions: the longest sequence, with prefix and start token.
+        vocab_size: rows of the embedding.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ class TextInterface:
     start_token_id: int | None
     text_start_token_id: int | None
     max_positions: int
+    vocab_size: int
 
     @property
     def tokens_before_text(self) -> int:
@@ -47,6 +49,7 @@ def describe_interface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         start_token_id=getattr(model, "start_token_id", None),
         text_start_token_id=getattr(model, "text_start_token_id", None),
         max_positions=find_max_positions(model.config),
+        vocab_size=model.config.vocab_size,
     )
 
 
@@ -61,6 +64,11 @@ def read_interface(folder: Path) -> TextInterface:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         quantization = PrefixQuantConfig(**config.quantization_config)
-        prefix_tokens, start_token_id = quantization.prefix["tokens"], quantization.prefix["start_token_id"]
-        max_positions = find_max_positions(config)
-    return TextInterface(tokenizer, prefix_tokens, start_token_id, quantization.text_start_token_id, max_positions)
+        return TextInterface(
+            tokenizer,
+            prefix_tokens=quantization.prefix["tokens"],
+            start_token_id=quantization.prefix["start_token_id"],
+            text_start_token_id=quantization.text_start_token_id,
+            max_positions=find_max_positions(config),
+            vocab_size=config.vocab_size,
+        )

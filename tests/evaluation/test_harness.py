@@ -12,8 +12,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from pipeline.evaluation.harness import COMMONSENSE, PrefixedLM, run_tasks
-from pipeline.evaluation.params import EvaluationParams, TaskParams
-from pipeline.evaluation.task_data import TaskError, Tasks, check_task_tokenizer, open_tasks
+from pipeline.evaluation.params import TaskParams
+from pipeline.evaluation.task_data import Tasks, open_tasks
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.runtime.errors import PipelineError
 from tests.conftest import ROOT, make_model, open_model
@@ -232,19 +232,19 @@ def test_lm_evals_command_line_knows_the_tasks_of_this_project():
     assert "word_analogies" in listed.stdout + listed.stderr
 
 
-def test_a_tokenizer_without_special_tokens_is_refused_before_lm_eval_fails_on_it(imported, tmp_path):
+def test_a_tokenizer_without_special_tokens_is_refused(imported, tmp_path):
     checkpoint, _ = open_model(imported["llama_tied"])
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = None
     generation = {"until": ["\n"], "max_gen_toks": 2}
     lm = PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)
     assert len(ask(lm, "loglikelihood", ("The house", " had stood"))) == 1
-    with pytest.raises(PipelineError, match="needs a tokenizer with an end token for tasks that generate"):
+    with pytest.raises(
+        PipelineError, match="eos_token=null in tokenizer_config.json: tasks that generate text need an end token"
+    ):
         ask(lm, "generate_until", ("The house", generation))
     tokenizer.bos_token = None
-    with pytest.raises(PipelineError, match="needs a tokenizer with a start or end token, and this one has neither"):
+    with pytest.raises(
+        PipelineError, match="bos_token=null and eos_token=null in tokenizer_config.json: lm-eval needs"
+    ):
         PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())["evaluation"]
-    check_task_tokenizer(EvaluationParams.model_validate(values | {"tasks": {}}), tokenizer)
-    with pytest.raises(TaskError, match=r"evaluation\.tasks: lm-eval needs a tokenizer with a start or end token"):
-        check_task_tokenizer(EvaluationParams.model_validate(values | {"tasks": {"colours": {}}}), tokenizer)

@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from pipeline.evaluation.params import TaskParams
-from pipeline.evaluation.task_data import TaskError, open_tasks
+from pipeline.evaluation.params import EvaluationParams, TaskParams
+from pipeline.evaluation.task_data import TaskError, check_task_tokenizer, open_tasks
 from pipeline.params import parse_params
 from pipeline.runtime.params import ParamsError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_tokenizer
 from tests.evaluation.test_harness import local_task
 
 pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
@@ -62,3 +62,14 @@ def test_task_params_are_checked():
     params["evaluation"]["tasks"]["piqa"] = {"limit": 0, "shots": 5}
     with pytest.raises(ParamsError, match=r"(?s)evaluation.tasks.piqa.limit.*evaluation.tasks.piqa.shots"):
         parse_params(params)
+
+
+def test_tasks_need_a_tokenizer_with_a_special_token():
+    tokenizer = make_tokenizer()
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["evaluation"]
+    asked = EvaluationParams.model_validate(values | {"tasks": {"colours": {}}})
+    check_task_tokenizer(asked, tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    check_task_tokenizer(EvaluationParams.model_validate(values | {"tasks": {}}), tokenizer)
+    with pytest.raises(TaskError, match=r"evaluation\.tasks: lm-eval needs a start or an end token"):
+        check_task_tokenizer(asked, tokenizer)
