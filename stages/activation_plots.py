@@ -45,10 +45,17 @@ def main(run: Run) -> None:
     last = checkpoint.block_count - 1
     blocks = [0, last // 2, last] if own.surface_blocks is None else own.surface_blocks
     token_ids = token_ids[: own.windows]
-    found = measure_activations(checkpoint, token_ids, runner, prefix_kv, own.outlier_threshold, blocks)
+    activations = measure_activations(
+        checkpoint,
+        token_ids,
+        runner,
+        prefix_kv=prefix_kv,
+        threshold=own.outlier_threshold,
+        surface_blocks=blocks,
+    )
     header = make_header("activation_plots", values, inputs)
-    write_activations(ACTIVATION_PLOTS / run.variant, found, checkpoint, header)
-    run.metrics.update(found.summary())
+    write_activations(ACTIVATION_PLOTS / run.variant, activations, checkpoint, header)
+    run.metrics.update(activations.summary())
 
 
 def plan(run: Run) -> Need:

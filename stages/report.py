@@ -39,7 +39,15 @@ def main(run: Run) -> None:
     saturation = read_rows(SATURATION)
     with replacing_folder(REPORT) as partial:
         pictures = draw_all(read_measured(ACTIVATIONS), partial) + draw_losses(partial, saturation)
-        page = build_page(run.metrics, evaluations, prefix, saturation, costs, read_settings(params), pictures)
+        page = build_page(
+            run.metrics,
+            evaluations=evaluations,
+            prefix=prefix,
+            saturation=saturation,
+            costs=costs,
+            settings=read_settings(params),
+            pictures=pictures,
+        )
         (partial / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -80,17 +88,29 @@ def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
         blocks = []
     together = read_rows(FINETUNING / "plots/end_to_end.json")
     curves = {
-        "finetuning_blocks": (blocks, "block", ("before", "after"), ("Loss of each block", "block", "validation loss")),
-        "finetuning_end_to_end": (together, "epoch", ("train", "validation"), ("End to end", "epoch", "KL, nats")),
-        "sqnr": (
-            saturation,
-            "block",
-            [f"{site}_sqnr" for site in Site],
-            ("Signal to quantization noise, calibration text", "block", "SQNR, dB"),
-        ),
+        "finetuning_blocks": {
+            "rows": blocks,
+            "x": "block",
+            "columns": ("before", "after"),
+            "title": "Loss of each block",
+            "y_label": "validation loss",
+        },
+        "finetuning_end_to_end": {
+            "rows": together,
+            "x": "epoch",
+            "columns": ("train", "validation"),
+            "title": "End to end",
+            "y_label": "KL, nats",
+        },
+        "sqnr": {
+            "rows": saturation,
+            "x": "block",
+            "columns": [f"{site}_sqnr" for site in Site],
+            "title": "Signal to quantization noise, calibration text",
+            "y_label": "SQNR, dB",
+        },
     }
-    paths = [folder / f"{name}.png" for name in curves]
-    return [path for path, values in zip(paths, curves.values(), strict=True) if draw_curves(path, *values)]
+    return [path for name, curve in curves.items() if draw_curves(path := folder / f"{name}.png", **curve)]
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raise PipelineError unless a tokenizer has a start or end token, one of which lm-eval needs."""
     if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise PipelineError(
-            "bos_token=null and eos_token=null in tokenizer_config.json: lm-eval needs a start or an end token. Set one."
+            "bos_token=null and eos_token=null in tokenizer_config.json: lm-eval needs one of the two. Set one."
         )
 
 

@@ -48,8 +48,8 @@ def check_task_tokenizer(params: EvaluationParams, tokenizer: PreTrainedTokenize
     """Raise TaskError if tasks are asked for and the tokenizer lacks the special tokens that lm-eval needs."""
     if params.tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise TaskError(
-            "evaluation.tasks: lm-eval needs a start or an end token, and the model's tokenizer has neither. Set bos_token "
-            "or eos_token in its tokenizer_config.json, or remove the tasks."
+            "evaluation.tasks: lm-eval needs a start or an end token, and the model's tokenizer has neither. Set "
+            "bos_token or eos_token in its tokenizer_config.json, or remove the tasks."
         )
 
 

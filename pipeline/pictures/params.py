@@ -8,6 +8,8 @@ from pipeline.runtime.params import Group, Number
 
 
 class ActivationPlotsParams(Group):
+    """The windows to measure, the outliers to count and the surfaces to draw."""
+
     windows: Annotated[int, Field(ge=1)]
     outlier_threshold: Annotated[Number, Field(gt=1)]
     surface_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None

@@ -1,11 +1,11 @@
-"""Pictures of activations: variants of a model side by side, same axes.
+"""Pictures of activations: the variants of a model side by side, on the same axes.
 
-token_maxima_inputs.png, …_outputs.png   by block: the three largest token maxima, their median and the least
+token_maxima_inputs.png, …_outputs.png   by block: the three largest token maxima, the median and the smallest
 outlier_counts.png                       by block: outlier tokens per window
 outlier_positions.png, outlier_contents.png
 surface_input_I.png, surface_output_I.png  |x| over tokens and channels of block I
 
-Drawn with matplotlib, without a display.
+They are drawn with matplotlib and need no display.
 """
 
 from collections.abc import Iterator
@@ -36,14 +36,14 @@ _DPI = 110
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant: its statistics and surfaces, see `activations.py`, and outliers.json."""
+    """The measurements of one variant: statistics and surfaces as tensors, and the content of outliers.json."""
 
     tensors: dict[str, torch.Tensor]
     outliers: dict[str, Any]
 
 
 def read_measured(folders: dict[str, Path]) -> dict[str, Measured]:
-    """Variant -> what `activation_plots` wrote into its folder. Raises ArtifactError."""
+    """Return variant -> the measurements in its folder. Raise ArtifactError."""
     return {
         name: Measured(load_tensors(folder / ACTIVATIONS, "activation_plots")[0], read_outliers(folder))
         for name, folder in folders.items()
@@ -51,7 +51,7 @@ def read_measured(folders: dict[str, Path]) -> dict[str, Measured]:
 
 
 def draw_all(variants: dict[str, Measured], folder: Path) -> list[Path]:
-    """Draw every picture into `folder`, which must exist; what was drawn, in order."""
+    """Draw every picture into `folder`, which must exist, and return the files in order."""
     drawn = []
     for name, figure in _draw(variants):
         path = folder / f"{name}.png"

@@ -1,4 +1,7 @@
-"""One page for a run: results, settings, prefix, worst sites, pictures, cost. Everything is inside the file."""
+"""The report of a run: one HTML page with results, settings, prefix, worst sites, pictures and cost.
+
+Pictures and style are inside the file, so it can be sent around alone.
+"""
 
 import base64
 import html
@@ -12,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 _WORST = 10
-# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside their own box.
+# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box.
 _STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: #222;
@@ -33,19 +36,19 @@ def summarise_run(
     costs: dict[str, dict[str, float]],
     size_mib: float,
 ) -> dict[str, Any]:
-    """The numbers a run is compared by, for `dvc exp show`.
+    """Return the figures that `dvc exp show` compares runs by.
 
     Args:
-        evaluations: variant -> its metrics, the last one the deliverable's, `original` among them.
+        evaluations: variant -> its metrics, with `original` among them and the exported model last.
         costs: stage -> {"seconds", "peak_rss_gib"}, the latter where the platform gives it.
     """
     exact, final = evaluations["original"], list(evaluations.values())[-1]
     peaks = [cost["peak_rss_gib"] for cost in costs.values() if "peak_rss_gib" in cost]
     accuracies = {task: scores["acc"] for task, scores in final.get("tasks", {}).items() if "acc" in scores}
-    found = {
+    summary = {
         "bits": bits,
         "prefix": prefix,
-        "ppl": final["perplexity"],  # a name that evaluations do not have: DVC shows it without its file's
+        "ppl": final["perplexity"],  # not named as in evaluations, so that DVC shows it without the file's name
         "ratio": {name: round(value / exact["perplexity"][name], 3) for name, value in final["perplexity"].items()},
         "accuracy": accuracies,
         "minutes": round(sum(cost["seconds"] for cost in costs.values()) / 60, 1),
@@ -53,12 +56,13 @@ def summarise_run(
         "mib": size_mib,
     }
     if "average" in final:
-        found["average_accuracy"] = final["average"]["acc"]
-    return {key: value for key, value in found.items() if value != {}}
+        summary["average_accuracy"] = final["average"]["acc"]
+    return {key: value for key, value in summary.items() if value != {}}
 
 
 def build_page(
     summary: dict[str, Any],
+    *,
     evaluations: dict[str, dict[str, Any]],
     prefix: dict[str, Any],
     saturation: list[dict[str, Any]],
@@ -66,14 +70,14 @@ def build_page(
     settings: dict[str, Any],
     pictures: Sequence[Path],
 ) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
     Args:
-        summary: of `summarise_run`.
+        summary: the result of `summarise_run`.
         prefix: metrics of prefix_search.
         saturation: rows of quantizer_init's saturation.json.
         settings: groups of params.yaml.
-        pictures: PNG files, in the order they are shown in.
+        pictures: PNG files, in the order of the page.
     """
     exact = evaluations["original"]
     windows = exact["settings"]
@@ -112,14 +116,20 @@ def build_page(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table for `dvc plots`; what there is not is None."""
+    """Return the rows of a table for `dvc plots`; missing values are None."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def draw_curves(
-    path: Path, rows: list[dict[str, Any]], x: str, columns: Sequence[str], labels: tuple[str, str, str]
+    path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    x: str,
+    columns: Sequence[str],
+    title: str,
+    y_label: str,
 ) -> bool:
-    """Draw columns of a table over `x` into a PNG; `labels`: title, x axis, y axis. False where there are no rows."""
+    """Draw columns of a table over the column `x` into a PNG file, and return whether there were any values."""
     present = [name for name in columns if any(row.get(name) is not None for row in rows)]
     if not present:
         return False
@@ -128,9 +138,9 @@ def draw_curves(
     for name in present:
         points = [(row[x], row[name]) for row in rows if row[name] is not None]
         axis.plot(*zip(*points, strict=True), label=name, lw=1.4, marker="." if len(points) < 12 else None)
-    axis.set_title(labels[0])
-    axis.set_xlabel(labels[1])
-    axis.set_ylabel(labels[2])
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=3)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -138,7 +148,7 @@ def draw_curves(
 
 
 def _results(evaluations: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A row for each number, a cell for each variant: more corpora and tasks make the table longer, not wider."""
+    """Return a row for each figure, so that further corpora and tasks make the table longer, not wider."""
     variants, exact = list(evaluations.values()), evaluations["original"]
     rows = []
     for corpus, base in exact["perplexity"].items():
@@ -170,7 +180,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escaped; a name breaks behind `_` and `/` where the window is narrow."""
+    """Return an escaped text whose names may break after `_` and `/` in a narrow window."""
     return re.sub(r"(?<=\w)([_/])(?=\w)", r"\1<wbr>", html.escape(text))
 
 

@@ -239,12 +239,8 @@ def test_a_tokenizer_without_special_tokens_is_refused(imported, tmp_path):
     generation = {"until": ["\n"], "max_gen_toks": 2}
     lm = PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)
     assert len(ask(lm, "loglikelihood", ("The house", " had stood"))) == 1
-    with pytest.raises(
-        PipelineError, match="eos_token=null in tokenizer_config.json: tasks that generate text need an end token"
-    ):
+    with pytest.raises(PipelineError, match=r"eos_token=null in .* tasks that generate text need an end token"):
         ask(lm, "generate_until", ("The house", generation))
     tokenizer.bos_token = None
-    with pytest.raises(
-        PipelineError, match="bos_token=null and eos_token=null in tokenizer_config.json: lm-eval needs"
-    ):
+    with pytest.raises(PipelineError, match=r"bos_token=null and eos_token=null in .*: lm-eval needs one of the two"):
         PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer)

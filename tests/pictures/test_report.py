@@ -1,4 +1,4 @@
-"""The numbers runs are compared by, and the page: it holds everything it shows and fits the window."""
+"""The report: the figures that runs are compared by, and a page that needs no other file and fits the window."""
 
 import re
 from html.parser import HTMLParser
@@ -26,7 +26,7 @@ SATURATION = [{"block": 3, "key_share": 0.02, "key_sqnr": 11.5, "value_share": 0
 COSTS = {"model": {"seconds": 90.0, "peak_rss_gib": 0.5}, "export": {"seconds": 30.0, "peak_rss_gib": 1.25}}
 
 
-def test_the_summary_of_a_hand_made_run():
+def test_summary_of_a_hand_made_run():
     assert summarise_run("W4A4KV4 static", "found (3 tokens)", EVALUATIONS, COSTS, 12.5) == {
         "bits": "W4A4KV4 static",
         "prefix": "found (3 tokens)",
@@ -42,7 +42,15 @@ def test_the_summary_of_a_hand_made_run():
 
 def build(evaluations=EVALUATIONS, settings=None, pictures=(), costs=COSTS):
     summary = summarise_run("W4A4KV4 static", "found", evaluations, costs, 12.5)
-    return build_page(summary, evaluations, PREFIX, SATURATION, costs, settings or {}, pictures)
+    return build_page(
+        summary,
+        evaluations=evaluations,
+        prefix=PREFIX,
+        saturation=SATURATION,
+        costs=costs,
+        settings=settings or {},
+        pictures=pictures,
+    )
 
 
 def test_a_platform_without_memory_figures_leaves_them_out():
@@ -53,11 +61,11 @@ def test_a_platform_without_memory_figures_leaves_them_out():
     assert "<td>model</td><td>90.0</td><td>0.50</td>" in build()
 
 
-def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
+def test_page_needs_no_other_file_and_escapes_its_content(tmp_path):
     picture = tmp_path / "curve.png"
     rows = [{"epoch": "0", "train": "", "validation": "2.0"}, {"epoch": "1", "train": "1.5", "validation": "1.0"}]
-    assert draw_curves(picture, rows, "epoch", ("train", "validation"), ("a", "b", "c"))
-    assert not draw_curves(tmp_path / "none.png", [], "epoch", ("train",), ("a", "b", "c"))
+    assert draw_curves(picture, rows, x="epoch", columns=("train", "validation"), title="a", y_label="b")
+    assert not draw_curves(tmp_path / "none.png", [], x="epoch", columns=("train",), title="a", y_label="b")
     page = build(settings={"model": {"source": "a<b"}}, pictures=[picture])
     assert "&lt;s&gt;" in page
     assert "a&lt;b" in page
@@ -75,16 +83,16 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
 
 
 class Boxes(HTMLParser):
-    """What each element lies in: (tag, its class, the class of the element around it)."""
+    """Collect (tag, its class, the class of the element around it) of every element."""
 
     def __init__(self, page):
         super().__init__()
-        self.around, self.found, self.viewport, self.style = [""], [], None, ""
+        self.around, self.elements, self.viewport, self.style = [""], [], None, ""
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.found.append((tag, attributes.get("class", ""), self.around[-1]))
+        self.elements.append((tag, attributes.get("class", ""), self.around[-1]))
         if attributes.get("name") == "viewport":
             self.viewport = attributes["content"]
         if tag not in ("meta", "img", "wbr"):
@@ -94,12 +102,12 @@ class Boxes(HTMLParser):
         self.around.pop()
 
     def handle_data(self, data):
-        if self.found[-1:] == [("style", "", "")]:
+        if self.elements[-1:] == [("style", "", "")]:
             self.style = self.style or data
 
 
 def read_rules(style):
-    """Selector -> its declarations, of rules outside @media."""
+    """Return selector -> its declarations, for rules outside of @media."""
     rules = {}
     for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", re.sub(r"@media.*", "", style)):
         pairs = dict(part.split(":", 1) for part in body.split(";") if ":" in part)
@@ -108,12 +116,12 @@ def read_rules(style):
     return rules
 
 
-def test_whatever_could_be_wider_than_the_window_shrinks_breaks_or_scrolls_in_its_own_box(tmp_path):
+def test_wide_content_shrinks_breaks_or_scrolls_in_a_box(tmp_path):
     picture = tmp_path / "curve.png"
-    assert draw_curves(picture, [{"epoch": 0, "train": 1.0}], "epoch", ("train",), ("a", "b", "c"))
+    assert draw_curves(picture, [{"epoch": 0, "train": 1.0}], x="epoch", columns=("train",), title="a", y_label="b")
     boxes = Boxes(build(settings={"model": {"source": "long/" * 100}}, pictures=[picture]))
-    assert [box for box in boxes.found if box[0] == "table"] == [("table", "", "table")] * 3
-    assert {box[0] for box in boxes.found} >= {"h1", "h2", "p", "pre", "img"}
+    assert [box for box in boxes.elements if box[0] == "table"] == [("table", "", "table")] * 3
+    assert {box[0] for box in boxes.elements} >= {"h1", "h2", "p", "pre", "img"}
     assert boxes.viewport == "width=device-width, initial-scale=1"
     rules = read_rules(boxes.style)
     for scrolling in (".table", "pre"):
@@ -125,7 +133,7 @@ def test_whatever_could_be_wider_than_the_window_shrinks_breaks_or_scrolls_in_it
     assert not re.search(r"(?<!-)\b(min-)?width: *\d|nowrap", re.sub(r"max-width", "max", boxes.style))
 
 
-def test_more_corpora_and_tasks_make_the_results_longer_and_not_wider():
+def test_more_corpora_and_tasks_make_the_results_longer_not_wider():
     corpora, tasks = [f"corpus{i}" for i in range(6)], [f"task{i}" for i in range(12)]
     many = {
         name: {
