@@ -1,4 +1,4 @@
-"""`python -m pipeline.generate FOLDER PROMPT`: text from an exported folder. See inference/generation.py."""
+"""`python -m pipeline.generate FOLDER PROMPT` generates text with an exported folder. See inference/generation.py."""
 
 from pipeline.inference.generation import main
 from pipeline.runtime.errors import run_main

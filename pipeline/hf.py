@@ -1,4 +1,4 @@
-"""`import pipeline.hf` makes transformers load exported folders. See inference/transformers_quantizer.py."""
+"""`import pipeline.hf` registers exported folders with transformers. See inference/transformers_quantizer.py."""
 
 from pipeline.inference.transformers_quantizer import ExportError, PrefixQuantConfig, PrefixQuantizer
 

@@ -1,4 +1,4 @@
-"""`pipeline.quantized_model.load(folder)`: an exported model and its tokenizer, checked. See inference/loading.py."""
+"""`pipeline.quantized_model.load(FOLDER)` checks and loads an exported model with tokenizer. See inference/loading.py."""
 
 from pipeline.inference.loading import Arithmetic, ExportError, load
 

@@ -1,5 +1,6 @@
-"""vLLM serves the exported folder as it is, once this project is installed beside vLLM.
+"""vLLM serves the exported folder unchanged, once this project is installed next to vLLM.
 
-Read first: plugin.py, what vLLM calls; then model.py, which puts the exported blocks into vLLM's own model classes.
-linear.py and attention.py do without vLLM. May import from every room before it.
+Read plugin.py first, which vLLM calls, then model.py, which puts the exported blocks into vLLM's own model classes.
+linear.py and attention.py do not need vLLM and are tested in test_parts.py, product.py in test_product.py, the other
+modules in test_vllm.py and test_server.py. May import from: runtime to pictures.
 """

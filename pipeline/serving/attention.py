@@ -8,8 +8,8 @@ into the cache and reads it:
                                                values give way to the prefix's
 
 Placeholders take those positions (placeholders.py), in every text, at any place of a batch, and however a text is cut
-into chunks: only the position counts. Nobody reads what the model computes there: later tokens read only the cache. In
-a layer with a sliding window they leave the window like any other token.
+into chunks: only the position counts. The outputs of the model at these positions have no reader, because later tokens
+read only the cache. In a layer with a sliding window they leave the window like any other token.
 
 vLLM does not tell its attention the positions. They travel with the keys, in two more columns, so that no module holds
 the state of a call.
@@ -41,7 +41,12 @@ class TurnedKeys(nn.Module):
         device: torch.device = CPU,
         prefix_tokens: int = 0,
     ) -> None:
-        """`dtype`, `device`: in and on which the model computes; `prefix_tokens`: P."""
+        """Wrap a layer's RoPE.
+
+        Args:
+            dtype, device: the dtype and device of the model's computations.
+            prefix_tokens: P.
+        """
         super().__init__()
         self.rope, self.quantizer, self.prefix_tokens = rope, quantizer.to(device), prefix_tokens
         if quantizer.rotate:
@@ -109,11 +114,12 @@ class CachedValues(nn.Module):
         prefix_kv: torch.Tensor | None,
         device: torch.device = CPU,
     ) -> None:
-        """
+        """Wrap a layer's attention.
+
         Args:
-            quantizer: of the values.
+            quantizer: the quantizer of values.
             heads: K.
-            prefix_kv: [2, K, P, d], keys after RoPE and values of this layer, or None; it goes to `device`.
+            prefix_kv: [2, K, P, d], keys after RoPE and values of this layer, or None. It is moved to `device`.
         """
         super().__init__()
         self.attention, self.quantizer, self.heads = attention, quantizer.to(device), heads

@@ -1,9 +1,9 @@
-"""What vLLM can serve with a prefix, and the error that names what it cannot."""
+"""The model families that vLLM serves with a prefix, and the errors of serving."""
 
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.runtime.errors import PipelineError
 
-# transformers' model_type -> vLLM's own class; model.py has a class "PrefixQuant…" for each.
+# model_type of transformers -> class of vLLM; model.py has a class "PrefixQuant…" for each.
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -13,14 +13,14 @@ FAMILIES = {
 
 
 class ServingError(PipelineError, ValueError):
-    """vLLM is asked for what it cannot keep of an exported model; the message names it."""
+    """A setting or request would change the results of an exported model in vLLM; the message names it."""
 
 
 def served_class(family: str) -> str:
-    """The name under which model.py's class for a family is registered. Raises UnsupportedModelError."""
+    """Return the name of model.py's class for a family. Raise UnsupportedModelError if there is none."""
     if family not in FAMILIES:
         raise UnsupportedModelError(
-            f"model_type={family!r} is not served by vLLM with a prefix; served are: {', '.join(sorted(FAMILIES))}; "
-            "pipeline.quantized_model.load runs every family"
+            f"model_type={family!r}: vLLM serves only {', '.join(sorted(FAMILIES))} with a prefix. Use "
+            "pipeline.quantized_model.load, which runs every family."
         )
     return f"PrefixQuant{FAMILIES[family]}"

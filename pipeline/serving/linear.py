@@ -1,11 +1,11 @@
-"""A linear layer as vLLM has it: what several exported ones compute of the same input, side by side.
+"""A fused linear layer of vLLM: exported linears that read the same input, side by side.
 
     q_proj, k_proj, v_proj -> qkv_proj      gate_proj, up_proj -> gate_up_proj      o_proj      down_proj
 
-Each output channel keeps its own scale, so nothing changes by putting them together. With static ranges and one scale a
-channel integers are multiplied; everything else is computed as it was evaluated, with the input's quantizer acting and
-weights that are dequantized once, when they are loaded. Exported linears lie on the CPU; what is made of them goes to
-the device of the engine.
+Each output channel keeps its own scale, so fusing changes no result. With static ranges and one scale per channel,
+integers are multiplied. Everything else is computed as in evaluation: the quantizer acts on the input, and weights are
+dequantized once, when they are loaded. Exported linears are on the CPU; the tensors made of them go to the engine's
+device.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,41 +22,43 @@ from pipeline.numerics.quantizer import ActivationQuantizer
 
 
 class ServedLinear(nn.Module):
-    """x [T, in] -> [T, sum of outs], in the dtype of x."""
+    """Compute [T, sum of outs] from x [T, in], in the dtype of x."""
 
     def __init__(
         self,
         parts: Sequence[QuantizedLinear],
         quantizer: ActivationQuantizer,
+        *,
         rotate: bool,
         dtype: torch.dtype,
-        multiply: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
+        make_product: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
         block_size: int = -1,
         device: torch.device = CPU,
     ) -> None:
-        """
+        """Fuse exported linears.
+
         Args:
             parts: exported linears that read the same input.
-            quantizer: of that input.
-            rotate: a Hadamard transform stands in front of the quantizer.
-            dtype: in which the model computes.
-            multiply: makes a product of integers (product.py has vLLM's); None: none is exact here.
-            block_size: the transform acts on so many channels at a time; -1: on all.
-            device: where the model computes.
+            quantizer: the quantizer of that input.
+            rotate: whether a Hadamard transform comes before the quantizer.
+            dtype: the dtype in which the model computes.
+            make_product: builds a product of integers (product.py has vLLM's). None: no exact one exists here.
+            block_size: consecutive channels that the transform acts on together; -1 for all.
+            device: the device on which the model computes.
         """
         super().__init__()
         self.width, width = sum(part.out_features for part in parts), parts[0].in_features
         self.codes = self.product = None
-        if multiply is not None and fits_integers(quantizer, parts):
-            self.product = multiply(gather_operands(quantizer, parts), dtype).to(device)
+        if make_product is not None and fits_integers(quantizer, parts):
+            self.product = make_product(gather_operands(quantizer, parts), dtype).to(device)
             self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
             return
         self.quantizer = quantizer.to(device)
         self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
         weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]).to(device), None
         if any(part.bias is not None for part in parts):
-            own = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-            bias = torch.cat([bias.to(dtype) for bias in own]).to(device)
+            biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            bias = torch.cat([part_bias.to(dtype) for part_bias in biases]).to(device)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 

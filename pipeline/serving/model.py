@@ -1,13 +1,13 @@
-"""vLLM's own models with the blocks of an exported folder: no forward is copied.
+"""vLLM's own models with the blocks of an exported folder. No forward is copied.
 
-vLLM builds its model as for any checkpoint. When it hands over the tensors, each block is built as transformers has it,
-filled (what is missing or unexpected is an error), and taken apart again:
+vLLM builds its model as for any checkpoint. When it passes the tensors, each block is built as transformers has it and
+filled; missing and unexpected tensors are errors. Then the block is taken apart and dropped:
 
     q_proj, k_proj, v_proj, …         side by side into vLLM's fused linears (linear.py)
     key and value quantizers, prefix  around RoPE and attention (attention.py)
     norms, embedding, lm_head         vLLM's own loading
 
-and dropped. Whatever else vLLM does (batching, paging, chunks, cached prefixes, sampling) it does as for any model.
+Batching, paging, chunks, cached prefixes and sampling work as for any model.
 """
 
 import copy
@@ -38,43 +38,49 @@ from pipeline.serving.quantization import ServedLinearMethod, check_engine
 
 
 class PrefixQuantModel(nn.Module):
-    """Goes in front of a causal language model's class of vLLM."""
+    """The base class that comes before a causal language model of vLLM in the order of inheritance."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
         self.exported = vllm_config.quant_config.exported
-        check_engine(vllm_config, self.exported.prefix["tokens"])
+        check_engine(vllm_config)
         skeleton_config = copy.deepcopy(vllm_config.model_config.hf_config)
         del skeleton_config.quantization_config
-        with torch.device("cpu"):  # vLLM has set the engine's
+        with torch.device("cpu"):  # vLLM has set the engine's device
             skeleton = build_skeleton(skeleton_config)
             build_packed_(skeleton, self.exported)
         match_sliding_(vllm_config, skeleton)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
-                module.bias = None  # what is put into it has its own
+                module.bias = None  # `ServedLinear` has its own bias
         self.config_of_engine = vllm_config
-        self._skeleton = (skeleton,)  # a tuple: no part of the model
+        self._skeleton = (skeleton,)  # a tuple, so that torch does not register it as a submodule
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill vLLM's model with the exported tensors, and return the names of its own parameters.
+
+        Raises:
+            ServingError: weights were loaded before, or parameters of vLLM's model remain unfilled.
+            ExportError: the folder lacks tensors, or has unexpected ones.
+        """
         (skeleton,) = self._skeleton
         if skeleton is None:
-            raise ServingError("weights cannot be loaded a second time into a served model: start it anew")
+            raise ServingError("weights cannot be loaded into a served model again. Restart the engine.")
         tensors = {name: tensor.cpu() for name, tensor in weights}
         _, unexpected = skeleton.load_state_dict(tensors, strict=False, assign=True)
         if (missing := find_missing(skeleton, tensors)) or unexpected:
             raise ExportError(
-                f"the folder's tensors are not those its config.json asks for: missing {missing[:3]}, unexpected "
-                f"{unexpected[:3]}; get an intact copy"
+                f"the folder's tensors do not fit its config.json: missing {missing[:3]}, unexpected "
+                f"{unexpected[:3]}. Get an intact copy."
             )
-        # vLLM names the code it keeps by this:
         device = torch.device(self.config_of_engine.device_config.device_type)
-        kernels = device.type == "cpu" and find_kernels()
-        self.config_of_engine.additional_config["prefixquant"] = describe_contents(tensors, kernels)
-        own = {name for name, _ in self.named_parameters()}
-        loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in own)
-        if own - loaded:
-            raise ServingError(f"{len(own - loaded)} tensors were not loaded: {', '.join(sorted(own - loaded)[:3])}")
+        has_kernels = device.type == "cpu" and find_kernels()
+        # vLLM's cache of compiled code is keyed by this config.
+        self.config_of_engine.additional_config["prefixquant"] = hash_contents(tensors, has_kernels)
+        parameters = {name for name, _ in self.named_parameters()}
+        loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in parameters)
+        if unfilled := sorted(parameters - loaded):
+            raise ServingError(f"{len(unfilled)} tensors of vLLM's model were not loaded: {', '.join(unfilled[:3])}.")
         for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
             fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype, device)
@@ -85,8 +91,8 @@ class PrefixQuantModel(nn.Module):
 def match_sliding_(config: VllmConfig, skeleton: nn.Module) -> None:
     """Have vLLM slide exactly the layers that slide in the exported model.
 
-    vLLM knows models in which every layer slides. It takes a stray `sliding_window` in config.json for such a model. Of
-    models in which some layers slide (Qwen), it can serve texts that are no longer than the window.
+    vLLM supports models in which every layer slides. It takes a stray `sliding_window` in config.json for such a model.
+    Where only some layers slide (Qwen), it can serve texts that are no longer than the window.
 
     Raises:
         ServingError: some layers slide, and texts may be longer than their window.
@@ -109,10 +115,12 @@ def match_sliding_(config: VllmConfig, skeleton: nn.Module) -> None:
     config.cache_config.sliding_window = None
 
 
-def describe_contents(tensors: dict[str, torch.Tensor], kernels: bool) -> str:
-    """A hash of every tensor and of what they are multiplied by: compiled code holds numbers of theirs and names
-    operators, and must not be used for others."""
-    contents = hashlib.sha256(b"kernels" if kernels else b"")
+def hash_contents(tensors: dict[str, torch.Tensor], has_kernels: bool) -> str:
+    """Return a hash of all tensors and of the kernels in use.
+
+    Compiled code holds values of the tensors and names of operators, so it must not be reused for others.
+    """
+    contents = hashlib.sha256(b"kernels" if has_kernels else b"")
     for name in sorted(tensors):
         contents.update(name.encode())
         contents.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -126,16 +134,20 @@ def fill_layer_(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Put a block of transformers, quantized and loaded, into a decoder layer of vLLM, but for its norms.
+    """Put a loaded block of transformers, except its norms, into a decoder layer of vLLM.
 
     Args:
+        layer: changed in place.
         prefix_kv: [2, kv_heads, P, d] or None.
-        dtype, device: in and on which the model computes.
+        dtype, device: the dtype and device of the model's computations.
+
+    Raises:
+        ServingError: a linear of the layer has another shape than the exported ones.
     """
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
     attention = layer.self_attn
-    places = {
+    fused_linears = {
         Site.ATTENTION_INPUT: attention.qkv_proj,
         Site.ATTENTION_OUTPUT: attention.o_proj,
         Site.MLP_INPUT: layer.mlp.gate_up_proj,
@@ -145,10 +157,22 @@ def fill_layer_(
         parts = [block.get_submodule(reader) for reader in readers]
         rotate, block_size = find_rotation(block, architecture, site)
         product = find_product(dtype, device, [parts[0].in_features, *(part.out_features for part in parts)])
-        served = ServedLinear(parts, quantizers[site], rotate, dtype, product, block_size, device)
-        if served.width != places[site].output_size or parts[0].in_features != places[site].input_size:
-            raise ServingError(f"{site}: vLLM's layer has another shape than the exported one")
-        places[site].quant_method.take(places[site], served)
+        served = ServedLinear(
+            parts,
+            quantizers[site],
+            rotate=rotate,
+            dtype=dtype,
+            make_product=product,
+            block_size=block_size,
+            device=device,
+        )
+        fused = fused_linears[site]
+        if (parts[0].in_features, served.width) != (fused.input_size, fused.output_size):
+            raise ServingError(
+                f"{site}: vLLM's layer has the shape {[fused.output_size, fused.input_size]}, the exported one "
+                f"{[served.width, parts[0].in_features]}. This is a bug of this project."
+            )
+        fused.quant_method.take(fused, served)
     keys, values = block.self_attn.key_quantizer, block.self_attn.value_quantizer
     prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
     attention.rotary_emb = TurnedKeys(attention.rotary_emb, keys, dtype, device, prefix_tokens)

@@ -1,10 +1,10 @@
-"""The entry point (`vllm.general_plugins` in pyproject.toml): vLLM calls `register` in each of its processes.
+"""The entry point (`vllm.general_plugins` in pyproject.toml), which vLLM calls in each of its processes.
 
-What it puts in place:
+It registers three things:
 
-    quantization.py   `quant_method: prefixquant` in config.json is known, and picks the model classes of model.py
+    quantization.py   the method `prefixquant` of config.json, which chooses the model classes of model.py
     model.py          vLLM's models with the exported blocks: quantizers, rotations, and the prefix in the cache
-    placeholders.py   every text gets P tokens in front, whose places in the cache the prefix takes
+    placeholders.py   P tokens before every text, whose places in the cache the prefix takes
 """
 
 from pipeline.inference.transformers_quantizer import METHOD
@@ -12,7 +12,7 @@ from pipeline.serving.families import FAMILIES, served_class
 
 
 def register() -> None:
-    """Make vLLM serve exported folders; may be called more than once."""
+    """Register exported folders with vLLM. It may be called more than once."""
     from vllm import ModelRegistry
     from vllm.model_executor.layers.quantization import register_quantization_config
 

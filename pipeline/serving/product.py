@@ -1,8 +1,8 @@
-"""Integers times integers by kernels of vLLM: oneDNN's on CPUs, CUTLASS's on NVIDIA GPUs.
+"""Products of integers by kernels of vLLM: oneDNN's on CPUs, CUTLASS's on NVIDIA GPUs.
 
-oneDNN's keeps what has been prepared from call to call: of a few tokens it takes half the time of PyTorch's
-(kernels/integer_product.py), and `torch.compile` needs no name to find its weights. CUTLASS's multiplies int8; integers
-of 4 bits are such.
+oneDNN's kernel keeps prepared weights from call to call. For a few tokens it takes half the time of PyTorch's
+(kernels/integer_product.py), and `torch.compile` needs no name to find its weights. CUTLASS's kernel multiplies int8;
+integers of 4 bits are stored as int8.
 """
 
 import functools
@@ -18,24 +18,24 @@ from pipeline.kernels.nibble_product import FEW, pack_nibbles
 from pipeline.kernels.operands import IntegerOperands
 
 logger = logging.getLogger(__name__)
-_SIGNED = 128
-_FIRST, _BEYOND = 80, 100  # capabilities of GPUs with int8 kernels
+_SIGNED = 128  # code - 128 is int8
+_FIRST, _BEYOND = 80, 100  # compute capabilities with int8 kernels: from Ampere to Hopper
 
 
 class ServedProduct(nn.Module):
-    """What `IntegerProduct` computes: codes uint8 [T, in] -> [T, out] in `dtype`.
+    """Compute [T, out] in `dtype` from codes uint8 [T, in], as `IntegerProduct` does.
 
-    The constant is added behind vLLM's kernel, which takes it in `dtype` alone: in bfloat16 what is computed of many
-    tokens is rounded twice, what is computed of a few once.
+    The constant is added after vLLM's kernel, which would take it only in `dtype`. In bfloat16 the result is therefore
+    rounded twice for many tokens, and once for a few.
     """
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype = len(operands.constant), dtype
-        scales = (operands.weight_scale * operands.scale).unsqueeze(1)  # the kernel reads them where they lie
+        scales = (operands.weight_scale * operands.scale).unsqueeze(1)  # kept as a buffer: the kernel reads this memory
         weight = operands.integers.T
         self.handler = kernels.create_onednn_scaled_mm(weight, scales, dtype, dynamic_quant=False, use_azp=True)
-        held = {
+        buffers = {
             "handler_scales": scales,
             "address": self.handler.handler_tensor,
             "input_scale": torch.ones(1, dtype=torch.float32),
@@ -44,18 +44,26 @@ class ServedProduct(nn.Module):
         }
         self.has_nibbles = (nibbles := pack_nibbles(operands)) is not None
         if self.has_nibbles:
-            held |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
-        for name, tensor in held.items():
+            buffers |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         if self.has_nibbles:
-            own = self.nibbles, self.scale, self.offset, self.constant, self.dtype, FEW
             return torch.ops.prefixquant.served_product(
-                codes, *own, self.input_scale, self.input_zero_point, self.address
+                codes,
+                self.nibbles,
+                self.scale,
+                self.offset,
+                self.constant,
+                self.dtype,
+                FEW,
+                self.input_scale,
+                self.input_zero_point,
+                self.address,
             )
         product = torch.empty(len(codes), self.width, dtype=self.dtype)
-        signed = (codes ^ _SIGNED).view(torch.int8)  # code - 128
+        signed = (codes ^ _SIGNED).view(torch.int8)
         torch.ops._C.onednn_scaled_mm(
             product, signed, self.input_scale, self.input_zero_point, None, None, self.address
         )
@@ -63,24 +71,24 @@ class ServedProduct(nn.Module):
 
 
 class CutlassProduct(nn.Module):
-    """What `ServedProduct` computes, in bfloat16, of widths that are multiples of 16, as the kernel asks."""
+    """Compute the same as `ServedProduct` on a GPU, in bfloat16. The kernel needs widths that are multiples of 16."""
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         zero = operands.zero_point - _SIGNED
-        held = {
-            "weight": operands.integers.T,  # column by column: as the kernel reads it
+        buffers = {
+            "weight": operands.integers.T,  # column-major, as the kernel needs it
             "scales": (operands.weight_scale * operands.scale).unsqueeze(1),
             "input_scale": torch.ones(1, 1, dtype=torch.float32),
             "zero_product": zero * operands.integers.sum(1, keepdim=True, dtype=torch.int32).T,
             "constant": operands.constant,
         }
-        for name, tensor in held.items():
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        signed = (codes ^ _SIGNED).view(torch.int8)  # code - 128
+        signed = (codes ^ _SIGNED).view(torch.int8)
         product = kernels.cutlass_scaled_mm_azp(
             signed, self.weight, self.input_scale, self.scales, self.dtype, self.zero_product
         )
@@ -90,49 +98,49 @@ class CutlassProduct(nn.Module):
 def find_product(
     dtype: torch.dtype, device: torch.device, widths: Sequence[int]
 ) -> type[ServedProduct | CutlassProduct] | None:
-    """What multiplies integers exactly for a layer of `widths`, if anything does; else weights are dequantized."""
+    """Return the class that multiplies integers exactly for layers of these widths. None: weights are dequantized."""
     if device.type == "cpu":
         return ServedProduct if is_exact(ServedProduct, torch.float32, device) else None
     if dtype != torch.bfloat16 or any(width % 16 for width in widths):
-        _say_once(f"in {dtype}, of widths {tuple(widths)}, which it does not multiply")
+        _warn_once(f"for {dtype} and widths {tuple(widths)}")
         return None
     return CutlassProduct if is_exact(CutlassProduct, dtype, device) else None
 
 
 @functools.cache
 def is_exact(product: type[nn.Module], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine has the kernel, and it computes what it should.
+    """Return whether this machine has the kernel, and it computes exact results.
 
-    Where a processor has no instructions for it (VNNI, AMX), oneDNN may halve weights to keep sums within 16 bits; of
-    NVIDIA's GPUs those from Ampere to Hopper have int8 kernels, another one for a few tokens than for many.
+    On processors without VNNI or AMX instructions, oneDNN may halve weights to keep sums within 16 bits. NVIDIA's GPUs
+    from Ampere to Hopper have int8 kernels, one for a few tokens and another for many.
     """
     if product is CutlassProduct and not _FIRST <= find_capability() < _BEYOND:
-        _say_once(f"on a GPU of capability {find_capability() / 10}, for which vLLM has none")
+        _warn_once(f"for GPUs of compute capability {find_capability() / 10}")
         return False
-    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd: half of it is no integer
+    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd, so that halved weights give other results
     one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.float32)
     codes = torch.arange(0, 256, 4, dtype=torch.uint8)
-    exact = (codes.long() * integers.long()).sum(1).to(dtype)  # below 2^24: float32 sums it exactly, and rounds once
+    exact = (codes.long() * integers.long()).sum(1).to(dtype)  # below 2^24, so float32 sums are exact
     try:
         probed = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)
-        found = [probed(codes.repeat(tokens, 1).to(device)).cpu() for tokens in (1, 64, 1024)]
+        products = [probed(codes.repeat(tokens, 1).to(device)).cpu() for tokens in (1, 64, 1024)]
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, RuntimeError) as error:  # vLLM was built without it
-        _say_once(f"here: {error}")
+    except (AttributeError, RuntimeError) as error:  # vLLM was built without the kernel
+        _warn_once(f"that runs here ({error})")
         return False
-    if not all(torch.equal(own, exact.expand_as(own)) for own in found):
-        _say_once("here that is exact")
+    if not all(torch.equal(rows, exact.expand_as(rows)) for rows in products):
+        _warn_once("that is exact on this machine")
         return False
     return True
 
 
 def find_capability() -> int:
-    """Of the GPU: 90 for a Hopper."""
+    """Return the compute capability of the GPU, 90 for a Hopper; 0 without a GPU."""
     capability = current_platform.get_device_capability()
     return 0 if capability is None else capability.to_int()
 
 
 @functools.cache
-def _say_once(where: str) -> None:
-    logger.warning("weights are dequantized: vLLM has no kernel for integers %s", where)
+def _warn_once(condition: str) -> None:
+    logger.warning("vLLM has no integer kernel %s: weights are dequantized, which is slower", condition)

@@ -1,7 +1,7 @@
-"""`quant_method: prefixquant` as vLLM knows it, and what it refuses.
+"""The quantization method `prefixquant` in vLLM, and the engine settings that it refuses.
 
-vLLM asks for a method for each of its layers. Linears of the blocks get one that holds nothing until model.py has put
-the exported ones in; embedding, lm_head and norms stay vLLM's own.
+vLLM asks the method for each of its layers. Linears of the blocks get one that holds nothing until model.py puts the
+exported linears in. Embedding, lm_head and norms stay vLLM's own.
 """
 
 from typing import Any
@@ -21,7 +21,11 @@ from pipeline.serving.linear import ServedLinear
 
 
 class ServedQuantization(QuantizationConfig):
-    """vLLM's side of `PrefixQuantConfig`, which it holds as `exported`."""
+    """vLLM's wrapper of a `PrefixQuantConfig`.
+
+    Attributes:
+        exported: the wrapped config.
+    """
 
     _ignore_unexpected_suffixes = ()
 
@@ -33,7 +37,7 @@ class ServedQuantization(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Where vLLM first looks at a folder: an exported one gets the model class that knows blocks and prefix."""
+        """Choose model.py's class for an exported folder. vLLM calls this first for each folder."""
         if hf_quant_cfg.get("quant_method") != METHOD:
             return None
         hf_config.architectures = [served_class(hf_config.model_type)]
@@ -70,7 +74,7 @@ class ServedQuantization(QuantizationConfig):
 
 
 class ServedLinearMethod(LinearMethodBase):
-    """Hands a layer of vLLM over to the `ServedLinear` that `take` has put into it."""
+    """Computes a layer of vLLM by the `ServedLinear` that `take` has put into it."""
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
         layer.served = None
@@ -82,36 +86,35 @@ class ServedLinearMethod(LinearMethodBase):
         return layer.served(x)
 
 
-def check_engine(config: VllmConfig, prefix: int) -> None:
-    """Refuse, by name, what an engine is asked for and cannot keep of a model with P prefix tokens.
+def check_engine(config: VllmConfig) -> None:
+    """Refuse engine settings under which an exported model would compute other results.
 
     Raises:
-        ServingError: the message names the setting and the remedy.
+        ServingError: names each such setting and the reason.
     """
     parallel, model = config.parallel_config, config.model_config
     device, cache = config.device_config.device_type, config.cache_config.cache_dtype
     limit = find_rope_limit(model.hf_config)
-    known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's say cuda, too
+    is_known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's GPUs say cuda, too
     refused = {
-        f"device={current_platform.device_name}": not known
-        and "only CPUs and NVIDIA's GPUs have been thought of so far",
+        f"device={current_platform.device_name}": not is_known and "only CPUs and NVIDIA's GPUs are supported",
         f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1
-        and "R4 and the ranges of a tensor need all channels in one place",
+        and "R4 and ranges of whole tensors need all channels in one process. Use 1",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1
-        and "the prefix and all blocks are loaded in one place",
-        "speculative decoding": config.speculative_config is not None and "a draft model reads no prefix",
-        "LoRA": config.lora_config is not None and "adapters would act beside quantized weights, unevaluated",
+        and "the prefix and all blocks are loaded in one process. Use 1",
+        "speculative decoding": config.speculative_config is not None and "a draft model has no prefix. Leave it out",
+        "LoRA": config.lora_config is not None and "adapters of quantized weights were not evaluated. Leave them out",
         f"kv_cache_dtype={cache}": cache not in ("auto", "float32", "bfloat16")
-        and "keys and values are quantized by the model itself, and the prefix must stay exact",
-        f"runner={model.runner_type}": model.runner_type != "generate" and "only generation is served",
+        and "the model quantizes keys and values itself, and the prefix must stay exact. Use auto",
+        f"runner={model.runner_type}": model.runner_type != "generate" and "only generation is supported",
         f"load_format={config.load_config.load_format}": config.load_config.load_format == "dummy"
-        and "random numbers are no quantizers",
+        and "random numbers are not valid quantizers. Use auto",
         f"max_model_len={model.max_model_len}": limit is not None
         and model.max_model_len > limit
-        and f"beyond {limit} positions RoPE would turn the prefix in another way; pass --max-model-len {limit}",
+        and f"beyond {limit} positions RoPE changes for all of them, the prefix included. Pass --max-model-len {limit}",
     }
     if config.model_config.quantization_config is not None:
-        refused["online quantization"] = "the weights are quantized already"
-    wrong = [f"{what}: {why}" for what, why in refused.items() if why]
-    if wrong:
-        raise ServingError(f"an exported model cannot be served like this: {'; '.join(wrong)}")
+        refused["online quantization"] = "the weights are quantized already. Leave it out"
+    problems = [f"{setting}: {reason}." for setting, reason in refused.items() if reason]
+    if problems:
+        raise ServingError(f"an exported model cannot be served like this: {' '.join(problems)}")

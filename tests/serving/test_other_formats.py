@@ -1,4 +1,4 @@
-"""What `export.formats` writes in compressed-tensors, served by vLLM with its own kernels: our logits."""
+"""vLLM serves the compressed-tensors folder with its own kernels, and computes the evaluated logits."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from pipeline.runtime.artifacts import make_header
 from tests.conftest import ROOT, make_tokenizer, randomize_
 from tests.inference.test_prefixed_model import make_quantized
 from tests.interop.test_other_formats import PLAIN
-from tests.serving.test_vllm import ENVIRONMENT, OWN
+from tests.serving.test_vllm import ENVIRONMENT, WIDE_SIZES
 
 pytestmark = pytest.mark.serving
 KINDS = {
@@ -34,10 +34,10 @@ print(json.dumps([scores.tolist() for scores in score_served(llm, json.loads(sys
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A model of widths and heads that vLLM has kernels for, with logits as wide apart as a trained model's."""
+    """Return a model whose sizes vLLM has kernels for, with logits as far apart as those of a trained model."""
     root = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
-    model = randomize_(AutoModelForCausalLM.from_config(LlamaConfig(**OWN)))
+    model = randomize_(AutoModelForCausalLM.from_config(LlamaConfig(**WIDE_SIZES)))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     model.save_pretrained(root / "source")
@@ -48,8 +48,8 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("W8A8 static asymmetric", "float32"), ("W4A16 groups", "bfloat16")])
 @torch.no_grad()
-def test_vllm_serves_what_was_evaluated(wide, tmp_path, kind, dtype):
-    """In bfloat16, which is all its kernel for W4A16 knows, as nearly as transformers in bfloat16 does."""
+def test_vllm_computes_the_evaluated_logits(wide, tmp_path, kind, dtype):
+    """vLLM's kernel for W4A16 computes in bfloat16. It comes as near as transformers in bfloat16."""
     checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
     write_formats(
         checkpoint,
@@ -69,8 +69,8 @@ def test_vllm_serves_what_was_evaluated(wide, tmp_path, kind, dtype):
     if dtype == "float32":
         assert (served - expected).abs().mean() <= 1e-3  # measured: 6e-5
     else:
-        own = find_log_p(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
-        assert (served - expected).abs().mean() <= 1.2 * (own - expected).abs().mean()  # measured: 0.029 and 0.032
+        rounded = find_log_p(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+        assert (served - expected).abs().mean() <= 1.2 * (rounded - expected).abs().mean()  # measured: 0.029 and 0.032
 
 
 def find_log_p(model):

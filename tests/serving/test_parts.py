@@ -1,4 +1,4 @@
-"""What vLLM is given in place of its linears, RoPE and attention; these parts need no vLLM."""
+"""The parts that replace vLLM's linears, RoPE and attention compute what was evaluated. They do not need vLLM."""
 
 import copy
 
@@ -25,7 +25,7 @@ HEADS, WIDTH, TOKENS = 2, 12, 9  # of the tiny Llama's keys
 
 
 class DenseProduct(nn.Module):
-    """What products of integers compute, in float64, on any device."""
+    """Computes products of integers in float64, on any device."""
 
     def __init__(self, operands, dtype):
         super().__init__()
@@ -39,7 +39,7 @@ class DenseProduct(nn.Module):
 
 
 def load_block(imported, folder, family="llama_tied", kind="static"):
-    """Block 1 of an exported model, its config, its settings and its share of the prefix."""
+    """Return block 1 of an exported model, the config, its settings and its prefix KV."""
     model, _ = load(make_export(imported, folder, family, kind)[0])
     settings = find_settings(model.config.quantization_config.blocks, 1)
     return model.model.layers[1], model.config, settings, model.prefix_kv[1]
@@ -49,28 +49,29 @@ def load_block(imported, folder, family="llama_tied", kind="static"):
 @pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases"])
 @pytest.mark.parametrize("integers", [True, False])
 @torch.no_grad()
-def test_fused_linears_compute_what_the_exported_ones_do(imported, tmp_path, integers, family, kind):
-    """Side by side, each output channel with its own scale; integers where the settings allow it."""
+def test_fused_linears_compute_what_exported_ones_do(imported, tmp_path, integers, family, kind):
+    """Each output channel keeps its scale. Integers are multiplied where the settings allow it."""
     block, config, settings, _ = load_block(imported, tmp_path, family, kind)
     architecture = find_architecture(config)
     quantizers = find_site_quantizers(block, architecture)
-    block.self_attn.k_proj._forward_hooks.clear()  # quantizes keys before RoPE; `TurnedKeys` does
+    block.self_attn.k_proj._forward_hooks.clear()  # the hook quantizes keys before RoPE, as `TurnedKeys` does
     for site, readers in architecture.site_readers.items():
         parts = [block.get_submodule(name) for name in readers]
         x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
-        own = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
-        expected = torch.cat([part(own) for part in parts], dim=-1)
+        inputs = x if parts[0].input_quantizer is not None else quantizers[site](x)  # norms quantize for their readers
+        expected = torch.cat([part(inputs) for part in parts], dim=-1)
         rotate = {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}.get(site, False)
-        served = ServedLinear(parts, quantizers[site], rotate, torch.float32, IntegerProduct if integers else None)
+        options = {"rotate": rotate, "dtype": torch.float32, "make_product": IntegerProduct if integers else None}
+        served = ServedLinear(parts, quantizers[site], **options)
         assert (served.product is not None) == (integers and kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("multiply", [None, DenseProduct])
+@pytest.mark.parametrize("make_product", [None, DenseProduct])
 @torch.no_grad()
-def test_on_a_gpu_linears_compute_there(imported, tmp_path, multiply, kind):
-    """Everything lies on the engine's device, and the host waits for nothing."""
+def test_linears_compute_on_the_gpu(imported, tmp_path, make_product, kind):
+    """All tensors are on the engine's device, and the host never waits for it."""
     block, config, settings, _ = load_block(imported, tmp_path, "llama_untied_biases", kind)
     architecture = find_architecture(config)
     quantizers = find_site_quantizers(block, architecture)
@@ -79,18 +80,19 @@ def test_on_a_gpu_linears_compute_there(imported, tmp_path, multiply, kind):
         parts = [block.get_submodule(name) for name in readers]
         x = torch.randn(7, parts[0].in_features, generator=torch.Generator().manual_seed(5))
         rotate = {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}.get(site, False)
-        expected = ServedLinear(parts, copy.deepcopy(quantizers[site]), rotate, torch.float32, multiply)(x)
+        options = {"rotate": rotate, "dtype": torch.float32, "make_product": make_product}
+        expected = ServedLinear(parts, copy.deepcopy(quantizers[site]), **options)(x)
         with GpuDouble() as gpu:
-            served = ServedLinear(parts, quantizers[site], rotate, torch.float32, multiply, device=CUDA)
+            served = ServedLinear(parts, quantizers[site], **options, device=CUDA)
             gpu.waits.clear()
-            found = served(x.to(CUDA))
+            output = served(x.to(CUDA))
             assert not gpu.waits
-            assert found.device == CUDA
-            assert (found.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert output.device == CUDA
+            assert (output.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Rope(nn.Module):
-    """vLLM's interface over transformers' function."""
+    """Offers transformers' RoPE through vLLM's interface."""
 
     def __init__(self, width=WIDTH, dtype=torch.float32):
         super().__init__()
@@ -108,25 +110,27 @@ class Rope(nn.Module):
 
 
 class Attention(nn.Module):
+    """Keeps the keys and values that it gets, and returns the queries."""
+
     def forward(self, queries, keys, values):
-        self.seen = keys, values
+        self.received = keys, values
         return queries
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @torch.no_grad()
-def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(imported, tmp_path, kind):
+def test_cache_receives_quantized_keys_and_values_and_the_prefix(imported, tmp_path, kind):
     block, _, _, prefix_kv = load_block(imported, tmp_path, kind=kind)
     keys_, values_ = block.self_attn.key_quantizer, block.self_attn.value_quantizer
     generator = torch.Generator().manual_seed(6)
     queries, keys, values = (torch.randn(TOKENS, heads * WIDTH, generator=generator) for heads in (4, HEADS, HEADS))
-    positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 40, 1])  # pieces of several texts, as they come in a batch
+    positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 40, 1])  # pieces of several texts in one batch
     rope, engine = Rope(), Attention()
     turned = TurnedKeys(rope, keys_, torch.float32, prefix_tokens=len(PREFIX))
-    assert not turned.in_one_pass  # a head of 12 channels has no transform of Sylvester's
+    assert not turned.in_one_pass  # no Sylvester matrix has order 12
     served = CachedValues(engine, values_, HEADS, prefix_kv)
-    own_queries, own_keys = turned(positions, queries, keys)
-    served(own_queries, own_keys, values)
+    served_queries, served_keys = turned(positions, queries, keys)
+    served(served_queries, served_keys, values)
 
     def split(x):
         return x.unflatten(-1, (HEADS, WIDTH)).transpose(0, 1)[None]
@@ -141,32 +145,32 @@ def test_cache_gets_quantized_keys_and_values_and_the_prefix_at_its_positions(im
     for row, position in enumerate(positions.tolist()):
         if position < len(PREFIX):
             expected[:, :, row] = prefix_kv[:, :, position]
-    found = torch.stack([split(x)[0] for x in engine.seen])
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.equal(own_queries, rope(positions, queries, keys)[0])
+    cached = torch.stack([split(x)[0] for x in engine.received])
+    assert torch.allclose(cached, expected, atol=1e-5)
+    assert torch.equal(served_queries, rope(positions, queries, keys)[0])
     with GpuDouble() as gpu:
         engine = Attention()
         turned = TurnedKeys(Rope().to(CUDA), keys_, torch.float32, CUDA, len(PREFIX))
         served = CachedValues(engine, values_, HEADS, prefix_kv, CUDA)
         positions, queries, keys, values = (x.to(CUDA) for x in (positions, queries, keys, values))
         gpu.waits.clear()
-        own_queries, own_keys = turned(positions, queries, keys)
-        assert served(own_queries, own_keys, values).device == CUDA
+        served_queries, served_keys = turned(positions, queries, keys)
+        assert served(served_queries, served_keys, values).device == CUDA
         assert not gpu.waits
-        found = torch.stack([split(x.cpu())[0] for x in engine.seen])
-    assert torch.allclose(found, expected, atol=1e-5)
+        cached = torch.stack([split(x.cpu())[0] for x in engine.received])
+    assert torch.allclose(cached, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_places_travel_with_the_keys(dtype):
     keys, positions = torch.randn(5, 6).to(dtype), torch.tensor([0, 2, 299, 300, 70_000])
-    found, places = attention.split_places(attention.append_places(keys, positions, 300))
-    assert torch.equal(found, keys)
+    split_keys, places = attention.split_places(attention.append_places(keys, positions, 300))
+    assert torch.equal(split_keys, keys)
     assert places.tolist() == [0, 2, 299, 300, 300]
 
 
 def make_keys(width, spec, rotate, dtype):
-    """A calibrated key quantizer of `HEADS` heads, with a scale of its own in each, and its RoPE."""
+    """Return a calibrated key quantizer of `HEADS` heads, with one scale for each, and its RoPE."""
     generator = torch.Generator().manual_seed(7)
     keys = KeyQuantizer(spec, HEADS, width, rotate, before_rope=False)
     values = {"scale": torch.tensor([0.25, 0.4])}
@@ -184,7 +188,7 @@ def make_keys(width, spec, rotate, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("width", "rotate"), [(8, True), (64, True), (128, True), (12, False)])
 @torch.no_grad()
-def test_keys_in_one_pass_are_those_of_their_quantizer(width, rotate, symmetric, centered, dtype):
+def test_keys_of_one_pass_equal_those_of_their_quantizer(width, rotate, symmetric, centered, dtype):
     spec = QuantizerSpec(4, symmetric, centered=centered)
     _, turned = make_keys(width, spec, rotate, dtype)
     assert turned.in_one_pass
@@ -192,20 +196,20 @@ def test_keys_in_one_pass_are_those_of_their_quantizer(width, rotate, symmetric,
     tokens = 200
     queries, states = (torch.randn(tokens, HEADS * width, generator=generator).to(dtype) for _ in range(2))
     positions = torch.randint(0, 64, (tokens,), generator=generator)
-    own_queries, found = turned(positions, queries, states)
+    served_queries, served_keys = turned(positions, queries, states)
     plain_queries, after_rope = turned.rope(positions, queries, states)
     expected = turned.quantize(after_rope, tuple(turned.rope.tables(positions)))
-    assert torch.equal(own_queries, plain_queries)
-    assert found.dtype == dtype
-    # A value on the edge between two integers changes its head: few do, and by one step of one channel.
+    assert torch.equal(served_queries, plain_queries)
+    assert served_keys.dtype == dtype
+    # Few values lie on the edge between two integers. Each changes its head by one step of one channel.
     step = 0.4 + 0.02 * expected.abs().max().item() * (dtype == torch.bfloat16)
-    difference = (found - expected).float().abs().view(tokens, HEADS, width)
+    difference = (served_keys - expected).float().abs().view(tokens, HEADS, width)
     assert difference.amax() <= 1.01 * step
     same = difference.amax(-1) <= (1e-5 if dtype == torch.float32 else 2**-7) * expected.abs().max()
     assert same.float().mean() >= (0.99 if dtype == torch.float32 or centered else 0.5)
 
 
-def test_keys_of_other_settings_take_the_long_way():
+def test_keys_of_other_settings_are_not_quantized_in_one_pass():
     specs = [
         (QuantizerSpec(4), True),
         (QuantizerSpec(16), False),
@@ -221,20 +225,20 @@ def test_keys_of_other_settings_take_the_long_way():
 
 @pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
 @torch.no_grad()
-def test_keys_that_do_not_fit_are_refused():
+def test_keys_of_wrong_shapes_are_refused():
     keys, turned = make_keys(64, QuantizerSpec(4, centered=True), True, torch.float32)
     states, positions = torch.zeros(3, HEADS * 64), torch.arange(3)
     expected = turned.quantize_in_one_pass(states, positions)
     assert expected.shape == states.shape
-    for own in (positions[:1], positions + 62, positions - 1):
+    for wrong in (positions[:1], positions + 62, positions - 1):
         with pytest.raises(RuntimeError, match="position"):
-            turned.quantize_in_one_pass(states, own)
+            turned.quantize_in_one_pass(states, wrong)
     for wrong in (states[:, :-1], states.double(), states[None]):
         with pytest.raises(RuntimeError):
             turned.quantize_in_one_pass(wrong, positions)
     keys.mean = keys.mean[:1]
     with pytest.raises(RuntimeError, match="mean needs 128 values"):
         turned.quantize_in_one_pass(states, positions)
-    turned.rope.cos_sin_cache = None  # nothing is turned without a mean
+    turned.rope.cos_sin_cache = None  # without a mean, the table is not read
     turned.quantizer = make_keys(64, QuantizerSpec(4), True, torch.float32)[0]
     assert turned.quantize_in_one_pass(states, positions).shape == states.shape

@@ -1,6 +1,6 @@
-"""vLLM's kernels for integers: the same product as PyTorch's, and no more rounding.
+"""vLLM's kernels for integers compute the same product as PyTorch's, without further rounding.
 
-That for GPUs is none of vLLM for CPUs: it is declared here as vLLM declares it, and what it stands for is computed.
+vLLM for CPUs has no kernel for GPUs. It is declared here as vLLM declares it, with an implementation for CPUs.
 """
 
 import pytest
@@ -49,37 +49,37 @@ def forget_kernels():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_point", [0, 7, 15])
-def test_product_is_that_of_pytorch(bits, zero_point):
+def test_product_equals_that_of_pytorch(bits, zero_point):
     from pipeline.serving.product import ServedProduct
 
     operands, codes_of = make_operands(bits, zero_point, out=24, width=36)
     for codes in codes_of:
         exact = IntegerProduct(operands, torch.float32)(codes)
-        found = ServedProduct(operands, torch.float32)(codes)
-        assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
+        product = ServedProduct(operands, torch.float32)(codes)
+        assert (product - exact).abs().max() <= 1e-6 * exact.abs().max()
         rounded = ServedProduct(operands, torch.bfloat16)(codes)
         check_rounded(rounded, exact, operands.constant)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_point", [0, 7, 15])
-def test_product_on_a_gpu_is_that_of_pytorch(cutlass, bits, zero_point):
-    """Its tensors lie there, the host waits for nothing, and vLLM can compile it."""
+def test_product_on_a_gpu_equals_that_of_pytorch(cutlass, bits, zero_point):
+    """Its tensors are on the GPU, the host never waits, and vLLM can compile it."""
     from pipeline.serving.product import CutlassProduct
 
     operands, codes_of = make_operands(bits, zero_point, out=48, width=32)
     product = CutlassProduct(operands, torch.bfloat16)
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     for codes in codes_of:
-        found = product(codes)
-        check_rounded(found, IntegerProduct(operands, torch.float32)(codes), operands.constant)
-        assert torch.equal(compiled(codes), found)
+        output = product(codes)
+        check_rounded(output, IntegerProduct(operands, torch.float32)(codes), operands.constant)
+        assert torch.equal(compiled(codes), output)
         with GpuDouble() as gpu:
-            there, sent = CutlassProduct(operands, torch.bfloat16).to(CUDA), codes.to(CUDA)
-            own = there(sent)
+            product_on_gpu, codes_on_gpu = CutlassProduct(operands, torch.bfloat16).to(CUDA), codes.to(CUDA)
+            output_on_gpu = product_on_gpu(codes_on_gpu)
             assert not gpu.waits
-            assert own.device == CUDA
-            assert torch.equal(own.cpu(), found)
+            assert output_on_gpu.device == CUDA
+            assert torch.equal(output_on_gpu.cpu(), output)
 
 
 def make_operands(bits, zero_point, out, width):
@@ -93,11 +93,11 @@ def make_operands(bits, zero_point, out, width):
 
 def check_rounded(rounded, exact, constant):
     assert rounded.dtype == torch.bfloat16
-    product = (exact - constant).abs() + exact.abs()  # of these two, once each, and nothing of the constant
+    product = (exact - constant).abs() + exact.abs()  # product and sum are rounded once each, the constant is not
     assert ((rounded.float() - exact).abs() <= 2**-8 * product).all()
 
 
-def test_a_kernel_that_is_not_exact_is_left_out(monkeypatch):
+def test_an_inexact_kernel_is_not_used(monkeypatch):
     from pipeline.serving import product
 
     forget_kernels()
@@ -109,7 +109,7 @@ def test_a_kernel_that_is_not_exact_is_left_out(monkeypatch):
     forget_kernels()
 
 
-def test_a_gpu_multiplies_integers_where_its_kernel_can(cutlass, monkeypatch):
+def test_a_gpu_multiplies_integers_where_its_kernel_is_exact(cutlass, monkeypatch):
     from pipeline.serving import product
 
     with GpuDouble():
@@ -136,7 +136,7 @@ def refuse(*operands):
 def test_without_the_kernel_of_a_gpu_weights_are_dequantized(monkeypatch):
     from pipeline.serving import product
 
-    monkeypatch.setattr(product, "find_capability", lambda: 90)  # vLLM for CPUs has none all the same
+    monkeypatch.setattr(product, "find_capability", lambda: 90)  # vLLM for CPUs has no such kernel
     forget_kernels()
     with GpuDouble():
         assert product.find_product(torch.bfloat16, CUDA, [32, 48]) is None

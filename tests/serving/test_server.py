@@ -1,4 +1,4 @@
-"""vLLM's HTTP server with a tiny exported model, asked by the `openai` client: what transformers generates."""
+"""vLLM's HTTP server, asked by the `openai` client, generates what transformers does with a tiny exported model."""
 
 import socket
 import subprocess
@@ -15,7 +15,11 @@ from tests.conftest import ROOT
 from tests.serving.test_vllm import ENVIRONMENT, MODELS, make_served
 
 pytestmark = pytest.mark.serving
-NAME, PREFIX, NEW = "llama, weights alone", 3, 24  # nothing is rounded on its way: no value tips from edge to edge
+NAME, PREFIX, NEW = (
+    "llama, weights alone",
+    3,
+    24,
+)  # without activation quantizers, no value lies on the edge between two integers
 PROMPTS = ["the river", "a theory of numbers was", "in the year of the city and the war, it was", "one two three"]
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
@@ -59,7 +63,7 @@ def wait_for(url, server, log):
 
 @torch.no_grad()
 def continue_greedily(model, ids):
-    """Token ids and their log-probabilities, by transformers."""
+    """Return token ids and their log-probabilities by transformers."""
     made, chosen = list(ids), []
     for _ in range(NEW):
         log_p = model(torch.tensor([made])).logits[0, -1].log_softmax(-1)
@@ -71,11 +75,11 @@ def continue_greedily(model, ids):
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
 
-def test_completions_are_what_transformers_generates_alone_and_together(folder, client):
-    """As texts and as token ids, four requests at a time; tokens and log-probabilities."""
+def test_completions_equal_those_of_transformers_alone_and_together(folder, client):
+    """Prompts are texts and token ids, in four requests at a time. Tokens and log-probabilities are compared."""
     model, tokenizer = load(folder)
     ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    expected = [continue_greedily(model, own) for own in ids]
+    expected = [continue_greedily(model, prompt_ids) for prompt_ids in ids]
 
     def ask(prompt):
         return client.completions.create(
@@ -84,13 +88,13 @@ def test_completions_are_what_transformers_generates_alone_and_together(folder, 
 
     with ThreadPoolExecutor(4) as pool:
         answers = [*pool.map(ask, PROMPTS), *pool.map(ask, ids)]
-    for answer, own, (tokens, log_p) in zip(answers, ids * 2, expected * 2, strict=True):
+    for answer, prompt_ids, (tokens, log_p) in zip(answers, ids * 2, expected * 2, strict=True):
         assert answer.choices[0].token_ids == tokens
         assert answer.choices[0].logprobs.token_logprobs == pytest.approx(log_p, abs=1e-4)
-        assert answer.usage.prompt_tokens == len(own) + PREFIX
+        assert answer.usage.prompt_tokens == len(prompt_ids) + PREFIX
 
 
-def test_a_chat_goes_through_the_template_behind_the_prefix(folder, client):
+def test_a_chat_is_rendered_by_the_template(folder, client):
     model, tokenizer = load(folder)
     answer = client.chat.completions.create(
         model="tiny",
@@ -103,7 +107,7 @@ def test_a_chat_goes_through_the_template_behind_the_prefix(folder, client):
     assert answer.choices[0].token_ids == tokens
 
 
-def test_what_cannot_be_answered_is_a_bad_request_and_the_server_goes_on(folder, client):
+def test_a_refused_request_is_a_bad_request_and_the_server_goes_on(folder, client):
     from openai import BadRequestError
 
     with pytest.raises(BadRequestError, match="of max_model_len=256 are the prefix's"):

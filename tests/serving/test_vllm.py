@@ -1,4 +1,4 @@
-"""vLLM itself, with tiny exported models: transformers' numbers, and errors that name what cannot be kept."""
+"""vLLM computes what transformers does with tiny exported models, and refuses settings that would change results."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.export.test_folder import RESULTS
 from tests.rotation.test_merging import rotate
 
 pytestmark = pytest.mark.serving
-# vLLM's attention on CPUs knows heads of 32 channels, none of fewer.
-OWN = SIZES | {"hidden_size": 128, "max_position_embeddings": 512}
+# vLLM's attention on CPUs needs heads of at least 32 channels.
+WIDE_SIZES = SIZES | {"hidden_size": 128, "max_position_embeddings": 512}
 GROUPS = {
     f"{group}.{key}": value
     for group in ("weights", "activations", "keys", "values")
@@ -30,26 +30,26 @@ DYNAMIC = {f"{group}.mode": "dynamic" for group in ("activations", "keys", "valu
 ONLINE = {"r1": "online"}  # as is the default
 # name -> config, changed params, prefix, rotations other than those of `rotate`, and how long texts may be
 MODELS = {
-    "llama, static": (LlamaConfig(**OWN), {}, [7, 9, 0], ONLINE, None),
+    "llama, static": (LlamaConfig(**WIDE_SIZES), {}, [7, 9, 0], ONLINE, None),
     "llama, weights alone": (
-        LlamaConfig(**OWN),
+        LlamaConfig(**WIDE_SIZES),
         {f"{group}.bits": 16 for group in ("activations", "keys", "values")},
         [7, 9, 0],
         ONLINE,
         None,
     ),
-    "llama, no prefix": (LlamaConfig(**OWN, attention_bias=True, mlp_bias=True), {}, [], {}, None),
-    "llama, continuous prefix": (LlamaConfig(**OWN, head_dim=64), {}, None, ONLINE, None),
-    "qwen2, dynamic": (Qwen2Config(**OWN), DYNAMIC, [7, 9, 0], ONLINE, None),
+    "llama, no prefix": (LlamaConfig(**WIDE_SIZES, attention_bias=True, mlp_bias=True), {}, [], {}, None),
+    "llama, continuous prefix": (LlamaConfig(**WIDE_SIZES, head_dim=64), {}, None, ONLINE, None),
+    "qwen2, dynamic": (Qwen2Config(**WIDE_SIZES), DYNAMIC, [7, 9, 0], ONLINE, None),
     "qwen3, asymmetric groups": (
-        Qwen3Config(**OWN, head_dim=32),
+        Qwen3Config(**WIDE_SIZES, head_dim=32),
         GROUPS,
         [7, 9, 0],
         {"r4": "block_hadamard", "block_size": 16},
         None,
     ),
     "mistral, keys before RoPE, 8 bits": (
-        MistralConfig(**OWN, head_dim=32, sliding_window=50),  # the prefix slides out of it
+        MistralConfig(**WIDE_SIZES, head_dim=32, sliding_window=50),  # the prefix slides out of it
         {"keys.before_rope": True, "activations.bits": 8, "activations.symmetric": False},
         [7, 9, 0],
         {"r3": "identity"},
@@ -57,7 +57,7 @@ MODELS = {
     ),
     "qwen3, some layers slide": (
         Qwen3Config(
-            **OWN,
+            **WIDE_SIZES,
             head_dim=32,
             use_sliding_window=True,
             sliding_window=160,
@@ -70,7 +70,7 @@ MODELS = {
     ),
     "qwen3, every layer slides": (
         Qwen3Config(
-            **OWN, head_dim=32, use_sliding_window=True, sliding_window=50, layer_types=["sliding_attention"] * 3
+            **WIDE_SIZES, head_dim=32, use_sliding_window=True, sliding_window=50, layer_types=["sliding_attention"] * 3
         ),
         {},
         [7, 9, 0],
@@ -88,7 +88,7 @@ ENVIRONMENT = os.environ | {
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """name -> exported folder."""
+    """Return name -> exported folder."""
     root = tmp_path_factory.mktemp("served")
     return {name: make_served(root / str(place), *MODELS[name][:4]) for place, name in enumerate(MODELS)}
 
@@ -132,15 +132,15 @@ def make_served(folder, config, changes, prefix, rotations):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vllm_computes_what_transformers_does(exports, name):
-    """Batched, in chunks of 96 tokens that end inside texts, twice, so that the second time finds cached blocks."""
-    found = compare(exports, name, "--eager")
-    assert found["median_block"] <= 1e-5
-    assert found["rounded_otherwise"] <= 0.02
+    """Texts are batched, and cut into chunks of 96 tokens. The second run reads cached blocks."""
+    parity = compare(exports, name, "--eager")
+    assert parity["median_block"] <= 1e-5
+    assert parity["rounded_otherwise"] <= 0.02
 
 
 @pytest.mark.parametrize("name", ["llama, static", "qwen3, asymmetric groups"])
-def test_compiled_blocks_compute_it_too(exports, name):
-    """Integer products, and everything else; nobody sees what passes between compiled blocks."""
+def test_compiled_blocks_compute_what_transformers_does(exports, name):
+    """One model multiplies integers, the other does not. Tensors between compiled blocks cannot be compared."""
     compare(exports, name)
 
 
@@ -150,14 +150,14 @@ def compare(exports, name, *options):
     command += ["--max-model-len", str(longest)] if longest else []
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(name, found)
-    assert found["median_difference"] <= 1e-5
-    assert found["equal"] >= 15
+    parity = json.loads(done.stdout.splitlines()[-1])
+    print(name, parity)
+    assert parity["median_difference"] <= 1e-5
+    assert parity["equal"] >= 15
     if name == "llama, weights alone":
-        assert found["largest_difference"] <= 1e-4
-        assert found["largest_tie"] <= 1e-4
-    return found
+        assert parity["largest_difference"] <= 1e-4
+        assert parity["largest_tie"] <= 1e-4
+    return parity
 
 
 def test_layers_of_two_kinds_are_served_up_to_the_window(exports):
@@ -178,17 +178,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_kept_is_refused_by_name(exports, what):
+@pytest.mark.parametrize("setting", REFUSED)
+def test_settings_that_change_results_are_refused(exports, setting):
     folder = exports["llama, static"]
     program = f"""
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from pipeline.serving.quantization import check_engine
-arguments = EngineArgs(model={str(folder)!r}, dtype="float32", enforce_eager=True, **{REFUSED[what]!r})
-check_engine(arguments.create_engine_config(), 3)
+arguments = EngineArgs(model={str(folder)!r}, dtype="float32", enforce_eager=True, **{REFUSED[setting]!r})
+check_engine(arguments.create_engine_config())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert f"cannot be served like this: {what}" in done.stderr.splitlines()[-1]
+    assert f"cannot be served like this: {setting}" in done.stderr.splitlines()[-1]
