@@ -1,4 +1,4 @@
-"""`python -m pipeline.evaluate FOLDER --text FILE` evaluates an exported folder on any text. See evaluation/texts.py."""
+"""`python -m pipeline.evaluate FOLDER --text FILE` evaluates an export on any text. See evaluation/texts.py."""
 
 from pipeline.evaluation.texts import main
 from pipeline.runtime.errors import run_main

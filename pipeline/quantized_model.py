@@ -1,4 +1,4 @@
-"""`pipeline.quantized_model.load(FOLDER)` checks and loads an exported model with tokenizer. See inference/loading.py."""
+"""`pipeline.quantized_model.load(FOLDER)` loads an exported model and its tokenizer. See inference/loading.py."""
 
 from pipeline.inference.loading import Arithmetic, ExportError, load
 

@@ -176,7 +176,7 @@ class _Layers:
     def describe(self) -> dict[str, Any]:
         """Return `quantization_config`. Call it after `parts` is exhausted."""
         has_one_scheme = len(self.schemes) == 1
-        layouts = {find_layout(*scheme) for scheme in self.schemes}
+        layouts = {find_layout(weights, inputs) for weights, inputs in self.schemes}
         groups = {
             f"group_{number}": {
                 "targets": ["Linear"] if has_one_scheme else names,

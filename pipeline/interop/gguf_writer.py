@@ -17,6 +17,7 @@ import gguf
 import numpy
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, load_block
 from pipeline.importing.gguf_source import COMMON, HEAD_NORMS
@@ -223,7 +224,7 @@ def _describe_templates(templates: str | dict[str, str]) -> dict[str, tuple[Any,
     return settings | ({"tokenizer.chat_templates": (others, *_STRINGS)} if others else {})
 
 
-def _find_pre_tokenizer(tokenizer: Any) -> str | None:
+def _find_pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Return llama.cpp's name of the splitting before byte-level BPE, told by its treatment of digits, or None."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     text = json.dumps(core["pre_tokenizer"])

@@ -84,12 +84,14 @@ class TurnedKeys(nn.Module):
     def quantize_in_one_pass(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Quantize keys as `KeyQuantizer` does after RoPE, in float32, with R3 and its inverse."""
         outer, inner = self.quantizer, self.quantizer.quantizer
-        ends = integer_range(inner.spec.bits, inner.spec.symmetric)
+        lowest, highest = integer_range(inner.spec.bits, inner.spec.symmetric)
         mean = outer.mean if outer.mean_taken_out else None
         zero_point = None if inner.spec.symmetric else inner.zero_point
         table = self.rope.cos_sin_cache.to(keys.dtype) if outer.mean_taken_out else None
         order = outer.head_dim if outer.rotate else 1
-        return torch.ops.prefixquant.cached_keys(keys, positions, table, mean, inner.scale, zero_point, order, *ends)
+        return torch.ops.prefixquant.cached_keys(
+            keys, positions, table, mean, inner.scale, zero_point, order, lowest, highest
+        )
 
 
 def fits_one_pass(quantizer: KeyQuantizer) -> bool:

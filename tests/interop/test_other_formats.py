@@ -51,7 +51,7 @@ KINDS = {
 READ = ["llama_tied", "llama_untied_biases", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"]
 
 
-def write(imported, folder, family, changes, formats=("compressed-tensors",), drop=(), prefix=(), **rotation):
+def write(imported, folder, family, changes, *, formats=("compressed-tensors",), drop=(), prefix=(), **rotation):
     """Return the quantized model in memory, the folder of formats and their contents."""
     checkpoint, _ = make_quantized(imported, folder, family, PLAIN | changes, prefix, **{"r4": "identity"} | rotation)
     kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
@@ -115,7 +115,8 @@ def test_llama_keeps_biases_of_centered_weights(imported, tmp_path):
 @torch.no_grad()
 def test_adapter_carries_the_prefix(imported, tmp_path, family):
     formats = ("compressed-tensors", "peft")
-    model, folder, contents = write(imported, tmp_path, family, {"activations.bits": 8}, formats, prefix=(5, 9, 0))
+    options = {"formats": formats, "prefix": (5, 9, 0)}
+    model, folder, contents = write(imported, tmp_path, family, {"activations.bits": 8}, **options)
     base = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors")
     without = base(TEXT).logits
     adapted = PeftModel.from_pretrained(base, folder / "peft")
@@ -136,7 +137,7 @@ def test_adapter_carries_the_prefix(imported, tmp_path, family):
 def test_adapter_is_refused_for_sliding_layers(imported, tmp_path):
     formats = ("compressed-tensors", "peft")
     with pytest.raises(FormatError, match=rf"layers that slide \(sliding_window={WINDOW}\).*Remove peft"):
-        write(imported, tmp_path, "gemma2", {"activations.bits": 8}, formats, prefix=(5, 9, 0))
+        write(imported, tmp_path, "gemma2", {"activations.bits": 8}, formats=formats, prefix=(5, 9, 0))
 
 
 def test_tokenizers_add_no_start_token_to_a_prefix_that_ends_in_it(imported, tmp_path):
@@ -196,7 +197,7 @@ def test_drop_cannot_excuse_a_broken_model(imported, tmp_path):
     with pytest.raises(FormatError, match=r"weights\.bits=16: the formats hold quantized weights"):
         write(imported, tmp_path / "none", "llama_tied", {"weights.bits": 16})
     with pytest.raises(FormatError, match=r"peft holds the prefix, and this model has none"):
-        write(imported, tmp_path / "peft", "llama_tied", {}, ("compressed-tensors", "peft"))
+        write(imported, tmp_path / "peft", "llama_tied", {}, formats=("compressed-tensors", "peft"))
     for changes, reason in {
         "static by groups": ({"activations.group_size": 4}, "no static ranges by groups"),
         "clipped": (
