@@ -89,7 +89,7 @@ def test_conversations_are_evaluated_as_the_template_has_them(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("",), "the prompt is empty; give some text to go on from"),
+        (("",), "the prompt is empty. Give some text to continue"),
         (("The house", "--max-new-tokens", 0), "argument --max-new-tokens: '0'"),
         (("The house", "--temperature", "nan"), "argument --temperature: 'nan' is not a number of 0 or more"),
         (("The house", "--seed", -1), "argument --seed: '-1'"),
@@ -275,8 +275,8 @@ def test_lm_eval_computes_in_the_type_it_is_told(folder):
     ("change", "message"),
     [
         ("{", "generation_config.json cannot be read"),
-        ('{"num_beams": 3}', "asks for what fails (`streamer` cannot be used with beam search"),
-        ('{"eos_token_id": "x"}', "asks for what fails"),
+        ('{"num_beams": 3}', "generation_config.json (`streamer` cannot be used with beam search"),
+        ('{"eos_token_id": "x"}', "refuses the settings of the folder's generation_config.json"),
     ],
 )
 def test_a_generation_config_is_its_users_and_is_read_as_such(change, message, folder, tmp_path, monkeypatch):

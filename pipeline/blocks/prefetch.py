@@ -1,4 +1,4 @@
-"""Blocks one after another; on a GPU the next one is read, pinned and sent while the one before it computes."""
+"""Blocks one after another. On a GPU the next one is read, pinned and sent while the one before it computes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +12,12 @@ Tensors = dict[str, torch.Tensor]
 def prefetch_blocks(
     load: Callable[[int], nn.Module], indices: Iterable[int], device: torch.device
 ) -> Iterator[nn.Module]:
-    """The block of each index, on `device`. Drop it before asking for the next, or two are in memory.
+    """Yield the block of each index, on `device`. Drop it before asking for the next, or two are in memory.
 
     Args:
-        load: a block by its index, on the CPU, its tensors as they are to be on `device`.
-        device: on a CPU a block is loaded when it is asked for. On a GPU a thread loads one ahead into pinned memory,
-            and a stream of its own copies it.
+        load: returns a block by its index, on the CPU, with tensors of the dtypes they have on `device`.
+        device: on a CPU a block is loaded when it is asked for. On a GPU a thread loads one block ahead into pinned
+            memory, and a separate stream copies it.
     """
     if device.type != "cuda":
         for index in indices:
@@ -47,9 +47,11 @@ def prefetch_blocks(
 
 
 class TensorFetcher:
-    """Tensors by an index, on `device`, in any order; on a GPU those that are wanted next come meanwhile.
+    """Loads tensors by an index to `device`, in any order. On a GPU the next ones are fetched meanwhile.
 
-    Args of `__init__`: as of `prefetch_blocks`, `load` gives names and tensors.
+    Args:
+        load: returns names and tensors by an index, on the CPU.
+        device: as in `prefetch_blocks`.
     """
 
     def __init__(self, load: Callable[[int], Tensors], device: torch.device) -> None:
@@ -59,7 +61,7 @@ class TensorFetcher:
             self._stream, self._pool = torch.cuda.Stream(device), ThreadPoolExecutor(1)
 
     def get(self, index: int, following: int | None) -> Tensors:
-        """Those of `index`; then `following`, where there is one, is fetched."""
+        """Return the tensors of `index`, and begin to fetch those of `following`, if there are any."""
         if self._device.type != "cuda":
             return {name: tensor.to(self._device) for name, tensor in self._load(index).items()}
         if self._ahead is None or self._ahead[0] != index:
@@ -87,7 +89,7 @@ def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def _await(sent: torch.cuda.Event, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """What is computed from now on waits for the copies; their memory is not reused for a copy while it is read."""
+    """Make all later computation wait for the copies, and keep their memory from being reused while it is read."""
     current = torch.cuda.current_stream(device)
     current.wait_event(sent)
     for tensor in tensors:

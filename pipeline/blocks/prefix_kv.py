@@ -1,4 +1,4 @@
-"""The prefix's keys and values in every block: computed once in full precision, kept with every quantized model."""
+"""The prefix's keys and values in every block: computed once in full precision, stored with every quantized model."""
 
 from pathlib import Path
 
@@ -8,10 +8,12 @@ from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors
 
+PREFIX = "prefix.safetensors"
+
 
 @torch.no_grad()
 def compute_prefix_kv(checkpoint: Checkpoint, embeddings: torch.Tensor, runner: BlockRunner) -> torch.Tensor | None:
-    """Keys (after RoPE) and values of a prefix in every block, computed in full precision.
+    """Compute keys (after RoPE) and values of a prefix in every block, in full precision.
 
     Args:
         checkpoint: an unquantized one, plain or rotated.
@@ -23,18 +25,15 @@ def compute_prefix_kv(checkpoint: Checkpoint, embeddings: torch.Tensor, runner: 
     if len(embeddings) == 0:
         return None
     hidden = embeddings.to(device=runner.device, dtype=checkpoint.dtype).unsqueeze(0)
-    kept = []
+    prefixes = []
     for block in load_blocks(checkpoint, runner.device):
         hidden, prefix_kv = runner.run_prefix(block, hidden)
-        kept.append(prefix_kv.cpu())
+        prefixes.append(prefix_kv.cpu())
         del block
-    return torch.stack(kept)
-
-
-PREFIX = "prefix.safetensors"
+    return torch.stack(prefixes)
 
 
 def load_prefix_kv(folder: Path, stage: str) -> torch.Tensor | None:
-    """The prefix's KV [L, 2, kv_heads, P, d] of a quantized checkpoint, None when it has no prefix."""
+    """Load the prefix's KV [L, 2, kv_heads, P, d] of a quantized checkpoint; None if it has no prefix."""
     tensors, _ = load_tensors(folder / PREFIX, stage)
     return tensors.get("kv")

@@ -1,16 +1,16 @@
 """The model's own decoder layer with its quantizers: no forward is copied, modules are replaced or added.
 
     the attention's norm      + quantizer          R1 where it is online, then site attention_input (shared by q, k, v)
-    self_attn                 + key_quantizer      site key   (applied by the cache, after RoPE)
-                              + value_quantizer    site value (applied by the cache)
+    self_attn                 + key_quantizer      site key   (on the way to the cache, after RoPE)
+                              + value_quantizer    site value (on the way to the cache)
     self_attn.o_proj          -> QuantizedLinear   R5 online, then site attention_output
     the MLP's norm            + quantizer          R1 where it is online, then site mlp_input (shared by gate, up)
     mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
     the other linears         -> QuantizedLinear   weights only
 
-Where there is no norm in front, attention and MLP themselves carry the quantizer of what they read.
-The same structure serves three lives of a block: rotated in full precision (nothing calibrated, R4, R5 online), under
-calibration (hooks on its quantizers), and quantized. Its state dict is what the artifact of a block holds.
+Where no norm comes before them, attention and MLP themselves have the quantizer of their input.
+A block has the same structure when it is rotated in full precision (nothing calibrated, R4 and R5 online), when it is
+calibrated (hooks on its quantizers), and when it is quantized. The artifact of a block holds its state dict.
 """
 
 from collections import Counter
@@ -36,15 +36,15 @@ _BUFFERS = (".weight_scale", ".weight_zero_point", *_QUANTIZER)
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What one block is asked for; kept in config.json beside the weights it belongs to.
+    """Settings of one block, stored in config.json next to the weights they belong to.
 
     Attributes:
-        online_r3, online_r4, online_r5: the online rotations the weights count on.
-        r4_block_size: R4 acts on so many consecutive channels at a time; -1: on all.
+        online_r3, online_r4, online_r5: the online rotations that the weights expect.
+        r4_block_size: number of consecutive channels that R4 acts on at a time; -1 for all.
         key_before_rope: keys are quantized before RoPE, without R3.
-        sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer; a
+        sites: site (a linear's short name for its weight: q_proj, …; attention_input, …, key, value) -> quantizer. A
             site that is not listed is not quantized.
-        online_r1: what attention and the MLP read is multiplied by a Hadamard matrix, in front of its quantizer.
+        online_r1: the input of attention and MLP is multiplied by a Hadamard matrix before it is quantized.
     """
 
     online_r3: bool = False
@@ -60,7 +60,7 @@ class BlockSettings:
 
     def to_dict(self) -> dict[str, Any]:
         values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
-        for name, absent in (("r4_block_size", -1), ("online_r5", False)):  # as written before there were those
+        for name, absent in (("r4_block_size", -1), ("online_r5", False)):  # as config.json was before these keys
             if values[name] == absent:
                 del values[name]
         return values
@@ -71,16 +71,16 @@ class BlockSettings:
 
 
 class QuantizedLinear(KeepsDtype):
-    """A linear layer: online rotation of its input, quantized input, quantized weight, each only if asked for.
+    """A linear layer with an online rotation of its input, a quantized input and a quantized weight, each optional.
 
     Attributes:
-        weight: float [out, in]; codes [out, in] once quantized (symmetric integers int8, all else uint8); float again
-            while it is trained.
+        weight: float [out, in]; codes [out, in] once quantized (int8 for symmetric integers, uint8 for all else); float
+            again while it is trained.
         weight_scale: float32 [out, G] once quantized.
         weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
-        unfrozen: its scales are being trained: what it multiplies by changes from step to step.
-        fired: whether a quantized weight has been multiplied by.
-        bias: float [out] or None; never quantized. Of a centered weight it holds the correction of the mean error too.
+        unfrozen: its scales are being trained, so that its dequantized weight changes from step to step.
+        fired: whether it has multiplied by a quantized weight.
+        bias: float [out] or None; never quantized. For a centered weight it includes the correction of the mean error.
     """
 
     kept_tensors = frozenset({"weight_scale", "weight_zero_point", "weight_common"})
@@ -120,7 +120,7 @@ class QuantizedLinear(KeepsDtype):
             self.bias = torch.empty(self.out_features, dtype=self.compute_dtype, device=device)
 
     def correct_bias_(self, correction: torch.Tensor) -> None:
-        """Add [out] to the bias, which the layer gets if it had none."""
+        """Add [out] to the bias. A layer without a bias gets one."""
         bias = torch.zeros_like(correction) if self.bias is None else self.bias.float()
         self.bias = (bias + correction).to(self.compute_dtype)
 
@@ -132,7 +132,7 @@ class QuantizedLinear(KeepsDtype):
         self._dequantized = None
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight the layer multiplies by, [out, in]; computed once from integers that stand still, and kept."""
+        """Return the weight that the layer multiplies by, [out, in]; it is kept as long as its integers do not change."""
         if self.weight_scale is None:
             return self.weight
         self.fired = True
@@ -152,21 +152,22 @@ class QuantizedLinear(KeepsDtype):
         return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input behind R4 or R5 and the layer's own quantizer, where it has them."""
+        """Return the input after R4 or R5 and the layer's own quantizer, where it has them."""
         if self.input_quantizer is None:
             return self.rotate(x)
         return quantize_rotated(self.input_quantizer, x, self.rotate_input, self.rotation_block_size)
 
     def rotate(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """x [..., in] behind R4 or R5, where the layer has it, or that undone."""
+        """Return x [..., in] after R4 or R5, where the layer has it, or undo it."""
         return hadamard_transform(x, inverse, self.rotation_block_size) if self.rotate_input else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prepare_input(x)
         if self.unfrozen and torch.is_grad_enabled() and self._has_one_scale_per_output():
             self.fired = True
-            kept = self.weight, self.weight_scale, self.weight_zero_point
-            return _MultiplyScaled.apply(x, *kept, self.bias, self.spec.grid)
+            return _MultiplyScaled.apply(
+                x, self.weight, self.weight_scale, self.weight_zero_point, self.bias, self.spec.grid
+            )
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def _has_one_scale_per_output(self) -> bool:
@@ -174,9 +175,9 @@ class QuantizedLinear(KeepsDtype):
 
 
 class _MultiplyScaled(torch.autograd.Function):
-    """y = x W^T + b with W = s (n - z), one s and z an output channel, and integers (or floats) n that stand still.
+    """y = x W^T + b with W = s (n - z), one s and z per output channel, and constant integers (or floats) n.
 
-    The gradients of s and z do not need that of W, a third of all the work: with g the gradient of y,
+    The gradients of s and z do not need that of W, which would be a third of all the work. With g the gradient of y,
 
         d/ds = sum over tokens of g (y - b) / s        d/dz = -s · sum over tokens of (g · sum over inputs of x)
     """
@@ -219,7 +220,7 @@ def _quantize_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def quantize_rotated(
     quantizer: ActivationQuantizer, x: torch.Tensor, rotate: bool, block_size: int = -1
 ) -> torch.Tensor:
-    """x behind an online rotation, if there is one, and its quantizer; in one pass unless a hook watches that."""
+    """Return x after its online rotation, if any, and its quantizer: in one pass, unless the quantizer has hooks."""
     watched = quantizer._forward_hooks or quantizer._forward_pre_hooks
     if quantizer.one_pass is not None and not watched and quantizer.one_pass.takes(x):
         quantizer.count_()
@@ -228,13 +229,13 @@ def quantize_rotated(
 
 
 def read_input(block: nn.Module, architecture: Architecture, site: str, residual: torch.Tensor) -> torch.Tensor:
-    """What the linears at `attention_input` or `mlp_input` read of the residual stream [..., D]."""
+    """Return the input of the linears at `attention_input` or `mlp_input`, from the residual stream [..., D]."""
     module = architecture.input_module(block, site)
     return _quantize_input(module, residual) if architecture.input_norm(site) is None else module(residual)
 
 
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
-    """Replace the modules of a plain decoder layer as listed in the module's docstring; nothing is calibrated yet."""
+    """Replace the modules of a plain decoder layer as the table above lists them. Nothing is calibrated yet."""
     widths = architecture.site_widths(block)
     for site in RESIDUAL_SITES:
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
@@ -246,9 +247,9 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         architecture.attention_output: (settings.online_r5, -1),
         architecture.mlp_output: (settings.online_r4, settings.r4_block_size),
     }
-    own_sites = {architecture.attention_output: Site.ATTENTION_OUTPUT, architecture.mlp_output: Site.MLP_HIDDEN}
+    input_sites = {architecture.attention_output: Site.ATTENTION_OUTPUT, architecture.mlp_output: Site.MLP_HIDDEN}
     for short, name in architecture.linear_names.items():
-        site = own_sites.get(name)
+        site = input_sites.get(name)
         quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
         rotate, blocks = rotated.get(name, (False, -1))
         linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer, blocks)
@@ -264,7 +265,7 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
 
 
 def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
-    """The six activation quantizers of a block with quantizers, in the order data flows; none for a plain block."""
+    """Return the six activation quantizers of a block, in the order data flows; none for a plain block."""
     if not hasattr(block.self_attn, "key_quantizer"):
         return {}
     return {
@@ -278,12 +279,12 @@ def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[s
 
 
 def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
-    """How many quantizers of each kind one block must have: what the params ask for, not what was built."""
+    """Count the quantizers of each kind that the params ask for in one block, whatever was built."""
     return Counter(site_group(site) for site in (settings.sites if settings else ()))
 
 
 def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
-    """How many quantizers of each kind have acted in this block since it was loaded."""
+    """Count the quantizers of each kind that have acted in this block since it was loaded."""
     weights = sum(linear.fired for linear in _linears(block))
     fired = Counter({"weights": weights} if weights else {})
     sites = find_site_quantizers(block, architecture)
@@ -292,14 +293,14 @@ def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Coun
 
 
 def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> nn.Module:
-    """Block `index` of a checkpoint, ready to run: plain, rotated, or quantized, as its config.json says.
+    """Load block `index` of a checkpoint, ready to run: plain, rotated, or quantized, as its config.json says.
 
     Raises:
         ArtifactError: the shard is missing or damaged.
-        RuntimeError: its tensors are not those the config asks for (torch's message lists them).
+        RuntimeError: its tensors are not those that the config asks for; the message lists them.
     """
     return fill_block(
-        checkpoint, index, checkpoint.load_block_tensors(index), block_settings(checkpoint, index), device
+        checkpoint, index, checkpoint.load_block_tensors(index), block_settings(checkpoint, index), device=device
     )
 
 
@@ -308,19 +309,25 @@ def fill_block(
     index: int,
     tensors: dict[str, torch.Tensor],
     settings: BlockSettings | None,
+    *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """As `load_block`, from tensors in memory, with settings and a compute dtype other than the checkpoint's.
+    """Build a block as `load_block` does, from tensors in memory.
 
-    `settings` None gives the model's plain layer; with settings it gets its quantizers, calibrated or not.
+    Args:
+        settings: None for the model's plain layer; otherwise it gets its quantizers, calibrated or not.
+        dtype: in which it computes; None for the checkpoint's.
+
+    Raises:
+        RuntimeError: the tensors are not those that the settings ask for; the message lists them.
     """
     block = checkpoint.build_block(index)
     if settings is not None:
         add_quantizers_(block, checkpoint.architecture, settings, checkpoint.config.num_key_value_heads)
     for linear in _linears(block) if any(name.endswith(".weight_scale") for name in tensors) else ():
         linear.declare_quantized_()
-    # Integers stay integers; float weights and biases take the dtype the model computes in, quantizers stay float32.
+    # Float weights and biases take the dtype that the model computes in. Integers and quantizers keep theirs.
     dtype = dtype or checkpoint.dtype
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(_BUFFERS) else tensor
@@ -337,18 +344,18 @@ def fill_block(
 
 
 def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
-    """For config.json: the first block's settings, and those of the blocks that differ from it."""
-    overrides = {str(index): own.to_dict() for index, own in enumerate(settings) if own != settings[0]}
+    """Describe all blocks for config.json: the first block's settings, and those of the blocks that differ from it."""
+    overrides = {str(index): one.to_dict() for index, one in enumerate(settings) if one != settings[0]}
     return {"block": settings[0].to_dict()} | ({"overrides": overrides} if overrides else {})
 
 
 def block_settings(checkpoint: Checkpoint, index: int) -> BlockSettings | None:
-    """What a checkpoint's config.json records of block `index`; None for a plain model."""
+    """Return the settings of block `index` in a checkpoint's config.json; None for a plain model."""
     return find_settings(checkpoint.settings, index)
 
 
 def find_settings(described: dict[str, Any], index: int) -> BlockSettings | None:
-    """Block `index` of what `describe_blocks` wrote; None for a plain model."""
+    """Return the settings of block `index` from the output of `describe_blocks`; None for a plain model."""
     recorded = described.get("overrides", {}).get(str(index)) or described.get("block")
     return None if recorded is None else BlockSettings.from_dict(recorded)
 

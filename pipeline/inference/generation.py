@@ -1,9 +1,10 @@
-"""Text from an exported folder, as it is made.
+"""Generate text from an exported folder, printed as it is made.
 
     python -m pipeline.generate artifacts/export "Once upon a time" --max-new-tokens 64
     python -m pipeline.generate artifacts/export --chat
 
-On a CPU integers are multiplied as such (`--arithmetic float` computes what the pipeline evaluated, slower).
+On a CPU integers are multiplied as integers. `--arithmetic float` is slower and computes exactly the numbers that the
+pipeline evaluated.
 """
 
 import logging
@@ -19,16 +20,16 @@ from pipeline.runtime.arguments import ArgumentError, Parser, device, non_negati
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
 
-_COLDEST = 1e-6  # logits divided by less overflow
+_COLDEST = 1e-6  # logits divided by a lower temperature overflow
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
-    parser.add_argument("prompt", nargs="?", type=text, help="text to go on from; read from the terminal when left out")
-    parser.add_argument("--chat", action="store_true", help="take turns, with the model's chat template")
+    parser.add_argument("prompt", nargs="?", type=text, help="text to continue; read from the terminal if left out")
+    parser.add_argument("--chat", action="store_true", help="take turns, by the model's chat template")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64)
-    parser.add_argument("--temperature", type=non_negative, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--temperature", type=non_negative, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--arithmetic", choices=("float", "integer"), help="default: integer on a CPU, float elsewhere")
@@ -66,43 +67,45 @@ def check_prompt(token_ids: list[int], interface: TextInterface, max_new_tokens:
     """Return the token ids of a prompt without a start token that the prefix has already.
 
     Raises:
-        ArgumentError: there is nothing to go on from, or more than the model has positions for.
+        ArgumentError: there is no text, or more than the model has positions for.
     """
     if interface.start_token_id is not None and token_ids[:1] == [interface.start_token_id]:
         token_ids = token_ids[1:]
     if not token_ids:
-        raise ArgumentError("the prompt is empty; give some text to go on from")
+        raise ArgumentError("the prompt is empty. Give some text to continue.")
     prefix, limit = interface.prefix_tokens, interface.max_positions
     if prefix + len(token_ids) + max_new_tokens > limit:
         raise ArgumentError(
             f"{prefix} tokens of prefix, {len(token_ids)} of text and {max_new_tokens} new ones exceed the {limit} "
-            "positions of this model; shorten the text, or lower --max-new-tokens"
+            "positions of this model. Shorten the text, or lower --max-new-tokens."
         )
     return token_ids
 
 
 def render_turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a chat up to the model's next turn. Raises ArgumentError where the template refuses."""
-    with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses this ({why})")):
+    """Return the token ids of a chat up to the model's next turn. Raise ArgumentError if the template refuses them."""
+    with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses the conversation ({why}).")):
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def stream_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], options: dict[str, Any]
 ) -> str:
-    """Print what follows `token_ids` while it is generated, and return it. A start token the prefix has is left out.
+    """Print the continuation of `token_ids` while it is generated, and return it.
+
+    A start token that the prefix has already is left out.
 
     Raises:
-        ArgumentError: there is nothing to go on from, or more than the model has positions for; or transformers refuses
-            what the generation config asks for.
+        ArgumentError: there is no text, or more than the model has positions for, or transformers refuses the settings
+            of the generation config.
     """
     token_ids = check_prompt(token_ids, describe_interface(model, tokenizer), options["max_new_tokens"])
     inputs = torch.tensor([token_ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     mask = torch.ones_like(inputs)
-    refused = "the folder's generation_config.json asks for what fails"
-    with reading(lambda why: ArgumentError(f"{refused} ({why})"), "transformers.generation"):
+    refused = "transformers refuses the settings of the folder's generation_config.json"
+    with reading(lambda why: ArgumentError(f"{refused} ({why}). Correct or remove them."), "transformers.generation"):
         output = model.generate(inputs, attention_mask=mask, pad_token_id=pad, streamer=streamer, **options)
     return tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
 
@@ -127,4 +130,4 @@ def _read(prompt: str | None) -> str:
     except EOFError:
         return ""
     except UnicodeDecodeError:
-        raise ArgumentError("what was typed is not encoded in UTF-8") from None
+        raise ArgumentError("the typed text is not encoded in UTF-8. Type it in UTF-8.") from None

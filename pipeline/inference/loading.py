@@ -3,8 +3,8 @@
     model, tokenizer = load(Path("artifacts/export"))
     model.generate(**tokenizer(["Once upon"], return_tensors="pt"))
 
-The folder is checked whole before anything is built: its manifest lists every file with size and SHA-256. What is then
-loaded is what `AutoModelForCausalLM.from_pretrained` gives after `import pipeline.hf`.
+The whole folder is checked before anything is built: its manifest lists every file with size and SHA-256. Then
+`AutoModelForCausalLM.from_pretrained` loads it, as it does after `import pipeline.hf`.
 """
 
 from pathlib import Path
@@ -34,16 +34,17 @@ Arithmetic = Literal["float", "integer"]
 def load(
     folder: Path, device: torch.device | str | None = None, arithmetic: Arithmetic = "float", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An exported model and its tokenizer.
+    """Load an exported model and its tokenizer.
 
     Args:
-        device: where to put the model; None: the CPU, or what `device_map` in `options` says.
-        arithmetic: float computes what the pipeline evaluated; integer multiplies integers, see `packed_block.py`
-            (CPU).
+        device: of the model; None for the CPU, or for the devices of `device_map` in `options`.
+        arithmetic: `float` computes the numbers that the pipeline evaluated. `integer` multiplies integers, on CPUs
+            only, see `packed_block.py`.
         options: passed to `from_pretrained` (device_map, dtype, …).
 
     Raises:
-        ExportError: the folder is not an exported one, is damaged or incomplete, or of a newer format.
+        ExportError: the folder is not an exported one, is damaged or incomplete, or of a newer format, or `options`
+            ask for other sizes.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -68,7 +69,7 @@ def check_generation_config(folder: Path) -> None:
 def use_integers_(model: PreTrainedModel) -> None:
     """Have a loaded model multiply integers wherever its settings allow it."""
     architecture = find_architecture(model.config)
-    # What was loaded are views of the mapped file, which stays resident until the last one is gone.
+    # Loaded tensors are views of the mapped file, which stays in memory until the last of them is gone.
     for block in model.base_model.layers:
         _copy_tensors_(block)
     _copy_tensors_(model.base_model.norm)
@@ -79,8 +80,8 @@ def use_integers_(model: PreTrainedModel) -> None:
 
 
 def _copy_tensors_(module: nn.Module) -> None:
-    for own in module.modules():
-        for name, buffer in own.named_buffers(recurse=False):
-            setattr(own, name, buffer.clone())
-        for name, parameter in own.named_parameters(recurse=False):
-            setattr(own, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.clone())
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -1,8 +1,11 @@
-"""The manifest of an exported folder: every file with its size and SHA-256, and which of them must be as written.
+"""The manifest of an exported folder: every file with its size and SHA-256, and which of them must not change.
 
-Weights, config and tokenizer must be as they were written. The model card, the generation config, a chat template and
-whatever else lies there may change, or be gone: they are the user's. A chat template may also stand inside of
-tokenizer_config.json, of which the manifest therefore knows a second hash, without it.
+Weights, config and tokenizer must be as they were exported. The model card, the generation config, a chat template and
+any other file belong to the user, who may change or delete them. A chat template may also be inside
+tokenizer_config.json. So the manifest has a second hash of that file, without the template.
+
+A folder that a user wrote with `save_pretrained` has a manifest too. It leaves the tokenizer out, because transformers
+saves the tokenizer by itself, before the model or after it.
 """
 
 import hashlib
@@ -20,17 +23,27 @@ GENERATION = "generation_config.json"
 _FREE_NAMES = {GENERATION, ".gitattributes"}
 _FREE_ENDINGS = {".md", ".jinja"}
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_TOKENIZER = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"}
-_TOKENIZER |= {_TOKENIZER_CONFIG, "tokenizer.model"}
-_READ = _TOKENIZER | {"adapter_config.json"}  # by transformers, wherever it finds them
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "tokenizer.model",
+        _TOKENIZER_CONFIG,
+    }
+)
+_READ = TOKENIZER_FILES | {"adapter_config.json"}  # transformers reads these wherever it finds them
 
 
 class ExportError(PipelineError):
-    """An exported folder is damaged, incomplete, foreign, or of a newer format."""
+    """An exported folder is damaged, incomplete, foreign, or of a newer format, or is loaded with other sizes."""
 
 
 def check_format(where: object, version: object) -> None:
-    """Raises ExportError unless `version` is the layout this project reads and writes."""
+    """Raise ExportError unless `version` is the layout that this project reads and writes."""
     if version != FORMAT_VERSION:
         raise ExportError(
             f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: update it, or "
@@ -38,10 +51,14 @@ def check_format(where: object, version: object) -> None:
         )
 
 
-def write_manifest(folder: Path) -> None:
-    """Of all files that are there, the last one to be written."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    files.pop(MANIFEST, None)
+def write_manifest(folder: Path, left_out: frozenset[str] = frozenset()) -> None:
+    """Write the manifest of all files in a folder. It must be the last file that is written.
+
+    Args:
+        left_out: names of files that may be added or changed later.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in left_out | {MANIFEST}]
+    files = {path.name: _describe(path) for path in paths}
     manifest = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "files": files}
     write_json(folder / MANIFEST, manifest | {"fingerprint": fingerprint_files(files)})
 
@@ -56,41 +73,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{folder}: there is no such folder")
     manifest = _read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("quant_method") != METHOD:
-        raise ExportError(f"{folder / MANIFEST}: not of a folder that this project exported")
+        raise ExportError(f"{folder / MANIFEST}: this project did not export the folder. Give one that it exported.")
     check_format(folder, manifest.get("format_version"))
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("fingerprint") != fingerprint_files(files):
-        raise ExportError(f"{folder / MANIFEST} is damaged; get an intact copy")
+        raise ExportError(f"{folder / MANIFEST} is damaged. Get an intact copy.")
     return files
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ExportError unless every file of an exported folder that counts is there and as it was written."""
+    """Raise ExportError unless all files of an exported folder that must not change are as they were exported."""
     files = read_manifest(folder)
     for name, entry in files.items():
         path = folder / name
         if name in _FREE_NAMES or path.suffix in _FREE_ENDINGS:
             continue
         if not path.is_file():
-            raise ExportError(f"{path} is missing; get a complete copy")
+            raise ExportError(f"{path} is missing. Get a complete copy.")
         if not _is_intact(path, entry):
-            raise ExportError(f"{path} is damaged or was changed; get an intact copy")
-    own_tokenizer = (
-        set() if "tokenizer.json" in files else _TOKENIZER
-    )  # one that was saved behind the model is its user's
-    extra = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in _READ} - set(files)
-    extra -= own_tokenizer
-    if extra:
-        raise ExportError(f"{folder}: files that do not belong there: {', '.join(sorted(extra))}; remove them")
+            saved = " If you saved a tokenizer here, save the model here too." if name in TOKENIZER_FILES else ""
+            raise ExportError(f"{path} is damaged or was changed. Get an intact copy.{saved}")
+    free_tokenizer = frozenset() if "tokenizer.json" in files else TOKENIZER_FILES  # saved by a user
+    present = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in _READ}
+    if extra := present - set(files) - free_tokenizer:
+        raise ExportError(f"{folder}: files that do not belong there: {', '.join(sorted(extra))}. Remove them.")
 
 
 def fingerprint_files(files: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's list of files."""
+    """Return the SHA-256 of the manifest's list of files."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -120,6 +135,6 @@ def _hash_without_template(path: Path) -> str:
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
-        raise ExportError(f"{path} is missing; is it a folder that this project exported?")
-    with reading(lambda why: ExportError(f"{path} is damaged ({why}); get an intact copy")):
+        raise ExportError(f"{path} is missing. Give a folder that this project exported.")
+    with reading(lambda why: ExportError(f"{path} is damaged ({why}). Get an intact copy.")):
         return json.loads(path.read_text(encoding="utf-8"))

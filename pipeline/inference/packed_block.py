@@ -1,14 +1,15 @@
-"""A quantized block with its weights packed, and two ways to multiply by them.
+"""A quantized block with packed weights, and two ways to multiply by them.
 
-    float     unpacked and dequantized when the layer is reached, dropped behind it: the same numbers, in the same
-              order, as the block that was evaluated
-    integer   integers times integers, summed exactly in int32, scaled once (kernels/integer_product.py):
+    float     The weight is unpacked and dequantized when the layer is reached, and dropped afterwards. The same
+              numbers, in the same order, as in the block that was evaluated.
+    integer   Integers times integers, summed exactly in int32, scaled once (kernels/integer_product.py):
                   y = scale_x scale_w (n_x n_w) + bias + W shift
-              the same product, up to where float32 would have rounded it; faster on CPUs with int8 instructions. Its
-              codes come in one pass with the rotation in front (kernels/rotated_codes.py)
+              The same product, except where float32 would have rounded it. Faster on CPUs with int8 instructions. The
+              codes and the rotation before them are computed in one pass (kernels/rotated_codes.py).
 
-The second needs integers, static ranges and one scale a tensor and output channel; layers that have others stay with
-the first. Scales of formats that round them are packed as well: bytes, and a common factor (`weight_common`) in nvfp4.
+`integer` needs integers, static ranges, one scale per input tensor and one per output channel. Layers with other
+settings stay with `float`. Formats that round their scales have them packed too: as bytes, and in nvfp4 a common factor
+(`weight_common`).
 """
 
 from collections.abc import Sequence
@@ -31,21 +32,28 @@ from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
 class PackedLinear(QuantizedLinear, nn.Linear):
     """A `QuantizedLinear` that holds `weight_packed`, uint8 [out, bytes], instead of `weight`.
 
-    A Linear by name, so that adapters (PEFT) are put around it as around any; it stands still, gradients pass it.
+    It is an `nn.Linear`, so that PEFT puts adapters around it. Its weight is constant, and gradients pass through it.
     """
 
     weight = None
 
     @property
     def qweight(self) -> torch.Tensor:
-        """What PEFT takes for the weight of a layer that has none, to see where it lies."""
+        """The packed weight. PEFT looks for this name, to find the device of a layer that has no `weight`."""
         return self.weight_packed
 
     def __init__(self, source: QuantizedLinear) -> None:
-        """Take the place of `source`, which is quantized; on the meta device its integers are yet to come."""
+        """Take the place of `source`, which is quantized. On the meta device its integers are loaded later."""
         nn.Module.__init__(self)
-        kept = ("in_features", "out_features", "spec", "rotate_input", "rotation_block_size", "input_quantizer")
-        for name in (*kept, "compute_dtype"):
+        for name in (
+            "in_features",
+            "out_features",
+            "spec",
+            "rotate_input",
+            "rotation_block_size",
+            "input_quantizer",
+            "compute_dtype",
+        ):
             setattr(self, name, getattr(source, name))
         if source.weight.is_meta:
             shape = (self.out_features, packed_width(self.in_features, self.spec.bits))
@@ -63,11 +71,11 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         self._forward_hooks.update(source._forward_hooks)  # quantizes keys before RoPE
 
     def unpack(self) -> torch.Tensor:
-        """The integers or other codes [out, in], int8 or uint8."""
+        """Return the integers or other codes [out, in], int8 or uint8."""
         return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in], computed anew."""
+        """Compute the weight [out, in], in every call again."""
         self.fired = True
         grid = self.spec.grid
         scale = grid.unpack_scale(self.weight_scale, self.weight_common)
@@ -89,7 +97,7 @@ def pack_block_(block: nn.Module, architecture: Architecture) -> None:
 
 
 def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLinear]) -> bool:
-    """Whether linears that read what `quantizer` passes on can multiply integers."""
+    """Return whether linears that read the output of `quantizer` can multiply integers."""
     specs = [quantizer.spec, *(linear.spec for linear in readers)]
     one_scale = all(spec.enabled and spec.group_size == -1 and not spec.dynamic for spec in specs)
     one_scale = one_scale and all(spec.format == INT for spec in specs)
@@ -97,7 +105,7 @@ def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLin
 
 
 def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLinear]) -> IntegerOperands:
-    """Of what `readers` compute, side by side, of the codes that `quantizer` passes on from now on."""
+    """Return the operands of the product of `readers`, side by side. From now on `quantizer` passes on codes."""
     quantizer.emit_codes_()
     integers, constants = [], []
     for linear in readers:
@@ -115,7 +123,7 @@ def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLine
 
 
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
-    """Have the packed linears of a block multiply integers, wherever their settings and their inputs' allow it."""
+    """Have the packed linears of a block multiply integers, wherever the settings of weights and inputs allow it."""
     quantizers = find_site_quantizers(block, architecture)
     for site, readers in architecture.site_readers.items():
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
@@ -130,7 +138,7 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
 
 
 def find_rotation(block: nn.Module, architecture: Architecture, site: str) -> tuple[bool, int]:
-    """Whether an online rotation stands in front of a site's quantizer, and of how many channels (-1: all)."""
+    """Return whether there is an online rotation before the quantizer of a site, and its block size (-1: all)."""
     if site in RESIDUAL_SITES:
         return architecture.input_module(block, site).rotate_input, -1
     (reader,) = architecture.site_readers[site]

@@ -96,14 +96,14 @@ class PrefixedModel(PreTrainedModel):
         Args:
             attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
                 does not mask.
-            position_ids: [B or 1, T], without the prefix. Where they restart, several texts are packed in a row: each
-                is read with the prefix and without the others. That needs `use_cache=False` and no mask.
+            position_ids: [B or 1, T], without the prefix. If they restart within a row, several texts are packed in
+                it. Each is read with the prefix and without the others. That needs `use_cache=False` and no mask.
             past_key_values, cache: None, the cache returned by an earlier call, or `make_cache()`. Two names of one
                 argument; transformers uses the second since 5.24.
 
         Raises:
             ValueError: a cache of another kind or under both names, a mask that is not [B, past + T], packed texts
-                with a cache or for kernels that take no mask, or gradient checkpointing.
+                with a cache, with a mask or for kernels that take no mask, or gradient checkpointing.
             UnsupportedModelError: a text so long that RoPE would turn the keys in the cache in another way.
         """
         if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base_model.layers):
@@ -124,20 +124,20 @@ class PrefixedModel(PreTrainedModel):
         if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
             check_rope(self.config, prefix + past + length)
         keeps_cache = passed is not None or (self.config.use_cache if use_cache is None else use_cache)
-        texts = None
+        whole_mask = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
                 raise ValueError(
                     f"attention_mask has shape {list(attention_mask.shape)}. Pass [batch, {past + length}], a 1 for "
                     "every token read so far that is no padding, without the prefix."
                 )
-            if position_ids is None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
             whole_mask = torch.nn.functional.pad(attention_mask, (prefix, 0), value=1)
-        else:
-            whole_mask = None
-            if position_ids is not None:
-                texts = _number_texts(position_ids.expand(shape), keeps_cache)
+        texts = None
+        if position_ids is not None and length > 1:
+            new_mask = None if attention_mask is None else attention_mask[:, -length:]
+            texts = _number_texts(position_ids.expand(shape), new_mask, keeps_cache)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
         if past == 0 and input_ids is not None:
             self._warn_of_second_start(input_ids, attention_mask)
         if position_ids is not None:
@@ -185,16 +185,23 @@ class PrefixedModel(PreTrainedModel):
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError: transformers' continuous batching has a cache of its own, in pages."""
+        """Raise ValueError: transformers' continuous batching has a cache of its own, in pages."""
         raise ValueError(
             "continuous batching (generate_batch) keeps keys and values in pages of its own, which hold no prefix and "
-            "quantize nothing; call generate with a padded batch and its attention_mask"
+            "quantize nothing. Call generate with a padded batch and its attention_mask."
         )
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Raise ValueError: there is no unquantized model to go back to."""
+        raise ValueError(
+            "dequantize() has no unquantized model to return: the weights are rotated and rounded, and activations, keys "
+            "and values are quantized around them. Load the original model instead."
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As the model's own; an exported model's folder is complete: its manifest is written anew, and sent along."""
+        """As the model's own. The folder of an exported model gets a new manifest, which is pushed too."""
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         if (quantizer := getattr(self, "hf_quantizer", None)) is not None:
@@ -255,11 +262,13 @@ class PrefixedModel(PreTrainedModel):
     def _warn_of_second_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if self.start_token_id is None or input_ids.shape[1] == 0 or torch.compiler.is_compiling():
             return
-        first = input_ids[:, :1] if attention_mask is None else input_ids.gather(1, attention_mask.argmax(1, True))
+        first = input_ids[:, :1]
+        if attention_mask is not None:
+            first = input_ids.gather(1, attention_mask.long().argmax(1, True))
         if (first == self.start_token_id).any():
             logger.warning(
                 "a text begins with the start token (id %d), which the prefix has already: a second one can bring the "
-                "outliers back; leave it out (add_special_tokens=False, or strip_start_token)",
+                "outliers back. Leave it out (add_special_tokens=False, or strip_start_token).",
                 self.start_token_id,
             )
 
@@ -270,26 +279,33 @@ def _choose_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache |
     return cache if past_key_values is None else past_key_values
 
 
-def _number_texts(position_ids: torch.Tensor, keeps_cache: bool) -> torch.Tensor | None:
+def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_cache: bool) -> torch.Tensor | None:
     """Return the number of the text that each token [B, T] belongs to, or None if each row is one text.
 
     As in transformers, a new text begins where a position does not follow the one before it.
 
+    Args:
+        mask: [B, T], 0 for padding, or None.
+        keeps_cache: whether the call has a cache.
+
     Raises:
-        ValueError: positions restart, and the call has a cache, which is that of one text.
+        ValueError: positions restart, and the call has a cache, which is that of one text, or a mask.
     """
-    begins = position_ids.diff(dim=-1) != 1
+    steps = position_ids.diff(dim=-1)
+    numbers = torch.nn.functional.pad(steps != 1, (1, 0)).cumsum(-1)
     if torch.compiler.is_compiling():  # no branch on data
-        return None if keeps_cache else torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
-    if keeps_cache:
-        if (position_ids.diff(dim=-1) < 0).any():
-            raise ValueError(
-                "position_ids restart within a row: several texts are packed, and a cache is that of one text. Pass "
-                "use_cache=False to read each text with the prefix and without the others, or one text per row with an "
-                "attention_mask."
-            )
-        return None
-    return torch.nn.functional.pad(begins, (1, 0)).cumsum(-1) if begins.any() else None
+        return numbers if mask is None and not keeps_cache else None
+    if mask is None and not keeps_cache:
+        return numbers if (numbers > 0).any() else None
+    restarts = steps <= 0
+    if mask is not None:
+        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if restarts.any():
+        raise ValueError(
+            "position_ids restart within a row: several texts are packed. Pass use_cache=False and no attention_mask to "
+            "read each text with the prefix and without the others, or pass one text per row."
+        )
+    return None
 
 
 def _count_within(texts: torch.Tensor) -> torch.Tensor:
@@ -302,11 +318,7 @@ def _count_within(texts: torch.Tensor) -> torch.Tensor:
 def _replace_cache(output: Any, counting: Cache, cache: PrefixCache | None) -> Any:
     """Return a model's output with `cache` in the place of the one that counts the prefix; None leaves it out."""
     if isinstance(output, ModelOutput):
-        if output.get(CACHE) is counting:
-            output[CACHE] = cache
-        return output
-    if not isinstance(output, tuple):
-        return output
+        return type(output)(**{name: cache if value is counting else value for name, value in output.items()})
     values = (cache if value is counting else value for value in output)
     return tuple(value for value in values if value is not None)
 
@@ -328,7 +340,13 @@ def prefix_model_(
     start_token_id: int | None = None,
     text_start_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Put a prefix [L, 2, kv_heads, P, d] (None: an empty one) in front of whatever `model` reads, and return it."""
+    """Put a prefix [L, 2, kv_heads, P, d] before every text that `model` reads, and return the model.
+
+    Args:
+        prefix_kv: None for an empty prefix.
+        start_token_id: see `PrefixedModel`; ignored if the prefix is empty or texts have a start token of their own.
+        text_start_token_id: see `PrefixedModel`.
+    """
     model.__class__ = _prefixed_class(type(model))
     model.register_buffer("prefix_kv", prefix_kv)
     model.start_token_id = None if prefix_kv is None or text_start_token_id is not None else start_token_id
@@ -337,7 +355,7 @@ def prefix_model_(
 
 
 def strip_start_token(token_ids: list[int], model: PreTrainedModel) -> list[int]:
-    """Token ids of one text without the start token, where the prefix has it already."""
+    """Return the token ids of one text without the start token, if the prefix has it already."""
     start = getattr(model, "start_token_id", None)
     return token_ids[1:] if start is not None and token_ids[:1] == [start] else token_ids
 
@@ -348,7 +366,7 @@ def assemble_model(
     device: torch.device | str = "cpu",
     text_start_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """The whole model of a checkpoint, plain, rotated or quantized, on `device`, ready to run.
+    """Return the whole model of a checkpoint, plain, rotated or quantized, on `device`, ready to run.
 
     Args:
         prefix_kv: [L, 2, kv_heads, P, d] in the checkpoint's basis.
@@ -376,9 +394,10 @@ def assemble_model(
 
 @contextmanager
 def probe_saturation(model: PreTrainedModel) -> Iterator[list[SaturationProbe]]:
-    """Counts, as long as it is entered, what of everything `model` does (decoding included) lies beyond static ranges.
+    """Count the values beyond static ranges in all that `model` computes inside the context, decoding included.
 
-    Yields a probe per block: `[probe.report() for probe in probes]`.
+    Yields:
+        A probe per block: `[probe.report() for probe in probes]`.
     """
     architecture = find_architecture(model.config)
     with ExitStack() as stack:

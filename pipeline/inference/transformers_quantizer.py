@@ -1,19 +1,23 @@
 """Makes transformers load exported folders: `import pipeline.hf`, then `AutoModelForCausalLM.from_pretrained(folder)`.
 
-config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`; this module registers
-what transformers then asks for, through its public registry. The model's own class is built, its linears are replaced
-by packed ones, quantizers and prefix are put in, and the tensors are loaded by transformers.
+config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`. This module registers the
+two classes that transformers then asks for, through its public registry. They build the model's own class, replace its
+linears by packed ones, add quantizers and prefix, and let transformers load the tensors.
 
 Without this module transformers would skip a `quant_method` that it does not know, and fill the linears with random
-numbers. So config.json also says what is missing (`GUARD`) where transformers looks for something else, and refuses:
+numbers. So config.json also names this module (`GUARD`) in two places where transformers expects something else, and
+stops:
 
-    transformers_weights    the name of a file of weights, which this is none; `from_pretrained`, whatever it is passed
-    attn_implementation     an attention that only this module registers; `from_config` too, of any version
+    transformers_weights    transformers expects the name of a file of weights; stops `from_pretrained`, whatever it is
+                            passed
+    attn_implementation     transformers expects an attention, and only this module registers one of that name; stops
+                            `from_config` too, in every version
 
-Neither means anything to a model that is loaded: it has its own files, and computes with its family's own attention.
+A loaded model uses neither: it has its own files, and computes with its family's own attention.
 """
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.blocks.quantized import QuantizedLinear, add_quantizers_, find_settings, find_site_quantizers
-from pipeline.inference.manifest import METHOD, ExportError, check_format, write_manifest
+from pipeline.inference.manifest import METHOD, TOKENIZER_FILES, ExportError, check_format, write_manifest
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.prefixed_model import prefix_model_
 from pipeline.models.architectures import find_architecture
@@ -39,6 +43,7 @@ GUARD = f"{METHOD} (import pipeline.hf)"
 GUARDS = {"transformers_weights": GUARD, "attn_implementation": GUARD}
 AttentionInterface.register(GUARD, sdpa_attention_forward)
 AttentionMaskInterface.register(GUARD, sdpa_mask)
+_PREFIX_KV = "prefix_kv"
 
 
 @register_quantization_config(METHOD)
@@ -47,11 +52,11 @@ class PrefixQuantConfig(QuantizationConfigMixin):
 
     Attributes:
         blocks: settings of every block, as `blocks.quantized.describe_blocks` writes them: the quantizer of each site
-            and which online rotations the weights count on.
-        prefix: {"tokens": P, "token_ids": [P] or [] for a continuous one, "start_token_id": the start token that the
-            prefix makes superfluous, or None}.
+            and the online rotations that the weights expect.
+        prefix: {"tokens": P, "token_ids": [P] or [] for a continuous one, "start_token_id": the start token that a text
+            must not begin with, because the prefix ends in it, or None}.
         format_version: of the layout of tensors.
-        text_start_token_id: the start token that belongs in front of every text, or None.
+        text_start_token_id: the start token that is put between the prefix and every text, or None.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         check_format("quantization_config", format_version)
         if unknown:
-            raise ExportError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
+            raise ExportError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Remove them.")
         self.quant_method = METHOD
         self.format_version = format_version
         self.blocks = blocks
@@ -75,76 +80,120 @@ class PrefixQuantConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PrefixQuantizer(HfQuantizer):
-    """What transformers calls around loading."""
+    """The steps around loading that transformers leaves to a quantization method."""
 
     requires_calibration = True
     quantization_config: PrefixQuantConfig
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A map that somebody wrote for the plain model does not know of the prefix."""
+        """Add the prefix to a map that was written for the plain model."""
         if not isinstance(device_map, dict) or not self.quantization_config.prefix["tokens"]:
             return device_map
-        if {"", "prefix_kv"} & device_map.keys():
-            return device_map
-        return device_map | {"prefix_kv": next((place for place in device_map.values() if place != "disk"), "cpu")}
+        if "" not in device_map and _PREFIX_KV not in device_map:
+            device_map = device_map | {_PREFIX_KV: _choose_place(device_map)}
+        self._keep_prefix_in_memory_(device_map)
+        return device_map
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Correct the place of the prefix. transformers calls this with the map that it made of `auto`."""
+        if isinstance(device_map, dict):
+            self._keep_prefix_in_memory_(device_map)
+
+    @staticmethod
+    def _keep_prefix_in_memory_(device_map: dict[str, Any]) -> None:
+        """Keep the prefix off the disk: caches are made of it outside of the calls that would load it from there."""
+        if device_map.get(_PREFIX_KV) == "disk":
+            device_map[_PREFIX_KV] = _choose_place(device_map)
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """What transformers calls before it looks for files."""
+        """Remove the guard. transformers calls this before it looks for files."""
         if getattr(config, "transformers_weights", None) == GUARD:
             del config.transformers_weights
         return config
 
-    update_tp_plan = update_attn_implementation  # what older versions call there
+    update_tp_plan = update_attn_implementation  # older versions call this one there
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if model.config._attn_implementation == GUARD:
             model.set_attn_implementation(find_architecture(model.config).kernel)
+        files = checkpoint_files or []
+        check_depth(model.config, files)
         build_packed_(model, self.quantization_config)
-        check_complete(model, checkpoint_files or [])
+        check_complete(model, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Older versions leave what they rename as it is stored: the table, where a model without a head is asked for.
+        # Older versions leave a renamed tensor in its stored dtype: the table of a model that is loaded without a head.
         model.get_input_embeddings().to(model.config.dtype)
         return model
 
     def complete_folder(self, folder: Path) -> None:
-        """Make what `save_pretrained` wrote an exported folder: refused by who cannot read it, with a manifest."""
+        """Turn the folder that `save_pretrained` wrote into an exported one: with the guards and a manifest."""
         path = folder / "config.json"
-        if path.is_file():  # of adapters alone there is none
+        if path.is_file():  # there is none if adapters alone were saved
             config = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, config | GUARDS)
-            write_manifest(folder)
+            write_manifest(folder, left_out=TOKENIZER_FILES)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Of adapters on top; what is packed stands still, and gradients pass it."""
+        """Whether adapters on top can be trained. Packed weights are constant, and gradients pass through them."""
         return True
 
 
+def _choose_place(device_map: dict[str, Any]) -> Any:
+    """Return the device of a map that computes: the first one that is neither the CPU nor the disk, if there is one."""
+    places = [place for place in device_map.values() if place != "disk"]
+    return next((place for place in places if str(place) != "cpu"), "cpu")
+
+
+def check_depth(config: PreTrainedConfig, files: list[str]) -> None:
+    """Raise ExportError unless `files` hold as many blocks as the config has."""
+    indices = {int(match[1]) for name in _read_shapes(files) if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    if indices and max(indices) + 1 != config.num_hidden_layers:
+        raise ExportError(
+            f"num_hidden_layers={config.num_hidden_layers}: the folder holds {max(indices) + 1} blocks, and its prefix "
+            "and its quantizers belong to all of them. Leave num_hidden_layers out, or export a model of that depth."
+        )
+
+
 def check_complete(model: nn.Module, files: list[str]) -> None:
-    """Raises ExportError unless `files` hold every tensor of `model`: of what is not there, transformers only warns."""
-    present: set[str] = set()
+    """Raise ExportError unless `files` hold every tensor of `model` in its shape. transformers would only warn."""
+    shapes = _read_shapes(files)
+    if missing := find_missing(model, shapes):
+        raise ExportError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])}. Get a complete copy.")
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in model.state_dict().items():
+        stored = shapes.get(name, shapes.get(prefix + name))
+        if stored is not None and stored != tensor.shape:
+            raise ExportError(
+                f"{name} has shape {list(stored)} in the folder and {list(tensor.shape)} by its config. Leave out the "
+                "settings of the config that change sizes, such as hidden_size."
+            )
+
+
+def _read_shapes(files: list[str]) -> dict[str, torch.Size]:
+    """Return name -> shape of all tensors in safetensors files."""
+    shapes = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            present |= set(file.keys())
-    if missing := find_missing(model, present):
-        raise ExportError(f"{len(missing)} tensors are missing: {', '.join(missing[:3])}; get a complete copy")
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
 
 
 def find_missing(model: nn.Module, present: Collection[str]) -> list[str]:
-    """Tensors of `model` that a folder with those `present` lacks; of two tied tables it holds one."""
+    """Return the tensors of `model` that a folder with those `present` lacks. It holds one of two tied tables."""
     tied = {find_architecture(model.config).lm_head} if model.config.tie_word_embeddings else set()
     known, prefix = tied | set(present), f"{model.base_model_prefix}."
     return sorted(name for name in model.state_dict() if name not in known and prefix + name not in known)
 
 
 def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
-    """Turn a plain model on the meta device into the exported one, its tensors still to be loaded."""
+    """Turn a plain model on the meta device into the exported one. Its tensors are loaded later."""
     architecture = find_architecture(model.config)
     heads = model.config.num_key_value_heads
     with torch.device("meta"):

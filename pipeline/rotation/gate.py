@@ -77,7 +77,7 @@ class InvarianceGate:
         self, index: int, tensors: dict[str, torch.Tensor], hidden: torch.Tensor, settings: BlockSettings | None
     ) -> None:
         runner = self.runners[hidden.dtype]
-        block = fill_block(self.checkpoint, index, tensors, settings, runner.device, hidden.dtype)
+        block = fill_block(self.checkpoint, index, tensors, settings, device=runner.device, dtype=hidden.dtype)
         if hidden.dtype == torch.float64:
             compute_exactly_(block)
         runner.advance_(block, hidden)

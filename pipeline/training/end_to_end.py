@@ -76,7 +76,7 @@ class EndToEndTrainer(Trainer[ModelData]):
         quantizers: list[nn.Parameter] = []
         norms: list[nn.Parameter] = []
         for index in range(initial.block_count):
-            block = fill_block(initial, index, self._load_tensors(index), block_settings(initial, index), device)
+            block = fill_block(initial, index, self._load_tensors(index), block_settings(initial, index), device=device)
             trainables = unfreeze_(block, architecture, norms=params.norm_lr > 0)
             quantizers += trainables.quantizers
             norms += trainables.norms

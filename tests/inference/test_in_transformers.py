@@ -113,7 +113,7 @@ def test_a_head_that_is_not_there_is_not_made_up(exported):
 
 def test_continuous_batching_says_why_not(exported):
     model, _ = load(exported[0])
-    with pytest.raises(ValueError, match=r"continuous batching .* hold no prefix and quantize nothing; call generate"):
+    with pytest.raises(ValueError, match=r"continuous batching .* hold no prefix and quantize nothing\. Call generate"):
         model.generate_batch([[5, 6, 7]])
     with pytest.raises(ValueError, match="continuous batching"):
         model.init_continuous_batching()
