@@ -238,7 +238,7 @@ def test_a_chat_whose_first_turn_does_not_fit_loads_nothing(folder, tmp_path, mo
     assert "exceed the 256 positions of this model" in message
     (templated / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     message = call(generation.main, templated, "The house", "--chat", monkeypatch=monkeypatch)
-    assert "--chat: the model's chat template refuses this (no system role)" in message
+    assert "--chat: the model's chat template refuses the conversation (no system role)" in message
 
 
 @pytest.mark.parametrize(

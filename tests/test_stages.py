@@ -831,5 +831,5 @@ def test_what_is_imported_is_compared_with_the_source_as_memory_allows(limit, wa
 
 def test_an_import_that_transformers_does_not_agree_with_leaves_nothing(project, monkeypatch):
     monkeypatch.setattr("pipeline.inspection.import_gate.IMPORT_TOLERANCE", -1.0)
-    assert "nothing was written" in fails("model", monkeypatch)
+    assert "Nothing was written" in fails("model", monkeypatch)
     assert not (project / "artifacts").exists() or not list((project / "artifacts").iterdir())

@@ -286,8 +286,6 @@ class PrefixCache(Cache):
         Args:
             mask: [B, P + past + T], 0 for padding; None if there is no padding.
         """
-        if mask is not None and torch.compiler.is_exporting():  # a graph has no lengths that depend on data
-            return
         if not any(getattr(layer, "record_past", False) for layer in self.layers):
             self._drop_unseen_(mask)
 

@@ -132,7 +132,7 @@ class QuantizedLinear(KeepsDtype):
         self._dequantized = None
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight that the layer multiplies by, [out, in]; it is kept as long as its integers do not change."""
+        """Return the weight that the layer multiplies by, [out, in]; kept while its integers do not change."""
         if self.weight_scale is None:
             return self.weight
         self.fired = True

@@ -76,9 +76,13 @@ class PrefixedModel(PreTrainedModel):
     def make_cache(self) -> PrefixCache:
         """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix."""
         blocks = self.base_model.layers
-        prefixes: Any = [None] * len(blocks) if self.prefix_kv is None else self.prefix_kv.clone()
+        prefixes: Any = [None] * len(blocks) if self.prefix_kv is None else self._read_prefix().clone()
         windows = [find_sliding_window(self.config, block) for block in blocks]
         return PrefixCache([make_layer(*each) for each in zip(prefixes, windows, strict=True)])
+
+    def _read_prefix(self) -> torch.Tensor:
+        """Return `prefix_kv`, also from where accelerate holds it between calls when it offloads the whole model."""
+        return self._hf_hook.weights_map["prefix_kv"] if self.prefix_kv.is_meta else self.prefix_kv
 
     def forward(
         self,
@@ -196,7 +200,7 @@ class PrefixedModel(PreTrainedModel):
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Raise ValueError: there is no unquantized model to go back to."""
         raise ValueError(
-            "dequantize() has no unquantized model to return: the weights are rotated and rounded, and activations, keys "
+            "dequantize() has no unquantized model to return: weights are rotated and rounded, and activations, keys "
             "and values are quantized around them. Load the original model instead."
         )
 
@@ -302,8 +306,8 @@ def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_c
         restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
     if restarts.any():
         raise ValueError(
-            "position_ids restart within a row: several texts are packed. Pass use_cache=False and no attention_mask to "
-            "read each text with the prefix and without the others, or pass one text per row."
+            "position_ids restart within a row: several texts are packed in it. Pass use_cache=False and no "
+            "attention_mask to read each text with the prefix and without the others, or pass one text per row."
         )
     return None
 

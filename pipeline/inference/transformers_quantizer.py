@@ -1,8 +1,8 @@
 """Makes transformers load exported folders: `import pipeline.hf`, then `AutoModelForCausalLM.from_pretrained(folder)`.
 
-config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`. This module registers the
-two classes that transformers then asks for, through its public registry. They build the model's own class, replace its
-linears by packed ones, add quantizers and prefix, and let transformers load the tensors.
+config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`. This module registers
+the two classes that transformers then asks for, through its public registry. They build the model's own class, replace
+its linears by packed ones, add quantizers and prefix, and let transformers load the tensors.
 
 Without this module transformers would skip a `quant_method` that it does not know, and fill the linears with random
 numbers. So config.json also names this module (`GUARD`) in two places where transformers expects something else, and
@@ -181,7 +181,7 @@ def _read_shapes(files: list[str]) -> dict[str, torch.Size]:
     shapes = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in set(file.keys())}
     return shapes
 
 

@@ -1,12 +1,12 @@
-"""The import gate: what was imported must compute what transformers makes of the source, or nothing is written.
+"""The import gate: an imported model must compute what transformers computes from the source, or nothing is written.
 
 Windows of random tokens go through transformers' own `from_pretrained(source)` and, by the walk, through the imported
-checkpoint; all logits are compared, in float32, of tensors in the dtype they were imported to.
+checkpoint. All logits are compared, in float32, from tensors in the dtype of the import.
 
-Where the whole model does not fit, block by block: transformers loads a model of one block, reads what the block before
-it gave and is dropped again; the walk goes on in step with it. Embedding and lm_head then hold the rows of the windows'
-tokens alone. GGUF files always go this way, whatever fits: transformers dequantizes the whole of a file, and of a file
-that holds one block of it no more than that.
+If the whole model does not fit into memory, it goes block by block. transformers loads a model of one block, which
+reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and lm_head
+then hold only the rows of the tokens in the windows. GGUF files always go block by block, even if they fit:
+transformers dequantizes all of a file, and of a file with one block only that block.
 """
 
 import logging
@@ -31,27 +31,27 @@ logger = logging.getLogger(__name__)
 
 IMPORT_TOLERANCE = 1e-4
 _WINDOWS, _LENGTH = 2, 64
-_SLACK = 1.1  # over the weights: activations, and what loading holds for a moment
+_SLACK = 1.1  # memory relative to the weights: activations and the temporary copies of loading
 
 
 class ImportGateError(PipelineError):
-    """The imported model does not compute what transformers makes of the source."""
+    """The imported model does not compute what transformers computes from the source."""
 
 
 @torch.no_grad()
 def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
-    """Compare logits.
+    """Compare the logits of an imported model with those of its source.
 
     Args:
-        source: what was imported.
-        folder: what it was imported to.
-        limit: bytes this process may use.
+        source: the source of the import.
+        folder: the imported model.
+        limit: bytes that this process may use.
 
     Returns:
         Metrics: `import_gate`, whole or by block, and `max_logit_deviation`, relative to max |logit|.
 
     Raises:
-        ImportGateError: they differ by more than 1e-4, or are not finite.
+        ImportGateError: the logits differ by more than 1e-4, or are not finite.
     """
     checkpoint = Checkpoint(folder, "model")
     generator = torch.Generator().manual_seed(0)
@@ -62,22 +62,23 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
     deviation = compare(source, checkpoint, token_ids, torch.float32)
     if math.isinf(deviation):
         raise ImportGateError(
-            "the model's logits are not finite in float32; its weights are damaged: get it again. Nothing was written"
+            "the model's logits are not finite in float32; its weights are damaged. Get the model again. Nothing was "
+            "written."
         )
     if not deviation <= IMPORT_TOLERANCE:
-        # Where a family is stored otherwise (fused linears), massive activations may blow rounding up.
-        logger.warning("logits differ by %.2e of the largest in float32; once more in float64", deviation)
+        # In families whose linears were fused in the source, massive activations may enlarge rounding errors.
+        logger.warning("logits differ by %.2e of the largest in float32; comparing again in float64", deviation)
         deviation = compare(source, checkpoint, token_ids, torch.float64)
     if not deviation <= IMPORT_TOLERANCE:
         raise ImportGateError(
             f"the imported model is not what transformers reads from the source: logits differ by {deviation:.2e} of "
-            f"max |logit|, allowed are {IMPORT_TOLERANCE:.0e}; nothing was written"
+            f"max |logit|, allowed are {IMPORT_TOLERANCE:.0e}. Nothing was written. Report this with the model's name."
         )
     return {"import_gate": "whole" if whole else "by block", "max_logit_deviation": deviation}
 
 
 def _whole_size(checkpoint: Checkpoint) -> float:
-    """Bytes this process would have with the whole model in float32, and the largest shard of the imported one."""
+    """Return the bytes of this process with the whole model in float32 and the largest shard of the imported one."""
     sizes = [path.stat().st_size for path in checkpoint.folder.glob("*.safetensors")]
     widening = torch.float32.itemsize / checkpoint.dtype.itemsize
     return current_rss_gib() * GIB + _SLACK * widening * (sum(sizes) + max(sizes))
@@ -97,7 +98,7 @@ def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tens
 
 
 def _widen_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have a model compute in another dtype, with one block at a time held in it."""
+    """Have a model compute in another dtype, and hold only one block at a time in it."""
     for part in (model.get_input_embeddings(), model.model.norm, model.get_output_embeddings()):
         part.to(dtype)
 
@@ -134,7 +135,7 @@ def _embed(checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) 
     rows, positions = token_ids.unique(return_inverse=True)
     table = checkpoint.load_tensor(checkpoint.architecture.embedding)[rows]
     embedding = checkpoint.build_embedding(table.to(dtype))
-    embedding.padding_idx = None  # may not be among the rows
+    embedding.padding_idx = None  # its row may be left out
     if hasattr(embedding, "embed_scale"):  # transformers has it in the model's dtype
         embedding.embed_scale = embedding.embed_scale.to(checkpoint.dtype)
     return embedding(positions)
@@ -150,7 +151,7 @@ def _logits(checkpoint: Checkpoint, hidden: torch.Tensor, rows: Any) -> torch.Te
     return LmHead(head.weight[rows].to(hidden), head.cap).logits(checkpoint.load_final_norm().to(hidden)(hidden))
 
 
-def _relative_deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the largest expected value; infinite where anything is NaN."""
-    deviation = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+def _relative_deviation(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest deviation, relative to the largest expected value; infinite if anything is NaN."""
+    deviation = ((computed - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     return deviation if math.isfinite(deviation) else math.inf

@@ -1,9 +1,9 @@
-"""How well static ranges fit the values that meet them: what falls beyond, and the signal-to-quantization-noise ratio.
+"""How well static ranges fit the values that reach them: the share beyond the range, and the signal-to-noise ratio.
 
-A static scale was chosen on calibration text. On other text more values may lie beyond its range, where they are cut
-off, or use a small part of it, where the step is coarse. Per site and block this counts, prefix left out,
+A static scale was chosen on calibration text. On other text more values may be beyond its range, where they are cut
+off, or they may use a small part of it, where the step is coarse. Per site and block this counts
 
-    share   of values that would round to what lies beyond the range (0.001: one in a thousand)
+    share   of values that would round to integers beyond the range (0.001: one in a thousand)
     sqnr    10 log10 (energy of the values / energy of their quantization errors), in dB
 
 Prefix positions never pass a quantizer and are not counted.
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 Report = dict[str, dict[str, float]]  # site -> {"share", "sqnr"}
 SATURATION = "plots/saturation.json"
-PROBED_WINDOWS = 4  # of each text: what is counted is shares, and counting costs time
+PROBED_WINDOWS = 4  # of each text: enough for shares, and counting costs time
 _WORST = 3
 
 
 class SaturationProbe:
-    """Hangs on a block's activation quantizers as long as it is entered: `with SaturationProbe(…) as probe: …`."""
+    """Counts at a block's activation quantizers inside its context: `with SaturationProbe(…) as probe: …`."""
 
     def __init__(self, block: nn.Module, architecture: Architecture) -> None:
         quantizers = find_site_quantizers(block, architecture).items()
         self._quantizers = {site: quantizer for site, quantizer in quantizers if quantizer.calibrated}
-        # On the device until they are asked for: a hook that waited for its numbers would stop every batch.
+        # Sums stay on the device until `report`: a hook that waited for numbers would stop every batch.
         self._sums = {site: torch.zeros(3, dtype=torch.float64) for site in self._quantizers}
         self._counts = dict.fromkeys(self._quantizers, 0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -56,7 +56,7 @@ class SaturationProbe:
         self._handles.clear()
 
     def report(self) -> Report:
-        """Share and SQNR of every site seen since the probe was entered first."""
+        """Return share and SQNR of every site, over all calls since the context was first entered."""
         result = {}
         for site, sums in self._sums.items():
             beyond, signal, noise = sums.tolist()
@@ -83,7 +83,7 @@ def advance_probed_(
     hidden: Stream,
     prefix_kv: torch.Tensor | None,
 ) -> Report:
-    """Move `hidden` [N, T, D] behind a block, as `runner.advance_`; the report of its first few windows."""
+    """Advance `hidden` [N, T, D] through a block, as `runner.advance_`, and return the report of its first windows."""
     probed = min(PROBED_WINDOWS, len(hidden))
     with SaturationProbe(block, architecture) as probe:
         runner.advance_(block, hidden, prefix_kv, windows=range(probed))
@@ -93,7 +93,7 @@ def advance_probed_(
 
 @torch.no_grad()
 def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
-    """How many values of x round to what lies beyond the quantizer's range, [] int64."""
+    """Count the values of x that would round to integers beyond the quantizer's range, [] int64."""
     grouped = group(quantizer.center(x).float(), quantizer.spec.group_size)
     scale, zero_point = quantizer.find_parameters(grouped)
     low, high = (end * scale for end in quantizer.spec.grid.find_ends(zero_point))
@@ -101,14 +101,16 @@ def count_beyond(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tenso
 
 
 def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
-    """For the metrics: largest share and lowest SQNR per text; logs a warning that names the worst sites.
+    """Return the largest share and the lowest SQNR per text, for the metrics; log a warning that names the worst sites.
 
     Args:
-        texts: name of a text ("calibration", a corpus) -> block -> report. Nothing for a model without quantizers.
+        texts: name of a text ("calibration", a corpus) -> block -> report. Empty for a model without quantizers.
     """
     summary: dict[str, Any] = {"largest_saturation": {}, "lowest_sqnr": {}}
     for text, blocks in texts.items():
-        sites = [(values, f"block {index} {site}") for index, own in blocks.items() for site, values in own.items()]
+        sites = [
+            (values, f"block {index} {site}") for index, report in blocks.items() for site, values in report.items()
+        ]
         if not sites:
             continue
         by_share = sorted(sites, key=lambda entry: -entry[0]["share"])
@@ -125,14 +127,14 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 
 
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
-    """A table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`, of the worst fitting text."""
+    """Write a table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`, of the worst text."""
     rows = []
-    for index in sorted({index for own in texts.values() for index in own}):
+    for index in sorted({index for blocks in texts.values() for index in blocks}):
         row: dict[str, Any] = {"block": index}
-        own = [text[index] for text in texts.values()]
+        reports = [blocks[index] for blocks in texts.values()]
         for site in Site:
-            seen = [report[site] for report in own if site in report]
-            row[f"{site}_share"] = max((report["share"] for report in seen), default=None)
-            row[f"{site}_sqnr"] = min((report["sqnr"] for report in seen), default=None)
+            values = [report[site] for report in reports if site in report]
+            row[f"{site}_share"] = max((value["share"] for value in values), default=None)
+            row[f"{site}_sqnr"] = min((value["sqnr"] for value in values), default=None)
         rows.append(row)
     write_rows(path, rows)

@@ -1,10 +1,10 @@
-"""Whether a start token belongs in front of every window: as `calibration.start_token` says, or as is found out.
+"""Whether every window gets a start token: as `calibration.start_token` says, or as the model itself decides.
 
-`auto` follows what the model was trained on. The model itself is the judge: its loss on a few windows with and without
-the start token in front, on the same targets. Where one of them is lower beyond doubt, it is taken; otherwise what is
-usual: the tokenizer's own habit, and in families that lm-eval never asks without one, a start token. A model that was
-trained with one loses a nat and more without it (Gemma 3 270M: perplexity 36 instead of 13); one that was trained
-without cares little (SmolLM2-135M: 0.02 nats) or is worse off with it (Qwen2.5-0.5B: 0.3 nats).
+`auto` follows the training of the model. It compares the model's loss on a few windows with and without the start
+token, on the same targets. If one of the two is clearly lower, it is taken. Otherwise the tokenizer's own habit counts,
+or the family's: lm-eval gives some families a start token in every case. A model that was trained with one loses a nat
+or more without it (Gemma 3 270M: perplexity 36 instead of 13). A model that was trained without one loses or gains
+little (SmolLM2-135M: 0.02 nats), or is worse with it (Qwen2.5-0.5B: 0.3 nats).
 """
 
 import math
@@ -20,26 +20,26 @@ from pipeline.runtime.progress import show_progress
 from pipeline.text.start_token import choose_start_token, find_added_token
 from pipeline.text.windows import prepend_start_token
 
-_WINDOWS, _LENGTH = 4, 256  # of those at hand
-# A clear difference is of more standard errors (with one, four windows would take chance for it one time in five) and
-# of more nats: a token more to attend to may be worth a little, whatever a model was trained on.
+_WINDOWS, _LENGTH = 4, 256
+# A clear difference exceeds both. With one standard error, four windows would find a difference by chance one time in
+# five. One more token to attend to may be worth a few hundredths of a nat to any model.
 _CLEAR_ERRORS, _CLEAR_NATS = 2.0, 0.05
-_FAMILIES = ("gemma",)  # what model types begin with
+_FAMILIES = ("gemma",)  # beginnings of model types
 
 
 class StartTokenError(PipelineError):
-    """There is no such token."""
+    """The tokenizer has no start token."""
 
 
 @dataclass(frozen=True)
 class StartDecision:
-    """What stands in front of every window.
+    """The token before every window, and the reason for it.
 
     Attributes:
         token: its id, or None.
-        why: in words.
-        measured: mean losses in nats without and with it, and the standard error of their difference where there is
-            one; {} where nothing was measured.
+        why: the reason in words.
+        measured: mean losses in nats without and with it, and the standard error of their difference if there are
+            several windows; {} if nothing was measured.
     """
 
     token: int | None
@@ -53,19 +53,19 @@ class StartDecision:
 def decide_start_token(
     mode: str, checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner
 ) -> StartDecision:
-    """The start token of every window.
+    """Decide on the start token of every window.
 
     Args:
         mode: auto | never | always.
         checkpoint: the original model.
-        token_ids: windows [N, T] of content, the first few of which are measured on.
+        token_ids: windows [N, T] of content; the loss is measured on the first few.
 
     Raises:
         StartTokenError: `always`, and the tokenizer has no start token.
     """
     token, name = choose_start_token(checkpoint)
     if mode == "always" and token is None:
-        raise StartTokenError("calibration.start_token='always': the tokenizer has neither BOS nor EOS; use auto")
+        raise StartTokenError("calibration.start_token='always': the tokenizer has neither BOS nor EOS. Use auto.")
     if mode == "never" or token is None:
         return StartDecision(None, "never" if mode == "never" else f"auto: {name}", {})
     if mode == "always":
@@ -90,9 +90,9 @@ def decide_start_token(
 def measure_losses(
     checkpoint: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, start_token: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss per target of each window [N, T] without and with the start token in front, in nats, [N] float64 both.
+    """Return the mean loss per target of each window [N, T], in nats, without and with a start token, [N] float64 each.
 
-    The targets are the same: the content behind its first token.
+    The targets are the same: the content after its first token.
     """
     streams = [checkpoint.embed(prepend_start_token(token_ids, token)) for token in (None, start_token)]
     blocks = load_blocks(checkpoint, runner.device)
@@ -105,11 +105,11 @@ def measure_losses(
     losses = []
     for hidden in streams:
         checkpoint.apply_final_norm_(hidden)
-        own = hidden[:, -token_ids.shape[1] : -1]
-        pairs = zip(own, token_ids[:, 1:], strict=True)
+        states = hidden[:, -token_ids.shape[1] : -1]
+        pairs = zip(states, token_ids[:, 1:], strict=True)
         means = [
-            nn.functional.cross_entropy(lm_head.logits(states.to(runner.device)), targets.to(runner.device))
-            for states, targets in pairs
+            nn.functional.cross_entropy(lm_head.logits(window.to(runner.device)), targets.to(runner.device))
+            for window, targets in pairs
         ]
         losses.append(torch.stack(means).double().cpu())
     return losses[0], losses[1]

@@ -267,3 +267,85 @@ def test_what_is_the_users_may_change(exported):
     path.write_text(json.dumps(read_json(path) | {"bos_token": "</s>"}))
     with pytest.raises(ExportError, match=r"tokenizer_config\.json is damaged or was changed"):
         check_folder(folder)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7])
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
+@torch.no_grad()
+def test_offloaded_as_accelerate_decides(imported, tmp_path, family, share):
+    """The prefix stays in memory, whatever goes to the disk: caches are made of it outside of any call."""
+    folder, evaluated, _ = make_export(imported, tmp_path, family)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    model, _ = load(
+        folder,
+        device_map="auto",
+        max_memory={"cpu": int(share * size)},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=True,
+    )
+    assert "disk" in model.hf_device_map.values()
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    assert torch.equal(generate(model), generate(evaluated))
+
+
+@pytest.mark.parametrize("places", [{"": "disk"}, {"model": "disk", "lm_head": "cpu", "prefix_kv": "disk"}])
+@torch.no_grad()
+def test_a_map_that_puts_the_prefix_on_the_disk(exported, tmp_path, places):
+    folder, evaluated, _ = exported
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=tmp_path / "offload", offload_buffers=True
+    )
+    assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    assert torch.equal(generate(model), generate(evaluated))
+
+
+@pytest.mark.parametrize("order", ["model, tokenizer", "tokenizer, model", "model", "twice"])
+@torch.no_grad()
+def test_saved_into_its_own_folder(exported, order):
+    folder, evaluated, _ = exported
+    for _ in range(2 if order == "twice" else 1):
+        model, tokenizer = load(folder)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer(["a text", "another, longer text"], padding=True, truncation=True, max_length=8)  # is saved with it
+        saves = {"model": model.save_pretrained, "tokenizer": tokenizer.save_pretrained}
+        for name in (order if order != "twice" else "model, tokenizer").split(", "):
+            saves[name](folder)
+        assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)  # what was mapped is not written over
+    again, other = load(folder)
+    assert torch.equal(again(TEXT).logits, evaluated(TEXT).logits)
+    assert other("The house")["input_ids"] == tokenizer("The house")["input_ids"]
+
+
+def test_a_tokenizer_saved_alone_says_what_to_do(exported):
+    folder, _, _ = exported
+    model, tokenizer = load(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ExportError, match=r"tokenizer.*\.json is damaged or was changed.*save the model here too"):
+        load(folder)
+    model.save_pretrained(folder)
+    assert "<new>" in load(folder)[1].get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"num_hidden_layers=2: the folder holds 3 blocks.*Leave num_hidden_layers out"),
+        ({"num_hidden_layers": 4}, r"num_hidden_layers=4: the folder holds 3 blocks"),
+        ({"hidden_size": 24}, r"has shape .* in the folder and .* by its config.*such as hidden_size"),
+        ({"num_key_value_heads": 1}, r"has shape .* in the folder and .* by its config"),
+        ({"vocab_size": 400, "ignore_mismatched_sizes": True}, r"has shape \[320, 48\] in the folder and \[400, 48\]"),
+    ],
+)
+def test_other_depths_and_sizes_are_refused(exported, options, message):
+    for loader in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ExportError, match=message):
+            loader(exported[0], **options)
+
+
+def test_dequantize_says_why_not(exported):
+    folder, evaluated, _ = exported
+    for model in (load(folder)[0], evaluated):
+        for call in (model.dequantize, lambda model=model: model.dequantize(torch.bfloat16)):
+            with pytest.raises(ValueError, match=r"dequantize\(\) has no unquantized model.*Load the original"):
+                call()

@@ -1,6 +1,7 @@
 """The whole model with a prefix: whatever is asked of it equals the original reading the prefix's tokens first."""
 
 import logging
+from itertools import chain
 
 import pytest
 import torch
@@ -300,3 +301,130 @@ def test_probe_counts_what_decoding_sends_beyond_static_ranges(imported, tmp_pat
         model.generate(torch.tensor([[5, 6, 7]]), **options)
     assert probes[1].report()["mlp_hidden"]["share"] > 0.99
     assert probes[1]._counts["mlp_hidden"] == 7 * 96
+
+
+PACKED = [[5, 6, 8, 40, 41, 42], [90, 91, 92, 93], [17], [33, 34, 35]]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_texts_are_read_apart_each_with_the_prefix(imported, family, kernel):
+    """Positions that restart and no mask, as a trainer packs texts into one row."""
+    model, original, embeddings = prefixed(imported, family)
+    if family != "gemma2":
+        model.set_attn_implementation(kernel)
+    token_ids = torch.tensor([[*chain(*texts)] for texts in (PACKED, PACKED[::-1])])
+    position_ids = torch.tensor(
+        [[place for text in texts for place in range(len(text))] for texts in (PACKED, PACKED[::-1])]
+    )
+    output = model(token_ids, position_ids=position_ids, use_cache=False)
+    assert output.past_key_values is None
+    for row, texts in zip(output.logits, (PACKED, PACKED[::-1]), strict=True):
+        expected = torch.cat([reference_logits(original, embeddings, text) for text in texts])
+        assert (row - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 3e-6
+    one_row = model(token_ids[:1], position_ids=position_ids[:1], use_cache=False).logits
+    assert torch.allclose(one_row, output.logits[:1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_texts_longer_than_the_window(imported):
+    model, original, embeddings = prefixed(imported, "gemma3_text")
+    texts = [
+        torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 70, 3)
+    ]
+    position_ids = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    logits = model(torch.cat(texts)[None], position_ids=position_ids, use_cache=False).logits[0]
+    expected = torch.cat([reference_logits(original, embeddings, text.tolist()) for text in texts])
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_other_forms_of_packed_texts_are_refused(imported):
+    model, _, _ = prefixed(imported)
+    token_ids, restarting = torch.tensor([[5, 6, 8, 40]]), torch.tensor([[0, 1, 0, 1]])
+    single = torch.tensor([[0, 0, 0, 0]])  # four texts of one token
+    for options in (
+        {"position_ids": restarting},
+        {"position_ids": restarting, "use_cache": True},
+        {"position_ids": single},
+        {"position_ids": restarting, "past_key_values": model.make_cache(), "use_cache": False},
+        {"position_ids": restarting, "attention_mask": torch.ones(1, 4), "use_cache": False},
+    ):
+        with pytest.raises(
+            ValueError, match=r"position_ids restart within a row.*use_cache=False and no attention_mask"
+        ):
+            model(token_ids, **options)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask that keeps packed texts apart"):
+        model(token_ids, position_ids=restarting, use_cache=False)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_position_ids_of_one_text_change_nothing(imported, use_cache):
+    model, original, embeddings = prefixed(imported)
+    token_ids, mask = pad(TEXTS, "left")
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as older versions of generate have them
+    for options in ({"position_ids": position_ids}, {"position_ids": position_ids, "attention_mask": mask.bool()}):
+        logits = model(token_ids, **{"attention_mask": mask} | options, use_cache=use_cache).logits
+        for row, text in enumerate(TEXTS):
+            assert torch.allclose(logits[row, -len(text) :], reference_logits(original, embeddings, text), atol=1e-4)
+    text = torch.tensor(TEXTS[:1])
+    logits = model(text, position_ids=torch.arange(6)[None], use_cache=use_cache).logits
+    assert torch.allclose(logits[0], reference_logits(original, embeddings, TEXTS[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_outputs_have_a_cache_only_if_one_is_wanted(imported, family):
+    model, _, _ = prefixed(imported, family)
+    token_ids = torch.tensor(TEXTS[:1])
+    expected = model(token_ids).logits
+    alone = model(token_ids, return_dict=False, use_cache=False)
+    assert type(alone) is tuple
+    assert len(alone) == 1
+    assert torch.equal(alone[0], expected)
+    output = model(token_ids, use_cache=False)
+    assert list(output.keys()) == ["logits"]
+    assert output.past_key_values is None
+    assert len(output.to_tuple()) == 1
+    with_loss = model(token_ids, labels=token_ids, return_dict=False, use_cache=False)
+    assert [value.shape for value in with_loss] == [torch.Size([]), expected.shape]
+    for options in ({}, {"use_cache": True}):
+        logits, cache = model(token_ids, return_dict=False, **options)
+        assert torch.equal(logits, expected)
+        assert cache.get_seq_length() == len(TEXTS[0])
+        assert type(cache) is type(model.make_cache())
+    model.config.use_cache = False
+    assert model(token_ids).past_key_values is None
+    assert len(model(token_ids, return_dict=False)) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
+@torch.no_grad()
+def test_torch_export(imported, family, strict):
+    """A start token in the text included: a warning of it may not branch on data."""
+    model, _, _ = prefixed(imported, family)
+    token_ids, mask = pad([[5] * 40, [model.start_token_id] + [7] * 30], "left")
+    position_ids = torch.tensor([[0, 1, 2, 0, 1]])
+    calls = [
+        (token_ids, {"use_cache": False}),
+        (token_ids, {"use_cache": False, "attention_mask": mask}),
+        (token_ids[:1, :5], {"use_cache": False, "position_ids": position_ids}),
+    ]
+    for ids, options in calls[: 1 if strict else None]:
+        expected = model(ids, **options).logits
+        program = torch.export.export(model, (ids,), options, strict=strict)
+        found = program.module()(ids, **options).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_compiled_forwards_compute_the_same(imported):
+    model, _, _ = prefixed(imported, "gemma3_text")
+    token_ids, mask = pad([[5] * 40, [9] * 30], "left")
+    expected = model(token_ids, attention_mask=mask).logits
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.allclose(model(token_ids, attention_mask=mask).logits, expected, atol=1e-5)

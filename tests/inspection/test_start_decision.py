@@ -125,5 +125,7 @@ def test_a_tokenizer_without_a_start_token(imported, token_ids):
     checkpoint, runner = open_model(imported["llama_tied"])
     checkpoint.tokenizer.bos_token = checkpoint.tokenizer.eos_token = None
     assert decide_start_token("auto", checkpoint, token_ids, runner).token is None
-    with pytest.raises(StartTokenError, match=r"start_token='always': the tokenizer has neither BOS nor EOS; use auto"):
+    with pytest.raises(
+        StartTokenError, match=r"start_token='always': the tokenizer has neither BOS nor EOS\. Use auto"
+    ):
         decide_start_token("always", checkpoint, token_ids, runner)
