@@ -411,7 +411,7 @@ def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
     folder, _, _ = make_export(imported, tmp_path)
     with pytest.raises(ExportError, match="there is no such folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match=r"manifest.json is missing; is it a folder that this project exported"):
+    with pytest.raises(ExportError, match=r"manifest.json is missing\. Give a folder that this project exported"):
         load(imported["llama_tied"])
     for entry in (1, {}, {"bytes": "x"}):
         edit_json(folder / "manifest.json", lambda values: set_entry(values, "config.json", entry))  # noqa: B023
