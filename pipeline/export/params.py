@@ -24,6 +24,6 @@ def find_misfits(formats: list[str], sliding_window: int | None) -> list[str]:
     if "peft" not in formats or sliding_window is None:
         return []
     return [
-        f"export.formats: the model has layers that slide (sliding_window={sliding_window}), and the prefix of a peft "
-        "adapter slides with them. Remove peft."
+        f"export.formats: the model has layers that slide (sliding_window={sliding_window}). PEFT would count the "
+        "padding between prefix and text, and the prefix would leave the window too early. Remove peft."
     ]
