@@ -34,7 +34,7 @@ def plan_evaluation(
     model = sizes.blocks * block + 2 * sizes.table
     logits = sizes.logits(LOGIT_POSITIONS)
     scoring = sizes.table + COMPARED_LOGITS * logits if compared else PERPLEXITY_LOGITS * logits
-    lm_head = sizes.table
+    lm_head: float = sizes.table
     if quantized and sizes.itemsize == 4:  # stored in bfloat16, computed in float32
         lm_head *= 1.5
     phases = [block + sizes.forward(workload.batch)]

@@ -1,5 +1,7 @@
 """Memory and disk of `export`."""
 
+from collections.abc import Collection
+
 from pipeline.blocks.quantized import BlockSettings, block_settings
 from pipeline.export.folder import parse_size
 from pipeline.export.params import ExportParams
@@ -26,7 +28,7 @@ def plan_export(checkpoint: Checkpoint, other_files: OtherFiles, params: ExportP
     return make_need(on_gpu=False, compute=shard + sizes.weights, artifact=artifact)
 
 
-def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: list[str]) -> float:
+def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: Collection[str]) -> float:
     """Return the bytes of the exported folder and of the folders in other formats."""
     packed = count_blocks(checkpoint, lambda index: block_settings(checkpoint, index), packed=True).total
     prefix = other_files.prefix * 4 / checkpoint.dtype.itemsize  # exported in float32
@@ -46,7 +48,7 @@ def _count_gguf_blocks(checkpoint: Checkpoint) -> float:
         settings = block_settings(checkpoint, index) or BlockSettings()
         block = checkpoint.build_block(index)
         for site, name in linears.items():
-            spec, weights = settings.spec(site), block.get_submodule(name).weight.numel()
+            spec, weights = settings.spec(site), block.get_parameter(f"{name}.weight").numel()
             per_weight = _GGUF_BYTES[4 if spec.bits <= 4 else 8] if spec.enabled else checkpoint.dtype.itemsize
             total += weights * per_weight
     return total

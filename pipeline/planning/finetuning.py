@@ -9,6 +9,7 @@ End to end, there are three ways, from the fastest to the one that needs least m
 All ways give the same results, so a plan takes the first one that fits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +66,7 @@ def plan_finetuning(
         params=params,
         runtime=runtime,
     )
-    ways = _WAYS
+    ways: Sequence[Keeping] = _WAYS
     if not params.end_to_end.enabled:
         ways = _WAYS[:1]  # they differ end to end only
     elif runtime.offload == "always":

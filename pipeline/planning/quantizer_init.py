@@ -41,7 +41,7 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     largest_weight = 4 * sizes.hidden * sizes.inner
     factorising = FACTORISED_ON_GPU * largest_gram if on_gpu else 0
     rounding = largest_gram + max(largest_gram + GPTQ_COPIES * largest_weight, factorising)
-    compute = sizes.block + samples + max(recording, rounding)
+    compute: float = sizes.block + samples + max(recording, rounding)
     if params.equalize:
         compute = max(compute, equalizing)
     # The host rounds embedding and lm_head.

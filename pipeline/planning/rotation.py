@@ -30,11 +30,9 @@ def plan_rotation(checkpoint: Checkpoint, params: RotationParams, on_gpu: bool) 
     tables = sizes.table_entries * (stored_tables * sizes.itemsize + 2 * dtype.itemsize) + slices
     written_blocks = sizes.blocks * sizes.weights * dtype.itemsize
     written_tables = count_tables(sizes, dtype)
-    matrices = sum(
-        width**2 * _FLOAT64
-        for mode, width in ((params.r1, sizes.hidden), (params.r2, checkpoint.build_block(0).self_attn.head_dim))
-        if mode == "random"
-    )
+    head_dim = sizes.keys // checkpoint.config.num_key_value_heads
+    rotations = ((params.r1, sizes.hidden), (params.r2, head_dim))
+    matrices = sum(width**2 * _FLOAT64 for mode, width in rotations if mode == "random")
     return make_need(
         on_gpu=on_gpu,
         compute=sizes.weights * _FLOAT64 if on_gpu else 0,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sites import Site
 from pipeline.planning.constants import (
     FORWARD_HIDDEN,
     FORWARD_INNER,
@@ -40,7 +41,7 @@ class Sizes:
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
         """Return the sizes of a checkpoint."""
         config, block = checkpoint.config, checkpoint.build_block(0)
-        head_dim = block.self_attn.head_dim
+        head_dim = checkpoint.architecture.site_widths(block)[Site.KEY]
         return cls(
             hidden=config.hidden_size,
             inner=config.intermediate_size,
