@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.prefix.frozen_model import FrozenModel
-from pipeline.text.windows import put_in_front
+from pipeline.text.windows import prepend_start_token
 from tests.conftest import SLIDING, WINDOW, make_model
 from tests.prefix.setup import setup, training
 
@@ -69,11 +69,11 @@ def test_kl_compares_content_with_the_original_reading_a_start_token(text_start_
     model = FrozenModel(checkpoint, runner, params)
     reference = model.run_original(windows[0], text_start_token_id=0)
     assert reference.shape == (4, 12, 48)
-    kl = model.losses(prefix, put_in_front(windows[0], text_start_token_id), reference)["kl"].item()
+    kl = model.losses(prefix, prepend_start_token(windows[0], text_start_token_id), reference)["kl"].item()
     original = make_model("llama_tied")
     with torch.no_grad():
-        p = original(put_in_front(windows[0], 0)).logits[:, 1:].log_softmax(-1)
-        doubled = put_in_front(put_in_front(windows[0], 0), text_start_token_id)
+        p = original(prepend_start_token(windows[0], 0)).logits[:, 1:].log_softmax(-1)
+        doubled = prepend_start_token(prepend_start_token(windows[0], 0), text_start_token_id)
         q = original(doubled).logits[:, -12:].log_softmax(-1)
     assert kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
     assert (kl > 1e-3) == (text_start_token_id == 0)
