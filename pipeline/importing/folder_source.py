@@ -1,5 +1,10 @@
-"""A checkpoint folder as a source: config.json, the safetensors that transformers would read, and its own loading."""
+"""A checkpoint folder as a source: config.json, the safetensors that transformers would read, and its own loading.
 
+Of a multimodal checkpoint, the text model is the source (see `wrappers.py`).
+"""
+
+import math
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.importing.source import (
+    Dropped,
     ModelImportError,
     Read,
     Source,
@@ -22,6 +28,14 @@ from pipeline.importing.source import (
     loading,
     make_block_config,
     read_json_object,
+)
+from pipeline.importing.wrappers import (
+    WRAPPERS,
+    TextModel,
+    check_text_family,
+    check_text_forward,
+    read_text_config,
+    rename_tensors,
 )
 from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, build_skeleton
@@ -37,7 +51,9 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
         ModelImportError: a file is missing, damaged or a pointer, or the weights are quantized or a LoRA adapter.
         UnsupportedModelError: the model family, or a setting of the config, is not supported.
     """
-    config = _read_config(source, folder)
+    raw = _read_raw_config(source, folder)
+    text = read_text_config(source, raw) if raw["model_type"] in WRAPPERS else None
+    config = _read_config(source, folder) if text is None else text.config
     shards: dict[str, Any] = {}
     for path in _list_shards(source, folder):
         check_file(source, path)
@@ -47,11 +63,16 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
             raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error}). Get it again") from None
         shards |= dict.fromkeys(file.keys(), file)
 
+    places = {name: name for name in shards}  # in the model class -> in the checkpoint
+    dropped: dict[str, Dropped] = {}
+    if text is not None:
+        places, dropped = _find_text(source, text, shards)
+
     def read(name: str) -> torch.Tensor:
-        return shards[name].get_tensor(name)
+        return shards[places[name]].get_tensor(places[name])
 
     def read_rows(name: str, rows: torch.Tensor) -> torch.Tensor:
-        table = shards[name].get_slice(name)
+        table = shards[places[name]].get_slice(places[name])
         return torch.cat([table[row : row + 1] for row in rows.tolist()])
 
     def load_whole(dtype: torch.dtype) -> nn.Module:
@@ -65,7 +86,7 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
         return _load_block(
             source,
             config,
-            names=set(shards),
+            names=set(places),
             read=read,
             read_rows=read_rows,
             index=index,
@@ -73,7 +94,39 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
             dtype=dtype,
         )
 
-    return Source(config, set(shards), read, folder, load_whole, load_block)
+    return Source(
+        config,
+        set(places),
+        read,
+        folder,
+        load_whole if text is None else None,
+        load_block,
+        wrapper=None if text is None else raw["model_type"],
+        dropped=dropped,
+        count_bytes=lambda name: _count_bytes(shards[places[name]], places[name]),
+    )
+
+
+def _find_text(source: str, text: TextModel, shards: dict[str, Any]) -> tuple[dict[str, str], dict[str, Dropped]]:
+    """Return the names of the text model's tensors, in its class -> in the checkpoint, and the parts that are dropped.
+
+    Settles a tie that only the text model's level states. transformers would fill lm_head with random numbers.
+    """
+    check_text_forward(source, text)
+    places, parts = rename_tensors(source, text.wrapper, shards)
+    if find_architecture(text.config).lm_head not in places:
+        text.config.tie_word_embeddings |= bool(text.wrapper_config.get_text_config().tie_word_embeddings)
+    dropped: dict[str, Dropped] = {}
+    for name, part in parts.items():
+        dropped.setdefault(part, Dropped()).add_(_count_bytes(shards[name], name))
+    return places, dropped
+
+
+def _count_bytes(file: Any, name: str) -> int:
+    """Return the bytes of a tensor in a safetensors file, of its header alone. Types are called BF16, F8_E4M3, BOOL."""
+    part = file.get_slice(name)
+    digits = re.search(r"\d+", part.get_dtype())
+    return math.prod(part.get_shape()) * (int(digits.group()) if digits else 8) // 8
 
 
 def _list_shards(source: str, folder: Path) -> list[Path]:
@@ -102,7 +155,8 @@ def _list_shards(source: str, folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_config(source: str, folder: Path) -> Any:
+def _read_raw_config(source: str, folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, after the checks that need nothing else."""
     if (folder / _ADAPTER).is_file():  # transformers would load its base model, or both
         raise ModelImportError(
             f"model.source={source!r}: holds an adapter ({_ADAPTER}). Merge it into its base model with peft "
@@ -112,7 +166,10 @@ def _read_config(source: str, folder: Path) -> Any:
         raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder. Name the folder of a checkpoint")
     raw = read_json_object(source, folder / CONFIG)
     # Before transformers parses the config: it cannot explain an unknown model_type.
-    find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
+    if raw.get("model_type") in WRAPPERS:
+        check_text_family(source, raw)
+    else:
+        find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
     if raw.get("quantization_config") is not None:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -121,8 +178,14 @@ def _read_config(source: str, folder: Path) -> Any:
         )
     if CONFIG_KEY in raw:
         raise ModelImportError(f"model.source={source!r}: written by this project's pipeline. Start from the original")
-    check_sizes(source, raw)
-    check_causal(source, raw)
+    for level in (raw, raw.get("text_config")):
+        if isinstance(level, dict):
+            check_sizes(source, level)
+            check_causal(source, level)
+    return raw
+
+
+def _read_config(source: str, folder: Path) -> Any:
     with loading(source, f"its {CONFIG}"):
         return AutoConfig.from_pretrained(folder)
 

@@ -8,10 +8,10 @@ hub id. Memory holds one block at a time, then embedding and lm_head. Pickled ch
 import importlib.util
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.importing.chat_template import read_processor_template, settle_chat_template_
 from pipeline.importing.folder_source import open_folder
 from pipeline.importing.fused_projections import split_fused_projections
 from pipeline.importing.gguf_source import find_gguf, open_gguf
+from pipeline.importing.leftovers import find_ignored, name_remedy
 from pipeline.importing.source import (
+    Dropped,
     ModelImportError,
     Read,
     Source,
@@ -34,7 +37,7 @@ from pipeline.importing.source import (
 )
 from pipeline.importing.tokenizer import complete_tokenizer_
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
-from pipeline.models.checkpoint import CONFIG, CheckpointWriter, build_skeleton, copy_companions
+from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -74,7 +77,8 @@ def import_model(
             The metrics that it returns are added (see `inspection/import_gate.py`).
 
     Returns:
-        The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`.
+        The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`. Where tensors were left out,
+        `dropped_tensors` and `dropped_mib` as well; report.json in the folder names their parts.
 
     Raises:
         ModelImportError: missing or damaged files, an unreachable hub, missing, unexpected, misshapen, quantized or
@@ -87,7 +91,8 @@ def import_model(
         expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
-        _check_names(source, set(expected), present, skeleton)
+        for name, part in _check_names(source, set(expected), present, skeleton).items():
+            opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = list(skeleton.get_submodule("model.layers").children())
         check_plan(
             architecture.site_widths(layers[0]),
@@ -106,7 +111,10 @@ def import_model(
             portable = _make_portable(config, dtype)
             copy_companions(opened.companions, partial)
             write_json(partial / CONFIG, portable)  # transformers chooses the tokenizer's class by it
-            check_tokenizer(complete_tokenizer_(source, partial, config.vocab_size))
+            tokenizer = complete_tokenizer_(source, partial, config.vocab_size)
+            if opened.wrapper is not None:
+                settle_chat_template_(tokenizer, read_processor_template(source, opened.companions), partial)
+            check_tokenizer(tokenizer)
             writer = CheckpointWriter(partial, architecture, stage="model")
             rest = set(expected)
             for index in show_progress(range(config.num_hidden_layers), config.num_hidden_layers, "importing blocks"):
@@ -117,13 +125,36 @@ def import_model(
             writer.write_embeddings({name: read(name) for name in sorted(rest)})
             if (opened.companions / README).is_file():
                 shutil.copyfile(opened.companions / README, partial / README)
+            if report := _describe_source(opened):
+                write_json(partial / REPORT, report)
             writer.finish(portable, settings={})
             gate_metrics = check_result(opened, partial)
     return {
         "parameters": sum(shape.numel() for shape in expected.values()),
         "blocks": config.num_hidden_layers,
         "tied_embeddings": bool(config.tie_word_embeddings),
+        **_count_dropped(opened),
     } | gate_metrics
+
+
+def _describe_source(opened: Source) -> dict[str, Any]:
+    """Return the parts of a source that differ from a plain checkpoint of the imported model; empty for most."""
+    report: dict[str, Any] = {}
+    if opened.wrapper is not None:
+        report["wrapper"] = opened.wrapper
+    if opened.dropped:
+        report["dropped"] = {part: asdict(dropped) for part, dropped in sorted(opened.dropped.items())}
+    return report
+
+
+def _count_dropped(opened: Source) -> dict[str, Any]:
+    if not opened.dropped:
+        return {}
+    parts = opened.dropped.values()
+    return {
+        "dropped_tensors": sum(part.tensors for part in parts),
+        "dropped_mib": round(sum(part.bytes for part in parts) / 2**20, 3),
+    }
 
 
 def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[Any, set[str], Read, nn.Module]:
@@ -201,33 +232,22 @@ def _settle_ties(config: Any, present: set[str], read: Read, dtype: torch.dtype)
     return config, present, read
 
 
-def _check_names(source: str, expected: set[str], present: set[str], skeleton: nn.Module) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model, and log those that transformers ignores as well."""
+def _check_names(source: str, expected: set[str], present: set[str], skeleton: nn.Module) -> dict[str, str]:
+    """Return the tensors that may be dropped (name -> part), and refuse a checkpoint with other left-overs or gaps."""
     lm_head = find_architecture(skeleton.config).lm_head  # a tied checkpoint may hold it all the same
-    # Very old Llama files hold the table of RoPE in each layer. Other patterns come from the model class.
-    patterns = {r"rotary_emb\.inv_freq$", *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ())}
     surplus = present - expected - {lm_head}
-    ignored = {name for name in surplus if any(re.search(pattern, name) for pattern in patterns)}
+    ignored = find_ignored(surplus, skeleton.config, skeleton)
     if ignored:
-        logger.warning("left out, as transformers does: %s", _list_names(ignored))
-    missing, unexpected = expected - present, surplus - ignored
+        logger.warning("left out, as transformers does: %s", _list_names(set(ignored)))
+    missing, unexpected = expected - present, surplus - set(ignored)
     if not missing and not unexpected:
-        return
+        return ignored
     counts = " and ".join(
         f"{len(names)} {kind} ({_list_names(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     )
-    if missing:
-        remedy = "Get a complete copy, or correct config.json"
-    elif any("lora_" in name for name in unexpected):
-        remedy = "LoRA adapters must be merged first: with peft, merge_and_unload, then save_pretrained"
-    else:
-        remedy = (
-            "The model class has no place for the unexpected ones (such as heads for multi-token prediction), and "
-            "transformers would leave them out. To do so, import a copy that it wrote: AutoModelForCausalLM."
-            "from_pretrained(SOURCE).save_pretrained(COPY), and the same with AutoTokenizer"
-        )
+    remedy = "Get a complete copy, or correct config.json" if missing else name_remedy(unexpected)
     raise ModelImportError(f"model.source={source!r}: tensors do not match its config: {counts}. {remedy}")
 
 

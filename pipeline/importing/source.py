@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,24 @@ class ModelImportError(PipelineError):
 
 
 @dataclass
+class Dropped:
+    """Tensors of a source that the imported model has no place for.
+
+    Attributes:
+        tensors: how many.
+        bytes: as stored.
+    """
+
+    tensors: int = 0
+    bytes: int = 0
+
+    def add_(self, size: int) -> None:
+        """Count one more tensor of `size` bytes."""
+        self.tensors += 1
+        self.bytes += size
+
+
+@dataclass
 class Source:
     """An opened source. Its config, names and shapes are known; tensors are read on demand.
 
@@ -45,6 +63,9 @@ class Source:
         load_whole: `dtype` -> the whole model, loaded by transformers itself; None where that takes too much memory.
         load_block: `(index, token_ids [K], dtype)` -> a model of block `index` alone, loaded by transformers itself.
             Its embedding and lm_head have only the rows of these tokens.
+        wrapper: the model_type of the multimodal model that the source wraps around its text model, or None.
+        dropped: parts that the imported model lacks -> their tensors. `names` does not have them.
+        count_bytes: name -> bytes of the tensor as stored.
     """
 
     config: Any
@@ -53,6 +74,9 @@ class Source:
     companions: Path
     load_whole: Callable[[torch.dtype], nn.Module] | None
     load_block: Callable[[int, torch.Tensor, torch.dtype], nn.Module]
+    wrapper: str | None = None
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    count_bytes: Callable[[str], int] = lambda name: 0
 
 
 def check_file(source: str, path: Path) -> None:
