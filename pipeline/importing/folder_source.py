@@ -1,6 +1,7 @@
 """A checkpoint folder as a source: config.json, the safetensors that transformers would read, and its own loading.
 
-Of a multimodal checkpoint, the text model is the source (see `wrappers.py`).
+Of a multimodal checkpoint, the text model is the source (see `wrappers.py`). Weights in fp8 and mxfp4 are read as
+float32 (see `stored_formats.py`). For both, transformers gets the tensors by their final names and values.
 """
 
 import math
@@ -29,6 +30,7 @@ from pipeline.importing.source import (
     make_block_config,
     read_json_object,
 )
+from pipeline.importing.stored_formats import Dequantized, find_quantization, open_stored, read_stored_format
 from pipeline.importing.wrappers import (
     WRAPPERS,
     TextModel,
@@ -48,10 +50,13 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
     """Return a folder as a source, whose shards stay open as long as `stack`.
 
     Raises:
-        ModelImportError: a file is missing, damaged or a pointer, or the weights are quantized or a LoRA adapter.
+        ModelImportError: a file is missing, damaged or a pointer, the weights are a LoRA adapter, or quantized in a
+            format that is not read.
         UnsupportedModelError: the model family, or a setting of the config, is not supported.
     """
     raw = _read_raw_config(source, folder)
+    quantization = find_quantization(raw)
+    stored = None if quantization is None else read_stored_format(source, quantization)
     text = read_text_config(source, raw) if raw["model_type"] in WRAPPERS else None
     config = _read_config(source, folder) if text is None else text.config
     shards: dict[str, Any] = {}
@@ -71,7 +76,18 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
     def read(name: str) -> torch.Tensor:
         return shards[places[name]].get_tensor(places[name])
 
+    def find_dtype(name: str) -> str:
+        return str(shards[places[name]].get_slice(places[name]).get_dtype())
+
+    weights = Dequantized(set(places), read, set())
+    if stored is not None:
+        weights = open_stored(source, stored, set(places), read, find_dtype)
+        for name, part in weights.dropped.items():
+            dropped.setdefault(part, Dropped()).add_(_count_bytes(shards[places[name]], places[name]))
+
     def read_rows(name: str, rows: torch.Tensor) -> torch.Tensor:
+        if name in weights.quantized:
+            return weights.read(name)[rows]
         table = shards[places[name]].get_slice(places[name])
         return torch.cat([table[row : row + 1] for row in rows.tolist()])
 
@@ -86,8 +102,8 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
         return _load_block(
             source,
             config,
-            names=set(places),
-            read=read,
+            names=weights.names,
+            read=weights.read,
             read_rows=read_rows,
             index=index,
             token_ids=token_ids,
@@ -96,14 +112,16 @@ def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
 
     return Source(
         config,
-        set(places),
-        read,
+        weights.names,
+        weights.read,
         folder,
-        load_whole if text is None else None,
+        load_whole if text is None and stored is None else None,
         load_block,
         wrapper=None if text is None else raw["model_type"],
         dropped=dropped,
-        count_bytes=lambda name: _count_bytes(shards[places[name]], places[name]),
+        count_bytes=lambda name: _count_bytes(shards[places[name]], places[name]) if name in places else 0,
+        quantization=None if stored is None else stored.title,
+        quantized=weights.quantized,
     )
 
 
@@ -170,12 +188,6 @@ def _read_raw_config(source: str, folder: Path) -> dict[str, Any]:
         check_text_family(source, raw)
     else:
         find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
-    if raw.get("quantization_config") is not None:
-        quantization = raw["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelImportError(
-            f"model.source={source!r}: already quantized (quant_method={method!r}). Start from the original model"
-        )
     if CONFIG_KEY in raw:
         raise ModelImportError(f"model.source={source!r}: written by this project's pipeline. Start from the original")
     for level in (raw, raw.get("text_config")):
@@ -187,7 +199,10 @@ def _read_raw_config(source: str, folder: Path) -> dict[str, Any]:
 
 def _read_config(source: str, folder: Path) -> Any:
     with loading(source, f"its {CONFIG}"):
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):  # transformers would quantize the models that are built from it
+        del config.quantization_config
+    return config
 
 
 def _load_block(

@@ -78,7 +78,8 @@ def import_model(
 
     Returns:
         The stage's metrics: `parameters` (count), `blocks`, `tied_embeddings`. Where tensors were left out,
-        `dropped_tensors` and `dropped_mib` as well; report.json in the folder names their parts.
+        `dropped_tensors` and `dropped_mib` as well; report.json in the folder names their parts. Where weights were
+        stored quantized, `source_quantization` (the format) and `dequantized_tensors`.
 
     Raises:
         ModelImportError: missing or damaged files, an unreachable hub, missing, unexpected, misshapen, quantized or
@@ -134,6 +135,7 @@ def import_model(
         "blocks": config.num_hidden_layers,
         "tied_embeddings": bool(config.tie_word_embeddings),
         **_count_dropped(opened),
+        **_count_dequantized(opened),
     } | gate_metrics
 
 
@@ -142,6 +144,8 @@ def _describe_source(opened: Source) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if opened.wrapper is not None:
         report["wrapper"] = opened.wrapper
+    if opened.quantization is not None:
+        report["quantization"] = {"format": opened.quantization, "tensors": len(opened.quantized)}
     if opened.dropped:
         report["dropped"] = {part: asdict(dropped) for part, dropped in sorted(opened.dropped.items())}
     return report
@@ -155,6 +159,12 @@ def _count_dropped(opened: Source) -> dict[str, Any]:
         "dropped_tensors": sum(part.tensors for part in parts),
         "dropped_mib": round(sum(part.bytes for part in parts) / 2**20, 3),
     }
+
+
+def _count_dequantized(opened: Source) -> dict[str, Any]:
+    if opened.quantization is None:
+        return {}
+    return {"source_quantization": opened.quantization, "dequantized_tensors": len(opened.quantized)}
 
 
 def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[Any, set[str], Read, nn.Module]:

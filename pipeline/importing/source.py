@@ -66,6 +66,8 @@ class Source:
         wrapper: the model_type of the multimodal model that the source wraps around its text model, or None.
         dropped: parts that the imported model lacks -> their tensors. `names` does not have them.
         count_bytes: name -> bytes of the tensor as stored.
+        quantization: the format of its quantized weights, which `read` dequantizes to float32, or None.
+        quantized: the names of these weights.
     """
 
     config: Any
@@ -77,6 +79,8 @@ class Source:
     wrapper: str | None = None
     dropped: dict[str, Dropped] = field(default_factory=dict)
     count_bytes: Callable[[str], int] = lambda name: 0
+    quantization: str | None = None
+    quantized: set[str] = field(default_factory=set)
 
 
 def check_file(source: str, path: Path) -> None:
