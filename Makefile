@@ -81,7 +81,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt requirements-packaged.txt requirements-references.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,notebook]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[quantize,eval,dev,docs,notebook]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-packaged.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references -r requirements-references.txt
 	@touch $@
@@ -117,7 +117,7 @@ wheel: setup
 smoke: wheel
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[quantize]"
 	cd .venv-wheel && bin/python -I $(CURDIR)/.ci/smoke.py
 
 constraints: setup

@@ -23,6 +23,7 @@ from pipeline.runtime.sources import (
     describe_files,
     describe_hub_model,
     describe_package,
+    find_local_source,
     read_json,
 )
 from pipeline.text.hub import HUB_CORPORA
@@ -57,12 +58,8 @@ def describe_model(own: ModelParams, hashes: FileHashes) -> dict[str, Any]:
     key, source = "model.source", own.source
     if source in PACKAGES:
         return describe_package(key, source, PACKAGES[source])
-    path = as_path(source)
-    gguf = path.suffix.lower() == ".gguf"
-    if path.is_file() if gguf else path.is_dir():
+    if find_local_source(key, source) is not None:
         return describe_local(key, source, hashes)
-    if gguf or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise SourceError(f"{key}={source!r}: there is no such {'file' if gguf else 'folder'}")
     return describe_hub_model(source, own.revision, read_json(SOURCES / "model.json"))
 
 

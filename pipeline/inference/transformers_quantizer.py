@@ -1,7 +1,7 @@
 """Makes transformers load exported folders: `import pipeline.hf`, then `AutoModelForCausalLM.from_pretrained(folder)`.
 
 config.json of an exported folder has a `quantization_config` with `quant_method: prefixquant`. This module registers
-the two classes that transformers then asks for, through its public registry. They build the model's own class, replace
+the two classes that transformers then asks for, in its registry. They build the model's own class, replace
 its linears by packed ones, add quantizers and prefix, and let transformers load the tensors.
 
 Without this module transformers would skip a `quant_method` that it does not know, and fill the linears with random
@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -46,7 +46,6 @@ AttentionMaskInterface.register(GUARD, sdpa_mask)
 _PREFIX_KV = "prefix_kv"
 
 
-@register_quantization_config(METHOD)
 class PrefixQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported folder.
 
@@ -78,7 +77,6 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         self.text_start_token_id = text_start_token_id
 
 
-@register_quantizer(METHOD)
 class PrefixQuantizer(HfQuantizer):
     """The steps around loading that transformers leaves to a quantization method."""
 
@@ -143,6 +141,11 @@ class PrefixQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether adapters on top can be trained. Packed weights are constant, and gradients pass through them."""
         return True
+
+
+# Assigned, because transformers' `register_quantization_config` refuses to replace the placeholder of `prefixquant`.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PrefixQuantConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = PrefixQuantizer
 
 
 def _choose_place(device_map: dict[str, Any]) -> Any:

@@ -9,11 +9,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.runtime.errors import PipelineError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ArgumentError(PipelineError):
@@ -65,8 +66,10 @@ def text(value: str) -> str:
     return value
 
 
-def device(name: str) -> torch.device:
+def device(name: str) -> "torch.device":
     """Parse the name of a device that can be used. The `type` of such an argument."""
+    import torch  # seconds: only commands that take a device need it
+
     if (problem := find_device_problem(name)) is not None:
         raise argparse.ArgumentTypeError(problem)
     return torch.device(name)
@@ -74,6 +77,8 @@ def device(name: str) -> torch.device:
 
 def find_device_problem(name: str) -> str | None:
     """Return why no tensor can be put on the device of this name, or None where it can be used."""
+    import torch
+
     try:
         candidate = torch.device(name)
         torch.empty(0, device=candidate)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import PipelineError
-from pipeline.runtime.params import RuntimeParams
+
+if TYPE_CHECKING:
+    from pipeline.runtime.params import RuntimeParams  # imports pydantic, which the core does not need
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,7 +38,7 @@ class DeviceError(PipelineError):
 
 
 @contextmanager
-def run_stage(name: str, metrics_path: Path, runtime: RuntimeParams, seed: int = 0) -> Iterator[dict[str, Any]]:
+def run_stage(name: str, metrics_path: Path, runtime: "RuntimeParams", seed: int = 0) -> Iterator[dict[str, Any]]:
     """Seed the generators, set the threads, time the body and write the metrics file.
 
     The body puts its measurements into the yielded dict. Added at the end: `seconds`, `peak_rss_gib` where the platform
@@ -80,7 +82,7 @@ def settle_kernels() -> None:
             function(number)
 
 
-def select_device(runtime: RuntimeParams) -> torch.device:
+def select_device(runtime: "RuntimeParams") -> torch.device:
     """Return the device of `runtime.device`; `auto` is the GPU if torch finds one.
 
     Raises:

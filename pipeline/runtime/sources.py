@@ -76,6 +76,24 @@ def as_path(source: str) -> Path:
     return Path(os.path.expanduser(source))
 
 
+def find_local_source(key: str, source: str) -> Path | None:
+    """Return the path of a model that is a folder or a GGUF file, or None for the id of a hub.
+
+    Args:
+        key: for messages, where the source was written, such as `model.source`.
+
+    Raises:
+        SourceError: `source` is a path, and there is nothing there.
+    """
+    path = as_path(source)
+    gguf = path.suffix.lower() == ".gguf"
+    if path.is_file() if gguf else path.is_dir():
+        return path
+    if gguf or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise SourceError(f"{key}={source!r}: there is no such {'file' if gguf else 'folder'}")
+    return None
+
+
 def describe_files(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
     """Describe a file or a folder: {"sha256": {name: hash of its contents}}, sorted by name.
 
