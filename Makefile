@@ -9,6 +9,7 @@
 # make compare the results of experiments, side by side
 # make sweep-bits, sweep-prefix, sweep-threshold, sweep-calibration-size   experiments in a row
 # make types   check types
+# make settings   write docs/settings.md from params.yaml
 # make docs    build the documentation: site/
 # make wheel   build the package and check it: dist/
 # make smoke   install the wheel into an empty environment, .venv-wheel, and load it there
@@ -32,7 +33,7 @@ START_GIT := git init && git add -A && git commit -m start
 # DVC names a column by its file only where two files have it.
 COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
-.PHONY: repository commit types docs wheel smoke constraints serve-setup serve-test repro test lint format preset
+.PHONY: repository commit types settings docs wheel smoke constraints serve-setup serve-test repro test lint format preset
 .PHONY: table report compare setup help $(SWEEPS)
 
 repro: repository
@@ -105,6 +106,9 @@ $(SERVING)/.installed: pyproject.toml constraints.txt
 
 types: setup
 	mypy
+
+settings: setup
+	python .ci/settings.py
 
 docs: setup
 	mkdocs build --strict

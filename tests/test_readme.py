@@ -24,7 +24,8 @@ from tests.test_dvc_pipeline import ROOMS, STAGES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
-    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 ALL = "\n".join(PAGES.values())
 ARCHITECTURE = PAGES["docs/architecture.md"]
@@ -69,10 +70,37 @@ def test_the_result_table_is_what_the_metrics_in_git_say():
     assert format_results(read_evaluations(ROOT / "metrics")) in README
 
 
-def test_every_page_is_linked_from_the_readme():
+def test_every_page_is_linked_from_the_readme_and_every_note_from_the_list_of_notes():
     assert len(PAGES) > 10
-    for page in PAGES.keys() - {"README.md"}:
+    notes = {page for page in PAGES if page.startswith("docs/lab/")} - {"docs/lab/index.md"}
+    for page in PAGES.keys() - {"README.md"} - notes:
         assert f"]({page})" in README, page
+    for page in notes:
+        assert f"]({page.removeprefix('docs/lab/')}" in PAGES["docs/lab/index.md"], page
+
+
+def test_notes_are_dated_newest_first():
+    """In the list, and in each page the sections that begin with a date."""
+    dates = re.findall(r"^\| (\d{4}-\d\d-\d\d) \| \[", PAGES["docs/lab/index.md"], re.MULTILINE)
+    assert len(dates) > 10
+    assert dates == sorted(dates, reverse=True)
+    for page, text in PAGES.items():
+        if page.startswith("docs/lab/"):
+            dates = re.findall(r"^## .+\n\n(\d{4}-\d\d-\d\d)", text, re.MULTILINE)
+            assert dates == sorted(dates, reverse=True), page
+
+
+@PAGE
+def test_each_page_opens_with_what_its_reader_can_do(page):
+    if page != "README.md":
+        assert re.match(r"# .+\n\nAfter reading this page you ", PAGES[page]), page
+
+
+def test_settings_link_to_sections_of_pages_that_exist():
+    links = re.findall(r"\bdocs/([\w/]+\.md)(?:#([\w-]+))?", PARAMS)
+    assert len(links) > 5
+    for page, anchor in links:
+        assert not anchor or anchor in find_anchors(PAGES[f"docs/{page}"]), (page, anchor)
 
 
 @PAGE

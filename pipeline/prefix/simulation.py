@@ -4,7 +4,7 @@ The values at a site are rotated, centered, quantized, and rotated back. Means a
 and hold until `reset`. Weights are not quantized. The rotations are Hadamard matrices, R1 with random signs, and the
 weights of norms are folded as in a rotated model. With the seed of `rotation`, the signs are those of the model's own
 R1. In families that R1 cannot rotate, attention_input and mlp_input are not rotated. R5 is left out: with it the
-candidates of the prefix search differ less, and the search chose worse (docs/ablations.md).
+candidates of the prefix search differ less, and the search chose worse (docs/lab/ablations.md).
 
 Keys are simulated before RoPE. There a bias is a constant that centering removes. The quantizers of keys remove it too:
 they quantize RoPE(k - m). RoPE only turns pairs of channels, so the part that varies is as large after it.
