@@ -104,7 +104,8 @@ def open_variant(run: Run, start_token: int | None) -> Variant:
     """
     variant, device = run.variant, run.device
     if variant == "export":
-        model, tokenizer = load(EXPORT, device)
+        limited = run.params.runtime.max_memory is not None
+        model, tokenizer = load(EXPORT, device, unpacked=False if limited else None)
         inputs = {"checkpoint": read_header(EXPORT, "export")}
         return Variant(
             partial(evaluate_model, model, batch_size=run.params.runtime.batch_size), lambda: (model, tokenizer), inputs

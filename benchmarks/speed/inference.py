@@ -4,9 +4,9 @@
     python -m benchmarks.speed.inference --json inference.json --w4a16 FOLDER
 
 Each row runs several times in processes of its own, with rows in turn. Times are medians over the rounds. Prefill is
-one forward of 512 tokens, of one text and of eight. Decoding is 64 tokens one by one after them. Peak memory includes
-loading and excludes the memory after the imports; vLLM's includes its cache of 1 GiB. Perplexity is on the windows of
-artifacts/calibration/evaluation/wikipedia.
+one forward of a batch of texts of 512 tokens, by default of one text and of eight. Decoding is 64 tokens one by one
+after them. Peak memory includes loading and excludes the memory after the imports; vLLM's includes its cache of 1 GiB.
+Perplexity is on the windows of artifacts/calibration/evaluation/wikipedia.
 
 Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its prefix caching.
 `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,25 @@ from pipeline.text.windows import load_windows
 
 @dataclass(frozen=True)
 class Row:
-    """A model and how it runs. `arithmetic`: that of `load`; None: transformers' own loading."""
+    """A model and how it runs.
+
+    Attributes:
+        arithmetic: that of `load`; None: transformers' own loading.
+        unpacked: that of `load`.
+    """
 
     engine: str
     folder: str
     dtype: str = "float32"
     arithmetic: str | None = None
+    unpacked: bool = True
 
 
 ROWS = {
     "original, float32": Row("transformers", "model"),
     "original, bfloat16": Row("transformers", "model", "bfloat16"),
     "export, float": Row("transformers", "export", arithmetic="float"),
+    "export, float, packed": Row("transformers", "export", arithmetic="float", unpacked=False),
     "export, integer": Row("transformers", "export", arithmetic="integer"),
     "export, integer, bfloat16": Row("transformers", "export", "bfloat16", "integer"),
     "vLLM, original, bfloat16": Row("vllm", "model", "bfloat16"),
@@ -60,7 +67,7 @@ ROWS = {
 }
 ROUNDS, BATCHES = 3, (1, 8)
 _PREFILL, _DECODED = 512, 64
-_TIMES = [(kind, batch) for batch in BATCHES for kind in ("prefill", "decode")]
+_KINDS = ("prefill", "decode")
 
 
 def main() -> None:
@@ -70,12 +77,13 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", help="of a finished run")
     parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
     parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=list(BATCHES), help="texts in a batch")
     parser.add_argument("--child", choices=list(ROWS), help=argparse.SUPPRESS)  # one row, in this process
     arguments = parser.parse_args()
     artifacts = arguments.artifacts.resolve()
     folders = {"model": artifacts / "model", "export": artifacts / "export", "w4a16": arguments.w4a16}
     if arguments.child:
-        print(json.dumps(measure(ROWS[arguments.child], folders, artifacts)))
+        print(json.dumps(measure(ROWS[arguments.child], folders, artifacts, arguments.batches)))
         return
     names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
     if any(ROWS[name].folder == "w4a16" for name in names) and arguments.w4a16 is None:
@@ -94,6 +102,8 @@ def main() -> None:
                 name,
                 "--artifacts",
                 str(artifacts),
+                "--batches",
+                *map(str, arguments.batches),
             ]
             command += ["--w4a16", str(arguments.w4a16.resolve())] if arguments.w4a16 else []
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
@@ -101,32 +111,32 @@ def main() -> None:
     for name, measured in rounds.items():
         values = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
         append_row(arguments.json, rows, name, values)
-    print(format_table(rows))
+    print(format_table(rows, arguments.batches))
 
 
-def measure(row: Row, folders: dict[str, Path], artifacts: Path) -> dict[str, float]:
+def measure(row: Row, folders: dict[str, Path], artifacts: Path, batches: Sequence[int]) -> dict[str, float]:
     """Return size and peak memory in GiB, seconds to load, to prefill and per decoded token, and perplexity."""
     windows = load_windows(artifacts / "calibration/evaluation/wikipedia.safetensors").token_ids
     return_freed_memory()
     before = current_rss_gib()
     folder = folders[row.folder]
     run = run_vllm if row.engine == "vllm" else run_transformers
-    values = run(row, folder, windows)
+    values = run(row, folder, windows, batches)
     values["memory"] = values.pop("peak") - before
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     return values | {"size": size}
 
 
-def run_transformers(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+def run_transformers(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int]) -> dict[str, float]:
     """Measure a row in transformers."""
     start = time.perf_counter()
     dtype = getattr(torch, row.dtype)
     if row.arithmetic is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     else:
-        model, _ = load(folder, arithmetic=row.arithmetic, dtype=dtype)
+        model, _ = load(folder, arithmetic=row.arithmetic, dtype=dtype, unpacked=row.unpacked)
     values = {"load": time.perf_counter() - start}
-    for batch in BATCHES:
+    for batch in batches:
         for kind, seconds in time_steps(model, cut_texts(windows, batch)).items():
             values[f"{kind} {batch}"] = seconds
     values["peak"] = peak_rss_gib()
@@ -148,7 +158,7 @@ def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, flo
     return {"prefill": statistics.median(prefill[1:]), "decode": statistics.median(decode[1:])}
 
 
-def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
+def run_vllm(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int]) -> dict[str, float]:
     """Measure a row in vLLM."""
     set_up_vllm()
     from vllm import LLM, SamplingParams
@@ -157,8 +167,8 @@ def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
     llm = LLM(
         str(folder),
         dtype=row.dtype,
-        max_num_seqs=max(BATCHES),
-        max_num_batched_tokens=max(BATCHES) * (_PREFILL + 64),
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=max(batches) * (_PREFILL + 64),
         max_model_len=windows.shape[1] + 64,
         enable_prefix_caching=False,
     )
@@ -170,7 +180,7 @@ def run_vllm(row: Row, folder: Path, windows: torch.Tensor) -> dict[str, float]:
         llm.generate(as_prompts(texts.tolist()), sampling, use_tqdm=False)
         return time.perf_counter() - start
 
-    for batch in BATCHES:
+    for batch in batches:
         texts = cut_texts(windows, batch)
         prefill = take_median(lambda texts=texts: generate(texts, 1))
         values[f"prefill {batch}"] = prefill
@@ -192,17 +202,18 @@ def cut_texts(windows: torch.Tensor, batch: int) -> torch.Tensor:
     return texts[:: len(texts) // batch][:batch]
 
 
-def format_table(rows: dict[str, Any]) -> str:
+def format_table(rows: dict[str, Any], batches: Sequence[int] = BATCHES) -> str:
     """Return a Markdown table, with speeds as ratios to the first row's."""
     base = next(iter(rows.values()))
+    times = [(kind, batch) for batch in batches for kind in _KINDS]
     head = ["", "file, MiB", "peak memory, GiB"]
-    head += [f"{kind}, {'one text' if batch == 1 else f'{batch} texts'}" for kind, batch in _TIMES]
+    head += [f"{kind}, {'one text' if batch == 1 else f'{batch} texts'}" for kind, batch in times]
     lines = []
     for name, row in rows.items():
-        speeds = [f"{base[f'{kind} {batch}'] / row[f'{kind} {batch}']:.2f}" for kind, batch in _TIMES]
+        speeds = [f"{base[f'{kind} {batch}'] / row[f'{kind} {batch}']:.2f}" for kind, batch in times]
         lines.append([name, f"{row['size'] * 1024:.0f}", f"{row['memory']:.2f}", *speeds, f"{row['perplexity']:.2f}"])
     speeds = [
-        f"{batch * (_PREFILL if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in _TIMES
+        f"{batch * (_PREFILL if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in times
     ]
     table = format_markdown([*head, "perplexity"], lines)
     return f"{table}\n\n1.00 is {', '.join(speeds)} tokens per second."

@@ -14,9 +14,9 @@ calibrated (hooks on its quantizers), and when it is quantized. The artifact of 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -70,6 +70,19 @@ class BlockSettings:
         return cls(**values | {"sites": {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}})
 
 
+@dataclass(frozen=True)
+class _Dequantized:
+    """A dequantized weight [out, in], the tensors that it was computed from, and their versions at that time."""
+
+    weight: torch.Tensor
+    sources: Sequence[torch.Tensor | None]
+    versions: Sequence[int]
+
+    def is_current(self, dtype: torch.dtype, sources: Sequence[torch.Tensor | None], versions: Sequence[int]) -> bool:
+        same = all(old is new for old, new in zip(self.sources, sources, strict=True))
+        return same and self.versions == versions and self.weight.dtype == dtype
+
+
 class QuantizedLinear(KeepsDtype):
     """A linear layer with an online rotation of its input, a quantized input and a quantized weight, each optional.
 
@@ -105,7 +118,15 @@ class QuantizedLinear(KeepsDtype):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.unfrozen = False
         self.fired = False
-        self._dequantized: torch.Tensor | None = None
+        self._dequantized: _Dequantized | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the dequantized weight out of copies and pickles."""
+        return self.__dict__ | {"_dequantized": None}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._dequantized = None
+        return super()._apply(fn, recurse)
 
     def declare_quantized_(self) -> None:
         """Give the buffers the types and shapes of a quantized weight, to be filled by `load_state_dict`."""
@@ -143,10 +164,19 @@ class QuantizedLinear(KeepsDtype):
             return rounded.flatten(-2).to(dtype)
         if self.unfrozen:
             return self._dequantize().to(dtype)
-        dequantized = self._dequantized  # read once: another thread may ask for another dtype meanwhile
-        if dequantized is None or (dequantized.dtype, dequantized.device) != (dtype, self.weight.device):
-            dequantized = self._dequantized = self._dequantize().to(dtype)
-        return dequantized
+        return self._keep_dequantized(dtype, (self.weight, self.weight_scale, self.weight_zero_point))
+
+    def _keep_dequantized(self, dtype: torch.dtype, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Return the weight [out, in], computed again only where a source or the dtype has changed."""
+        if torch.compiler.is_compiling():  # a compiled graph computes it from its sources
+            return self._dequantize().to(dtype)
+        versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in sources]
+        kept = self._dequantized  # read once: another thread may ask for another dtype meanwhile
+        if kept is None or not kept.is_current(dtype, sources, versions):
+            with torch.inference_mode(False):  # a backward pass cannot use inference tensors
+                weight = self._dequantize().to(dtype)
+            kept = self._dequantized = _Dequantized(weight, sources, versions)
+        return kept.weight
 
     def _dequantize(self) -> torch.Tensor:
         return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)

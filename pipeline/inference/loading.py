@@ -32,7 +32,12 @@ Arithmetic = Literal["float", "integer"]
 
 
 def load(
-    folder: Path, device: torch.device | str | None = None, arithmetic: Arithmetic = "float", **options: Any
+    folder: Path,
+    device: torch.device | str | None = None,
+    arithmetic: Arithmetic = "float",
+    *,
+    unpacked: bool | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an exported model and its tokenizer.
 
@@ -40,6 +45,8 @@ def load(
         device: of the model; None for the CPU, or for the devices of `device_map` in `options`.
         arithmetic: `float` computes the numbers that the pipeline evaluated. `integer` multiplies integers, on CPUs
             only, see `packed_block.py`.
+        unpacked: True: the weights are kept unpacked between calls | False: they are unpacked in every call, which
+            takes the least memory | None: kept where they take at most half of the free memory. For `float` only.
         options: passed to `from_pretrained` (device_map, dtype, …).
 
     Raises:
@@ -54,6 +61,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if device is not None:
         model.to(device)
+    model.keep_unpacked_(unpacked)
     if arithmetic == "integer":
         use_integers_(model)
     return model, tokenizer

@@ -1,7 +1,7 @@
 """A quantized block with packed weights, and two ways to multiply by them.
 
-    float     The weight is unpacked and dequantized when the layer is reached, and dropped afterwards. The same
-              numbers, in the same order, as in the block that was evaluated.
+    float     The weight is unpacked and dequantized when the layer is reached. It is kept for later calls where memory
+              allows (`keep_unpacked_`). The same numbers, in the same order, as in the block that was evaluated.
     integer   Integers times integers, summed exactly in int32, scaled once (kernels/integer_product.py):
                   y = scale_x scale_w (n_x n_w) + bias + W shift
               The same product, except where float32 would have rounded it. Faster on CPUs with int8 instructions. The
@@ -12,6 +12,7 @@ settings stay with `float`. Formats that round their scales have them packed too
 (`weight_common`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -27,12 +28,16 @@ from pipeline.models.sites import RESIDUAL_SITES
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
+from pipeline.runtime.memory import measure_free
 
 
 class PackedLinear(QuantizedLinear, nn.Linear):
     """A `QuantizedLinear` that holds `weight_packed`, uint8 [out, bytes], instead of `weight`.
 
     It is an `nn.Linear`, so that PEFT puts adapters around it. Its weight is constant, and gradients pass through it.
+
+    Attributes:
+        keeps_unpacked: whether the dequantized weight is kept after a call, in the dtype of the call.
     """
 
     weight = None
@@ -67,7 +72,8 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         for name in ("weight_zero_point", "bias"):
             self.register_buffer(name, getattr(source, name))
         self.product: IntegerProduct | None = None
-        self.unfrozen = self.fired = False
+        self.unfrozen = self.fired = self.keeps_unpacked = False
+        self._dequantized = None
         self._forward_hooks.update(source._forward_hooks)  # quantizes keys before RoPE
 
     def unpack(self) -> torch.Tensor:
@@ -75,11 +81,17 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Compute the weight [out, in], in every call again."""
+        """Return the weight [out, in]; computed in every call again unless `keeps_unpacked`."""
         self.fired = True
+        if not self.keeps_unpacked:
+            return self._dequantize().to(dtype)
+        sources = (self.weight_packed, self.weight_scale, self.weight_common, self.weight_zero_point)
+        return self._keep_dequantized(dtype, sources)
+
+    def _dequantize(self) -> torch.Tensor:
         grid = self.spec.grid
         scale = grid.unpack_scale(self.weight_scale, self.weight_common)
-        return dequantize_weight(self.unpack(), scale, self.weight_zero_point, grid).to(dtype)
+        return dequantize_weight(self.unpack(), scale, self.weight_zero_point, grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.product is None:
@@ -94,6 +106,26 @@ def pack_block_(block: nn.Module, architecture: Architecture) -> None:
         linear = block.get_submodule(name)
         if linear.weight_scale is not None:
             block.set_submodule(name, PackedLinear(linear))
+
+
+def keep_unpacked_(model: nn.Module, keep: bool | None, dtype: torch.dtype) -> None:
+    """Have the packed linears of a model keep their weights after the first call that unpacks them, or drop them.
+
+    Args:
+        keep: None for a choice by memory: they are kept if all weights on a device take at most half of its free
+            memory, and none is offloaded.
+        dtype: in which the model computes.
+    """
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if keep is None:
+        needed: Counter[torch.device] = Counter()
+        for linear in linears:
+            needed[linear.weight_packed.device] += linear.in_features * linear.out_features * dtype.itemsize
+        keep = all(2 * size <= measure_free(device) for device, size in needed.items())
+    for linear in linears:
+        linear.keeps_unpacked = keep
+        if not keep:
+            linear._dequantized = None
 
 
 def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLinear]) -> bool:
@@ -113,7 +145,7 @@ def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLine
         if linear.bias is not None:
             constant += linear.bias
         if quantizer.spec.centered:
-            constant += linear.dense_weight(torch.float64) @ quantizer.shift.double()
+            constant += linear._dequantize().double() @ quantizer.shift.double()
         offset = 0 if linear.weight_zero_point is None else linear.weight_zero_point.to(torch.int16)
         integers.append((linear.unpack().to(torch.int16) - offset).to(torch.int8))
         constants.append(constant.float())

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from pipeline.blocks.kv_cache import CACHE, PrefixCache, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.sliding import count_places, make_mask
+from pipeline.inference.packed_block import keep_unpacked_
 from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
@@ -44,8 +45,10 @@ class PrefixedModel(PreTrainedModel):
         prefix_kv: [L, 2, kv_heads, P, d], keys (after RoPE) and values of the prefix, or None.
         start_token_id: the start token that a text must not begin with, because the prefix ends in it, or None.
         text_start_token_id: the start token that belongs at the beginning of every text, or None.
+        unpacked: whether the weights of an exported model are kept unpacked; None for a choice by free memory.
     """
 
+    unpacked: bool | None = None
     prefix_kv: torch.Tensor | None
     start_token_id: int | None
     text_start_token_id: int | None
@@ -63,6 +66,19 @@ class PrefixedModel(PreTrainedModel):
         for name, buffer in rotary.named_buffers():
             if buffer.dtype != exact[name].dtype:
                 setattr(rotary, name, exact[name].to(buffer.device))
+        return self.keep_unpacked_(self.unpacked)
+
+    def keep_unpacked_(self, keep: bool | None) -> Self:
+        """Keep the weights of an exported model unpacked between calls, or drop them after each layer.
+
+        The result is the same. Unpacked weights take the model's full size beside the packed ones, and make calls
+        faster. They are unpacked when they are first needed.
+
+        Args:
+            keep: None for a choice by free memory, as after loading (`packed_block.keep_unpacked_`).
+        """
+        self.unpacked = keep
+        keep_unpacked_(self, keep, self.dtype)
         return self
 
     def half(self) -> Self:

@@ -124,7 +124,7 @@ class PrefixQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # Older versions leave a renamed tensor in its stored dtype: the table of a model that is loaded without a head.
         model.get_input_embeddings().to(model.config.dtype)
-        return model
+        return model.keep_unpacked_(None)
 
     def complete_folder(self, folder: Path) -> None:
         """Turn the folder that `save_pretrained` wrote into an exported one: with the guards and a manifest."""

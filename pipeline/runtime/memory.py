@@ -33,6 +33,18 @@ def memory_limit(runtime: RuntimeParams) -> float:
     return _USABLE * _measure_available() / runtime.processes if limit is None else limit
 
 
+def measure_free(device: torch.device) -> int:
+    """Return the bytes that are free on a CPU or GPU; 0 where they cannot be measured."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return 0
+    try:
+        return _measure_available()
+    except PipelineError:
+        return 0
+
+
 def _parse_max_memory(runtime: RuntimeParams) -> float | None:
     """Return `runtime.max_memory` in bytes: "6GiB" -> 6442450944."""
     if runtime.max_memory is None:

@@ -127,7 +127,8 @@ def _open_zstd(path: Path) -> Any:
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
     with _open_text(path) as file:
         text = file.read().replace("\r\n", "\n").replace("\r", "\n")
-    yield from (part for part in re.split(r"\n\s*\n", text) if part.strip())
+    # Line ends around the text, so that blank lines at its ends separate too.
+    yield from (part.strip("\n") for part in re.split(r"\n\s*\n", f"\n{text}\n") if part.strip())
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[Any]:

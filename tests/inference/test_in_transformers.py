@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import pipeline.hf  # noqa: F401
 from pipeline.inference.loading import check_folder, load
 from pipeline.inference.manifest import ExportError
+from pipeline.inference.packed_block import PackedLinear
 from pipeline.inference.transformers_quantizer import GUARD, GUARDS
 from pipeline.models.checkpoint import Checkpoint
 from tests.conftest import ROOT, read_json
@@ -349,3 +350,86 @@ def test_dequantize_says_why_not(exported):
         for call in (model.dequantize, lambda model=model: model.dequantize(torch.bfloat16)):
             with pytest.raises(ValueError, match=r"dequantize\(\) has no unquantized model.*Load the original"):
                 call()
+
+
+def test_weights_are_kept_unpacked_where_memory_allows(exported, monkeypatch):
+    """The same numbers either way, in memory that a plain model takes beside the packed weights, or in none."""
+    folder, evaluated, _ = exported
+    for unpacked, free, keeps in (
+        (True, 0, True),
+        (False, 2**40, False),
+        (None, 2**40, True),
+        (None, 1000, False),
+        (None, 0, False),
+    ):
+        monkeypatch.setattr("pipeline.inference.packed_block.measure_free", lambda device, free=free: free)
+        model, _ = load(folder, unpacked=unpacked)
+        with torch.no_grad():
+            assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+        linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        kept = {linear._dequantized is not None for linear in linears}
+        assert kept == {keeps}
+        with torch.no_grad():
+            assert torch.equal(model(TEXT).logits, evaluated(TEXT).logits)
+    model.keep_unpacked_(True)
+    model(TEXT)
+    assert all(linear._dequantized.weight.shape == (linear.out_features, linear.in_features) for linear in linears)
+    model.keep_unpacked_(False)
+    assert all(linear._dequantized is None for linear in linears)
+
+
+def test_the_choice_is_made_again_where_the_model_goes(exported, monkeypatch):
+    monkeypatch.setattr("pipeline.inference.packed_block.measure_free", lambda device: 2**40)
+    model, _ = load(exported[0])
+    linear = model.model.layers[0].mlp.up_proj
+    model(TEXT)
+    assert linear._dequantized is not None
+    monkeypatch.setattr("pipeline.inference.packed_block.measure_free", lambda device: 0)
+    model.to(torch.bfloat16)
+    assert linear._dequantized is None
+    assert not linear.keeps_unpacked
+    model.keep_unpacked_(True)
+    model.to(torch.float32)
+    assert linear.keeps_unpacked  # asked for
+
+
+def test_an_unpacked_weight_follows_its_sources(exported):
+    """Changed in place, replaced, loaded or cast, as a caller may do to any tensor of a model."""
+    model, _ = load(exported[0], unpacked=True)
+    linear = model.model.layers[0].mlp.up_proj
+    first = linear.dense_weight(torch.float32)
+    assert linear.dense_weight(torch.float32) is first
+    state = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    linear.weight_scale.mul_(2)
+    assert torch.equal(linear.dense_weight(torch.float32), 2 * first)
+    linear.load_state_dict(state)
+    assert torch.equal(linear.dense_weight(torch.float32), first)
+    linear.weight_packed = torch.zeros_like(linear.weight_packed)
+    assert not torch.equal(linear.dense_weight(torch.float32), first)
+    assert linear.dense_weight(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_weight_unpacked_in_inference_mode_serves_a_backward_pass(exported):
+    model, _ = load(exported[0], unpacked=True)
+    with torch.inference_mode():
+        model(TEXT)
+    embedded = model.get_input_embeddings()(TEXT).detach().requires_grad_()
+    model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    assert embedded.grad.abs().max() > 0
+
+
+def test_copies_and_pickles_leave_unpacked_weights_out(exported):
+    model, _ = load(exported[0], unpacked=True)
+    size = len(pickle.dumps(model))
+    model(TEXT)
+    assert len(pickle.dumps(model)) < 1.05 * size
+    assert copy.deepcopy(model).model.layers[0].mlp.up_proj._dequantized is None
+
+
+def test_offloaded_weights_are_not_kept(exported, tmp_path):
+    folder, _, _ = exported
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    options = {"max_memory": {"cpu": size // 2}, "offload_folder": tmp_path / "offload", "offload_buffers": True}
+    model, _ = load(folder, device_map="auto", **options)
+    model(TEXT)
+    assert not any(linear.keeps_unpacked for linear in model.modules() if isinstance(linear, PackedLinear))

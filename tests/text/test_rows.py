@@ -140,3 +140,13 @@ def test_null_fields_that_columns_fill_in_are_left_out(tmp_path):
         Conversation(messages, {"tools": tools}),
         Conversation(CHAT),
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["A\nb\n\n  C", "A\nb\n\n  C\n", "\nA\nb\n \t\n  C\n  ", " \nA\r\nb\r\n\r\n  C\r\n\r\n"]
+)
+def test_documents_of_a_text_file_end_without_a_line_end(text, tmp_path):
+    """Almost every file ends with one. Documents joined by blank lines would have a line end too many there."""
+    path = tmp_path / "x.txt"
+    path.write_bytes(text.encode())
+    assert read_local_documents(path, "text") == ["A\nb", "  C"]
