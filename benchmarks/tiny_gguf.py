@@ -103,7 +103,7 @@ def write_gguf(
     """Write a model and its byte-level tokenizer, and return the path of the (first) file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         model: tiny model of one of the families.
         tokenizer: byte-level.
         settings: more or other settings: name -> (value, type, and for a list its elements' type). None removes one.

@@ -1,8 +1,8 @@
 """The library: rooms of one concept each, in one order. A module imports from its own room and from rooms before it.
 
     runtime       what every run has: errors, artifacts, progress, ranks, memory. Computes nothing
-    numerics      what is done to one tensor: Hadamard transforms, quantizers, GPTQ, packing
-    kernels       what an exported model computes faster on a CPU than torch's operators do
+    numerics      operations on one tensor: Hadamard transforms, quantizers, GPTQ, packing
+    kernels       CPU operators of exported models that are faster than torch's
     models        families, checkpoints
     importing     models of other programs, read and checked
     text          corpora and token windows

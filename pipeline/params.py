@@ -1,10 +1,10 @@
 """The typed view of params.yaml: parsed once, checked as a whole, reported all at once.
 
-What a group holds, and what contradicts itself in it, stands in the room that uses it (`prefix/params.py`, …); here the
+Each group's types and contradictions are in the room that uses it (`prefix/params.py`, …). Here the
 groups are put together and checked against each other and against the model.
 
 `load_params` returns frozen objects whose attributes are the keys of the file. Every mistake in the file is collected
-into one `ParamsError`, each line naming the key, the value, what is allowed and the remedy. `check_against_model`
+into one `ParamsError`, each line naming the key, the value, the allowed values and the remedy. `check_against_model`
 adds what can only be judged with the model's sizes at hand (does a group size divide a layer's width?).
 """
 
@@ -67,7 +67,7 @@ def load_params(path: Path) -> Params:
 
 
 def parse_params(raw: dict[str, Any], where: str = "params", problems: Sequence[str] = ()) -> Params:
-    """Check an already loaded mapping; see `load_params`. `problems` of its file are reported with those found here."""
+    """Check an already loaded mapping; see `load_params`. `problems` of its file are reported too."""
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
@@ -100,12 +100,12 @@ def check_against_model(
         widths: every quantizer site of a block -> the size of its last dimension.
         blocks: how many blocks the model has.
         max_positions: the longest sequence the model was made for.
-        sliding_window: of its layers that slide; None: none does.
+        sliding_window: window of its layers that slide; None: none does.
 
     Raises:
         ParamsError: a group size does not divide a site's width, an override names a site or block that does not
-            exist or asks of a site what it cannot have, windows are too long with a prefix in front, or a format cannot
-            carry what the model needs; all problems are listed.
+            exist or asks a site for something that it cannot have, windows are too long with a prefix, or a format
+            cannot carry the model; all problems are listed.
     """
     problems = quantization.find_misfits(params.quantizer_init, widths, blocks)
     problems += rotation.find_misfits(params.rotation, widths)
@@ -166,7 +166,7 @@ def _contradictions(params: Params) -> list[str]:
 
 
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
-    """One pydantic error as `key=value: what is allowed; remedy`."""
+    """Return one pydantic error as `key=value: allowed values; remedy`."""
     # A union's member names end up in the location (`…, 'constrained-int'`): keep what is a path into the file.
     kind = problem["type"]
     location = _path_in(raw, problem["loc"], missing=kind == "missing")
@@ -202,7 +202,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
 
 
 def _show(value: Any) -> str:
-    """What stands in the file, or as much of it as can be read."""
+    """Return the value in the file, or as much of it as can be read."""
     text = str(value)
     return text if len(text) <= 120 else f"{text[:80]} … ({len(text)} characters)"
 

@@ -37,7 +37,7 @@ def load(
 
     Args:
         folder: an exported folder.
-        device: of the model; None for the CPU, or for the devices of `device_map` in `options`.
+        device: device of the model; None for the CPU, or for the devices of `device_map` in `options`.
         arithmetic: `float` computes the numbers that were evaluated. `integer` multiplies integers, on CPUs only, which
             is faster.
         options: passed to `from_pretrained` (device_map, dtype, …).
@@ -76,7 +76,7 @@ def quantize(
         bits: bits of weights, activations and KV cache, such as "W4A8KV4"; None: those of the recipe.
         finetune: none: no training | short: the default | long: the same on four times as much text. None: as the
             recipe.
-        settings: keys of params.yaml with dots -> value, such as {"calibration.train.windows": 64}. They win over all
+        settings: keys of params.yaml with dots -> value, such as {"calibration.train.windows": 64}. They override all
             others.
         work: the work folder; None: `out` with `.work` added.
         clean: whether the work folder is removed at the end.

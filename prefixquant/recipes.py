@@ -1,7 +1,7 @@
 """Recipes, and the params.yaml that a recipe and the user's choices give.
 
-A recipe is a preset that names no model. Choices are merged into it in this order, and the later ones win: the recipe,
-`--bits`, `--finetune`, the model, `--text`, `--set`.
+A recipe is a preset that names no model. Choices are merged into it in this order, and later ones override earlier
+ones: the recipe, `--bits`, `--finetune`, the model, `--text`, `--set`.
 """
 
 import difflib
@@ -22,7 +22,7 @@ _BITS = re.compile(r"W(\d+)A(\d+)KV(\d+)", re.IGNORECASE)
 FINETUNING: dict[str, dict[str, Any]] = {
     "none": {"finetuning.blocks.enabled": False, "finetuning.end_to_end.enabled": False},
     "short": {"finetuning.end_to_end.enabled": True, "finetuning.end_to_end.epochs": 1},
-    # Four times the text of `short`, each window read once (docs/ablations.md).
+    # Four times the text of `short`, each window read once (docs/lab/ablations.md).
     "long": {
         "finetuning.end_to_end.enabled": True,
         "finetuning.end_to_end.epochs": 1,

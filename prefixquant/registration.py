@@ -1,6 +1,6 @@
 """Make transformers able to load exported folders, without importing it.
 
-transformers keeps one class per quantization method. Those of this project import torch and transformers, which takes
+transformers keeps one class per quantization method. This project's classes import torch and transformers, which takes
 seconds. So a placeholder is registered that imports them when transformers reads the config of an exported folder. If
 transformers is not imported yet, that happens as soon as somebody imports its module `transformers.quantizers.auto`.
 """
@@ -17,7 +17,7 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 class ConfigPlaceholder:
-    """Stands in for `PrefixQuantConfig` in the registry of transformers until it is needed."""
+    """Takes the place of `PrefixQuantConfig` in the registry of transformers until it is needed."""
 
     @staticmethod
     def from_dict(values: dict[str, Any], **options: Any) -> Any:

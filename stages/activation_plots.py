@@ -2,7 +2,7 @@
 
     original   the imported model
     rotated    the rotated one, without a prefix
-    prefixed   the rotated one behind the prefix in use
+    prefixed   the rotated one after the prefix in use
 
 Reads   the variant's checkpoint, artifacts/calibration/search.safetensors; `prefixed` also the prefix in use
 Writes  artifacts/activation_plots/VARIANT/, metrics/activation_plots/VARIANT.json

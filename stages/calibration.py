@@ -3,7 +3,7 @@
 Reads   data/, artifacts/model/ (its tokenizer; the model itself where calibration.start_token is auto)
 Writes  artifacts/calibration/{search,train,end_to_end,validation}.safetensors and evaluation/CORPUS.safetensors,
         metrics/calibration.json
-Says whether a start token belongs in front of every window. Packaged model: about 10 seconds, 0.7 GiB.
+Says whether a start token belongs before every window. Packaged model: about 10 seconds, 0.7 GiB.
 """
 
 import logging

@@ -84,12 +84,12 @@ def plan(run: Run) -> Need:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is evaluated.
+    """A variant of the model, ready to be evaluated.
 
     Attributes:
-        evaluate: of corpus -> token ids, what `evaluate_windows` returns.
+        evaluate: {corpus: token ids} -> the results of `evaluate_windows`.
         load_model: the whole model, for tasks, and its tokenizer.
-        inputs: headers of what it was made from.
+        inputs: headers of the artifacts it was made from.
     """
 
     evaluate: Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]]
@@ -100,7 +100,7 @@ class Variant:
 def open_variant(run: Run, start_token: int | None) -> Variant:
     """The variant, ready to be evaluated. Raises ArtifactError and ExportError.
 
-    `start_token` belongs in front of every window that no prefix ends in.
+    `start_token` belongs before every window unless the prefix ends in it.
     """
     variant, device = run.variant, run.device
     if variant == "export":
@@ -136,7 +136,7 @@ def prepare_tasks(params: Params) -> Callable[[PreTrainedModel, PreTrainedTokeni
 def open_prefix(
     run: Run, checkpoint: Checkpoint, runner: BlockRunner, start_token: int | None
 ) -> tuple[torch.Tensor | None, int | None, dict[str, Header]]:
-    """The variant's prefix KV [L, 2, kv_heads, P, d] or None, the start token behind it or None, inputs' headers."""
+    """The variant's prefix KV [L, 2, kv_heads, P, d] or None, the start token after it or None, inputs' headers."""
     if run.variant in QUANTIZED:
         own_start = load_start_token(checkpoint.folder / PREFIX, checkpoint.stage)
         return load_prefix_kv(checkpoint.folder, checkpoint.stage), own_start, {}

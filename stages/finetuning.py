@@ -2,7 +2,7 @@
 
 Reads   artifacts/rotation/, artifacts/quantizer_init/ (with the prefix in use), artifacts/calibration/ (train,
         end_to_end and validation); end to end also artifacts/model/
-Writes  artifacts/finetuning/ (a checkpoint like that of quantizer_init, with report.json and losses for dvc plots),
+Writes  artifacts/finetuning/ (a checkpoint as in quantizer_init, with report.json and losses for dvc plots),
         metrics/finetuning.json
 `--plan` prints the memory and disk that a run needs, and stops. Finished work stays in .work/finetuning/ until the end,
 so a killed run continues. Packaged model: 8 to 10 minutes for 96 windows of 512 tokens.

@@ -26,7 +26,7 @@ _PER_CORE = 4
 
 
 def start_ranks(processes: int) -> bool:
-    """Run the program again in so many ranks on this machine; False where one process is enough or ranks are there.
+    """Run the program again in several ranks on this machine. Return False where one process is enough or ranks exist.
 
     Raises:
         RankError: far more than the machine has cores; or one of them failed, and its own message has been shown.

@@ -2,7 +2,7 @@
 
 Reads   what model.source names
 Writes  artifacts/model/, metrics/model.json
-Sees first that the data of all evaluation tasks can be had, and last that transformers makes the same of the source.
+First checks that the data of all evaluation tasks is available, and last that transformers reads the source alike.
 Packaged model: about 25 seconds and 0.65 GiB.
 """
 

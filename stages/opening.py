@@ -1,7 +1,7 @@
 """What every stage script opens with: its command line, params.yaml, its ranks, its metrics file.
 
     def main(run: Run) -> None: …       # the work, which adds to run.metrics
-    def plan(run: Run) -> Need: …       # what it will take, for `python -m stages.NAME --plan`
+    def plan(run: Run) -> Need: …       # memory and disk, for `python -m stages.NAME --plan`
 
     if __name__ == "__main__":
         open_stage("NAME", main, __doc__, plan)
@@ -40,10 +40,10 @@ class Run:
 
     Attributes:
         params: all of params.yaml.
-        device: of this process.
-        variant: of a stage that has several; "" otherwise.
+        device: device of this process.
+        variant: name of a stage that has several; "" otherwise.
         ranks: this process among those that share the work; the first one writes.
-        metrics: what is put here ends up in the metrics file.
+        metrics: the content of the metrics file.
     """
 
     params: Params
@@ -75,10 +75,10 @@ def open_stage(
     """Run a stage as its command line says; see the module's docstring.
 
     Args:
-        name: of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json.
+        name: name of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json.
         variants: those it has, or what says so of params.yaml; then one is asked for on the command line.
         shared: whether `runtime.processes` of them share the work.
-        work: where it keeps what is finished, so that a killed run continues there.
+        work: folder of unfinished work, where a killed run continues.
     """
     run_main(lambda: _open_stage(name, main, description, plan, variants, shared, work))
 

@@ -56,7 +56,7 @@ def read_metrics(name: str) -> dict[str, Any]:
 
 
 def read_costs(params: Params) -> dict[str, dict[str, float]]:
-    """Stage -> what it took, in the order of the pipeline."""
+    """Return {stage: its cost} in the order of the pipeline."""
     names = ["model", *(f"corpora/{name}" for name in params.corpora), "calibration", "rotation", "prefix_search"]
     names += ["prefix_training", "quantizer_init", "finetuning", "export"]
     names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
@@ -65,7 +65,7 @@ def read_costs(params: Params) -> dict[str, dict[str, float]]:
 
 
 def read_settings(params: Params) -> dict[str, Any]:
-    """The groups of params.yaml that decide what comes out."""
+    """Return the groups of params.yaml that change results."""
     groups = {
         "model": params.model,
         "calibration": params.calibration,
@@ -82,7 +82,7 @@ def read_settings(params: Params) -> dict[str, Any]:
 
 
 def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
-    """Curves of fine-tuning and of how well ranges fit; what was drawn."""
+    """Draw curves of fine-tuning and of the fit of ranges. Return the paths of the pictures."""
     blocks = read_rows(FINETUNING / "plots/blocks.json")
     if all(row["before"] == row["after"] for row in blocks):  # none was trained by itself
         blocks = []

@@ -1,4 +1,4 @@
-"""See what stands behind every source in params.yaml, so that a change there reruns what reads it.
+"""Fingerprint every source in params.yaml, so that a changed file reruns the stages that read it.
 
 Reads   what model.source, corpora.NAME.source and evaluation.task_folder name: files, packages, the hub
 Writes  artifacts/sources/model.json, corpora/NAME.json and tasks.json: a hash of each file, a package's version, a hub

@@ -107,7 +107,7 @@ class Bench:
     """Measures rows on a finished run.
 
     Attributes:
-        artifacts: of the run.
+        artifacts: folder of the run.
         work: folder of rotated models, which rows share.
         windows: held-out windows per corpus, at most.
         calibration: calibration windows, at most.

@@ -83,7 +83,7 @@ def measure(
 
     Args:
         rotation: the rotated model.
-        index: of the block.
+        index: index of the block.
         hidden: inputs of the block, [N, T, D].
         prefix_kv: keys and values of the prefix in this block.
         init: settings, among them the criterion.

@@ -115,7 +115,7 @@ def keep_texts(rows: list[Any]) -> list[Any]:
 
 
 def read_reference(path: Path, suffix: str, compression: str) -> list[str] | None:
-    """Return the texts that pyarrow reads, or those of a .txt file; None if that fails."""
+    """Return the texts that pyarrow reads, or the texts of a .txt file; None if that fails."""
     try:
         data = path.read_bytes()
         data = {"": bytes, ".gz": gzip.decompress, ".bz2": bz2.decompress}.get(compression, read_zstd)(data)

@@ -1,4 +1,4 @@
-"""A function for each kind of input: it damages a copy below `folder`, and returns what is then done with it.
+"""A function for each kind of input: it damages a copy below `folder`, and returns the action that follows.
 
 A reference judges every accepted input: transformers' own loading of the same files, or the values in the file.
 """
@@ -154,8 +154,8 @@ def import_trial(
         what: the damage in words.
         source: as `model.source`.
         holder: folder of the source.
-        options: of transformers' `from_pretrained(holder, …)`.
-        folder: of the trial.
+        options: options of transformers' `from_pretrained(holder, …)`.
+        folder: folder of the trial.
     """
     out, gate = folder / "out", functools.partial(check_import, limit=8 << 30)
     disk, full = draw_disk(rng)

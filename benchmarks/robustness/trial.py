@@ -7,12 +7,12 @@ from pathlib import Path
 
 @dataclass
 class Trial:
-    """A damaged input and what is done with it.
+    """A damaged input and the action that reads it.
 
     Attributes:
         mutation: the damage in words.
-        act: does what a user does.
-        judge: returns what a reference has against an accepted input, or None.
+        act: performs the action of a user.
+        judge: returns the objection of a reference to an accepted input, or None.
         writes: files that must not exist after a refusal.
         unchanged: folder that must stay as it was, whatever happens.
         disk: bytes after which a file cannot grow any more, or None.

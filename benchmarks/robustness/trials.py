@@ -1,4 +1,4 @@
-"""Damage what users hand in at random, and count what is accepted rightly, refused in words, or handled wrongly.
+"""Damage inputs of users at random, and count right results, refusals and wrong handling.
 
     python -m benchmarks.robustness --seed 0 --count 1000
     python -m benchmarks.robustness --seed 0 --first 250 --count 250 --json robustness.json      # a part; keeps rows

@@ -204,9 +204,10 @@ class SlidingLayer(PrefixLayer):
     """The cache of a layer with a sliding window. `drop_` forgets positions; lengths still count them.
 
     Attributes:
-        window: positions that a position sees, itself included.
+        window: positions that a position attends to, itself included.
         dropped: how many positions, from the first one on, are gone.
-        complete_from: lengths from here on can be cropped to, because all that the next token sees is still there.
+        complete_from: lengths from here on can be cropped to. Every position that the next token attends to is
+            still there.
         record_past: whether the cache keeps all positions, so that `generate` can take tokens back.
     """
 
@@ -240,7 +241,7 @@ class SlidingLayer(PrefixLayer):
         """Take back the last `-tokens_to_remove` positions.
 
         Raises:
-            ValueError: the next token would see positions that are gone.
+            ValueError: the next token would attend to positions that are gone.
         """
         if self.get_seq_length() + tokens_to_remove < self.complete_from:
             raise ValueError(
@@ -281,7 +282,7 @@ class PrefixCache(Cache):
             self._drop_unseen_(mask)
 
     def end_call_(self, mask: torch.Tensor | None) -> None:
-        """After a call, forget all positions that no later token sees, unless the past is recorded.
+        """After a call, forget all positions that no later token attends to, unless the past is recorded.
 
         Args:
             mask: [B, P + past + T], 0 for padding; None if there is no padding.
@@ -301,7 +302,7 @@ class PrefixCache(Cache):
         """Take back the last `-tokens_to_remove` tokens of text.
 
         Raises:
-            ValueError: in a layer with a sliding window, the next token would see positions that are gone.
+            ValueError: in a layer with a sliding window, the next token would attend to positions that are gone.
         """
         super().crop(max(tokens_to_remove, -self.get_seq_length()))
         self._was_cropped = True
@@ -312,7 +313,7 @@ def make_layer(prefix_kv: torch.Tensor | None, window: int | None = None) -> Pre
 
     Args:
         prefix_kv: the block's share of the prefix, [2, heads, P, d].
-        window: the block's sliding window; None if it sees everything.
+        window: the block's sliding window; None if it attends to everything.
     """
     return PrefixLayer(prefix_kv) if window is None else SlidingLayer(window, prefix_kv)
 

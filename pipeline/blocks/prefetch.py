@@ -61,7 +61,7 @@ class TensorFetcher:
             self._stream, self._pool = torch.cuda.Stream(device), ThreadPoolExecutor(1)
 
     def get(self, index: int, following: int | None) -> Tensors:
-        """Return the tensors of `index`, and begin to fetch those of `following`, if there are any."""
+        """Return the tensors of `index`, and begin to fetch `following`, if there are any."""
         if self._device.type != "cuda":
             return {name: tensor.to(self._device) for name, tensor in self._load(index).items()}
         if self._ahead is None or self._ahead[0] != index:

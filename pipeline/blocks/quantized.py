@@ -207,7 +207,7 @@ class QuantizedLinear(KeepsDtype):
 class _MultiplyScaled(torch.autograd.Function):
     """y = x W^T + b with W = s (n - z), one s and z per output channel, and constant integers (or floats) n.
 
-    The gradients of s and z do not need that of W, which would be a third of all the work. With g the gradient of y,
+    The gradients of s and z do not need the gradient of W, a third of all the work. With g the gradient of y,
 
         d/ds = sum over tokens of g (y - b) / s        d/dz = -s · sum over tokens of (g · sum over inputs of x)
     """
@@ -374,7 +374,7 @@ def fill_block(
 
 
 def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
-    """Describe all blocks for config.json: the first block's settings, and those of the blocks that differ from it."""
+    """Describe all blocks for config.json: the first block's settings, and the blocks that differ from it."""
     overrides = {str(index): one.to_dict() for index, one in enumerate(settings) if one != settings[0]}
     return {"block": settings[0].to_dict()} | ({"overrides": overrides} if overrides else {})
 

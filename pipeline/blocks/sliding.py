@@ -1,14 +1,14 @@
-"""Which positions a position sees where transformers' own masks do not say it: padding after the prefix, packed texts.
+"""Masks that transformers' own do not cover: padding after the prefix, and packed texts.
 
-In a layer with a sliding window of W (`sliding_window` of the config), a position sees itself and the W - 1 positions
-before it. The prefix is text like any other: it slides out of sight, so that a model with a prefix equals the original
-reading prefix + text, at every length. One running text needs no mask from here: transformers builds its own from the
-lengths of the cache.
+In a layer with a sliding window of W (`sliding_window` of the config), a position attends to itself and the W - 1
+positions before it. The prefix is text like any other: it slides out of the window, so that a model with a prefix
+equals the original reading prefix + text, at every length. One running text needs no mask from here: transformers
+builds its own from the lengths of the cache.
 
 Two cases are different, because keys are not where the original would have them:
 
     padding   p p · · a b c      The prefix comes before the padding. `a` is 1 position after it, not 3.
-    packing   p p a b | d e      Each text has the prefix before it. `d` is 1 position after it, and does not see a, b.
+    packing   p p a b | d e      Each text has the prefix before it. `d` is 1 position after it, and a, b are masked.
 
 So distances are counted in positions that the text really has.
 """
@@ -49,7 +49,7 @@ def make_mask(
         hidden: [B, T, …], the input of attention; only its shape, dtype and device count.
         past: how many positions were read before `hidden`, the prefix's and the dropped ones included.
         dropped: how many of those, the first ones, are no longer in the cache.
-        window: W; None if the layer sees everything.
+        window: W; None if the layer attends to everything.
         places: [B, past + T], the place of each position in its text; needed with a window.
         mask: [B, past + T], 0 for padding; None if there is none.
         texts: [B, past + T], the number of the text that a position belongs to, -1 for the prefix, which all texts
@@ -83,7 +83,7 @@ def make_mask(
 
 
 def find_first_visible(window: int, length: int, mask: torch.Tensor | None = None) -> int:
-    """Return the first of `length` positions that the next token sees; of several texts the lowest.
+    """Return the first of `length` positions that the next token attends to; for several texts, the lowest.
 
     Window 3: length 5 -> 3; mask 0 0 1 1 1 -> 3; 1 1 1 0 0 -> 1.
 

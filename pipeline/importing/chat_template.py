@@ -58,7 +58,7 @@ def settle_chat_template_(tokenizer: PreTrainedTokenizerBase, template: str | No
     Args:
         tokenizer: the tokenizer in `folder`. Gets the template.
         template: the processor's. It counts where the tokenizer has none of its own.
-        folder: of the imported model. Files of the processor are removed.
+        folder: folder of the imported model. Files of the processor are removed.
     """
     for name in PROCESSOR_FILES:
         (folder / name).unlink(missing_ok=True)

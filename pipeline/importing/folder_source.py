@@ -148,7 +148,7 @@ def _count_bytes(file: Any, name: str) -> int:
 
 
 def _list_shards(source: str, folder: Path) -> list[Path]:
-    """Return the files that transformers would read: model.safetensors where it exists, else those of the index."""
+    """Return the files that transformers would read: model.safetensors if it exists, else the shards of the index."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if not (folder / INDEX).is_file():

@@ -67,7 +67,7 @@ def import_model(
 
     Args:
         source: see the module's docstring and params.yaml.
-        revision: of a hub id; other sources ignore it.
+        revision: revision of a hub id; other sources ignore it.
         dtype: floating-point tensors are cast to it, once.
         folder: replaced as a whole after everything went well, untouched otherwise.
         check_plan: called with {site: width}, the number of blocks, the longest text, prefix included, and the sliding

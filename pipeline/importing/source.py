@@ -119,7 +119,7 @@ def check_sizes(source: str, values: dict[str, Any]) -> None:
 
 
 def check_causal(source: str, values: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError for a config whose attention reads later positions, as that of encoders does."""
+    """Raise UnsupportedModelError for a config whose attention reads later positions, as in encoders."""
     wrong = [key for key in ("use_bidirectional_attention", "bidirectional") if values.get(key)]
     if not values.get("is_causal", True):
         wrong.append("is_causal")
@@ -135,9 +135,9 @@ def check_special_ids(source: str, name: str, values: dict[str, Any], rows: int)
     """Raise ModelImportError for special tokens without a row in the embedding.
 
     Args:
-        name: of the file that says them.
+        name: name of the file that says them.
         values: its content. An id may be a list of ids.
-        rows: of the embedding.
+        rows: number of rows of the embedding.
     """
     for key in _TOKEN_IDS:
         ids = values.get(key)

@@ -42,7 +42,7 @@ class StoredFormat:
 
     Attributes:
         title: for metrics and reports.
-        suffix: of the name of a scale, after that of the module; "" for mxfp4.
+        suffix: end of the name of a scale, after that of the module; "" for mxfp4.
         block: rows and columns that share a scale; -1: all of them.
     """
 
@@ -56,7 +56,7 @@ class Dequantized:
     """A checkpoint with its quantized weights as float32.
 
     Attributes:
-        names: of the tensors of the unquantized checkpoint.
+        names: names of the tensors of the unquantized checkpoint.
         read: reads one of them.
         quantized: the names of those that were stored quantized.
         dropped: name of a tensor -> the part it belongs to.
@@ -161,7 +161,7 @@ def open_stored(
     Args:
         source: as in params.yaml, for messages.
         stored: the format.
-        names: of the tensors in the checkpoint.
+        names: names of the tensors in the checkpoint.
         read: reads one of them as stored.
         find_dtype: name -> dtype as safetensors calls it (F8_E4M3, BF16, U8).
 
@@ -218,7 +218,7 @@ def dequantize_fp8(
 
     Args:
         source: as in params.yaml, for messages.
-        name: of the weight, for messages.
+        name: name of the weight, for messages.
         weight: fp8, [O, I].
         scale: any floating-point dtype; one value, or [rows of blocks, columns of blocks].
         block: rows and columns that share a scale; -1: all. The last block may be short.
@@ -277,7 +277,7 @@ def dequantize_mxfp4(source: str, name: str, blocks: torch.Tensor, scales: torch
 
     Args:
         source: as in params.yaml, for messages.
-        name: of the tensor, for messages.
+        name: name of the tensor, for messages.
         blocks: uint8 [E, O, G, 16], two e2m1 codes per byte, the first one in its low half; I = 32 G.
         scales: uint8 [E, O, G], e8m0: 2^(scale - 127).
 

@@ -23,7 +23,7 @@ def complete_tokenizer_(source: str, folder: Path, rows: int) -> PreTrainedToken
 
     Args:
         source: as in params.yaml, for messages.
-        rows: of the model's embedding.
+        rows: number of rows of the model's embedding.
 
     Raises:
         ModelImportError: it does not load, fails on some texts, or has tokens for which the embedding has no row.

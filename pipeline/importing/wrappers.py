@@ -85,8 +85,8 @@ class TextModel:
     """The text model of a wrapper, before its tensors are read.
 
     Attributes:
-        config: of the text model, as a family of its own.
-        wrapper_config: of the whole.
+        config: config of the text model, as a family of its own.
+        wrapper_config: config of the whole.
         wrapper: the names in checkpoints.
     """
 

@@ -42,7 +42,7 @@ def load(
     """Load an exported model and its tokenizer.
 
     Args:
-        device: of the model; None for the CPU, or for the devices of `device_map` in `options`.
+        device: device of the model; None for the CPU, or for the devices of `device_map` in `options`.
         arithmetic: `float` computes the numbers that the pipeline evaluated. `integer` multiplies integers, on CPUs
             only, see `packed_block.py`.
         unpacked: True: the weights are kept unpacked between calls | False: they are unpacked in every call, which

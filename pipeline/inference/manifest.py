@@ -5,7 +5,7 @@ any other file belong to the user, who may change or delete them. A chat templat
 tokenizer_config.json. So the manifest has a second hash of that file, without the template.
 
 A folder that a user wrote with `save_pretrained` has a manifest too. It leaves the tokenizer out, because transformers
-saves the tokenizer by itself, before the model or after it.
+saves the tokenizer separately, before the model or after it.
 """
 
 import hashlib

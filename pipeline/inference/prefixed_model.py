@@ -6,7 +6,7 @@
 
 It is the model's own class, with quantizers in its blocks and a `forward` of its own. That `forward` prepares a cache
 that begins with the prefix, positions that start after it, and, where transformers' own mask would not do, a mask. Then
-it calls the class's `forward`. Callers pass what they would pass without a prefix: token ids, a mask over them, the
+it calls the class's `forward`. Callers pass the same arguments as without a prefix: token ids, a mask over them, the
 cache of an earlier call.
 
 The model equals the original reading prefix + text, at every length, in layers of every kind.
@@ -245,7 +245,7 @@ class PrefixedModel(PreTrainedModel):
             mask: [B, P + past + T], 0 for padding, or None.
             texts: [B, T], the numbers of packed texts, or None.
             cache: one that counts the prefix.
-            device: of the tokens.
+            device: device of the tokens.
         """
         slides = any(cache.is_sliding)
         takes_mask = "flash" not in self.config._attn_implementation

@@ -54,7 +54,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
             and the online rotations that the weights expect.
         prefix: {"tokens": P, "token_ids": [P] or [] for a continuous one, "start_token_id": the start token that a text
             must not begin with, because the prefix ends in it, or None}.
-        format_version: of the layout of tensors.
+        format_version: version of the layout of tensors.
         text_start_token_id: the start token that is put between the prefix and every text, or None.
     """
 

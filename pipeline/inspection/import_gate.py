@@ -40,7 +40,7 @@ class ImportGateError(PipelineError):
 
 @torch.no_grad()
 def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
-    """Compare the logits of an imported model with those of its source.
+    """Compare the logits of an imported model with its source's.
 
     Args:
         source: the source of the import.

@@ -2,7 +2,7 @@
 
     code = clip(round((x H - shift) / scale) + zero_point, 0, 2^b - 1)
 
-The result is that of `HadamardTransform` followed by `ActivationQuantizer.to_codes`, for which torch takes eight passes
+The result equals `HadamardTransform` followed by `ActivationQuantizer.to_codes`, for which torch takes eight passes
 or more. Sums are in float32 for every dtype of x, and in another order than torch's. So a value at the edge between two
 codes may get either of them.
 """
@@ -26,7 +26,7 @@ class RotatedCodes(nn.Module):
 
         Args:
             quantizer: static, with one scale, set to emit codes.
-            width: of x.
+            width: width of x.
             rotate: whether a Hadamard transform comes before the quantizer.
             block_size: channels that are rotated together; -1: all.
         """

@@ -1,7 +1,7 @@
 """The differences between model families, as data.
 
 A family can be listed if its decoder layers have the shape of Llama's: separate q, k and v projections, a gated MLP,
-and RMSNorms before attention and MLP, after them, or both. Names are those of the checkpoint's tensors.
+and RMSNorms before attention and MLP, after them, or both. Names are as in the checkpoint.
 """
 
 import functools
@@ -153,7 +153,7 @@ IMPORTED_AS = {"phi3": "mistral"}
 
 
 class UnsupportedModelError(PipelineError):
-    """The model's family, or a setting in its config, is not supported. The message lists what is."""
+    """The model's family, or a setting in its config, is not supported. The message lists the supported ones."""
 
 
 def find_architecture(config: Any) -> Architecture:
@@ -190,7 +190,7 @@ def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | Non
 def find_rope_limit(config: Any) -> int | None:
     """Return the text length at which a model's RoPE changes its frequencies (LongRoPE and dynamic RoPE), or None.
 
-    A text must not exceed it. Otherwise the keys in a cache, those of the prefix too, would keep the old frequencies.
+    A text must not exceed it. Otherwise the keys in a cache, also the prefix's, would keep the old frequencies.
     """
     nested = [value for value in config.rope_parameters.values() if isinstance(value, dict)]
     for rope in nested or [config.rope_parameters]:

@@ -62,7 +62,7 @@ def round_gptq(
 
     Args:
         weight: [out, in] float32; not changed.
-        factor: of the layer's Hessian.
+        factor: factor of the layer's Hessian.
         scale, zero_point: [out, G] float32; the zero point is None if symmetric.
         grid: the values to round to, or the bits of integers.
 

@@ -1,7 +1,7 @@
 """Grids: the values that a quantizer can represent, in units of its scale, and the scales that a format allows.
 
 A quantizer computes grid(x / scale) * scale. Everything that differs between formats belongs to the grid: the values to
-round to, the ends of the range, how a scale follows from a range, and which codes stand for which values.
+round to, the ends of the range, how a scale follows from a range, and which codes represent which values.
 
     IntegerGrid   integers with float32 scales; the only grid with zero points. Codes are the integers
     E4M3Grid      fp8_e4m3: 8-bit floats up to ±448 with float32 scales. Codes are the bytes
@@ -81,7 +81,7 @@ class Grid(ABC):
 
 
 class StoredGrid(Grid):
-    """A grid whose values can be stored as codes, as those of weights are.
+    """A grid whose values can be stored as codes, as weights are.
 
     Attributes:
         signed: codes are int8 and start at -2^(bits-1); otherwise they are uint8 and start at 0.
@@ -308,7 +308,7 @@ def as_stored_grid(grid: Grid | int, symmetric: bool = True) -> StoredGrid:
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Return 2^exponent exactly, float32. Exponents are clamped to those of normal numbers."""
+    """Return 2^exponent exactly, float32. Exponents are clamped to the normal range."""
     exponent = exponent.int().clamp(-126, 127)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 

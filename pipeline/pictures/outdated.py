@@ -1,6 +1,6 @@
 """Tell which results belong to the present params.yaml, from what DVC recorded in dvc.lock when each stage ran.
 
-After `dvc exp run -S prefix.use=none quantizer_init`, the metrics of later stages are still those of the run before. A
+After `dvc exp run -S prefix.use=none quantizer_init`, the metrics of later stages still belong to the run before. A
 stage's results are outdated if
 
 - a value that the stage read has changed in params.yaml,
@@ -54,7 +54,8 @@ def find_outdated(
         lock: content of dvc.lock.
         params: content of params.yaml.
         always_run: stages that run with every `dvc repro`, such as `sources`. Their outputs count by content alone.
-        folder: of the project, whose files are compared with dvc.lock. None: dvc.lock is only compared with itself.
+        folder: folder of the project, whose files are compared with dvc.lock. None: dvc.lock is compared with
+            itself only.
     """
     stages = lock["stages"]
     outs = {out["path"]: (name, out) for name, stage in stages.items() for out in stage.get("outs", ())}
@@ -94,7 +95,7 @@ def find_outdated(
 
 
 def _list_stages(stages: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of all stages, those of `foreach` by variant."""
+    """Yield the names of all stages, with a name for each variant of `foreach`."""
     for name, stage in stages.items():
         items = stage.get("foreach")
         if isinstance(items, str):  # ${corpora}
@@ -174,7 +175,7 @@ def _hash(path: Path, files: list[Path]) -> str:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Return what a YAML text says, as `yaml.safe_load` does; by C where PyYAML has it, as dvc.lock takes a second."""
+    """Return the content of a YAML text as `yaml.safe_load` does, in C where possible: dvc.lock takes a second."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         return loader.get_single_data()

@@ -27,8 +27,8 @@ class BlockFiles:
     """Bytes of all blocks of a checkpoint.
 
     Attributes:
-        total: of all tensors.
-        quantizers: of scales, zero points and clip factors (float32), which fine-tuning can train.
+        total: size of all tensors.
+        quantizers: size of scales, zero points and clip factors (float32), which fine-tuning can train.
     """
 
     total: int

@@ -21,7 +21,7 @@ class Need:
     """Bytes that a run needs at its peak.
 
     Attributes:
-        memory, gpu: of one process.
+        memory, gpu: need of one process.
         hidden_states: hidden states of one process's windows. They are part of `memory`, or with `offload` of
             `work_files`.
         artifact: files that the stage leaves.

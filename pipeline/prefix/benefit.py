@@ -141,7 +141,7 @@ class Choice:
 
 
 def choose_candidate(candidates: list[list[int]], costs: torch.Tensor) -> Choice:
-    """Choose the shortest candidate within one standard error of the best; of equally short ones the first.
+    """Choose the shortest candidate within one standard error of the best; among equally short ones, the first.
 
     Args:
         candidates: C lists of token ids.

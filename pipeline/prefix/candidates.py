@@ -27,7 +27,7 @@ class CandidatePrefix:
         embeddings: [P, D] in the original model's basis.
         initial_token_ids: `token_ids`; for a continuous prefix the tokens that its training started from, empty if it
             started from random embeddings.
-        header: of the artifact.
+        header: header of the artifact.
     """
 
     token_ids: torch.Tensor

@@ -47,7 +47,7 @@ class Measure(Protocol):
     """The terms of one loss type.
 
     Attributes:
-        names: of the terms.
+        names: names of the terms.
         sites: whose values it measures.
     """
 

@@ -50,7 +50,7 @@ class TrainedPrefix:
     """The result of training a prefix.
 
     Attributes:
-        embeddings: [P, D] float32, those of the best epoch.
+        embeddings: [P, D] float32, from the best epoch.
         best_epoch: the epoch with the lowest validation loss; epoch 0 is the start.
         epochs: the number of epochs that were run.
         stopped: why training ended before its last epoch, or None.
@@ -206,7 +206,7 @@ def initial_embeddings(
         found_embeddings: [P0, D], cut or repeated to `length` (None: P0). If P0 is 0, rows are drawn at random at the
             scale of the embedding table.
         table: the embedding table [V, D].
-        seed: of the random rows.
+        seed: seed of the random rows.
     """
     length = len(found_embeddings) if length is None else length
     if len(found_embeddings):

@@ -31,7 +31,7 @@ def assemble_checkpoint(
         source: the checkpoint whose config, tokenizer and other companions are taken over.
         folder: replaced as a whole.
         work_folder: holds the finished blocks.
-        settings: those of every block, for config.json.
+        settings: settings of every block, for config.json.
         embeddings: embedding, final norm and lm_head by their full names.
         prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] if P > 0; start_token [1] if texts have one.
         report: for report.json: {"blocks": [{"block", "saturation", …}, …], …}.

@@ -98,7 +98,7 @@ class Candidate:
     Attributes:
         spec: the quantizer's settings.
         low, high: the range at factor 1, broadcasting to [...]; the range of every token if the quantizer is dynamic.
-        shape: of the scales in the quantizer, [G], [heads, 1, G] or [out, G].
+        shape: shape of the scales in the quantizer, [G], [heads, 1, G] or [out, G].
         shift: subtracted from the samples first, broadcasting to [..., C], or None.
     """
 

@@ -29,7 +29,7 @@ _EAGER = "prefixquant_exact_eager"
 
 
 class RotationError(PipelineError):
-    """The outputs of the rotated model differ from those of the original model."""
+    """The outputs of the rotated model differ from the original model's."""
 
 
 class InvarianceGate:

@@ -9,7 +9,7 @@ each with a hash of its syntax tree. These parts of a module are left out of the
 - comments, docstrings and the layout of lines
 - messages: text with at least one space that is passed to an exception or to a logger
 
-A module that uses `__file__` may load the files beside it (C++ sources, YAML), so their bytes are hashed too.
+A module that uses `__file__` may load the files next to it (C++ sources, YAML), so their bytes are hashed too.
 
 Some modules compute no result at all and are not followed (`EXEMPT`). Otherwise a constant of a memory plan, or a check
 in the params of another stage, would rerun everything. Whoever changes the layout of artifacts raises

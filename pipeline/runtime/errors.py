@@ -24,7 +24,7 @@ _INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
 
 
 class PipelineError(Exception):
-    """A mistake that the user can fix. The message says what is wrong, what is allowed and what to do."""
+    """A mistake that the user can fix. The message names the mistake, the allowed values and the remedy."""
 
 
 @contextmanager

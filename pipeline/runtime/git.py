@@ -19,7 +19,7 @@ def list_experiments() -> dict[str, str]:
 
 
 def _run(*words: str) -> str | None:
-    """Return what a git command prints, or None if it fails."""
+    """Return the output of a git command, or None if it fails."""
     try:
         done = subprocess.run(["git", *words], capture_output=True, check=False)
     except FileNotFoundError:

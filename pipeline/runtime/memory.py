@@ -1,4 +1,4 @@
-"""The memory that one process may use, on the host and on a GPU. `pipeline/planning` computes what a stage needs."""
+"""The memory that one process may use, on the host and on a GPU. `pipeline/planning` computes the need of a stage."""
 
 import torch
 

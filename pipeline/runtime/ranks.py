@@ -38,7 +38,7 @@ class Ranks:
         return slice(self.rank, count, self.world)
 
     def locate(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return those of `windows` (numbers) that belong to this rank, as its local numbers."""
+        """Return the numbers in `windows` that belong to this rank, as its local numbers."""
         return windows[windows % self.world == self.rank] // self.world
 
     def sum_(self, *tensors: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ class Ranks:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
 
     def broadcast_(self, *tensors: torch.Tensor) -> None:
-        """Replace each tensor by that of the first rank."""
+        """Replace each tensor by the first rank's."""
         for tensor in tensors if self.world > 1 else ():
             dist.broadcast(tensor, 0)
 

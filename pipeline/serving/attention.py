@@ -105,7 +105,7 @@ def fits_one_pass(quantizer: KeyQuantizer) -> bool:
 class CachedValues(nn.Module):
     """Takes the place of a layer's attention: (queries [T, H d], keys, values [T, K d]) -> [T, H d].
 
-    With a prefix, keys are those of `append_places`.
+    With a prefix, keys come from `append_places`.
     """
 
     def __init__(

@@ -106,14 +106,14 @@ def cut_calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_id: str,
 ) -> Windows:
-    """Return the windows of a split, those of each corpus spread evenly over all.
+    """Return the windows of a split, with the windows of each corpus spread evenly.
 
     Args:
         split: `search`, `train`, `end_to_end` or `validation`; see the module's docstring.
         corpora: names of folders below `data`. A list gives equal parts, a mapping its proportions (`split_windows`).
         windows: how many.
         length: tokens of a window.
-        seed: of the order of documents.
+        seed: seed of the order of documents.
         tokenizer: a transformers tokenizer.
         tokenizer_id: the fingerprint of its file.
 
@@ -216,7 +216,7 @@ def count_overlapping_windows(windows: torch.Tensor, others: torch.Tensor) -> in
 
 
 def _choose_texts(split: str, texts: list[str]) -> list[str]:
-    """Return the texts of one split, from those of the source that it reads; see the module's docstring."""
+    """Return the texts of one split, from the split of the source that it reads; see the module's docstring."""
     if split == "validation":
         return texts
     if split == "search":
@@ -258,8 +258,8 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[
 def _tokenize_joined(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
     """Return the token ids of all texts joined by blank lines, or of a beginning with at least `needed` tokens.
 
-    It is tokenized as one text, as the field does. The last tokens of a beginning may differ from those of the whole
-    (a word cut short), hence a margin.
+    It is tokenized as one text, as the field does. The last tokens of a beginning may differ from the whole's (a word
+    cut short), hence a margin.
     """
     text = _SEPARATOR.join(texts)
     margin = 64

@@ -231,7 +231,7 @@ def _check_parts(number: int, parts: list[Any]) -> None:
 
 
 def _read_input(name: str, value: object) -> Any:
-    """Return a field that goes to the template beside the messages. Raises RowError where it is of another kind."""
+    """Return a field that goes to the template with the messages. Raises RowError where it is of another kind."""
     expected = "an object" if name == "chat_template_kwargs" else "a list of objects"
     problem = RowError(
         f"holds messages, and {name}={show_value(value)}. Expected is {expected}, or the same as JSON text, for the "

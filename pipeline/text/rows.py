@@ -1,4 +1,4 @@
-"""Read the rows of text files in many formats. One rule decides what each row is, whatever file held it.
+"""Read the rows of text files in many formats. One rule judges each row, whatever file it is from.
 
     a string                                   a document
     null, an empty or blank string or list     nothing: skipped and counted
@@ -100,7 +100,7 @@ def judge_row(row: object, text_field: str) -> Document | None:
 
 
 def count_characters(document: Document) -> int:
-    """Return the length of a document; of a conversation, of the contents of its messages."""
+    """Return the length of a document, or of the contents of a conversation's messages."""
     return len(document) if isinstance(document, str) else sum(map(len, document.texts))
 
 
@@ -252,7 +252,7 @@ def find_reader(path: Path) -> Reader | None:
 
 
 def find_ending(path: Path) -> str:
-    """Return the ending that tells a file's format, in lower case and without that of a compression.
+    """Return the ending that tells a file's format, in lower case and without the ending of a compression.
 
     x.jsonl.gz -> .jsonl
     """

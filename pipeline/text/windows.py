@@ -24,7 +24,7 @@ class Windows:
 
     Attributes:
         token_ids: [N, T] int64, content only.
-        header: of the artifact that holds them.
+        header: header of the artifact that holds them.
         text_start_token_id: the start token before every window where there is no prefix, or None.
     """
 

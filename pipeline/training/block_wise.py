@@ -137,7 +137,7 @@ class _Streams:
 
         Args:
             windows: split -> token ids [N, T].
-            targets: of `TARGETS`.
+            targets: names of `TARGETS`.
             measured_splits: the splits whose loss is computed. Only they need targets.
             saved: from `saved_tensors`; empty at the first block.
         """
@@ -173,7 +173,7 @@ class _Streams:
         return targets
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """Return what an unfinished run needs to continue at this block."""
+        """Return the state from which an unfinished run continues at this block."""
         streams = {"quantized": self.quantized, "reference": self.reference}
         return {
             f"{kind}.{split}": as_tensor(stream)
@@ -287,7 +287,7 @@ def _finetune_block(
 
 
 def _measure_changes(block: nn.Module, initial: Checkpoint, index: int) -> float:
-    """Return the share of the integers of a block's weights that differ from those of `initial`."""
+    """Return the share of the integers of a block's weights that differ from `initial`."""
     tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
     names = initial.architecture.linears
     pairs = [(block.get_submodule(name).weight, tensors[f"{name}.weight"]) for name in names]
@@ -307,7 +307,7 @@ def use_full_precision_(
     """Prepare a quantized block for a start from full-precision weights, and return these weights.
 
     In place, each bias becomes the one that belongs to these weights rounded to nearest: where weights are centered, it
-    corrects the mean error of this rounding, instead of that of the integers of `initial`.
+    corrects the mean error of this rounding, instead of the error of the integers of `initial`.
 
     Args:
         block: block `index` of `initial`.

@@ -36,8 +36,8 @@ class Place:
     Attributes:
         runner: runs blocks on its device.
         offload: holds hidden states of all windows, in memory or in files.
-        work_folder: of unfinished work; an unfinished run with the same header is continued.
-        header: of the artifact.
+        work_folder: folder of unfinished work; an unfinished run with the same header is continued.
+        header: header of the artifact.
         ranks: each rank runs its own windows; the first one writes.
         keeping: how a whole model saves memory.
     """

@@ -30,7 +30,7 @@ class TrainingState:
         history: a row per epoch, each with at least "validation"; row 0 is the start. Values that are not finite, which
             JSON cannot express, are None.
         best: the parameters' values after `best_epoch`, the epoch with the lowest validation loss.
-        losses: of the steps of the current epoch; None for a failed step.
+        losses: losses of the steps of the current epoch; None for a failed step.
         failures: the number of steps that failed in a row, up to the last one.
     """
 

@@ -8,7 +8,7 @@ its gradients:
     forward    0  1  …  L-1           on a GPU, the next block is read while one computes
     backward            L-1  …  1  0  the last block is still in memory, and so is the first one for the next batch
 
-The results are the same to the last bit as those of blocks that stay in memory.
+The results are the same to the last bit as with blocks that stay in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -99,8 +99,8 @@ class Trainer(Generic[Data]):
         failure_limit: how many failed steps in a row end training. A step fails where the loss or a gradient is not
             finite.
         needs_finite_validation: whether a validation loss that is not finite ends training.
-        foreach: of torch's AdamW. False updates one parameter at a time; True would take temporaries as large as all
-            parameters together.
+        foreach: the setting of torch's AdamW. False updates one parameter at a time; True would take temporaries as
+            large as all parameters together.
     """
 
     bar: str | None = None
@@ -123,7 +123,7 @@ class Trainer(Generic[Data]):
         Args:
             groups: (parameters, learning rate at the start).
             schedule: epochs, batch size, clipping and early stop.
-            device: of the parameters.
+            device: device of the parameters.
             autocast: auto | none | bfloat16, as in params.yaml.
         """
         self.schedule, self.device, self.autocast, self.ranks = schedule, device, autocast, ranks
@@ -175,7 +175,7 @@ class Trainer(Generic[Data]):
         Args:
             train: windows to train on.
             validation: windows whose loss chooses the epoch.
-            seed: of the order of the windows.
+            seed: seed of the order of the windows.
 
         Raises:
             TrainingError: the validation loss before training is not finite.
@@ -231,7 +231,7 @@ class Trainer(Generic[Data]):
 
         Args:
             windows: [B] int64, numbers of windows among all `data.count`.
-            step_index: of this step, from 0.
+            step_index: index of this step, from 0.
             step_count: the steps of all epochs.
         """
         assert self.optimizer is not None, "a run without parameters takes no step"
