@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # as in every family: blocks/rope.py checks
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.numerics.hadamard import hadamard_transform
@@ -52,10 +53,21 @@ class KeyQuantizer(KeepsDtype):
     Attributes:
         mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts after RoPE.
         transform: R3 and, called with True, its inverse.
+        turns: whether the layer has RoPE.
     """
 
-    def __init__(self, spec: QuantizerSpec, heads: int, head_dim: int, rotate: bool, before_rope: bool) -> None:
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        heads: int,
+        head_dim: int,
+        rotate: bool,
+        before_rope: bool,
+        *,
+        turns: bool = True,
+    ) -> None:
         super().__init__()
+        self.turns = turns
         self.heads, self.head_dim = heads, head_dim
         self.rotate = rotate
         self.before_rope = before_rope
@@ -87,9 +99,12 @@ class KeyQuantizer(KeepsDtype):
         return self.transform(x) if self.rotate else x
 
     def turn_mean(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Return RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d]."""
+        """Return RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d].
+
+        Without RoPE it is the mean, [1, heads, 1, d].
+        """
         mean = self.mean[None, :, None]
-        return apply_rotary_pos_emb(mean, mean, cos.float(), sin.float())[1]
+        return turn_keys(mean, cos.float(), sin.float()) if self.turns else mean
 
     def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
         """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
@@ -144,14 +159,24 @@ def find_key_source(attention: nn.Module) -> nn.Module:
     return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
 
 
-def hook_keys_(attention: nn.Module, heads_first: bool, hook: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to keys [B, heads, T, d]; cos and sin are [B or 1, T, d]."""
+    return apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+
+
+def hook_keys_(
+    attention: nn.Module, heads_first: bool, hook: Callable[[torch.Tensor], torch.Tensor]
+) -> RemovableHandle:
     """Replace the keys before RoPE, [B, heads, T, d], by hook(keys) whenever an attention module runs.
 
     Args:
         heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
+
+    Returns:
+        A handle that removes the hook.
     """
     replace = functools.partial(_replace_keys, hook, attention.head_dim, heads_first)
-    find_key_source(attention).register_forward_hook(replace)
+    return find_key_source(attention).register_forward_hook(replace)
 
 
 def _replace_keys(

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer, quantize_cache_
-from pipeline.models.architectures import Architecture
+from pipeline.models.architectures import Architecture, uses_rope
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import RESIDUAL_SITES, Site, site_group
 from pipeline.numerics.grids import StoredGrid
@@ -287,7 +287,14 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     attention = block.self_attn
     before_rope = settings.key_before_rope
     rotate = settings.online_r3 and not before_rope
-    attention.key_quantizer = KeyQuantizer(settings.spec(Site.KEY), kv_heads, widths[Site.KEY], rotate, before_rope)
+    attention.key_quantizer = KeyQuantizer(
+        settings.spec(Site.KEY),
+        kv_heads,
+        widths[Site.KEY],
+        rotate,
+        before_rope,
+        turns=uses_rope(attention.config, block),
+    )
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
     attention.value_quantizer = ActivationQuantizer(settings.spec(Site.VALUE), widths[Site.VALUE], kv_heads)

@@ -11,6 +11,7 @@ window the prefix leaves the window like any other token.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class BlockRunner:
         self.device = device
         self.batch_size = batch_size
         self._rotary = checkpoint.build_rotary_embedding().to(device)
-        self._prepared: dict[tuple, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._prepared: dict[tuple, dict[str, Any]] = {}
 
     def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
         """Run one batch through one block.
@@ -70,8 +71,7 @@ class BlockRunner:
         return hidden, cache.layers[0].keys, cache.layers[0].values
 
     def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
-        mask, positions = self._prepare(block, hidden, cache)
-        return block(hidden, attention_mask=mask, position_embeddings=positions, use_cache=True, **{CACHE: cache})
+        return block(hidden, use_cache=True, **self.prepare(block, hidden, cache), **{CACHE: cache})
 
     @torch.no_grad()
     def advance_(
@@ -99,18 +99,26 @@ class BlockRunner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) of the positions of hidden [B, T, D] after a prefix, each [1, T, d]."""
         positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
+        return self.tables_at(block, hidden, positions)
+
+    def tables_at(
+        self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (cos, sin) at positions [1, T], each [1, T, d] in the dtype of `hidden`."""
         kind = self._rope_kind(block)
         return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
 
     def _rope_kind(self, block: nn.Module) -> str | None:
         """Return the kind of layer, where RoPE depends on it."""
-        kind = getattr(block.self_attn, "layer_type", None)
+        attention = block.self_attn  # the attribute has another name in Olmo 3
+        kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
         return kind if kind in self.config.rope_parameters else None
 
-    def _prepare(
-        self, block: nn.Module, hidden: torch.Tensor, cache: Cache
-    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Return mask and rotary tables for the shape of a batch; the same in every block of a kind, hence kept."""
+    def prepare(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> dict[str, Any]:
+        """Return the arguments of a decoder layer that depend on the shape of a batch and on the kind of the layer.
+
+        They are `attention_mask`, `position_ids` [1, T] and `position_embeddings`, (cos, sin), and are kept.
+        """
         batch, length, _ = hidden.shape
         prefix = cache.get_seq_length()
         window = find_sliding_window(self.config, block)
@@ -122,7 +130,11 @@ class BlockRunner:
             position_ids = torch.arange(prefix, prefix + length, device=self.device).unsqueeze(0)
             create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
             mask = create_mask(self.config, hidden, None, cache, position_ids)
-            self._prepared[key] = mask, self.rotary_tables(block, hidden, prefix)
+            self._prepared[key] = {
+                "attention_mask": mask,
+                "position_ids": position_ids,
+                "position_embeddings": self.tables_at(block, hidden, position_ids),
+            }
         return self._prepared[key]
 
 

@@ -27,7 +27,7 @@ from pipeline.importing.source import (
     check_file,
     check_sizes,
     loading,
-    make_block_config,
+    make_block_class,
     read_json_object,
 )
 from pipeline.importing.stored_formats import Dequantized, find_quantization, open_stored, read_stored_format
@@ -40,7 +40,7 @@ from pipeline.importing.wrappers import (
     rename_tensors,
 )
 from pipeline.models.architectures import find_architecture
-from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, build_skeleton
+from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -223,9 +223,8 @@ def _load_block(
     tables = names & {architecture.embedding, architecture.lm_head}
     tensors |= {name: read_rows(name, token_ids) for name in tables}
     tensors[architecture.final_norm] = read(architecture.final_norm)
-    small = make_block_config(config, index, len(token_ids))
+    model_class, small = make_block_class(config, index, len(token_ids))
     small._attn_implementation = architecture.kernel
     options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
-    model_class: Any = type(build_skeleton(small))
     with loading(source, "this folder"):
         return check_complete(source, *model_class.from_pretrained(None, config=small, **options))

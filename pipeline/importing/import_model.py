@@ -89,7 +89,7 @@ def import_model(
     with _open_source(source, revision) as opened:
         config, present, read_tensor, skeleton = _read_structure(source, opened, dtype)
         architecture = find_architecture(config)
-        expected = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
+        expected = skeleton.state_dict()  # buffers as well: some families keep state in them
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
         for name, part in _check_names(source, set(expected), present, skeleton).items():
@@ -106,7 +106,8 @@ def import_model(
         def read(name: str) -> torch.Tensor:
             problem = f"model.source={source!r}: {name} cannot be read"
             with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
-                return _check_tensor(source, name, read_tensor(name), expected[name]).to(dtype).contiguous()
+                tensor = _check_tensor(source, name, read_tensor(name), expected[name])
+                return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
         with replacing_folder(folder) as partial:
             portable = _make_portable(config, dtype)
@@ -131,7 +132,7 @@ def import_model(
             writer.finish(portable, settings={})
             gate_metrics = check_result(opened, partial)
     return {
-        "parameters": sum(shape.numel() for shape in expected.values()),
+        "parameters": sum(expected[name].numel() for name, _ in skeleton.named_parameters() if name in expected),
         "blocks": config.num_hidden_layers,
         "tied_embeddings": bool(config.tie_word_embeddings),
         **_count_dropped(opened),
@@ -265,13 +266,14 @@ def _list_names(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _check_tensor(source: str, name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if tensor.shape != shape:
+def _check_tensor(source: str, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return a tensor if it fits the parameter or buffer that it is for, on the meta device. Raise ModelImportError."""
+    if tensor.shape != expected.shape:
         raise ModelImportError(
-            f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for {list(shape)}. "
+            f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for {list(expected.shape)}. "
             "Get config and weights of one model"
         )
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _DTYPES and (expected.is_floating_point() or tensor.dtype != expected.dtype):
         raise ModelImportError(
             f"model.source={source!r}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, and its config "
             "names no quantization. Start from the original model"

@@ -1,6 +1,7 @@
 """The source of a model, in whatever form: its config, its tensors one by one, and transformers' own reading of it."""
 
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.checkpoint import build_skeleton
 from pipeline.runtime.errors import PipelineError, reading
 
 Read = Callable[[str], torch.Tensor]
@@ -154,6 +156,23 @@ def make_block_config(config: Any, index: int, vocab_size: int) -> Any:
         values["layer_types"] = [values["layer_types"][index]]
     # Ids of special tokens may lie beyond the smaller vocabulary.
     return type(config).from_dict(values | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
+
+
+def make_block_class(config: Any, index: int, vocab_size: int) -> tuple[Any, Any]:
+    """Return the class of a model whose only decoder layer is layer `index` of the whole model, and its config.
+
+    The layer has all settings that depend on its place (kind of attention, RoPE or none). It is called layer 0 in the
+    model's state dict. The embedding has `vocab_size` rows.
+    """
+    small = copy.deepcopy(config)
+    small.vocab_size, small.pad_token_id = vocab_size, None  # whose row may be left out
+    model_class: Any = type(build_skeleton(small))
+
+    def build(self: Any, block_config: Any) -> None:
+        model_class.__init__(self, block_config)
+        self.model.layers = nn.ModuleList([self.model.layers[index]])
+
+    return type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__}), small
 
 
 @contextmanager

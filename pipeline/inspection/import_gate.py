@@ -3,8 +3,11 @@
 Windows of random tokens go through transformers' own `from_pretrained(source)` and, by the walk, through the imported
 checkpoint. All logits are compared, in float32, from tensors in the dtype of the import.
 
-If the whole model does not fit into memory, it goes block by block. transformers loads a model of one block, which
-reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and lm_head
+Before that, `layer_arguments.py` compares the calls of all layers in texts that are longer than the sliding window, and
+`blocks/rope.py` how each layer turns its keys.
+
+If the whole model does not fit into memory, it goes block by block. transformers loads a model with that layer alone,
+which reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and lm_head
 then hold only the rows of the tokens in the windows. GGUF files always go block by block, even if they fit:
 transformers dequantizes all of a file, and of a file with one block only that block.
 """
@@ -18,8 +21,10 @@ import torch
 from torch import nn
 
 from pipeline.blocks.quantized import fill_block
+from pipeline.blocks.rope import check_rope
 from pipeline.blocks.walk import BlockRunner
 from pipeline.importing.source import Source
+from pipeline.inspection.layer_arguments import check_layer_arguments, record_model_calls
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.lm_head import LmHead
@@ -52,8 +57,11 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
 
     Raises:
         ImportGateError: the logits differ by more than 1e-4, or are not finite.
+        UnsupportedModelError: layers are called in another way than by transformers, or turn keys in another way than
+            Llama.
     """
     checkpoint = Checkpoint(folder, "model")
+    check_layer_arguments(checkpoint, source.config)
     generator = torch.Generator().manual_seed(0)
     shape = _WINDOWS, min(_LENGTH, find_max_positions(checkpoint.config))
     token_ids = torch.randint(0, checkpoint.config.vocab_size, shape, generator=generator)
@@ -116,19 +124,40 @@ def _widen_(model: nn.Module, dtype: torch.dtype) -> None:
 def _compare_blocks(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
     rows, positions = token_ids.unique(return_inverse=True)
     runner = BlockRunner(checkpoint, torch.device("cpu"), _WINDOWS)
+    calls = record_model_calls(source.config, token_ids.shape[1])
     hidden, expected = _embed(checkpoint, token_ids, dtype), None
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "checking blocks"):
         model = source.load_block(index, rows, checkpoint.dtype).to(dtype)
+        layer = model.model.layers[0]
         if expected is None:
-            expected = model.get_input_embeddings()(positions)
-        if index < checkpoint.block_count - 1:
-            model.model.norm = nn.Identity()
-            expected = model.model(inputs_embeds=expected, use_cache=False).last_hidden_state
-        else:
-            expected = model(inputs_embeds=expected, use_cache=False).logits
-        del model
+            expected = _read_embedded(model, positions)
+        expected = layer(**calls[index] | {"hidden_states": expected})
+        if index == checkpoint.block_count - 1:
+            model.model.layers = nn.ModuleList([_Constant(expected)])
+            expected = model(positions, use_cache=False).logits
+        del model, layer
         _advance_(runner, checkpoint, index, hidden)
     return _relative_deviation(_logits(checkpoint, hidden, rows), expected)
+
+
+class _Constant(nn.Module):
+    """Takes the place of all decoder layers: returns the hidden states after them, whatever it reads."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.hidden
+
+
+def _read_embedded(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states before layer 0, as transformers' own model computes them."""
+    base, parts = model.model, (model.model.layers, model.model.norm)
+    base.layers, base.norm = nn.ModuleList(), nn.Identity()
+    hidden = base(token_ids, use_cache=False).last_hidden_state
+    base.layers, base.norm = parts
+    return hidden
 
 
 def _embed(checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -143,6 +172,7 @@ def _embed(checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) 
 
 def _advance_(runner: BlockRunner, checkpoint: Checkpoint, index: int, hidden: torch.Tensor) -> None:
     block = fill_block(checkpoint, index, checkpoint.load_block_tensors(index), None, dtype=hidden.dtype)
+    check_rope(block, index, runner)
     runner.advance_(block, hidden)
 
 

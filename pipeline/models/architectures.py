@@ -5,7 +5,7 @@ and RMSNorms before attention and MLP, after them, or both. Names are as in the 
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Architecture:
         kernel: transformers' attention implementation; eager if scores are capped, which the others cannot do.
         heads_first: whether k_norm reads keys as [B, heads, T, d] and not as [B, T, …].
         norm_offset: a constant that norms add to their weight before they multiply by it (1 in Gemma).
+        nope_without_window: whether layers without a sliding window have no RoPE, where others have a window.
         slides_throughout: whether `sliding_window` applies to all blocks, and not only to those in config.layer_types.
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
     """
@@ -49,6 +50,7 @@ class Architecture:
     heads_first: bool = False
     norm_offset: float = 0.0
     slides_throughout: bool = False
+    nope_without_window: bool = False
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -134,6 +136,20 @@ def _replace_input(
     return args, kwargs | {"hidden_states": replace(module, kwargs["hidden_states"])}
 
 
+# Arguments that transformers passes to an attention function, and that masks, caches and kernels account for.
+_ATTENTION_ARGUMENTS = {
+    "scaling",
+    "dropout",
+    "softcap",
+    "sliding_window",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "attention_mask",
+}
+
 _LLAMA = Architecture()
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -178,13 +194,38 @@ def find_sliding_window(config: Any, block: nn.Module) -> int | None:
     """Return how many positions a position of a decoder layer attends to, itself included; None: all before it."""
     if find_architecture(config).slides_throughout:
         return config.sliding_window
-    return getattr(block.self_attn, "sliding_window", None)
+    attention = block.self_attn
+    return getattr(attention, "sliding_window", None) if getattr(attention, "is_sliding", True) else None
+
+
+def uses_rope(config: Any, block: nn.Module) -> bool:
+    """Return whether a decoder layer turns its queries and keys by RoPE. Some families leave it out in some layers."""
+    attention = block.self_attn
+    if find_architecture(config).nope_without_window:
+        return config.sliding_window is None or find_sliding_window(config, block) is not None
+    return bool(getattr(attention, "use_rope", True))
 
 
 def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | None:
     """Return the smallest sliding window of a model's decoder layers; None: no layer slides."""
     windows = (find_sliding_window(config, block) for block in blocks)
     return min((window for window in windows if window is not None), default=None)
+
+
+def check_attention_arguments(arguments: Mapping[str, object]) -> None:
+    """Check the keyword arguments of an attention function that does not compute all that transformers may pass.
+
+    Raises:
+        UnsupportedModelError: one would have an effect, such as `s_aux`, the learned sinks of some families.
+    """
+    unknown = sorted(
+        name for name, value in arguments.items() if value is not None and name not in _ATTENTION_ARGUMENTS
+    )
+    if unknown:
+        raise UnsupportedModelError(
+            f"attention gets {', '.join(unknown)}, which is not supported: the results would silently lack it (s_aux "
+            "are learned attention sinks)"
+        )
 
 
 def find_rope_limit(config: Any) -> int | None:

@@ -43,7 +43,9 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     rounding = largest_gram + max(largest_gram + GPTQ_COPIES * largest_weight, factorising)
     compute: float = sizes.block + samples + max(recording, rounding)
     if params.equalize:
-        compute = max(compute, equalizing)
+        # The scaled block is compared with a copy in float64, while tensors of one weight are scaled.
+        checking = 2 * sizes.block + 8 * sizes.weights + 2 * 8 * sizes.hidden * sizes.inner
+        compute = max(compute, equalizing, checking)
     # The host rounds embedding and lm_head.
     tables = count_tables(sizes, getattr(torch, params.embedding_dtype))
     if not on_gpu:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # the same in every supported family
 
+from pipeline.blocks.kv_cache import turn_keys
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
@@ -221,7 +221,10 @@ class _Chooser:
             cos, sin = self._make_rotary_tables()
             attend = self._attend_to(queries, prefix_keys)
             return make_key_objective(
-                attend, samples, candidate, finish=lambda keys: apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+                attend,
+                samples,
+                candidate,
+                finish=lambda keys: turn_keys(keys, cos, sin) if quantizer.turns else keys,
             )
         constant = torch.zeros((), device=samples.device)
         if quantizer.mean_taken_out:

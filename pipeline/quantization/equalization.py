@@ -9,7 +9,7 @@ provided that the prefix's keys and values are scaled like the block's own. Five
     value                        v_proj · s                  / s in o_proj
     mlp_hidden                   up_proj · s                 / s in down_proj
 
-RoPE turns keys in pairs of channels, so the two channels of a pair share one s.
+RoPE turns keys in pairs of channels, so channels that it turns together share one s (`blocks/rope.py` finds them).
 
 A rotation then spreads the channels before they are quantized. The quantization noise is therefore equal in all
 directions, and the energy of all channels sets its size: sum of s_c^2 a_c^2, with a_c the root mean square of channel
@@ -31,6 +31,7 @@ from torch import nn
 
 from pipeline.blocks.kv_cache import find_key_source
 from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_site_quantizers
+from pipeline.blocks.rope import find_rope_groups
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
 from pipeline.models.sites import CACHE_SITES, RESIDUAL_SITES, Site
@@ -67,7 +68,7 @@ def scale_prefix(prefix_kv: torch.Tensor, scales: Scales, r2: Rotation, inverse:
     keys, values = prefix_kv.double()
     factors = {site: (1 / s.double() if inverse else s.double()).to(keys.device) for site, s in scales.items()}
     if Site.KEY in factors:
-        keys = keys * _spread_pairs(factors[Site.KEY]).unsqueeze(1)
+        keys = keys * _spread_pairs(factors[Site.KEY], keys.shape[-1]).unsqueeze(1)
     if Site.VALUE in factors:
         values = r2.apply(r2.undo(values) * factors[Site.VALUE].unsqueeze(1))
     return torch.stack((keys, values)).to(prefix_kv)
@@ -166,15 +167,17 @@ class Equalizer:
 
     # Scale ------------------------------------------------------------------------------------------------------------
 
-    def choose(self, channels: dict[str, torch.Tensor]) -> Scales:
+    def choose(self, channels: dict[str, torch.Tensor], runner: BlockRunner) -> Scales:
         """Choose the scales of each site from the means over tokens of the sums that `add_` filled.
 
         Returns:
             Site -> s, float32: [D] for attention_input and mlp_input, [F] for mlp_hidden, [kv_heads, d] for value.
-            For key, s of each pair of channels: [kv_heads, d / 2], or [1, d / 2] where k_norm has one weight for all
-            heads.
+            For key, s of each pair of channels (i, i + d/2): [kv_heads, d / 2], or [1, d / 2] where k_norm has one
+            weight for all heads. Where RoPE turns other channels together, or none, s of each channel: d in place of
+            d / 2.
         """
         scales = {}
+        groups = find_rope_groups(self.block, runner) if Site.KEY in self.sites else None
         for site in self.sites:
             mean, energy, sensitivity = channels[_measured_site(site)]
             if self.settings.spec(_measured_site(site)).centered:
@@ -182,18 +185,27 @@ class Equalizer:
             if site in CACHE_SITES:  # summed over the query heads that read one key or value head
                 energy, sensitivity = (x.view(self.kv_heads, -1, self.head_dim).sum(1) for x in (energy, sensitivity))
             if site == Site.KEY:
-                energy, sensitivity = (self._sum_pairs(x) for x in (energy, sensitivity))
+                energy, sensitivity = (self._sum_groups(x, groups) for x in (energy, sensitivity))
             shape = energy.shape
             if site == Site.VALUE and self.settings.online_r5:  # R5 mixes the heads: one geometric mean for all
                 energy, sensitivity = energy.flatten(), sensitivity.flatten()
             scales[site] = choose_scales(energy, sensitivity).view(shape)
+            if site == Site.KEY and not _are_pairs(groups):
+                scales[site] = scales[site][:, groups]
         return scales
 
-    def _sum_pairs(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum [kv_heads, d] over the channels that share a scale: pairs, and all heads where k_norm has one weight."""
-        pairs = x.unflatten(-1, (2, -1)).sum(-2)
+    def _sum_groups(self, x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Sum [kv_heads, d] over channels that share a scale: groups [d], and all heads where k_norm has one weight.
+
+        Returns:
+            [kv_heads or 1, number of groups].
+        """
+        if _are_pairs(groups):
+            sums = x.unflatten(-1, (2, -1)).sum(-2)
+        else:
+            sums = x.new_zeros(len(x), int(groups.max()) + 1).index_add_(1, groups.to(x.device), x)
         norm = getattr(self.block.self_attn, "k_norm", None)
-        return pairs.sum(0, keepdim=True) if norm is not None and norm.weight.numel() == self.head_dim else pairs
+        return sums.sum(0, keepdim=True) if norm is not None and norm.weight.numel() == self.head_dim else sums
 
     @torch.no_grad()
     def scale_(self, scales: Scales) -> None:
@@ -244,9 +256,9 @@ class Equalizer:
         )
 
     def _scale_keys_(self, pairs: torch.Tensor) -> None:
-        """Multiply keys and divide queries by scales of pairs of channels [kv_heads or 1, d / 2]."""
+        """Multiply keys and divide queries by scales of channels [kv_heads or 1, d], or of pairs (d / 2)."""
         attention = self.block.self_attn
-        s = _spread_pairs(pairs)
+        s = _spread_pairs(pairs, self.head_dim)
         heads = attention.q_proj.out_features // (self.head_dim * self.kv_heads)
         for_queries = s.repeat_interleave(heads, dim=0)
         if not hasattr(attention, "k_norm"):
@@ -263,9 +275,17 @@ def _measured_site(site: str) -> str:
     return Site.ATTENTION_OUTPUT if site == Site.VALUE else site
 
 
-def _spread_pairs(pairs: torch.Tensor) -> torch.Tensor:
-    """Return scales of channels [..., d] from scales of pairs [..., d / 2]: RoPE turns channels i and i + d/2."""
-    return torch.cat((pairs, pairs), dim=-1)
+def _spread_pairs(scales: torch.Tensor, width: int) -> torch.Tensor:
+    """Return scales of channels [..., d] from scales of pairs [..., d / 2], or as they are if there is one for each.
+
+    RoPE turns the channels i and i + d/2 of a pair together.
+    """
+    return scales if scales.shape[-1] == width else torch.cat((scales, scales), dim=-1)
+
+
+def _are_pairs(groups: torch.Tensor) -> bool:
+    """Return whether RoPE turns channels i and i + d/2 together, as in Llama, for groups [d]."""
+    return groups.tolist() == list(range(len(groups) // 2)) * 2
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
+from pipeline.quantization.equalization_check import check_equalization
 from pipeline.quantization.params import QuantizerInitParams, SiteSettings, resolve_site
 from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_rank_windows, record_block
@@ -161,6 +162,7 @@ def init_blocks(
 
     Raises:
         NumericalError: a block's activations are NaN or infinite.
+        EqualizationError: scaling the channels of a block changes its output.
     """
     work_folder.mkdir(parents=True, exist_ok=True)
     channels = measure_channels(
@@ -185,13 +187,24 @@ def init_blocks(
     indices = range(start, checkpoint.block_count)
     blocks = prefetch_blocks(load, indices, runner.device)
     r2 = load_rotation(checkpoint.folder, "r2")
+    exact_runner = BlockRunner(checkpoint, runner.device, 1)  # masks and tables are kept in one dtype
     for index in show_progress(indices, len(indices), "quantizing"):
         block = next(blocks)
         settings, site_settings = resolve_settings(params, checkpoint, index)
         equalizer = Equalizer(block, checkpoint.architecture, settings, r2, tuple(params.equalize))
-        scales = equalizer.choose(channels[index])
+        scales = equalizer.choose(channels[index], runner)
         equalizer.scale_(scales)
         block_prefix = runner.take_prefix(prefix_kv, index)
+        check_equalization(
+            checkpoint,
+            index,
+            scales,
+            settings=settings,
+            r2=r2,
+            hidden=hidden,
+            prefix_kv=block_prefix,
+            runner=exact_runner,
+        )
         report = _init_block_(
             checkpoint,
             index,

@@ -20,7 +20,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  
 from pipeline.blocks.kv_cache import find_key_source
 from pipeline.blocks.quantized import find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
-from pipeline.models.architectures import Architecture
+from pipeline.models.architectures import Architecture, check_attention_arguments
 from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
 from pipeline.quantization.observers import ChannelObserver, ValueHistogram
@@ -44,6 +44,7 @@ def _make_recording(attend: AttentionFunction) -> AttentionFunction:
     def record(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        check_attention_arguments(kwargs)
         module.recorded = query, key[:, :, -query.shape[2] :]
         return attend(module, query, key, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from pipeline.blocks.quantized import BlockSettings, fill_block
 from pipeline.blocks.walk import BlockRunner
-from pipeline.models.architectures import find_architecture
+from pipeline.models.architectures import check_attention_arguments, find_architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.rotation.matrices import Rotation, count_rows
 from pipeline.runtime.errors import PipelineError
@@ -87,7 +87,8 @@ class InvarianceGate:
         """Compare the logits of all streams, a slice of the vocabulary at a time.
 
         Args:
-            folded: the final norm's weight [D] float64 if it is folded into lm_head, otherwise None.
+            folded: the final norm's gain [D] float64 (its weight + `norm_offset`) if it is folded into lm_head,
+                otherwise None.
 
         Returns:
             Metrics, all relative to the largest logit: see `merging.rotate_model`.
@@ -180,12 +181,16 @@ def _attend(
     *,
     scaling: float,
     softcap: float | None = None,
-    **unused: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention with softly capped scores in the queries' dtype; returns [B, T, heads, d].
 
     transformers calls this function and passes its own arguments.
+
+    Raises:
+        UnsupportedModelError: an argument that is not computed here, such as attention sinks.
     """
+    check_attention_arguments(others)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:

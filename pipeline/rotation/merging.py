@@ -81,6 +81,9 @@ def rotate_block(
     norms = {reader: norm for norm, norm_readers in folded.items() for reader in norm_readers}
     writers = (architecture.attention_output, architecture.mlp_output)
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():  # a buffer
+            yield name, tensor
+            continue
         module, _, kind = name.rpartition(".")
         rotated = tensor.to(torch.float64, copy=True)
         if kind == "bias":  # a row vector like the outputs it is added to
@@ -215,20 +218,22 @@ def rotate_model(
             single, written = {}, {}
             for name in list(rotated):
                 tensor = rotated.pop(name)
-                single[name] = tensor.float()
-                written[name] = single[name] if dtype == torch.float32 else tensor.to(dtype)
+                single[name] = tensor.float() if tensor.is_floating_point() else tensor
+                narrow = dtype != torch.float32 and tensor.is_floating_point()
+                written[name] = tensor.to(dtype) if narrow else single[name]
             gate.advance_rounded_(index, single, written)
             del single
             writer.write_block(index, written)
         norm = checkpoint.load_tensor(architecture.final_norm)
-        folded = norm.to(torch.float64) if architecture.rotates_residual and not online_r1 else None
+        offset = architecture.norm_offset
+        folded = norm.to(torch.float64) + offset if architecture.rotates_residual and not online_r1 else None
         embedding = _rotate_rows(checkpoint.load_tensor(architecture.embedding), merged_r1, None, dtype)
         lm_head = _rotate_rows(checkpoint.load_tensor(architecture.lm_head), merged_r1, folded, dtype)
         metrics = gate.judge(merged_r1, folded)
         writer.write_embeddings(
             {
                 architecture.embedding: embedding,
-                architecture.final_norm: (norm if folded is None else torch.ones_like(norm)).to(dtype),
+                architecture.final_norm: (norm if folded is None else torch.ones_like(norm) - offset).to(dtype),
                 architecture.lm_head: lm_head,
             }
         )

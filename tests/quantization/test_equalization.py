@@ -49,7 +49,7 @@ def test_equalizing_preserves_the_output_of_a_block(family, r1, r5, online_signs
     prefix_kv = torch.randn(2, equalizer.kv_heads, 3, equalizer.head_dim, dtype=torch.float64, generator=GENERATOR)
     with torch.no_grad():
         expected = runner.run(block, hidden, prefix_kv)
-    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient))
+    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)
     normed = set(RESIDUAL_SITES) if r1 == "online" and checkpoint.architecture.attention_norm else set()
     assert scales.keys() == set(EQUALIZED_SITES) - set(RESIDUAL_SITES) | normed
     equalizer.scale_(scales)
@@ -78,10 +78,10 @@ def test_equalizing_twice_changes_nothing_more(site, family, imported, tmp_path)
     if not equalizer.sites:
         assert family == "olmo2"
         return
-    first = equalizer.choose(measure(equalizer, runner, hidden, gradient))
+    first = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)
     equalizer.scale_(first)
     compute_exactly_(block)
-    second = equalizer.choose(measure(equalizer, runner, hidden, gradient))
+    second = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)
     assert first[site].max() / first[site].min() > 1.2
     assert torch.allclose(second[site], torch.ones_like(second[site]), atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_a_constant_counts_only_where_a_site_is_not_centered(imported, tmp_path)
             tensors["self_attn.v_proj.bias"] = tensors["self_attn.v_proj.bias"].double() + rotated
             specs = {"attention_output": QuantizerSpec(4, centered=centered)}
             _, equalizer = open_block(checkpoint, ("value",), tensors, specs)
-            scales[centered, constant] = equalizer.choose(measure(equalizer, runner, hidden, gradient))["value"]
+            scales[centered, constant] = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)["value"]
     changed = {centered: scales[centered, 100.0] / scales[centered, 0.0] for centered in (True, False)}
     assert changed[False][0, 3] < 0.2 * changed[False][1, 3]
     assert changed[True][0, 3] > 0.5 * changed[True][1, 3]
@@ -140,11 +140,11 @@ def test_silent_channels_are_not_scaled(imported, tmp_path):
     tensors["mlp.up_proj.weight"][5] = 0
     hidden, gradient = draw(checkpoint, 1, 8), draw(checkpoint, 1, 8)
     block, equalizer = open_block(checkpoint, ("mlp_hidden",), tensors)
-    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient))["mlp_hidden"]
+    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)["mlp_hidden"]
     assert scales[5] == 1
     assert torch.isfinite(scales).all()
     block.mlp.up_proj.weight.zero_()
-    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient))["mlp_hidden"]
+    scales = equalizer.choose(measure(equalizer, runner, hidden, gradient), runner)["mlp_hidden"]
     assert (scales == 1).all()
 
 
