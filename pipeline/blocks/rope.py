@@ -56,12 +56,15 @@ def check_rope(block: nn.Module, index: int, runner: BlockRunner) -> None:
     problem = f"model_type={config.model_type!r}: block {index}: "
     try:
         keys, before, tables = _turn(block, runner, lambda keys: vectors.to(keys).expand_as(keys), 1)
+        fits, reason = keys.shape == before.shape, f"{list(before.shape)}, in the cache {list(keys.shape)}"
     except RuntimeError as error:
+        fits, reason = False, str(error).splitlines()[0]
+    if not fits:
         raise UnsupportedModelError(
             f"{problem}{type(source).__name__}, whose output RoPE turns into keys, gives other shapes than "
-            f"heads_first={find_architecture(config).heads_first} says ({str(error).splitlines()[0]}). Correct its "
-            "entry in ARCHITECTURES (docs/new_family.md)"
-        ) from None
+            f"heads_first={find_architecture(config).heads_first} says ({reason}). Correct its entry in ARCHITECTURES "
+            "(docs/new_family.md)"
+        )
     turns = uses_rope(config, block)
     expected = turn_keys(before, *tables) if turns and tables[0].shape[-1] == width else before
     if not (keys - expected).abs().max() <= _TOLERANCE * expected.abs().max():

@@ -270,8 +270,8 @@ def _check_tensor(source: str, name: str, tensor: torch.Tensor, expected: torch.
     """Return a tensor if it fits the parameter or buffer that it is for, on the meta device. Raise ModelImportError."""
     if tensor.shape != expected.shape:
         raise ModelImportError(
-            f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for {list(expected.shape)}. "
-            "Get config and weights of one model"
+            f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for "
+            f"{list(expected.shape)}. Get config and weights of one model"
         )
     if tensor.dtype not in _DTYPES and (expected.is_floating_point() or tensor.dtype != expected.dtype):
         raise ModelImportError(

@@ -7,8 +7,8 @@ Before that, `layer_arguments.py` compares the calls of all layers in texts that
 `blocks/rope.py` how each layer turns its keys.
 
 If the whole model does not fit into memory, it goes block by block. transformers loads a model with that layer alone,
-which reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and lm_head
-then hold only the rows of the tokens in the windows. GGUF files always go block by block, even if they fit:
+which reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and
+lm_head then hold only the rows of the tokens in the windows. GGUF files always go block by block, even if they fit:
 transformers dequantizes all of a file, and of a file with one block only that block.
 """
 

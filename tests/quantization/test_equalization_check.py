@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from benchmarks.tiny_models import SIZES, make_tokenizer, randomize_
+from pipeline.blocks.quantized import block_settings, fill_block
+from pipeline.importing.import_model import import_model
+from pipeline.models.architectures import ARCHITECTURES, Architecture
+from pipeline.quantization.equalization import Equalizer
+from pipeline.quantization.equalization_check import EqualizationError, check_equalization
+from pipeline.rotation.matrices import load_rotation
+from tests.rotation.test_merging import rotate
+
+
+def check(checkpoint, runner, rows=8, **changes):
+    """Choose scales of block 1 from random text, and check them."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, rows, checkpoint.config.hidden_size, generator=generator)
+    settings, r2 = block_settings(checkpoint, 1), load_rotation(checkpoint.folder, "r2")
+    block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
+    equalizer = Equalizer(block, checkpoint.architecture, settings, r2)
+    sums = equalizer.make_sums()
+    equalizer.add_(sums, hidden, torch.randn(hidden.shape, generator=generator), None, runner)
+    scales = equalizer.choose({name: total / hidden[..., 0].numel() for name, total in sums.items()}, runner)
+    kv = torch.randn(2, equalizer.kv_heads, 3, equalizer.head_dim, generator=generator)
+    exact = type(runner)(checkpoint, runner.device, 1)
+    return check_equalization(
+        checkpoint, 1, scales | changes, settings=settings, r2=r2, hidden=hidden, prefix_kv=kv, runner=exact
+    )
+
+
+@pytest.mark.parametrize("family", ["llama_untied_biases", "gemma3_text", "olmo2"])
+def test_scaling_that_cancels_passes(family, imported, tmp_path):
+    checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1="online")
+    assert check(checkpoint, runner) < 1e-10  # measured: 1e-13
+
+
+def test_channels_of_a_pair_with_different_scales_are_refused(imported, tmp_path):
+    checkpoint, runner, _ = rotate(imported["llama_tied"], tmp_path / "out")
+    with pytest.raises(EqualizationError, match="block 1: scaling the channels of key changes the block's output"):
+        check(checkpoint, runner, key=torch.linspace(0.5, 2, 24).view(2, 12))
+
+
+def test_an_mlp_without_a_gate_is_refused(tmp_path, monkeypatch):
+    """relu squared squares the scale of up_proj; the import of such a model is right."""
+    monkeypatch.setitem(ARCHITECTURES, "arcee", Architecture(mlp_readers=("mlp.up_proj",)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(transformers.ArceeConfig(**SIZES)))
+    randomize_(model).save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    import_model(str(tmp_path / "source"), None, torch.float32, tmp_path / "model")
+    checkpoint, runner, _ = rotate(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(EqualizationError, match="block 1: scaling the channels of mlp_hidden changes"):
+        check(checkpoint, runner)
