@@ -20,7 +20,7 @@ from pipeline.evaluation.params import EvaluationParams
 from pipeline.export import params as export
 from pipeline.export.params import ExportParams
 from pipeline.importing.params import PACKAGED_MODEL, ModelParams
-from pipeline.pictures.params import ActivationPlotsParams
+from pipeline.pictures.params import ActivationPlotsParams, ReportParams
 from pipeline.prefix.params import PrefixParams, PrefixSearchParams, PrefixTrainingParams
 from pipeline.quantization import params as quantization
 from pipeline.quantization.params import QuantizerInitParams
@@ -47,6 +47,7 @@ class Params(Group):
     export: ExportParams
     evaluation: EvaluationParams
     activation_plots: ActivationPlotsParams
+    report: ReportParams
     runtime: RuntimeParams
 
 
@@ -151,15 +152,15 @@ def _contradictions(params: Params) -> list[str]:
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
     others = [name for name in params.export.formats if name != "peft"]
-    own = params.rotation
+    chosen = params.rotation
     for name, acts, instead in (
-        ("r1", own.r1 == "online", "hadamard"),
-        ("r4", own.r4 != "identity", "identity"),
-        ("r5", own.r5 != "identity", "identity"),
+        ("r1", chosen.r1 == "online", "hadamard"),
+        ("r4", chosen.r4 != "identity", "identity"),
+        ("r5", chosen.r5 != "identity", "identity"),
     ):
         if others and acts:
             problems.append(
-                f"export.formats: {others[0]} cannot carry rotation.{name}={getattr(own, name)!r}, which acts "
+                f"export.formats: {others[0]} cannot carry rotation.{name}={getattr(chosen, name)!r}, which acts "
                 f"online; set rotation.{name}: {instead}"
             )
     return problems

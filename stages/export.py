@@ -1,7 +1,7 @@
 """Pack the quantized model into a folder anyone can load in one call.
 
 Reads   artifacts/finetuning/ (with the prefix in use), artifacts/model/ (its size); for the model card
-        metrics/evaluation/ (original and finetuning) and artifacts/sources/model.json
+        metrics/evaluation/ and artifacts/evaluation/*_samples.json (original, finetuning), artifacts/sources/model.json
 Writes  artifacts/export/, artifacts/export_formats/ (formats of others, as asked for), metrics/export.json
 Packaged model: a few seconds, 1 GiB.
 """
@@ -24,24 +24,26 @@ SOURCE = Path("artifacts/sources/model.json")
 MODEL = Path("artifacts/model")
 FINETUNING = Path("artifacts/finetuning")
 EVALUATIONS = {name: Path(f"metrics/evaluation/{name}.json") for name in ("original", "finetuning")}
+SAMPLES = {name: Path(f"artifacts/evaluation/{name}_samples.json") for name in EVALUATIONS}
 EXPORT = Path("artifacts/export")
 FORMATS = Path("artifacts/export_formats")
 
 
 def main(run: Run) -> None:
-    own, checkpoint = run.params.export, Checkpoint(FINETUNING, "finetuning")
+    settings, checkpoint = run.params.export, Checkpoint(FINETUNING, "finetuning")
     prefix, _ = load_tensors(FINETUNING / PREFIX, "finetuning")
     results = {name: load_json(path, f"evaluation@{name}") for name, path in EVALUATIONS.items()}
+    samples = {name: load_json(path, f"evaluation@{name}") for name, path in SAMPLES.items()}
     inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
-    header = make_header("export", own.model_dump(include={"max_shard_size"}), inputs)
+    header = make_header("export", settings.model_dump(include={"max_shard_size"}), inputs)
     # First, since it refuses what a format cannot express.
     write_formats(
         checkpoint,
         prefix.get("kv"),
         FORMATS,
-        formats=own.formats,
-        drop=own.drop,
-        max_shard_size=own.max_shard_size,
+        formats=settings.formats,
+        drop=settings.drop,
+        max_shard_size=settings.max_shard_size,
         header=header,
         text_start_token_id=unpack_start_token(prefix),
         prefix_token_ids=prefix["token_ids"].tolist(),
@@ -51,9 +53,10 @@ def main(run: Run) -> None:
         prefix,
         EXPORT,
         original=MODEL,
-        max_shard_size=own.max_shard_size,
+        max_shard_size=settings.max_shard_size,
         header=header,
         results=results,
+        samples=samples,
         source=read_json(SOURCE),
     )
     run.metrics.update(metrics)

@@ -1,28 +1,38 @@
-"""One page for the run, and the numbers runs are compared by.
+"""Write one page about the run, and the numbers by which runs are compared.
 
-Reads   metrics/ of all stages, artifacts/activation_plots/, losses of artifacts/finetuning/, how well ranges fit
-        (artifacts/quantizer_init/)
+Reads   metrics/ of all stages, artifacts/activation_plots/, losses and quantizers of artifacts/finetuning/, how well
+        ranges fit (artifacts/quantizer_init/), samples of artifacts/evaluation/
 Writes  artifacts/report/ (report.html, which needs nothing else, and its pictures), metrics/report.json
 Packaged model: about 10 seconds.
 """
 
+import datetime
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks.quantized import block_settings
+import torch
+
+from pipeline.blocks.quantized import block_settings, find_site_quantizers, load_block
 from pipeline.export.model_card import describe_bits
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
 from pipeline.params import Params
-from pipeline.pictures.plots import draw_all, read_measured
-from pipeline.pictures.report import build_page, draw_curves, read_rows, summarise_run
+from pipeline.pictures.activations import OUTLIER_SITE
+from pipeline.pictures.plots import Measured, draw_all, draw_site_quality, find_levels, read_measured
+from pipeline.pictures.report import Heading, build_page, draw_curves, read_rows, summarise_run
 from pipeline.runtime.artifacts import load_json, replacing_folder
 from stages.opening import METRICS, Run, open_stage
 
 FINETUNING = Path("artifacts/finetuning")
 SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
-ACTIVATIONS = {name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed")}
+ACTIVATIONS = {
+    name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed", "quantized")
+}
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
+SAMPLED = ("original", "quantizer_init", "finetuning")
+SAMPLES = Path("artifacts/evaluation")
 REPORT = Path("artifacts/report")
 
 
@@ -32,20 +42,37 @@ def main(run: Run) -> None:
     costs = read_costs(params)
     prefix = read_metrics("prefix_search")
     tokens = evaluations["export"]["settings"]["prefix_tokens"]
-    bits = describe_bits(block_settings(Checkpoint(FINETUNING, "finetuning"), 0))
+    checkpoint = Checkpoint(FINETUNING, "finetuning")
     described = f"{params.prefix.use} ({tokens} tokens)"
-    size = read_metrics("export")["size_mib"]
-    run.metrics.update(summarise_run(bits, described, evaluations, costs, size))
-    saturation = read_rows(SATURATION)
+    sizes = read_metrics("export")
+    bits = describe_bits(block_settings(checkpoint, 0))
+    run.metrics.update(summarise_run(bits, described, evaluations, costs, sizes["size_mib"]))
+    saturation, measured, settings = read_rows(SATURATION), read_measured(ACTIVATIONS), read_settings(params)
+    heading = Heading(
+        model=params.model.source,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        revision=find_revision(),
+        versions=checkpoint.header.versions,
+        device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or "cpu",
+        size_mib=sizes["size_mib"],
+        original_mib=sizes["original_mib"],
+        corpora={name: corpus.source for name, corpus in params.corpora.items()},
+    )
     with replacing_folder(REPORT) as partial:
-        pictures = draw_all(read_measured(ACTIVATIONS), partial) + draw_losses(partial, saturation)
+        quality = partial / "site_quality.png"
+        draw_site_quality(quality, saturation, list(Site))
+        pictures = draw_all(measured, partial, read_levels(checkpoint, measured["quantized"]))
+        pictures = [*pictures[:1], quality, *pictures[1:], *draw_losses(partial, saturation)]
         page = build_page(
             run.metrics,
+            heading=heading,
             evaluations=evaluations,
+            samples={name: load_json(SAMPLES / f"{name}_samples.json", f"evaluation@{name}") for name in SAMPLED},
             prefix=prefix,
             saturation=saturation,
             costs=costs,
-            settings=read_settings(params),
+            settings=settings,
+            changes=None,
             pictures=pictures,
         )
         (partial / "report.html").write_text(page, encoding="utf-8")
@@ -55,8 +82,30 @@ def read_metrics(name: str) -> dict[str, Any]:
     return load_json(METRICS / f"{name}.json", name.replace("/", "@"))
 
 
+def read_levels(checkpoint: Checkpoint, measured: Measured) -> dict[int, torch.Tensor]:
+    """Return block -> the levels of its quantizer at `mlp_hidden`, of the blocks with a histogram."""
+    levels = {}
+    for name in measured.tensors:
+        if name.startswith("histogram."):
+            block = int(name.removeprefix("histogram."))
+            quantizer = find_site_quantizers(load_block(checkpoint, block), checkpoint.architecture)[OUTLIER_SITE]
+            largest = measured.tensors[f"surface.{OUTLIER_SITE}.{block}"].max().item()
+            if (values := find_levels(quantizer, 4 * largest)) is not None:
+                levels[block] = values
+    return levels
+
+
+def find_revision() -> str | None:
+    """Return the commit of the project, with -dirty if files were changed; None without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def read_costs(params: Params) -> dict[str, dict[str, float]]:
-    """Return {stage: its cost} in the order of the pipeline."""
+    """Return stage -> its seconds and memory, in the order of the pipeline."""
     names = ["model", *(f"corpora/{name}" for name in params.corpora), "calibration", "rotation", "prefix_search"]
     names += ["prefix_training", "quantizer_init", "finetuning", "export"]
     names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
@@ -82,9 +131,9 @@ def read_settings(params: Params) -> dict[str, Any]:
 
 
 def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
-    """Draw curves of fine-tuning and of the fit of ranges. Return the paths of the pictures."""
+    """Draw curves of fine-tuning and of how well ranges fit, and return the files."""
     blocks = read_rows(FINETUNING / "plots/blocks.json")
-    if all(row["before"] == row["after"] for row in blocks):  # none was trained by itself
+    if all(row["before"] == row["after"] for row in blocks):  # finetuning.blocks was off
         blocks = []
     together = read_rows(FINETUNING / "plots/end_to_end.json")
     curves = {
@@ -100,6 +149,13 @@ def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
             "x": "epoch",
             "columns": ("train", "validation"),
             "title": "End to end",
+            "y_label": "KL, nats",
+        },
+        "finetuning_steps": {
+            "rows": read_rows(FINETUNING / "plots/steps.json"),
+            "x": "step",
+            "columns": ("loss",),
+            "title": "End to end, loss of each training step",
             "y_label": "KL, nats",
         },
         "sqnr": {

@@ -42,25 +42,25 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     params = load_params(PARAMS)
     with FileHashes(HASHES) as hashes:
-        found = {"model": describe_model(params.model, hashes)}
+        sources = {"model": describe_model(params.model, hashes)}
         for name, corpus in params.corpora.items():
-            found[f"corpora/{name}"] = describe_corpus(f"corpora.{name}.source", corpus.source, hashes)
-        found["tasks"] = describe_tasks(params.evaluation.task_folder, hashes)
-    paths = {SOURCES / f"{name}.json": values for name, values in found.items()}
+            sources[f"corpora/{name}"] = describe_corpus(f"corpora.{name}.source", corpus.source, hashes)
+        sources["tasks"] = describe_tasks(params.evaluation.task_folder, hashes)
+    paths = {SOURCES / f"{name}.json": values for name, values in sources.items()}
     for gone in set(SOURCES.rglob("*.json")) - paths.keys():
         gone.unlink()
     for path, values in paths.items():
         write_json(path, values)
-    logger.info("sources: %s", ", ".join(f"{name} {summarise(values)}" for name, values in found.items()))
+    logger.info("sources: %s", ", ".join(f"{name} {summarise(values)}" for name, values in sources.items()))
 
 
-def describe_model(own: ModelParams, hashes: FileHashes) -> dict[str, Any]:
-    key, source = "model.source", own.source
+def describe_model(model: ModelParams, hashes: FileHashes) -> dict[str, Any]:
+    key, source = "model.source", model.source
     if source in PACKAGES:
         return describe_package(key, source, PACKAGES[source])
     if find_local_source(key, source) is not None:
         return describe_local(key, source, hashes)
-    return describe_hub_model(source, own.revision, read_json(SOURCES / "model.json"))
+    return describe_hub_model(source, model.revision, read_json(SOURCES / "model.json"))
 
 
 def describe_corpus(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:

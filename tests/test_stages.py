@@ -42,6 +42,7 @@ ALL = (
     "activation_plots original",
     "activation_plots rotated",
     "activation_plots prefixed",
+    "activation_plots quantized",
     "report",
 )
 

@@ -44,6 +44,7 @@ def export_model(
     max_shard_size: str,
     header: Header,
     results: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]] | None = None,
     source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `folder` and return the stage's metrics.
@@ -56,6 +57,7 @@ def export_model(
         original: folder of the imported model, to compare sizes with.
         max_shard_size: such as 5GB; a single block or tensor may exceed it.
         results: variant -> the metrics of its evaluation, for the model card.
+        samples: variant -> its continuations of some prompts, for the model card.
         source: the model's record by the stage `sources`, for license and base model in the card.
 
     Returns:
@@ -92,6 +94,7 @@ def export_model(
             facts=read_source_facts(source or {}, original),
             prefix=quantization["prefix"],
             sizes=metrics,
+            samples=samples or {},
             results=results,
             text_start_token_id=text_start_token_id,
         )

@@ -1,5 +1,6 @@
 """The model card of an exported folder: description, loading, quality, settings and limits of the model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def write_model_card(
     prefix: dict[str, Any],
     sizes: dict[str, Any],
     results: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]],
     text_start_token_id: int | None = None,
 ) -> None:
     """Write README.md into `folder`.
@@ -58,6 +60,7 @@ def write_model_card(
         prefix: as in `quantization_config`.
         sizes: the stage's metrics.
         results: variant -> its evaluation's metrics. Without `original` the card has no quality table.
+        samples: variant -> continuations of some prompts (`evaluation/samples.py`), `original` and `finetuning`.
         text_start_token_id: the start token between the prefix and every text, or None.
     """
     settings = block_settings(checkpoint, 0)
@@ -68,6 +71,7 @@ def write_model_card(
         "How to load it": _LOADING,
         "How texts are read": _describe_use(prefix, start),
         "Quality": _describe_quality(results) if "original" in results else "",
+        "Samples": _describe_samples(samples),
         "Settings": _describe_settings(checkpoint, settings, prefix),
         "Limits": _describe_limits(checkpoint, prefix, start, results),
     }
@@ -147,6 +151,18 @@ def _describe_quality(results: dict[str, Any]) -> str:
     lines = [_format_row(head), "| --- |" + " ---: |" * len(results), *map(_format_row, rows)]
     note = f"Perplexity is measured on held-out windows ({_count_windows(exact)}). `±` is one standard error."
     return "\n".join([*lines, "", note])
+
+
+def _describe_samples(samples: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the continuations of each prompt by the original and by this model, as code blocks."""
+    parts = []
+    for rows in zip(*samples.values(), strict=True):
+        for variant, row in zip(samples, rows, strict=True):
+            text = row["prompt"] + "".join(row["pieces"])
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+            parts.append(f"{_VARIANTS.get(variant, variant)}:\n\n{fence}text\n{text}\n{fence}")
+    note = "Prompts with their greedy continuations, by the original and by this model."
+    return "\n\n".join([note, *parts]) if parts else ""
 
 
 def _count_windows(metrics: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Measurements of a model's activations, block by block, which `plots.py` draws.
 
 They are token maxima (`prefix/outliers.py`) of every linear's input and output and of the blocks' inputs and outputs,
-outlier tokens with their positions and contents, and coarse surfaces of a few blocks. Prefix positions are only in the
-cache, so they are not measured. Inputs are measured where their quantizer acts; for down_proj this is after R4.
+outlier tokens with their positions and contents, and coarse surfaces and histograms of a few blocks. Prefix positions
+are only in the cache, so they are not measured. Inputs are measured where their quantizer acts; for down_proj this is
+after R4.
 """
 
 from collections import Counter
@@ -25,6 +26,8 @@ ACTIVATIONS = "activations.safetensors"
 STATISTICS = ("top1", "top2", "top3", "median", "least")  # of the maxima of all tokens
 OUTLIER_SITE = Site.MLP_HIDDEN
 _SURFACE = (64, 64)  # cells of a pooled surface: tokens, channels
+# Bins of a histogram: 16 for each power of ten of |x| from 1e-3 to 1e5, negative values first, and one around zero.
+BIN_EDGES = torch.logspace(-3, 5, 129, dtype=torch.float64)
 
 
 @dataclass
@@ -34,8 +37,9 @@ class Activations:
     Attributes:
         statistics: site -> [L, 5], the values of `STATISTICS`. Sites are the linears' inputs (attention_input,
             attention_output, mlp_input, mlp_hidden), their outputs (q_proj, …), block_input and block_output.
-        surfaces: "input.I" and "output.I" of block I -> [tokens, channels], the largest magnitude in each cell of the
-            first window.
+        surfaces: "input.I", "output.I" and "mlp_hidden.I" of block I -> [tokens, channels], the largest magnitude in
+            each cell of the first window.
+        histograms: block I -> [257] int64, the number of values at `mlp_hidden` in each bin (`count_values`).
         outliers: for each block {"layer", "count" per window, "top1_median_ratio"}.
         positions: position -> number of outliers there, in all blocks.
         contents: token id -> number of outliers that are this token, in all blocks.
@@ -43,6 +47,7 @@ class Activations:
 
     statistics: dict[str, torch.Tensor]
     surfaces: dict[str, torch.Tensor]
+    histograms: dict[int, torch.Tensor]
     outliers: list[dict[str, float]]
     positions: Counter[int]
     contents: Counter[int]
@@ -72,21 +77,27 @@ def measure_activations(
     Args:
         prefix_kv: [L, 2, kv_heads, P, d] in the model's basis, or None.
         threshold: ratio to the median above which a token is an outlier (arXiv:2410.05265, Eq. 3).
-        surface_blocks: indices of the blocks whose surfaces are measured.
+        surface_blocks: indices of the blocks whose surfaces and histograms are measured.
     """
     block_maxima: dict[str, list[torch.Tensor]] = {}  # site -> token maxima of each batch
     statistics: dict[str, list[torch.Tensor]] = {}
     surfaces: dict[str, torch.Tensor] = {}
+    histograms: dict[int, torch.Tensor] = {}
     outliers, positions, contents = [], Counter[int](), Counter[int]()
     hidden = checkpoint.embed(token_ids)
 
     def measure(site: str, x: torch.Tensor) -> None:
         block_maxima.setdefault(site, []).append(token_maxima(x).cpu())
 
+    def measure_values(index: int, x: torch.Tensor) -> None:
+        surfaces.setdefault(f"{OUTLIER_SITE}.{index}", _pool(x[0]))
+        histograms[index] = histograms.get(index, 0) + count_values(x)
+
     def before(index: int, block: nn.Module) -> None:
         block_maxima["block_input"] = [token_maxima(hidden)]
         if index in surface_blocks:
             surfaces[f"input.{index}"] = _pool(hidden[0])
+            _hook_site(block, checkpoint, OUTLIER_SITE, lambda x: measure_values(index, x))
         _add_hooks(block, checkpoint, measure)
 
     def after(index: int, block: nn.Module) -> None:
@@ -105,13 +116,14 @@ def measure_activations(
 
     walk(checkpoint, hidden, runner, "activations", prefix_kv, before, after)
     stacked = {site: torch.stack(rows) for site, rows in statistics.items()}
-    return Activations(stacked, surfaces, outliers, positions, contents)
+    return Activations(stacked, surfaces, histograms, outliers, positions, contents)
 
 
 def write_activations(folder: Path, activations: Activations, checkpoint: Checkpoint, header: Header) -> None:
     """Replace `folder` by activations.safetensors and outliers.json."""
     tensors = {f"statistics.{site}": values for site, values in activations.statistics.items()}
     tensors |= {f"surface.{name}": values for name, values in activations.surfaces.items()}
+    tensors |= {f"histogram.{index}": counts for index, counts in activations.histograms.items()}
     contents = list_tokens(activations.contents, checkpoint.tokenizer.decode)
     positions = [{"position": place, "count": count} for place, count in sorted(activations.positions.items())]
     outliers = {"layers": activations.outliers, "positions": positions, "contents": contents}
@@ -128,14 +140,33 @@ def read_outliers(folder: Path) -> dict[str, Any]:
 def _add_hooks(block: nn.Module, checkpoint: Checkpoint, measure: Callable[[str, torch.Tensor], None]) -> None:
     """Measure the inputs and outputs of a block's linears whenever it runs."""
     architecture = checkpoint.architecture
-    quantizers = find_site_quantizers(block, architecture)
-    for site, readers in architecture.site_readers.items():
-        if quantizers:
-            quantizers[site].register_forward_hook(lambda m, args, output, site=site: measure(site, args[0]))
-        else:
-            block.get_submodule(readers[0]).register_forward_pre_hook(lambda m, args, site=site: measure(site, args[0]))
+    for site in architecture.site_readers:
+        _hook_site(block, checkpoint, site, lambda x, site=site: measure(site, x))
     for linear, name in architecture.linear_names.items():
         block.get_submodule(name).register_forward_hook(lambda m, args, output, site=linear: measure(site, output))
+
+
+def _hook_site(block: nn.Module, checkpoint: Checkpoint, site: str, measure: Callable[[torch.Tensor], None]) -> None:
+    """Measure the input of a site's linears, after R4 or R5, before it is quantized."""
+    architecture = checkpoint.architecture
+    quantizers = find_site_quantizers(block, architecture)
+    if quantizers:
+        quantizers[site].register_forward_hook(lambda m, args, output: measure(args[0]))
+    else:
+        reader = architecture.site_readers[site][0]
+        block.get_submodule(reader).register_forward_pre_hook(lambda m, args: measure(args[0]))
+
+
+def count_values(x: torch.Tensor) -> torch.Tensor:
+    """Return how many values of x lie in each bin, [257] int64 on the CPU.
+
+    Bin 128 holds magnitudes up to `BIN_EDGES[0]`. Bin 128 + i holds values from edge i - 1 to edge i, and bin 128 - i
+    the same magnitudes with a negative sign. The outermost bins take all that is larger.
+    """
+    half = len(BIN_EDGES) - 1
+    values = x.detach().flatten().double()
+    bins = torch.bucketize(values.abs(), BIN_EDGES.to(values.device)).clamp_max(half)
+    return torch.bincount(half + bins * values.sign().long(), minlength=2 * half + 1).cpu()
 
 
 def _describe(maxima: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The group `activation_plots` of params.yaml."""
+"""The groups `activation_plots` and `report` of params.yaml."""
 
 from typing import Annotated
 
@@ -13,3 +13,10 @@ class ActivationPlotsParams(Group):
     windows: Annotated[int, Field(ge=1)]
     outlier_threshold: Annotated[Number, Field(gt=1)]
     surface_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+
+
+class ReportParams(Group):
+    """The prompts whose continuations the report shows."""
+
+    prompts: list[Annotated[str, Field(min_length=1)]] | None
+    new_tokens: Annotated[int, Field(ge=1, le=1024)]

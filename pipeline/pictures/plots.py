@@ -3,12 +3,14 @@
 token_maxima_inputs.png, …_outputs.png   by block: the three largest token maxima, the median and the smallest
 outlier_counts.png                       by block: outlier tokens per window
 outlier_positions.png, outlier_contents.png
-surface_input_I.png, surface_output_I.png  |x| over tokens and channels of block I
+histogram_I.png                          values at the input of down_proj of block I, with the levels of its quantizer
+surface_input_I.png, surface_output_I.png, surface_mlp_hidden_I.png  |x| over tokens and channels of block I
+site_quality.png                         signal-to-quantization-noise ratio by site and block
 
 They are drawn with matplotlib and need no display.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.models.sites import Site
-from pipeline.pictures.activations import ACTIVATIONS, STATISTICS, read_outliers
+from pipeline.numerics.quantizer import ActivationQuantizer
+from pipeline.pictures.activations import ACTIVATIONS, BIN_EDGES, OUTLIER_SITE, STATISTICS, read_outliers
 from pipeline.runtime.artifacts import load_tensors
 
 _INPUTS = {
@@ -50,14 +53,74 @@ def read_measured(folders: dict[str, Path]) -> dict[str, Measured]:
     }
 
 
-def draw_all(variants: dict[str, Measured], folder: Path) -> list[Path]:
-    """Draw every picture into `folder`, which must exist, and return the files in order."""
+def draw_all(variants: dict[str, Measured], folder: Path, levels: Mapping[int, torch.Tensor]) -> list[Path]:
+    """Draw every picture into `folder`, which must exist.
+
+    Args:
+        variants: variant -> its measurements. `quantized` is only in the histograms; elsewhere it looks like
+            `prefixed`.
+        levels: block -> the values that its quantizer at `mlp_hidden` rounds to (`find_levels`), in ascending order.
+
+    Returns:
+        The files in order, without pictures that show nothing (no outlier in any variant).
+    """
     drawn = []
-    for name, figure in _draw(variants):
+    for name, figure in _draw({name: measured for name, measured in variants.items() if name != "quantized"}):
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=_DPI, metadata={"Software": None})
         drawn.append(path)
-    return drawn
+    for block in sorted(int(name.removeprefix("histogram.")) for name in _first(variants) if "histogram." in name):
+        path = folder / f"histogram_{block}.png"
+        _draw_histograms(variants, block, levels.get(block)).savefig(path, dpi=_DPI, metadata={"Software": None})
+        drawn.append(path)
+    without_outliers = not any(row["count"] for measured in variants.values() for row in measured.outliers["layers"])
+    without_contents = not any(measured.outliers["contents"] for measured in variants.values())
+    empty = {"outlier_counts", "outlier_positions"} if without_outliers else set()
+    empty |= {"outlier_contents"} if without_contents else set()
+    return [path for path in drawn if path.stem not in empty]
+
+
+def find_levels(quantizer: ActivationQuantizer, largest: float) -> torch.Tensor | None:
+    """Return the values that a quantizer rounds to, in ascending order.
+
+    They are read off its output for values from -largest to largest, so they are right for every format.
+
+    Returns:
+        [N], N at most 2^bits; None if there is no common set of levels: dynamic ranges, several groups, a mean that is
+        taken out, or no quantization.
+    """
+    spec = quantizer.spec
+    if not spec.enabled or spec.dynamic or spec.centered or quantizer.scale.numel() > 1:
+        return None
+    values = torch.linspace(-largest, largest, 1 << 16, device=quantizer.scale.device)
+    return quantizer(values[:, None]).unique().cpu()
+
+
+def draw_site_quality(path: Path, rows: Sequence[Mapping[str, float | None]], sites: Sequence[str]) -> None:
+    """Draw signal-to-quantization-noise ratios (dB) as a heat map of sites by block.
+
+    Args:
+        rows: of quantizer_init's saturation.json: "block" and "SITE_sqnr".
+        sites: rows of the picture, from the top.
+    """
+    values = torch.tensor([[_or_nan(row.get(f"{site}_sqnr")) for row in rows] for site in sites])
+    figure = Figure(figsize=(max(5.0, 1.9 + 0.3 * len(rows)), 1.4 + 0.36 * len(sites)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values.numpy(), aspect="auto", cmap="RdYlGn", vmin=5, vmax=30)
+    axis.set_yticks(range(len(sites)), sites)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("block")
+    figure.colorbar(image, ax=axis, label="SQNR, dB")
+    figure.suptitle("How well each site is quantized, calibration text")
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _first(variants: Mapping[str, Measured]) -> dict[str, torch.Tensor]:
+    return next(iter(variants.values())).tensors
 
 
 def _draw(variants: dict[str, Measured]) -> Iterator[tuple[str, Figure]]:
@@ -69,11 +132,11 @@ def _draw(variants: dict[str, Measured]) -> Iterator[tuple[str, Figure]]:
     yield "outlier_counts", _draw_counts(variants)
     yield "outlier_positions", _draw_positions(variants)
     yield "outlier_contents", _draw_contents(variants)
-    first = next(iter(variants.values()))
-    for name in sorted(first.tensors):
+    for name in sorted(_first(variants)):
         if name.startswith("surface."):
             _, side, block = name.split(".")
-            yield f"surface_{side}_{block}", _draw_surfaces(variants, name, f"|{side}| of block {block}")
+            title = "|input of down_proj|" if side == OUTLIER_SITE else f"|{side}|"
+            yield f"surface_{side}_{block}", _draw_surfaces(variants, name, f"{title} of block {block}")
 
 
 def _make_figure(title: str, rows: int, columns: int, height: float) -> tuple[Figure, Any]:
@@ -115,7 +178,7 @@ def _draw_counts(variants: dict[str, Measured]) -> Figure:
 
 
 def _draw_positions(variants: dict[str, Measured]) -> Figure:
-    figure, axes = _make_figure("Where outlier tokens stand", 1, len(variants), 2.6)
+    figure, axes = _make_figure("Positions of outlier tokens", 1, len(variants), 2.6)
     for axis, (variant, measured) in zip(axes[0], variants.items(), strict=True):
         rows = measured.outliers["positions"]
         axis.stem([row["position"] for row in rows] or [0], [row["count"] for row in rows] or [0], basefmt=" ")
@@ -141,6 +204,32 @@ def _draw_contents(variants: dict[str, Measured]) -> Figure:
         if not rows:
             axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center")
             axis.set_yticks([])
+    return figure
+
+
+def _draw_histograms(variants: dict[str, Measured], block: int, levels: torch.Tensor | None) -> Figure:
+    """Draw the values at `mlp_hidden` of a block; `levels` go into the panel of the quantized model."""
+    figure, axes = _make_figure(f"Values at the input of down_proj, block {block}", 1, len(variants), 2.8)
+    half = len(BIN_EDGES) - 1
+    inner = torch.cat((BIN_EDGES.new_zeros(1), BIN_EDGES))
+    magnitudes = (inner[1:] * inner[:-1].clamp_min(inner[1] / 2)).sqrt()
+    centers = torch.cat((-magnitudes[1:].flip(0), BIN_EDGES.new_zeros(1), magnitudes[1:]))
+    for axis, (variant, measured) in zip(axes[0], variants.items(), strict=True):
+        counts = measured.tensors[f"histogram.{block}"]
+        axis.step(centers.numpy(), (counts / counts.sum()).clamp_min(1e-12).numpy(), where="mid", lw=1.2)
+        axis.set_title(variant)
+        axis.set_xlabel("value")
+        if variant == "quantized" and levels is not None:
+            for level in levels.tolist():
+                axis.axvline(level, color="#b2182b", lw=0.7, alpha=0.7)
+    taken = torch.stack([measured.tensors[f"histogram.{block}"] for measured in variants.values()]).sum(0).nonzero()
+    outermost = (taken - half).abs().max().clamp_min(1).item() - 1
+    limit = float(BIN_EDGES[min(int(outermost) + 1, half)])
+    axes[0][0].set_xscale("symlog", linthresh=max(limit / 1e4, 1e-2))
+    axes[0][0].set_xlim(-limit, limit)
+    axes[0][0].set_yscale("log")
+    axes[0][0].set_ylim(1e-8, 1)
+    axes[0][0].set_ylabel("share of values")
     return figure
 
 

@@ -1,32 +1,88 @@
-"""The report of a run: one HTML page with results, settings, prefix, worst sites, pictures and cost.
+"""The report of a run: one HTML page with results, samples, settings, prefix, worst sites, pictures and cost.
 
-Pictures and style are inside the file, so it can be sent around alone.
+Pictures and style are inside the file, so it can be sent around alone. It follows the reader's light or dark theme.
 """
 
 import base64
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
 
+from pipeline.evaluation.samples import find_first_difference
+
 _WORST = 10
 # Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box.
 _STYLE = """
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --box: #f5f5f5; --accent: #2166ac;
+        --mark: #ffd9a8; }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --page: #16181b; --line: #3a3d42; --box: #22252a;
+        --accent: #7fb2e5; --mark: #7a4a12; } }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: #222;
-       overflow-wrap: break-word; }
-h2 { margin-top: 2em; border-bottom: 2px solid #2166ac; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: var(--text);
+       background: var(--page); overflow-wrap: break-word; }
+a { color: var(--accent); }
+h2 { margin-top: 2em; border-bottom: 2px solid var(--accent); }
 .table, pre { max-width: 100%; overflow-x: auto; margin: 1em 0; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ddd; padding: .25em .6em; }
-th:first-child { text-align: left; } td + td, th + th { text-align: right; } th, pre { background: #f5f5f5; }
-img { display: block; max-width: 100%; height: auto; margin: .6em 0; } pre { padding: 1em; }
+table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .25em .6em; }
+th:first-child { text-align: left; } td + td, th + th { text-align: right; } th, pre { background: var(--box); }
+.facts td + td { text-align: left; }
+img { display: block; max-width: 100%; height: auto; margin: .6em 0; background: #fff; } pre { padding: 1em; }
+figure { margin: 1.5em 0; } figcaption, .note { opacity: .8; }
+mark { background: var(--mark); color: inherit; }
+.sample { border-left: 3px solid var(--line); padding-left: .8em; margin: .5em 0 1.2em; white-space: pre-wrap; }
 @media (max-width: 650px) { body { font-size: 13px; } td, th { padding: .25em .4em; } }
 """
+_CAPTIONS = {  # beginning of a file's name -> what to look for
+    "token_maxima_inputs": "One line far above the others means that single tokens set the range of a quantizer. After "
+    "the prefix, the lines should be close together.",
+    "token_maxima_outputs": "The same for the outputs of the linears. Keys and values are quantized there.",
+    "token_maxima_blocks": "The residual stream between blocks. Rotation does not change it; the prefix does.",
+    "site_quality": "Red cells lose most. A red row asks for more bits at that site, a red column for an override of "
+    "that block.",
+    "histogram": "A few values far out stretch the range, and most values then share one or two levels. Red lines "
+    "are the levels of the quantizer.",
+    "outlier_counts": "With a prefix that fits, the bars on the right are gone.",
+    "outlier_positions": "Outliers at the first position come from the start of a text. Others are tokens that the "
+    "prefix should hold.",
+    "outlier_contents": "The tokens that occur most often are the candidates of the prefix search.",
+    "surface": "Ridges along a token are massive activations. Ridges along a channel are spread by rotation.",
+    "finetuning_blocks": "Each block's loss should fall. A block whose loss did not fall kept its initial parameters.",
+    "finetuning_end_to_end": "Validation should fall with training. Where it rises, there is too little text.",
+    "finetuning_steps": "The divergence of each batch. A jump means that the learning rate is too high.",
+    "sqnr": "The curves of the heat map above, for exact values.",
+}
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The facts above the results.
+
+    Attributes:
+        model: `model.source`.
+        date: of the run, such as 2026-01-31.
+        revision: the commit of the project, or None without git.
+        versions: package -> version.
+        device: such as cpu, or the name of a GPU.
+        size_mib: of the export's weights.
+        original_mib: of the original's weights.
+        corpora: name of a corpus -> its source.
+    """
+
+    model: str
+    date: str
+    revision: str | None
+    versions: Mapping[str, str]
+    device: str
+    size_mib: float
+    original_mib: float
+    corpora: Mapping[str, str]
 
 
 def summarise_run(
@@ -63,56 +119,90 @@ def summarise_run(
 def build_page(
     summary: dict[str, Any],
     *,
+    heading: Heading,
     evaluations: dict[str, dict[str, Any]],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
     prefix: dict[str, Any],
     saturation: list[dict[str, Any]],
     costs: dict[str, dict[str, float]],
     settings: dict[str, Any],
+    changes: Mapping[str, tuple[Any, Any]] | None,
     pictures: Sequence[Path],
 ) -> str:
     """Return the page as HTML.
 
     Args:
         summary: the result of `summarise_run`.
+        samples: variant -> its samples (`evaluation/samples.py`), the original first. Variants without any are left
+            out.
         prefix: metrics of prefix_search.
         saturation: rows of quantizer_init's saturation.json.
         settings: groups of params.yaml.
+        changes: dotted key -> (default, value), of the settings that differ from the defaults. None: the defaults
+            are not known.
         pictures: PNG files, in the order of the page.
     """
     exact = evaluations["original"]
     windows = exact["settings"]
     counted = ", ".join(f"{count} of {corpus}" for corpus, count in windows["windows"].items())
-    parts = [
-        f"<h1>{html.escape(summary['bits'])}, prefix {html.escape(summary['prefix'])}</h1>",
-        "<h2>Results</h2>",
-        _table(["", *evaluations], _results(evaluations)),
-        f"<p>Held-out windows: {counted}, {windows['targets_per_window']} targets each; "
-        f"special tokens: {windows['special_tokens']}. Ratios, KL divergence and agreement are to the original.</p>",
-        "<h2>Prefix found</h2>",
-        f"<p>{html.escape(', '.join(map(repr, prefix['prefix_texts'])) or 'none')}. Outlier tokens per window "
-        f"{_number(prefix['outlier_tokens_per_window'])}, behind the prefix "
-        f"{_number(prefix['outlier_tokens_per_window_with_prefix'])}; largest ratio to the median "
-        f"{_number(prefix['top1_median_ratio'])}, behind it {_number(prefix['top1_median_ratio_with_prefix'])}.</p>",
-        "<h2>Worst fitting sites</h2>",
-        "<p>Lowest signal-to-quantization-noise ratios of quantizer_init on calibration text.</p>",
-        _table(["site", "SQNR, dB", "beyond the range"], _worst_sites(saturation)),
-        "<h2>Pictures</h2>",
-        *(f'<img alt="{path.stem}" src="data:image/png;base64,{_encode(path)}">' for path in pictures),
-        "<h2>Cost</h2>",
-        _table(
-            ["stage", "seconds", "peak memory, GiB"],
-            [
-                [name, f"{cost['seconds']:.1f}", f"{cost['peak_rss_gib']:.2f}" if "peak_rss_gib" in cost else ""]
-                for name, cost in costs.items()
-            ],
-        ),
-        "<h2>Settings</h2>",
-        f"<pre>{html.escape(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))}</pre>",
-    ]
-    title = html.escape(f"{summary['bits']}: a run")
+    shown = {variant: rows for variant, rows in samples.items() if rows}
+    sections = {
+        "Results": [
+            _table(["", *evaluations], _results(evaluations)),
+            f"<p>Held-out windows: {counted}, {windows['targets_per_window']} targets each; special tokens: "
+            f"{windows['special_tokens']}. ± is one standard error, from the spread between windows. "
+            "Ratios, KL divergence and agreement are to the original.</p>",
+        ],
+        "Samples": [_samples(shown)] if "original" in shown else [],
+        "Settings": [
+            *_changes(changes),
+            f"<details><summary>All settings</summary><pre>{html.escape(_yaml(settings))}</pre></details>",
+        ],
+        "Prefix": [
+            f"<p>{html.escape(', '.join(map(repr, prefix['prefix_texts'])) or 'none')}. Outlier tokens per window "
+            f"{_number(prefix['outlier_tokens_per_window'])}, after the prefix "
+            f"{_number(prefix['outlier_tokens_per_window_with_prefix'])}; largest ratio to the median "
+            f"{_number(prefix['top1_median_ratio'])}, after it {_number(prefix['top1_median_ratio_with_prefix'])}.</p>"
+        ],
+        "Worst sites": [
+            "<p>Lowest signal-to-quantization-noise ratios of quantizer_init on calibration text.</p>",
+            _table(["site", "SQNR, dB", "beyond the range"], _worst_sites(saturation)),
+        ],
+        "Pictures": list(map(_picture, pictures)),
+        "Cost": [
+            _table(
+                ["stage", "seconds", "peak memory, GiB"],
+                [
+                    [name, f"{cost['seconds']:.1f}", f"{cost['peak_rss_gib']:.2f}" if "peak_rss_gib" in cost else ""]
+                    for name, cost in costs.items()
+                ],
+            )
+        ],
+    }
+    sections = {title: content for title, content in sections.items() if content}
+    title = html.escape(f"{heading.model}, {summary['bits']}, prefix {summary['prefix']}")
+    contents = " · ".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections)
+    parts = [f"<h1>{title}</h1>", _facts(heading), f"<p>{contents}</p>"]
+    for name, content in sections.items():
+        parts += [f'<h2 id="{_anchor(name)}">{name}</h2>', *content]
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     opening = f'<!doctype html><meta charset="utf-8">{viewport}<title>{title}</title><style>{_STYLE}</style>'
     return "\n".join([opening, *parts, ""])
+
+
+def list_changes(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key -> (default, value) of the settings that differ, in the order of `settings`.
+
+    A key that only one side has counts as None on the other.
+    """
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in [*settings, *(key for key in defaults if key not in settings)]:
+        value, default = settings.get(key), defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            changes |= {f"{key}.{name}": pair for name, pair in list_changes(value, default).items()}
+        elif value != default:
+            changes[key] = (default, value)
+    return changes
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -153,7 +243,10 @@ def _results(evaluations: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for corpus, base in exact["perplexity"].items():
         values = [metrics["perplexity"][corpus] for metrics in variants]
-        rows.append([f"{corpus}, perplexity", *(f"{value:.2f}" for value in values)])
+        errors = [metrics.get("standard_error", {}).get(corpus) for metrics in variants]
+        spreads = ["" if error is None else f" ± {error:.2f}" for error in errors]
+        cells = [f"{value:.2f}{spread}" for value, spread in zip(values, spreads, strict=True)]
+        rows.append([f"{corpus}, perplexity", *cells])
         rows.append([f"{corpus}, ratio", *(f"{value / base:.2f}" for value in values)])
         for key, name in (("kl", "KL, nats"), ("top1_agreement", "top-1 agreement")):
             rows.append([f"{corpus}, {name}", *(_number(metrics.get(key, {}).get(corpus)) for metrics in variants)])
@@ -171,6 +264,63 @@ def _worst_sites(saturation: list[dict[str, Any]]) -> list[list[str]]:
                 site = key.removesuffix("_sqnr")
                 sites.append((value, f"block {row['block']} {site}", row[f"{site}_share"]))
     return [[name, f"{sqnr:.1f}", f"{share:.2%}"] for sqnr, name, share in sorted(sites)[:_WORST]]
+
+
+def _facts(heading: Heading) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in heading.versions.items())
+    corpora = ", ".join(f"{name} ({source})" if name != source else name for name, source in heading.corpora.items())
+    facts = {
+        "model": heading.model,
+        "date": heading.date,
+        "revision": heading.revision or "no git repository",
+        "versions": versions,
+        "device": heading.device,
+        "weights": f"{heading.size_mib} MiB; the original's {heading.original_mib} MiB",
+        "corpora": corpora,
+    }
+    rows = "".join(f"<tr><td>{name}</td><td>{_cell(text)}</td></tr>" for name, text in facts.items())
+    return f'<div class="table"><table class="facts">{rows}</table></div>'
+
+
+def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the continuations of every prompt; the first token that differs from the original's is marked."""
+    parts = ["<p>Greedy continuations. The first token that differs from the original's is marked.</p>"]
+    for number, original in enumerate(samples["original"]):
+        parts.append(f"<h3>{html.escape(original['prompt'])}</h3>")
+        for variant, rows in samples.items():
+            row = rows[number]
+            place = find_first_difference(original["token_ids"], row["token_ids"])
+            pieces = [html.escape(piece) for piece in row["pieces"]]
+            if place is not None:
+                pieces[place : place + 1] = [f"<mark>{pieces[place] if place < len(pieces) else '(end)'}</mark>"]
+            parts.append(f'<div>{_cell(variant)}</div><div class="sample">{"".join(pieces)}</div>')
+    return "\n".join(parts)
+
+
+def _picture(path: Path) -> str:
+    caption = next((text for name, text in _CAPTIONS.items() if path.stem.startswith(name)), "")
+    image = f'<img alt="{path.stem}" src="data:image/png;base64,{_encode(path)}">'
+    return f"<figure><figcaption>{caption}</figcaption>{image}</figure>"
+
+
+def _changes(changes: Mapping[str, tuple[Any, Any]] | None) -> list[str]:
+    if changes is None:
+        return []
+    if not changes:
+        return ["<p>All settings are the defaults.</p>"]
+    rows = [[key, _yaml(default), _yaml(value)] for key, (default, value) in changes.items()]
+    return [_table(["key", "default", "this run"], rows)]
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML, on one line unless it is a mapping."""
+    if isinstance(value, Mapping):
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

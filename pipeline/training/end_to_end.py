@@ -51,6 +51,7 @@ class EndToEndTrainer(Trainer[ModelData]):
     """Trains the finished blocks in a work folder together."""
 
     bar = "end to end"
+    keeps_step_losses = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 EPOCH_LOSSES = "plots/losses.json"
 BLOCK_LOSSES = "plots/blocks.json"
 END_TO_END_LOSSES = "plots/end_to_end.json"
+STEP_LOSSES = "plots/steps.json"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def write_losses(folder: Path, report: dict[str, Any]) -> None:
     """Write the losses of a report for dvc plots.
 
     losses.json has a row per block and epoch, relative to the block's start; blocks.json a row per block;
-    end_to_end.json a row per epoch of the second phase.
+    end_to_end.json a row per epoch of the second phase; steps.json a row per step of it, numbered from 1.
     """
     epochs, before_after = [], []
     for block in report["blocks"]:
@@ -150,7 +151,11 @@ def write_losses(folder: Path, report: dict[str, Any]) -> None:
         before_after.append({"block": block["block"]} | values)
     write_rows(folder / EPOCH_LOSSES, epochs)
     write_rows(folder / BLOCK_LOSSES, before_after)
-    write_rows(folder / END_TO_END_LOSSES, report.get("end_to_end", {"history": []})["history"])
+    history = report.get("end_to_end", {"history": []})["history"]
+    columns = [{name: value for name, value in row.items() if name != "step_losses"} for row in history]
+    write_rows(folder / END_TO_END_LOSSES, columns)
+    losses = [loss for row in history for loss in row.get("step_losses", ())]
+    write_rows(folder / STEP_LOSSES, [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
 
 
 def summarise_blocks(blocks: list[dict[str, Any]]) -> dict[str, Any]:

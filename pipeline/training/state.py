@@ -23,6 +23,10 @@ class TrainingError(PipelineError):
     """Training cannot start."""
 
 
+def _finite(value: float | None) -> float | None:
+    return value if math.isfinite(value or 0) else None
+
+
 class TrainingState:
     """The parameters under training and everything that a killed run needs to continue.
 
@@ -53,7 +57,7 @@ class TrainingState:
         Raises:
             TrainingError: the first validation loss is not finite.
         """
-        row = {name: value if math.isfinite(value or 0) else None for name, value in row.items()}
+        row = {name: value if isinstance(value, list) else _finite(value) for name, value in row.items()}
         if not self.history and row["validation"] is None:
             raise TrainingError(
                 "the loss before training is not finite: the model to train from, or its prefix, is broken. "

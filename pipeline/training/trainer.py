@@ -99,13 +99,15 @@ class Trainer(Generic[Data]):
         failure_limit: how many failed steps in a row end training. A step fails where the loss or a gradient is not
             finite.
         needs_finite_validation: whether a validation loss that is not finite ends training.
-        foreach: the setting of torch's AdamW. False updates one parameter at a time; True would take temporaries as
-            large as all parameters together.
+        keeps_step_losses: whether the history keeps the loss of each step, as "step_losses" of its epoch.
+        foreach: of torch's AdamW. False updates one parameter at a time; True would take temporaries as large as all
+            parameters together.
     """
 
     bar: str | None = None
     failure_limit: int = 3
     needs_finite_validation: bool = False
+    keeps_step_losses: bool = False
     foreach: bool | None = False
 
     def __init__(
@@ -196,7 +198,8 @@ class Trainer(Generic[Data]):
             if self.needs_finite_validation and not math.isfinite(measured["validation"]):
                 failure = f"the validation loss was not finite after epoch {epoch}"
                 break
-            state.end_epoch({"epoch": epoch, "train": train_loss, **measured})
+            steps = {"step_losses": list(state.losses)} if self.keeps_step_losses else {}
+            state.end_epoch({"epoch": epoch, "train": train_loss, **measured} | steps)
             self._save_state()
         state.restore_best_()
         return Outcome(state.history, state.best_epoch, failure)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
-from pipeline.pictures.activations import STATISTICS, measure_activations
+from pipeline.pictures.activations import BIN_EDGES, STATISTICS, count_values, measure_activations
 from tests.conftest import make_model, open_model
 from tests.rotation.test_merging import rotate
 
@@ -37,7 +37,8 @@ def test_statistics_equal_those_of_transformers_own_forward(imported, prefix):
         expected = torch.stack((*maxima[:3], maxima.median(), maxima[-1]))
         assert torch.allclose(activations.statistics[site][1], expected, rtol=1e-4), site
     assert len(STATISTICS) == 5
-    assert set(activations.surfaces) == {"input.0", "output.0", "input.2", "output.2"}
+    names = [f"{name}.{block}" for block in (0, 2) for name in ("input", "mlp_hidden", "output")]
+    assert sorted(activations.surfaces) == sorted(names)
     assert activations.surfaces["input.2"].shape == (20, 48)  # nothing to pool
 
 
@@ -56,3 +57,21 @@ def test_inputs_of_down_proj_are_measured_after_r4(imported, tmp_path):
     rotated = measure_activations(checkpoint, token_ids, runner, prefix_kv=None, threshold=64.0, surface_blocks=[0])
     assert torch.allclose(rotated.statistics["q_proj"], plain.statistics["q_proj"], rtol=1e-3)
     assert not torch.allclose(rotated.statistics["mlp_hidden"], plain.statistics["mlp_hidden"], rtol=1e-2)
+
+
+def test_values_are_counted_by_sign_and_magnitude():
+    x = torch.tensor([[0.0, 1e-4, -1e-4, 1.0001, -1.0001], [1e9, -1e9, 2.0, 1.01, 5e-4]])
+    counts = count_values(x)
+    one = 128 + int(torch.searchsorted(BIN_EDGES, torch.tensor(1.0001, dtype=torch.float64)))
+    assert counts.sum() == x.numel()
+    assert counts[128] == 4  # zero, and magnitudes up to 1e-3
+    assert (counts[0], counts[256]) == (1, 1)
+    assert (counts[one], counts[256 - one]) == (2, 1)
+
+
+@torch.no_grad()
+def test_histograms_hold_every_value_of_the_site(imported):
+    checkpoint, token_ids, activations = measure(imported)
+    assert sorted(activations.histograms) == [0, 2]
+    width = checkpoint.config.intermediate_size
+    assert all(counts.sum() == token_ids.numel() * width for counts in activations.histograms.values())

@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from pipeline.pictures.report import build_page, draw_curves, summarise_run
+from pipeline.pictures.report import Heading, build_page, draw_curves, list_changes, summarise_run
 
 
 def evaluation(perplexity, **more):
@@ -40,10 +40,30 @@ def test_summary_of_a_hand_made_run():
     }
 
 
-def build(evaluations=EVALUATIONS, settings=None, pictures=(), costs=COSTS):
+HEADING = Heading(
+    model="packaged:tiny",
+    date="2026-01-31",
+    revision="abc1234-dirty",
+    versions={"torch": "2.13.0"},
+    device="cpu",
+    size_mib=12.5,
+    original_mib=50.0,
+    corpora={"prose": "data/prose", "news": "news"},
+)
+SAMPLES = {
+    "original": [{"prompt": "Once <b>", "token_ids": [1, 2, 3], "pieces": [" upon", " a", " time"]}],
+    "quantizer_init": [{"prompt": "Once <b>", "token_ids": [1, 4], "pieces": [" upon", " <i>"]}],
+    "finetuning": [{"prompt": "Once <b>", "token_ids": [1, 2], "pieces": [" upon", " a"]}],
+}
+
+
+def build(evaluations=EVALUATIONS, settings=None, pictures=(), costs=COSTS, samples=None, changes=None):
     summary = summarise_run("W4A4KV4 static", "found", evaluations, costs, 12.5)
     return build_page(
         summary,
+        heading=HEADING,
+        samples=SAMPLES if samples is None else samples,
+        changes=changes,
         evaluations=evaluations,
         prefix=PREFIX,
         saturation=SATURATION,
@@ -120,7 +140,8 @@ def test_wide_content_shrinks_breaks_or_scrolls_in_a_box(tmp_path):
     picture = tmp_path / "curve.png"
     assert draw_curves(picture, [{"epoch": 0, "train": 1.0}], x="epoch", columns=("train",), title="a", y_label="b")
     boxes = Boxes(build(settings={"model": {"source": "long/" * 100}}, pictures=[picture]))
-    assert [box for box in boxes.elements if box[0] == "table"] == [("table", "", "table")] * 3
+    tables = [box for box in boxes.elements if box[0] == "table"]
+    assert tables == [("table", name, "table") for name in ("facts", "", "", "")]
     assert {box[0] for box in boxes.elements} >= {"h1", "h2", "p", "pre", "img"}
     assert boxes.viewport == "width=device-width, initial-scale=1"
     rules = read_rules(boxes.style)
@@ -149,3 +170,47 @@ def test_more_corpora_and_tasks_make_the_results_longer_not_wider():
     assert {len(row) for row in rows} == {4}
     assert len(rows) == 1 + 4 * 6 + 12
     assert rows[-1] == ["task11, acc", "0.5", "0.5", "0.5"]
+
+
+def test_heading_names_model_revision_versions_sizes_and_corpora():
+    page = build()
+    for text in ("packaged:tiny", "2026-01-31", "abc1234-dirty", "torch 2.13.0", "12.5 MiB", "50.0 MiB"):
+        assert text in page
+    assert "prose (data/<wbr>prose), news<" in page
+
+
+def test_samples_mark_the_first_token_that_differs_from_the_originals():
+    page = build()
+    assert "<h3>Once &lt;b&gt;</h3>" in page
+    assert '<div class="sample"> upon a time</div>' in page
+    assert '<div class="sample"> upon<mark> &lt;i&gt;</mark></div>' in page
+    assert '<div class="sample"> upon a<mark>(end)</mark></div>' in page
+    assert "Samples" not in build(samples={"original": [], "finetuning": []})
+
+
+def test_changed_settings_come_before_the_folded_list_of_all():
+    page = build(settings={"prefix": {"use": "none"}}, changes={"prefix.use": ("found", "none")})
+    assert "<td>prefix.use</td><td>&quot;found&quot;</td><td>&quot;none&quot;</td>" in page
+    assert page.index("prefix.use") < page.index("<details>") < page.index("use: none")
+    assert "All settings are the defaults" in build(changes={})
+    assert "default" not in re.sub("<style>.*?</style>", "", build(), flags=re.S)  # no defaults to compare with
+
+
+def test_changes_are_found_at_any_depth():
+    settings = {"a": {"b": {"c": 1, "d": [1]}, "e": 2}, "new": 3}
+    defaults = {"a": {"b": {"c": 1, "d": [2]}, "e": None}, "gone": 4}
+    expected = {"a.b.d": ([2], [1]), "a.e": (None, 2), "new": (None, 3), "gone": (4, None)}
+    assert list_changes(settings, defaults) == expected
+
+
+def test_every_section_is_linked_from_the_contents():
+    page = build()
+    links = re.findall(r'<a href="#([a-z-]+)">', page)
+    assert links == re.findall(r'<h2 id="([a-z-]+)">', page)
+    assert links[0] == "results"
+
+
+def test_pictures_have_captions(tmp_path):
+    picture = tmp_path / "token_maxima_inputs.png"
+    assert draw_curves(picture, [{"epoch": 0, "train": 1.0}], x="epoch", columns=("train",), title="a", y_label="b")
+    assert "<figcaption>One line far above the others" in build(pictures=[picture])
