@@ -286,7 +286,7 @@ def test_the_way_of_the_data_is_what_scripts_call_and_stages_write():
         for path, function in re.findall(r"`([\w/]+)\.py:(\w+)`", calls):
             (names,) = re.findall(rf"^from {path.replace('/', '.')} import (\([^)]+\)|.+)$", source, re.MULTILINE)
             assert function in re.findall(r"\w+", names)
-            assert re.search(rf"\b{function}\(|partial\({function}\b", source), function
+            assert re.search(rf"\b{function}\(|partial\(\s*{function}\b", source), function
         outs = STAGES[stage.strip("`")]
         outs = " ".join(list_outs(outs.get("do", outs))).replace("${key}", "*")
         for artifact in re.findall(r"`([^`]+)`", artifacts):
