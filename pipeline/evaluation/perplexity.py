@@ -284,7 +284,7 @@ def run_model(
         parts = list(batches(len(ids), batch_size))
         with probe_saturation(model) as probes:
             model(ids[parts[0]].to(model.device), logits_to_keep=1)
-        for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}"):
+        for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}", "batch"):
             model(ids[rows].to(model.device), logits_to_keep=1)
         hidden[corpus] = torch.cat(batch_hidden)[:, -content.shape[1] :]
         saturation[corpus] = {index: probe.report() for index, probe in enumerate(probes)}

@@ -25,6 +25,7 @@ from pipeline.inference.manifest import GENERATION, ExportError, check_folder
 from pipeline.inference.packed_block import multiply_integers_
 from pipeline.models.architectures import find_architecture
 from pipeline.runtime.errors import reading
+from pipeline.runtime.progress import hide_bars
 
 __all__ = ["Arithmetic", "ExportError", "check_folder", "check_generation_config", "load", "use_integers_"]
 
@@ -56,6 +57,7 @@ def load(
     folder = Path(folder)
     check_folder(folder)
     check_generation_config(folder)
+    hide_bars()
     with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -35,6 +35,7 @@ EXEMPT = (
     "stages/opening.py",
     "stages/launcher.py",
 )
+PACKAGES = ("pipeline", "stages")  # of this project, whose modules stages run
 _DYNAMIC = {"__import__", "import_module", "exec", "eval", "run_path", "run_module", "spec_from_file_location"}
 _TEXT_CALLS = ("Error", "Exception", "Warning")  # classes whose names end like this take messages
 _LOGGERS = {"logger", "logging", "warnings"}
@@ -101,8 +102,8 @@ class CodeReader:
 
     def _resolve(self, module: str, place: str) -> set[str]:
         """Return the files that importing `module` runs. Raises CodeError if it is not in this project."""
-        if not (self.root / module.partition(".")[0]).is_dir():
-            return set()  # another project's package
+        if module.partition(".")[0] not in PACKAGES:
+            return set()  # another project's package, which is beside these where they are installed
         files = self._find_module(module)
         if not files:
             raise CodeError(f"{place}: there is no module {module}")
@@ -113,7 +114,7 @@ class CodeReader:
         parts = module.split(".")
         stem = "/".join(parts)
         files = [path for path in (f"{stem}.py", f"{stem}/__init__.py") if (self.root / path).is_file()]
-        if not files or not (self.root / parts[0] / "__init__.py").is_file():
+        if not files or parts[0] not in PACKAGES:
             return set()
         packages = ["/".join((*parts[:count], "__init__.py")) for count in range(1, len(parts))]
         return {*files, *(path for path in packages if (self.root / path).is_file())}

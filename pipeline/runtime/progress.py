@@ -4,6 +4,7 @@ import ctypes
 import logging
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,21 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.runtime.artifacts import write_json
+from pipeline.runtime.closing import describe_end
 from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.pace import estimate_run, format_duration
+from pipeline.runtime.stage_list import read_stages
 
 if TYPE_CHECKING:
     from pipeline.runtime.params import RuntimeParams  # imports pydantic, which the core does not need
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+LINE_SECONDS = 60.0  # between two lines of progress
+_HIDDEN = "_hidden_by_prefixquant"
 _bars: list[tqdm] = []
+_walks: list["_Walk"] = []  # the outermost first; one for each bar
+_title = ""  # of the running stage
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _STATUS = Path("/proc/self/status")  # Linux
 
@@ -56,8 +64,13 @@ def run_stage(name: str, metrics_path: Path, runtime: "RuntimeParams", seed: int
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     metrics: dict[str, Any] = {}
+    hide_bars()
+    title, left = _describe_place(name)
+    if not is_terminal():
+        logger.info("%s: begins%s", title, left)
     start = time.perf_counter()
-    yield metrics
+    with _showing_lines(f"{title}{left}" if is_terminal() else title):
+        yield metrics
     if not first:
         return
     metrics["seconds"] = round(time.perf_counter() - start, 1)
@@ -66,7 +79,17 @@ def run_stage(name: str, metrics_path: Path, runtime: "RuntimeParams", seed: int
     if torch.cuda.is_initialized():
         metrics["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     write_json(metrics_path, metrics)
-    logger.info("%s: %s", name, ", ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
+    logger.info("%s: %s", title, describe_end(name, metrics))
+
+
+def _describe_place(name: str) -> tuple[str, str]:
+    """Return a stage with its place in the run ("rotation 7/20"), and the time that the stages after it will take."""
+    stages = [stage.name for stage in read_stages(Path())]
+    if name not in stages:
+        return name, ""
+    left = estimate_run(stages, name, Path("metrics"))
+    after = "" if left is None else f", about {format_duration(left)} for the stages after it"
+    return f"{name} {stages.index(name) + 1}/{len(stages)}", after
 
 
 def settle_kernels() -> None:
@@ -100,21 +123,108 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def show_progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Iterate over `items` with a progress bar. Only the first rank shows it, and only on a terminal."""
+def show_progress(items: Iterable[T], total: int, description: str, unit: str = "block") -> Iterator[T]:
+    """Iterate over `items` and show how far it is: as a bar on a terminal, otherwise in the lines of `run_stage`.
+
+    Only the first rank shows it.
+
+    Args:
+        unit: the name of an item, such as "block 11 of 30".
+    """
+    walk = _Walk(description, unit, total)
     disable = None if is_first_rank() else True
-    bar = tqdm(items, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
+    title = f"{_title}: {description}" if _title else description
+    bar = tqdm(items, total=total, desc=title, disable=disable, leave=False, dynamic_ncols=True)
     _bars.append(bar)
+    _walks.append(walk)
     try:
-        yield from bar
+        for item in bar:
+            _show_values(bar, walk)
+            yield item
+            walk.done += 1
     finally:
         _bars.remove(bar)
+        _walks.remove(walk)
 
 
 def note_progress(**values: Any) -> None:
-    """Show values, such as the current loss, at the end of the progress bar that was started last."""
+    """Show values, such as the current loss, with the progress that was started last."""
     if _bars and not _bars[-1].disable:
-        _bars[-1].set_postfix({key: _short(value) for key, value in values.items()}, refresh=False)
+        _walks[-1].values = values
+        _show_values(_bars[-1], _walks[-1])
+
+
+def _show_values(bar: tqdm, walk: "_Walk") -> None:
+    """Show noted values and memory at the end of a bar."""
+    if not bar.disable:
+        words = [f"{key}={_short(value)}" for key, value in walk.values.items()]
+        bar.set_postfix_str(", ".join([*words, f"{current_rss_gib():.2f} GiB"]), refresh=False)
+
+
+class _Walk:
+    """An iteration in progress: how many of its items are done, and since when."""
+
+    def __init__(self, description: str, unit: str, total: int) -> None:
+        self.description, self.unit, self.total = description, unit, total
+        self.done = 0
+        self.start = time.perf_counter()
+        self.values: dict[str, Any] = {}
+
+    def describe(self) -> tuple[str, str]:
+        """Return the place, and the time that is left ("" where no item is done)."""
+        place = f"{self.description}, {self.unit} {min(self.done + 1, self.total)} of {self.total}"
+        if not self.done:
+            return place, ""
+        left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+        return place, f"about {format_duration(left)} left"
+
+
+@contextmanager
+def _showing_lines(title: str) -> Iterator[None]:
+    """Log a line about every minute while the body runs, unless bars are shown on a terminal."""
+    global _title
+    _title = title
+    ended, start = threading.Event(), time.perf_counter()
+
+    def show() -> None:
+        while not ended.wait(LINE_SECONDS):
+            logger.info("%s", describe_progress(title, time.perf_counter() - start))
+
+    thread = threading.Thread(target=show, daemon=True)
+    if is_first_rank() and not is_terminal():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        _title = ""
+        if thread.is_alive():
+            thread.join()
+
+
+def describe_progress(title: str, seconds: float) -> str:
+    """Return a line such as `quantizer_init 9/20: quantizing, block 11 of 30, 1:02, about 1:50 left, 0.77 GiB`."""
+    place, left = _walks[0].describe() if _walks else ("", "")
+    parts = [place, format_duration(seconds), left, f"{current_rss_gib():.2f} GiB"]
+    return f"{title}: {', '.join(filter(None, parts))}"
+
+
+def is_terminal() -> bool:
+    """Return whether progress is shown to a person, and not written to a file."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def hide_bars() -> None:
+    """Show no bars of other packages where there is no terminal. They would fill a log file with fragments."""
+    if is_terminal() or getattr(tqdm, _HIDDEN, False):
+        return
+    start = tqdm.__init__
+
+    def start_hidden(self: tqdm, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **options | {"disable": True})
+
+    tqdm.__init__ = start_hidden  # type: ignore[method-assign]
+    setattr(tqdm, _HIDDEN, True)
 
 
 def peak_rss_gib() -> float | None:

@@ -216,7 +216,7 @@ class Trainer(Generic[Data]):
         losses = self.state.losses
         left = parts[len(losses) :]
         title = f"{self.bar}, epoch {epoch}/{self.schedule.epochs}"
-        for rows in show_progress(left, len(left), title) if self.bar else left:
+        for rows in show_progress(left, len(left), title, "step") if self.bar else left:
             step_index, step_count = (epoch - 1) * len(parts) + len(losses), self.schedule.epochs * len(parts)
             losses.append(self.step(train, order[rows], step_index, step_count))
             note_progress(epoch=epoch, loss=losses[-1], validation=self.state.history[-1]["validation"])

@@ -10,7 +10,7 @@ from pipeline.runtime.code import CodeError, CodeReader, describe_tree
 from tests.conftest import ROOT
 
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py"))
-STAGES = [name for name in STAGES if name not in ("__init__", "code", "sources", "opening", "launcher")]
+STAGES = [name for name in STAGES if name not in ("__init__", "code", "sources", "opening", "launcher", "run")]
 
 
 @pytest.fixture
@@ -176,3 +176,11 @@ def test_the_stage_starts_without_torch_and_forgets_stages_that_are_gone(tmp_pat
     )
     assert done.stdout == "[]\n"
     assert sorted(path.stem for path in (tmp_path / "artifacts/code").iterdir()) == STAGES
+
+
+def test_packages_beside_installed_ones_are_not_this_projects(project):
+    (project / "torch").mkdir()
+    for name in ("__init__", "functional"):
+        (project / f"torch/{name}.py").write_text("import torch._C\n__import__('x')\n")
+    (project / "pipeline/room/numbers.py").write_text("import torch\nfrom torch import functional\n")
+    assert not [path for path in fingerprint(project, "b") if path.startswith("torch")]

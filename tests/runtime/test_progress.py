@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from pipeline.params import load_params
 from pipeline.runtime import progress
+from pipeline.runtime.stage_list import read_stages
 from tests.conftest import ROOT, read_json
 from tests.export.test_folder import TEXT, make_export
 
@@ -51,29 +55,101 @@ ALONE.wait()
 
 @pytest.fixture
 def postfixes(monkeypatch):
+    """Return (bar, text after it) of everything that is shown on a terminal."""
     shown = []
-    monkeypatch.setattr(progress.tqdm, "set_postfix", lambda bar, values, refresh: shown.append((bar.desc, values)))
+    monkeypatch.setattr(progress, "current_rss_gib", lambda: 0.5)
+    monkeypatch.setattr(progress.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append((bar.desc, text)))
     make = progress.tqdm
     monkeypatch.setattr(progress, "tqdm", lambda *args, disable, **options: make(*args, file=io.StringIO(), **options))
     return shown
 
 
-def test_noted_values_go_to_the_bar_that_was_started_last(postfixes):
+def test_noted_values_and_memory_go_to_the_bar_that_was_started_last(postfixes):
     progress.note_progress(loss=1.0)
     for _ in progress.show_progress(range(2), 2, "outer"):
         progress.note_progress(loss=0.123456)
         for _ in progress.show_progress(range(1), 1, "inner"):
             progress.note_progress(loss=2.0, epoch=3)
     progress.note_progress(loss=1.0)
-    assert postfixes == [("outer", {"loss": "0.1235"}), ("inner", {"loss": "2", "epoch": "3"})] * 2
+    inner = [("inner", "0.50 GiB"), ("inner", "loss=2, epoch=3, 0.50 GiB")]
+    noted = ("outer", "loss=0.1235, 0.50 GiB")
+    assert postfixes == [("outer", "0.50 GiB"), noted, *inner, noted, noted, *inner]
 
 
 def test_a_bar_that_is_left_early_gets_no_values(postfixes):
     for _ in progress.show_progress(range(5), 5, "left"):
         break
     progress.note_progress(loss=1.0)
-    assert postfixes == []
+    assert postfixes == [("left", "0.50 GiB")]
     assert list(progress.show_progress(iter("abc"), 3, "whole")) == ["a", "b", "c"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose only entry is the time in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress, "current_rss_gib", lambda: 0.77)
+    return now
+
+
+def test_a_line_says_place_time_time_left_and_memory(clock):
+    assert progress.describe_progress("model 3/20", 5) == "model 3/20: 0:05, 0.77 GiB"
+    for block in progress.show_progress(range(30), 30, "quantizing"):
+        if block == 0:
+            assert progress.describe_progress("a 1/2", 1) == "a 1/2: quantizing, block 1 of 30, 0:01, 0.77 GiB"
+        if block == 10:
+            clock[0] = 50.0
+            line = "a 1/2: quantizing, block 11 of 30, 1:02, about 1:40 left, 0.77 GiB"
+            assert progress.describe_progress("a 1/2", 62) == line
+            for _ in progress.show_progress(range(3), 3, "inner", "step"):
+                assert progress.describe_progress("a 1/2", 62) == line
+
+
+def test_without_a_terminal_there_are_lines_at_both_ends_and_in_between(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
+    monkeypatch.chdir(tmp_path)  # which is no project
+    caplog.set_level("INFO")
+    with progress.run_stage("rotation", tmp_path / "metrics.json", RUNTIME):
+        for _ in progress.show_progress(range(1), 1, "rotating blocks"):
+            time.sleep(0.2)
+    first, *between, last = [record.getMessage() for record in caplog.records]
+    assert first == "rotation: begins"
+    assert between
+    assert all(re.fullmatch(r"rotation: (rotating blocks, block 1 of 1, )?0:00, [\d.]+ GiB", line) for line in between)
+    assert re.fullmatch(r"rotation: done in 0:00, [\d.]+ GiB", last)
+
+
+def test_a_stage_of_a_project_is_shown_with_its_place(monkeypatch, tmp_path, caplog):
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    count = len(read_stages(tmp_path))
+    caplog.set_level("INFO")
+    progress.write_json(tmp_path / "metrics/quantizer_init.json", {"seconds": 412})
+    with progress.run_stage("finetuning", tmp_path / "metrics/finetuning.json", RUNTIME):
+        pass
+    place = [stage.name for stage in read_stages(tmp_path)].index("finetuning") + 1
+    lines = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(rf"finetuning {place}/{count}: begins, about \d+:\d\d for the stages after it", lines[0])
+    assert lines[1].startswith(f"finetuning {place}/{count}: done in 0:00")
+
+
+WITH_BARS = """
+import sys
+from tqdm import tqdm
+from pipeline.runtime.progress import hide_bars, show_progress
+hide_bars()
+for _ in tqdm(range(3), disable=False, desc="another package"):
+    pass
+for _ in show_progress(range(3), 3, "this project"):
+    pass
+"""
+
+
+def test_bars_of_other_packages_leave_no_fragments_in_a_file():
+    done = subprocess.run([sys.executable, "-c", WITH_BARS], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_every_elementwise_function_is_called_on_one_number_before_a_stage_begins(tmp_path, monkeypatch):
