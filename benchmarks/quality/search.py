@@ -9,7 +9,9 @@ just before. `error` is the error of the block's output on the sampled windows, 
 input. `block` is the official method: the block runs for every factor of every site.
 """
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +24,14 @@ from pipeline.params import parse_params
 from pipeline.pictures.tables import format_markdown
 from pipeline.prefix.candidates import load_prefix
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
-from pipeline.quantization.equalization import Equalizer
+from pipeline.quantization.equalization import Equalizer, scale_prefix
 from pipeline.quantization.params import QuantizerInitParams
-from pipeline.quantization.quantizer_init import resolve_settings
-from pipeline.quantization.statistics import choose_windows, record_block
+from pipeline.quantization.quantizer_init import measure_channels, resolve_settings
+from pipeline.quantization.statistics import record_block
 from pipeline.rotation.matrices import compute_rotated_prefix_kv, load_rotation
-from pipeline.runtime.artifacts import write_json
+from pipeline.runtime.artifacts import make_header, write_json
 from pipeline.runtime.errors import run_main
+from pipeline.runtime.ranks import ALONE
 from pipeline.text.windows import load_windows
 
 BLOCKS = (2, 11, 28)
@@ -46,6 +49,17 @@ def main() -> None:
     embeddings = load_prefix(prefixes, "found").embeddings
     prefix_kv = compute_rotated_prefix_kv(rotation, embeddings, runner)
     hidden = rotation.embed(load_windows(train).token_ids)
+    with tempfile.TemporaryDirectory() as folder:
+        channels = measure_channels(
+            rotation,
+            hidden,
+            prefix_kv,
+            params=parse_params(base).quantizer_init,
+            runner=runner,
+            work_folder=Path(folder),
+            header=make_header("quantizer_init", {}),
+            ranks=ALONE,
+        )
     rows: dict[str, Any] = {name: {"cost": [], "error": []} for name in arguments.rows}
     for index in range(max(BLOCKS) + 1):
         if index in BLOCKS:
@@ -54,7 +68,13 @@ def main() -> None:
                 changes["quantizer_init.weights.rounding"] = "rtn"
                 init = parse_params(override(base, changes)).quantizer_init
                 cost, error = measure(
-                    rotation, index, hidden=hidden, prefix_kv=prefix_kv[index], init=init, runner=runner
+                    rotation,
+                    index,
+                    hidden=hidden,
+                    prefix_kv=prefix_kv[index],
+                    channels=channels[index],
+                    init=init,
+                    runner=runner,
                 )
                 row["cost"].append(cost)
                 row["error"].append(error)
@@ -76,6 +96,7 @@ def measure(
     *,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor,
+    channels: dict[str, torch.Tensor],
     init: QuantizerInitParams,
     runner: BlockRunner,
 ) -> tuple[float, float]:
@@ -86,6 +107,7 @@ def measure(
         index: index of the block.
         hidden: inputs of the block, [N, T, D].
         prefix_kv: keys and values of the prefix in this block.
+        channels: measured channels of this block (`measure_channels`).
         init: settings, among them the criterion.
         runner: runs the block.
     """
@@ -95,9 +117,11 @@ def measure(
     forward = time.perf_counter() - start
     settings, site_settings = resolve_settings(init, rotation, index)
     block = fill_block(rotation, index, rotation.load_block_tensors(index), settings)
-    sample = hidden[choose_windows(len(hidden), init.mse_samples)]
     r2 = load_rotation(rotation.folder, "r2")
-    Equalizer(block, rotation.architecture, settings, tuple(init.equalize), r2).equalize_(sample, prefix_kv, runner)
+    equalizer = Equalizer(block, rotation.architecture, settings, r2, tuple(init.equalize))
+    scales = equalizer.choose(channels, runner)
+    equalizer.scale_(scales)
+    prefix_kv = scale_prefix(prefix_kv, scales, r2)
     statistics = record_block(
         block, rotation.architecture, hidden, prefix_kv, runner=runner, mse_samples=init.mse_samples
     )

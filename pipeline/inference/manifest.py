@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.models.checkpoint import CHAT_TEMPLATES
 from pipeline.runtime.errors import PipelineError, reading
 from pipeline.runtime.files import write_json
 
@@ -52,13 +53,14 @@ def check_format(where: object, version: object) -> None:
 
 
 def write_manifest(folder: Path, left_out: frozenset[str] = frozenset()) -> None:
-    """Write the manifest of all files in a folder. It must be the last file that is written.
+    """Write the manifest of all files in a folder and in its folder of chat templates. It is written last.
 
     Args:
         left_out: names of files that may be added or changed later.
     """
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in left_out | {MANIFEST}]
-    files = {path.name: _describe(path) for path in paths}
+    present = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*")]
+    paths = [path for path in sorted(present) if path.is_file() and path.name not in left_out | {MANIFEST}]
+    files = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
     manifest = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "files": files}
     write_json(folder / MANIFEST, manifest | {"fingerprint": fingerprint_files(files)})
 

@@ -146,6 +146,11 @@ class PrefixedModel(PreTrainedModel):
         keeps_cache = passed is not None or (self.config.use_cache if use_cache is None else use_cache)
         whole_mask = None
         if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor):
+                raise ValueError(
+                    f"attention_mask is a {type(attention_mask).__name__}. Pass a tensor [batch, {past + length}]: the "
+                    "masks of single layers are made here, because they depend on the prefix."
+                )
             if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
                 raise ValueError(
                     f"attention_mask has shape {list(attention_mask.shape)}. Pass [batch, {past + length}], a 1 for "
@@ -156,6 +161,11 @@ class PrefixedModel(PreTrainedModel):
         if position_ids is not None and length > 1:
             new_mask = None if attention_mask is None else attention_mask[:, -length:]
             texts = _number_texts(position_ids.expand(shape), new_mask, keeps_cache)
+        if texts is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
+            raise ValueError(
+                "cu_seq_lens_q marks several texts in a row, and position_ids do not restart with them. Pass "
+                "position_ids that begin at 0 in each text, use_cache=False and no attention_mask."
+            )
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
         if past == 0 and input_ids is not None:

@@ -8,6 +8,9 @@
 
 A row may hold more that a template reads: the fields `tools`, `documents` and `chat_template_kwargs`, as values or as
 JSON text. They are arguments of `apply_chat_template`.
+
+Templates that print today's date (`strftime_now`, as in Llama 3.2) get `TEMPLATE_DATE` instead, so that the same rows
+give the same text on every day. A row's own `date_string` in `chat_template_kwargs` still counts.
 """
 
 import ast
@@ -15,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +44,9 @@ _SURELY_MESSAGES = re.compile(
 # A text that begins like this may be anything written as JSON: it is a list of messages if it reads as one.
 _MAYBE_MESSAGES = re.compile(r"""\s*(\[\s*\{|\{\s*["'](messages|conversations)["']\s*:)""")
 _REASONING = {"reasoning", "reasoning_content", "thinking"}  # transformers passes each of them under all names
+
+TEMPLATE_DATE = datetime(2024, 7, 26)  # the date that Llama's own templates print without a clock
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
 
 
 class RowError(PipelineError):
@@ -178,7 +185,16 @@ def show_value(value: object) -> str:
 def _apply_template(messages: list[dict[str, Any]], inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     named = {name: value for name, value in inputs.items() if name != "chat_template_kwargs"}
     more = inputs.get("chat_template_kwargs", {})
+    if tokenizer.chat_template is not None and "chat_template" not in more:
+        template = tokenizer.get_chat_template(tools=named.get("tools"))
+        if "strftime_now" in template:
+            more = more | {"chat_template": _fix_date(template)}
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **named, **more))
+
+
+def _fix_date(template: str) -> str:
+    """Return a template that prints `TEMPLATE_DATE`: strftime_now("%Y") -> "2024". Other formats stay as they are."""
+    return _CLOCK.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["format"])), template)
 
 
 def _is_message(value: object) -> bool:

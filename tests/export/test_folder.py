@@ -19,7 +19,7 @@ from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.export.folder import export_model, parse_size, write_shards
 from pipeline.inference.loading import check_folder, load, use_integers_
-from pipeline.inference.manifest import fingerprint_files
+from pipeline.inference.manifest import fingerprint_files, read_manifest
 from pipeline.inference.packed_block import PackedLinear
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.inference.transformers_quantizer import ExportError
@@ -321,6 +321,10 @@ def test_chat_templates_in_their_folder_reach_the_export(imported, tmp_path, sta
     _, loaded = load(folder)
     assert loaded.chat_template == tokenizer.chat_template
     assert find_added_token(loaded) == start_token
+    name = "additional_chat_templates/tool_use.jinja"
+    assert read_manifest(folder)[name]["bytes"] == (folder / name).stat().st_size
+    (folder / name).write_text("{{ tools | length }}")  # templates belong to the user
+    check_folder(folder)
 
 
 def test_sizes_are_parsed():

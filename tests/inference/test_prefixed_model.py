@@ -225,6 +225,8 @@ def test_what_would_lose_the_prefix_is_refused(imported):
         model(token_ids, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 6, 6\]"):
         model(token_ids, attention_mask=torch.ones(1, 1, 6, 6))
+    with pytest.raises(ValueError, match=r"attention_mask is a dict. Pass a tensor \[batch, 6\]"):
+        model(token_ids, attention_mask={"full_attention": None})
     with pytest.raises(ValueError, match="cache_implementation='static' holds no prefix"):
         model.generate(token_ids, cache_implementation="static")
 
@@ -355,6 +357,16 @@ def test_other_forms_of_packed_texts_are_refused(imported):
             ValueError, match=r"position_ids restart within a row.*use_cache=False and no attention_mask"
         ):
             model(token_ids, **options)
+    ends = torch.tensor([0, 2, 4], dtype=torch.int32)  # kernels of transformers alone would heed it
+    for options in ({}, {"use_cache": False}, {"position_ids": torch.arange(4)[None], "use_cache": False}):
+        with pytest.raises(
+            ValueError, match=r"cu_seq_lens_q marks several texts.*position_ids that begin at 0 in each"
+        ):
+            model(token_ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends, **options)
+    both = model(token_ids, position_ids=restarting, use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
+    assert torch.equal(both, model(token_ids, position_ids=restarting, use_cache=False).logits)
+    one = {name: torch.tensor([0, 4], dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    assert torch.equal(model(token_ids, **one).logits, model(token_ids).logits)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' takes no mask that keeps packed texts apart"):
         model(token_ids, position_ids=restarting, use_cache=False)

@@ -235,3 +235,25 @@ def test_a_template_that_fails_is_one_line(tmp_path):
     row = {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]}
     with pytest.raises(WindowsError, match=r"x: the chat template refuses conversation 1 \(.*content"):
         render_row(row, tmp_path, STRINGS_ONLY)
+
+
+LLAMA_DATE = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "Today: {{ date_string }} {{ messages[0].content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "expected"),
+    [
+        (LLAMA_DATE, {}, "Today: 26 Jul 2024 Hi"),
+        (LLAMA_DATE, {"chat_template_kwargs": {"date_string": "1 May 1999"}}, "Today: 1 May 1999 Hi"),
+        ("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}", {}, "2024-07-26 Hi"),
+        ("{{ strftime_now('%A %H:%M') }} {{ messages[0].content }}", {}, "Friday 00:00 Hi"),
+    ],
+)
+def test_the_text_of_a_template_does_not_depend_on_the_day(template, more, expected, tmp_path):
+    row = {"messages": [{"role": "user", "content": "Hi"}]} | more
+    assert render_row(row, tmp_path, template) == expected
