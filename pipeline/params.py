@@ -118,14 +118,14 @@ def check_against_model(
         for index in indices or ():
             if index >= blocks:
                 problems.append(f"{key}={index}: the model has blocks 0 to {blocks - 1}; remove it")
-    problems += text.find_misfits(params.calibration, max_positions, _longest_prefix(params))
+    problems += text.find_misfits(params.calibration, max_positions, count_prefix_positions(params))
     problems += export.find_misfits(params.export.formats, sliding_window)
     if problems:
         raise ParamsError(list_problems("params", problems))
 
 
-def _longest_prefix(params: Params) -> int:
-    """How many positions the prefix takes at most, as far as params tell."""
+def count_prefix_positions(params: Params) -> int:
+    """Return how many positions the prefix takes at most, as far as params tell."""
     lengths = [0]
     if params.prefix.use != "none":
         lengths.append(params.prefix.length or _UNKNOWN_PREFIX)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.inspection.start_decision import decide_start_token
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.params import count_prefix_positions
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.runtime.params import ParamsError, list_problems
 from pipeline.text.calibration import (
@@ -23,7 +24,8 @@ from pipeline.text.calibration import (
     load_tokenizer,
 )
 from pipeline.text.corpora import SPLITS, read_documents
-from pipeline.text.params import find_misfits
+from pipeline.text.lengths import choose_length, count_windows, find_short_windows
+from pipeline.text.params import SplitParams, find_misfits
 from pipeline.text.windows import save_windows
 from stages.opening import Run, open_stage
 
@@ -37,49 +39,59 @@ CALIBRATION = Path("artifacts/calibration")
 def main(run: Run) -> None:
     calibration = run.params.calibration
     tokenizer, tokenizer_id = load_tokenizer(MODEL)
+    checkpoint = Checkpoint(MODEL, "model")
+    max_positions, window = find_max_positions(checkpoint.config), checkpoint.widest_window
+    room = max_positions - count_prefix_positions(run.params) - 1
+    splits = calibration.splits()
+    lengths = {name: choose_length(name, split, window=window, room=room) for name, split in splits.items()}
+    for problem in find_short_windows(calibration, window):
+        logger.warning(problem)
     cuts = {
         name: cut_calibration_windows(
             name,
             corpora=split.corpora,
-            windows=split.windows,
-            length=split.length,
+            windows=count_windows(name, split, split.windows, lengths[name]),
+            length=lengths[name],
             seed=calibration.seed,
             data=DATA,
             tokenizer=tokenizer,
             tokenizer_id=tokenizer_id,
         )
-        for name, split in calibration.splits().items()
-        if name != "evaluation"
+        for name, split in splits.items()
+        if isinstance(split, SplitParams)
     }
     if "end_to_end" in cuts and (
         overlapping := count_overlapping_windows(cuts["end_to_end"].token_ids, cuts["train"].token_ids)
     ):
         logger.warning("%d windows of calibration.end_to_end share text with calibration.train", overlapping)
     cuts.setdefault("end_to_end", cuts["train"])
-    held_out = calibration.evaluation
+    held_out, length = calibration.evaluation, lengths["evaluation"]
+    windows = held_out.windows and count_windows("evaluation", held_out, held_out.windows, length)
     for corpus in held_out.corpora:
         cuts[f"evaluation/{corpus}"] = cut_evaluation_windows(
             corpus,
-            windows=held_out.windows,
-            length=held_out.length,
+            windows=windows,
+            length=length,
             data=DATA,
             tokenizer=tokenizer,
             tokenizer_id=tokenizer_id,
         )
-    checkpoint = Checkpoint(MODEL, "model")
     for name, cut in cuts.items():
         check_token_ids(cut.token_ids, checkpoint.config.vocab_size, tokenizer, f"calibration.{name}")
     token_ids = cuts["train"].token_ids
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
     logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)
     if decision.token is not None:
-        problems = find_misfits(calibration, find_max_positions(checkpoint.config), tokens_before=1)
+        problems = find_misfits(calibration, max_positions, tokens_before=1)
         if problems:
             raise ParamsError(list_problems("params", problems))
     with replacing_folder(CALIBRATION) as partial:
         for name, cut in cuts.items():
             save_windows(partial / f"{name}.safetensors", cut.with_start_token(decision.token))
             run.metrics[f"{name.replace('/', '_')}_tokens"] = cut.token_ids.numel()
+    run.metrics["lengths"] = lengths
+    if window is not None:
+        run.metrics["sliding_window"] = window
     run.metrics["start_token"] = decision.summary()
     used = {corpus for split in calibration.splits().values() for corpus in split.corpora}
     files = (DATA / corpus / f"{split}.jsonl" for corpus in sorted(used) for split in SPLITS)

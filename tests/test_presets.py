@@ -100,7 +100,7 @@ def test_a_mapping_of_settings_is_merged_and_one_of_names_is_replaced():
     )
     merged = yaml.safe_load(merge_preset(base, preset))
     assert merged["corpora"] == {"mine": {"source": "~/text.jsonl"}, "wikipedia": {"source": "packaged:wikipedia"}}
-    assert merged["calibration"]["train"] == {"corpora": {"mine": 3, "wikipedia": 2}, "windows": 5, "length": 512}
+    assert merged["calibration"]["train"] == {"corpora": {"mine": 3, "wikipedia": 2}, "windows": 5, "length": "auto"}
     assert merged["calibration"]["end_to_end"] is None
     assert merged["quantizer_init"]["overrides"] == [{"sites": ["down_proj"], "bits": 8}]
     assert "windows: 5  # a comment at the end of the line" in merge_preset(base, preset)

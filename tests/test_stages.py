@@ -25,7 +25,7 @@ from pipeline.runtime.unfinished import describe_code
 from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
 from pipeline.training.streamed import TrainedBlocks
-from tests.conftest import ROOT, read_json, write_params
+from tests.conftest import ROOT, WINDOW, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
 BEFORE_QUANTIZER = ("model", "corpora prose", "calibration", "rotation", "prefix_search", "prefix_training")
@@ -48,6 +48,7 @@ ALL = (
 
 
 COMPUTED = tuple(stage for stage in ALL if stage.split()[0] not in ("activation_plots", "report"))
+SHORT_LENGTHS = {"search": 8, "train": 16, "end_to_end": 16, "validation": 16, "evaluation": 48}
 EVALUATED = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 
 
@@ -233,6 +234,40 @@ def test_auto_is_measured_and_said(project, monkeypatch, caplog):
     cut = load_windows(project / "artifacts/calibration/train.safetensors")
     assert cut.text_start_token_id == decision["id"]
     assert cut.token_ids.shape == (3, 32)
+
+
+def test_auto_lengths_go_beyond_a_sliding_window_and_are_reported(project, model_folders, monkeypatch, caplog):
+    change(project, "model.source", str(model_folders["gemma3_text"]))
+    for split in ("search", "train", "end_to_end", "validation", "evaluation"):
+        change(project, f"calibration.{split}.length", "auto")
+    change(project, "calibration.validation.length", WINDOW)
+    monkeypatch.setattr("pipeline.text.lengths.DEFAULT_LENGTHS", SHORT_LENGTHS)
+    run("model", "corpora prose", "calibration", monkeypatch=monkeypatch)
+    metrics = read_json(project / "metrics/calibration.json")
+    lengths = {"search": 36, "train": 44, "end_to_end": 44, "validation": WINDOW, "evaluation": 56}
+    assert (metrics["sliding_window"], metrics["lengths"]) == (WINDOW, lengths)
+    for split in ("search", "train", "end_to_end", "validation"):
+        cut = load_windows(project / f"artifacts/calibration/{split}.safetensors")
+        # Three windows of 16 tokens, or two that are longer; one validation window.
+        assert cut.token_ids.shape == (1 if split == "validation" else 2, lengths[split])
+    assert (
+        f"calibration.validation.length={WINDOW}: in layers with sliding_window={WINDOW}, these windows" in caplog.text
+    )
+
+
+def test_prefix_that_changes_the_unquantized_model_stops_the_stage(project, monkeypatch):
+    change(project, "prefix_search.outlier_threshold", 2.0)
+    run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
+    before = contents(project / "artifacts")
+    harm = read_json(project / "metrics/prefix_training.json")["full_precision_kl"]["found"]
+    assert harm > 0.1  # random models attend everywhere
+    change(project, "prefix_training.max_kl", 0.1)
+    message = fails("prefix_training", monkeypatch)
+    assert message.startswith("error: prefix_training.max_kl=0.1: the found prefix changes the unquantized model by ")
+    assert contents(project / "artifacts") == before
+    change(project, "prefix_training.max_kl", 2 * harm)
+    run("prefix_training", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts") == before  # the bound changes no artifact
 
 
 @pytest.mark.parametrize("use", ["none", "found"])

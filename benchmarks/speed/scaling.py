@@ -265,6 +265,7 @@ class Shape:
 
     dtype = torch.bfloat16
     folder = Path("no files")
+    widest_window: int | None = None
 
     def __init__(self, shapes: dict[str, Any], quantized: bool) -> None:
         self.config = LlamaConfig(**shapes, tie_word_embeddings=False, dtype="bfloat16")

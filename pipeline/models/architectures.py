@@ -212,6 +212,12 @@ def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | Non
     return min((window for window in windows if window is not None), default=None)
 
 
+def find_widest_window(config: Any, blocks: Iterable[nn.Module]) -> int | None:
+    """Return the largest sliding window of a model's decoder layers; None: no layer slides."""
+    windows = (find_sliding_window(config, block) for block in blocks)
+    return max((window for window in windows if window is not None), default=None)
+
+
 def check_attention_arguments(arguments: Mapping[str, object]) -> None:
     """Check the keyword arguments of an attention function that does not compute all that transformers may pass.
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.architectures import Architecture, find_architecture, find_logit_cap
+from pipeline.models.architectures import Architecture, find_architecture, find_logit_cap, find_widest_window
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
@@ -107,6 +107,11 @@ class Checkpoint:
     @functools.cached_property
     def _skeleton(self) -> Any:  # transformers' modules have no types for their parts
         return build_skeleton(self.config)
+
+    @functools.cached_property
+    def widest_window(self) -> int | None:
+        """The largest sliding window of its layers in positions; None: no layer slides."""
+        return find_widest_window(self.config, self._skeleton.model.layers)
 
     def build_block(self, index: int) -> nn.Module:
         """Build decoder layer `index` of the model's own class, in eval mode, with parameters on the meta device.

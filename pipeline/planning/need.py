@@ -8,7 +8,7 @@ and a batch on its way through a block. `python -m benchmarks.speed.stages` and 
 compare plans with measured peaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.planning.constants import CUDA_ON_HOST, KERNELS
 from pipeline.runtime.memory import GIB, gpu_limit, memory_limit
@@ -44,6 +44,18 @@ class Need:
     def disk(self) -> float:
         """Return the bytes of all files that the run writes."""
         return self.artifact + self.work_files
+
+    def or_larger(self, other: "Need") -> "Need":
+        """Return this need with memory, GPU memory and hidden states of the larger of both.
+
+        For two phases of one stage.
+        """
+        return replace(
+            self,
+            memory=max(self.memory, other.memory),
+            gpu=max(self.gpu, other.gpu),
+            hidden_states=max(self.hidden_states, other.hidden_states),
+        )
 
     def describe(self) -> str:
         """Return the text that `--plan` prints."""

@@ -1,9 +1,8 @@
 """Memory of `prefix_search`."""
 
-from dataclasses import replace
-
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.constants import KL_LOGITS, SIMULATED_BATCHES_ON_GPU
+from pipeline.planning.harm import plan_harm
 from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.walk import plan_walk
@@ -14,10 +13,10 @@ from pipeline.training.divergence import LOGIT_POSITIONS
 
 
 def plan_prefix_search(checkpoint: Checkpoint, workload: Workload, params: PrefixSearchParams) -> Need:
-    """Plan the search of a prefix: the larger of two walks. It writes no large file.
+    """Plan the search of a prefix: the largest of three walks. It writes no large file.
 
     The first walk looks for outliers. With `choose: benefit`, a second one takes hidden states of the original and of
-    every candidate along.
+    every candidate along, and a third one does so in full precision, on windows beyond any sliding window.
 
     Args:
         checkpoint: the original model.
@@ -36,9 +35,5 @@ def plan_prefix_search(checkpoint: Checkpoint, workload: Workload, params: Prefi
         hidden_states=(1 + MOST_CANDIDATES) * sizes.hidden_states(MOST_WINDOWS * workload.length),
         through_host=sizes.tables_through_host,
     )
-    return replace(
-        search,
-        memory=max(search.memory, comparison.memory),
-        gpu=max(search.gpu, comparison.gpu),
-        hidden_states=max(search.hidden_states, comparison.hidden_states),
-    )
+    harm = plan_harm(checkpoint, workload, MOST_CANDIDATES)
+    return search.or_larger(comparison).or_larger(harm)

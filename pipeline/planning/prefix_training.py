@@ -4,14 +4,15 @@ from dataclasses import replace
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.constants import FROZEN_GRAPH, FROZEN_KEPT_GRAPHS, KL_LOGITS, MODEL_COPIES
+from pipeline.planning.harm import plan_harm
 from pipeline.planning.need import Need, fits, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
 from pipeline.prefix.params import PrefixTrainingParams
-from pipeline.runtime.memory import GIB
 from pipeline.runtime.params import RuntimeParams
-from pipeline.runtime.progress import current_rss_gib
 from pipeline.training.divergence import LOGIT_POSITIONS
+
+_CANDIDATES = 3  # found, trained, discretised
 
 
 def plan_prefix_training(
@@ -23,12 +24,15 @@ def plan_prefix_training(
     2. The whole model and hidden states between blocks. Blocks run again for the backward pass.
     3. One block and hidden states between blocks, which may be in files.
 
+    Training or not, the gate then compares every candidate with the original, on at most 2048 tokens or one window.
+
     Args:
         checkpoint: the original model.
         workload: training and validation windows together.
     """
+    gate = plan_harm(checkpoint, workload, _CANDIDATES if params.enabled else 1)
     if not params.enabled:
-        return Need(memory=current_rss_gib() * GIB)
+        return gate
     sizes, on_gpu = Sizes.of(checkpoint), workload.on_gpu
     batch = params.batch_size * (workload.length + (params.length or 0))
     with_kl = bool(params.weights.kl)
@@ -39,7 +43,7 @@ def plan_prefix_training(
     graph = FROZEN_GRAPH * sizes.graph(batch)
 
     def plan(compute: float, next_block: int = 0, work_files: float = 0.0) -> Need:
-        return make_need(
+        training = make_need(
             on_gpu=on_gpu,
             compute=compute,
             next_block=next_block,
@@ -47,6 +51,7 @@ def plan_prefix_training(
             through_host=sizes.tables_through_host,
             work_files=work_files,
         )
+        return training.or_larger(gate)
 
     need = plan(model + heads + FROZEN_KEPT_GRAPHS * sizes.kept_graphs(batch))
     if fits(need, runtime, on_gpu):

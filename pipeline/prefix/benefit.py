@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
+from pipeline.prefix.harm import MAX_KL, Harm, Reader, choose_harm_windows, measure_harm
 from pipeline.prefix.simulation import SimulatedQuantizers
 from pipeline.prefix.sites import hook_sites_
 from pipeline.runtime.errors import PipelineError
@@ -93,7 +94,7 @@ def simulate_costs(
         start_after_candidate = find_text_start_token(text_start_token_id, token_ids)
         streams.append(
             _Stream(
-                prefix=checkpoint.embed(torch.tensor([token_ids], dtype=torch.int64)).to(runner.device),
+                prefix=checkpoint.embed(_make_ids(token_ids).unsqueeze(0)).to(runner.device),
                 calibration=checkpoint.embed(prepend_start_token(calibration, start_after_candidate)),
                 scored=checkpoint.embed(prepend_start_token(scored, start_after_candidate)),
             )
@@ -133,40 +134,55 @@ class Choice:
     Attributes:
         token_ids: the candidate.
         table: a row per candidate: "token_ids", "kl" in nats per token (None if the model diverges), "kl_above_best"
-            with its "standard_error" over paired windows, and "chosen".
+            with its "standard_error" over paired windows, its harm in full precision ("full_precision_kl", and with
+            sliding layers "full_precision_kl_after_leaving"), "refused" if that is above `MAX_KL`, and "chosen".
     """
 
     token_ids: list[int]
     table: list[dict[str, Any]]
 
 
-def choose_candidate(candidates: list[list[int]], costs: torch.Tensor) -> Choice:
+def choose_candidate(candidates: list[list[int]], costs: torch.Tensor, harms: list[Harm]) -> Choice:
     """Choose the shortest candidate within one standard error of the best; among equally short ones, the first.
+
+    Candidates that harm the unquantized model are refused.
 
     Args:
         candidates: C lists of token ids.
         costs: [C, M] from `simulate_costs`.
+        harms: C of them, from `measure_harm`.
 
     Raises:
-        PrefixSearchError: the model diverges after all candidates.
+        PrefixSearchError: the model diverges after all candidates that are not refused.
     """
     means = costs.mean(1)
-    best = int(means.argmin())
-    if not torch.isfinite(means[best]):
+    refused = [not harm.worst <= MAX_KL for harm in harms]
+    best = int(means.masked_fill(torch.tensor(refused), torch.inf).argmin())
+    if refused[best] or not torch.isfinite(means[best]):
         raise PrefixSearchError(
-            "prefix_search.choose=benefit: with simulated quantizers the model diverges after every candidate. "
+            "prefix_search.choose=benefit: with simulated quantizers the model diverges after every candidate"
+            f"{' that does not harm the unquantized model' if any(refused) else ''}. "
             "Set prefix_search.choose: threshold."
         )
     table: list[dict[str, Any]] = []
-    for token_ids, mean, window_costs in zip(candidates, means.tolist(), costs, strict=True):
+    rows = zip(candidates, means.tolist(), costs, harms, refused, strict=True)
+    for token_ids, mean, window_costs, harm, harmful in rows:
         above = window_costs - costs[best]
         finite = math.isfinite(mean)
         error = above.std().item() / math.sqrt(len(above)) if finite and len(above) > 1 else 0.0
         row = {"kl": mean, "kl_above_best": above.mean().item(), "standard_error": error} if finite else {"kl": None}
-        table.append({"token_ids": token_ids} | row)
-    near_best = [row for row in table if row["kl"] is not None and row["kl_above_best"] <= row["standard_error"]]
+        table.append({"token_ids": token_ids} | row | harm.row() | {"refused": harmful})
+    near_best = [
+        row
+        for row in table
+        if row["kl"] is not None and not row["refused"] and row["kl_above_best"] <= row["standard_error"]
+    ]
     chosen = min(near_best, key=lambda row: len(row["token_ids"]))
     return Choice(chosen["token_ids"], [row | {"chosen": row is chosen} for row in table])
+
+
+def _make_ids(token_ids: list[int]) -> torch.Tensor:
+    return torch.tensor(token_ids, dtype=torch.int64)  # an empty list would become float32
 
 
 def list_candidates(ranked_token_ids: list[int], start_token_id: int | None) -> list[list[int]]:
@@ -210,11 +226,21 @@ def choose_by_benefit(
         ranks=ranks,
         text_start_token_id=text_start_token_id,
     )
-    choice = choose_candidate(candidates, costs)
-    for row in choice.table:
+    harms = measure_harm(
+        checkpoint,
+        [Reader(checkpoint.embed(ids), ids) for ids in map(_make_ids, candidates)],
+        choose_harm_windows(checkpoint, (scored, token_ids), max(map(len, candidates))),
+        runner=runner,
+        ranks=ranks,
+        text_start_token_id=text_start_token_id,
+    )
+    choice = choose_candidate(candidates, costs, harms)
+    for row, harm in zip(choice.table, harms, strict=True):
         logger.info(
-            "prefix %s: %s nats per token",
+            "prefix %s: %s nats per token, in full precision %.4f%s",
             [checkpoint.tokenizer.decode([token]) for token in row["token_ids"]],
             "diverges" if row["kl"] is None else f"{row['kl']:.4f} (+{row['kl_above_best']:.4f})",
+            harm.worst,
+            f" (refused: above {MAX_KL:g})" if row["refused"] else "",
         )
     return choice

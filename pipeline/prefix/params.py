@@ -40,6 +40,7 @@ class PrefixTrainingParams(Group):
     clip_grad: Annotated[Number, Field(gt=0)]
     early_stop: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)]
+    max_kl: Annotated[Number, Field(gt=0)] | None
 
 
 class PrefixParams(Group):

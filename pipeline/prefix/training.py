@@ -16,6 +16,7 @@ streamed, forwards and backwards (`training/streamed.py`).
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.candidates import resize_rows
 from pipeline.prefix.frozen_model import FrozenModel
+from pipeline.prefix.harm import Harm, Reader, choose_harm_windows, measure_harm
 from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.search import measure_outliers
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json, write_rows
@@ -43,6 +45,10 @@ _STATE = "state.safetensors"
 
 class PrefixTrainingError(PipelineError):
     """A prefix cannot be trained."""
+
+
+class PrefixGateError(PipelineError):
+    """A prefix changes the unquantized model more than `prefix_training.max_kl` allows."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Candidates:
     def summary(self) -> dict[str, Any]:
         """Return the stage's metrics."""
         if self.trained is None:
-            return {"enabled": False, "prefix_tokens": len(self.tensors["found.token_ids"])}
+            tokens = len(self.tensors["found.token_ids"])
+            return {"enabled": False, "prefix_tokens": tokens, "full_precision_kl": self._list_harm()}
         history, best = self.trained.history, self.trained.best_epoch
         worst = {
             name: {
@@ -89,10 +96,14 @@ class Candidates:
             "prefix_tokens": len(self.trained.embeddings),
             "best_epoch": best,
             "validation_loss": {"before": history[0]["validation"], "after": history[best]["validation"]},
-            "discrete_token_ids": self.tensors["discretised.token_ids"].tolist(),
+            "discrete_token_ids": [token["id"] for token in self.report["nearest_tokens"]],
             "top1_median_ratio": {name: values["top1_median_ratio"] for name, values in worst.items()},
             "outlier_tokens_per_window": {name: values["outlier_tokens_per_window"] for name, values in worst.items()},
+            "full_precision_kl": self._list_harm(),
         }
+
+    def _list_harm(self) -> dict[str, float | None]:
+        return {name: row["full_precision_kl"] for name, row in self.report.get("gate", {}).items()}
 
 
 def make_candidates(
@@ -186,6 +197,82 @@ def make_candidates(
         "outliers": outliers,
     }
     return Candidates(tensors, trained, report)
+
+
+def check_candidates(
+    checkpoint: Checkpoint,
+    candidates: Candidates,
+    *,
+    texts: Sequence[torch.Tensor],
+    max_kl: float | None,
+    place: Place,
+    text_start_token_id: int | None = None,
+) -> Candidates:
+    """Compare the unquantized model with each candidate and without a prefix; return the candidates that pass.
+
+    A discretised prefix that does not pass is left out, because it is only a by-product of the trained one.
+
+    Args:
+        checkpoint: the original model.
+        texts: windows [N, T] of content. The first ones that are longer than any sliding window, when joined, are read,
+            and otherwise the longest.
+        max_kl: highest divergence in nats per token; None: only measure.
+        text_start_token_id: the start token before every text, or None.
+
+    Raises:
+        PrefixGateError: the found or the trained prefix does not pass.
+    """
+    tensors = candidates.tensors
+    names = [name for name in ("found", "trained", "discretised") if len(tensors.get(f"{name}.embeddings", ()))]
+    if not names:
+        return candidates
+    readers = []
+    for name in names:
+        embeddings = tensors[f"{name}.embeddings"]
+        no_tokens = torch.zeros(0, dtype=torch.int64)
+        token_ids = tensors.get(f"{name}.token_ids", tensors.get(f"{name}.initial_token_ids", no_tokens))
+        readers.append(Reader(embeddings, token_ids))
+    windows = choose_harm_windows(checkpoint, texts, max(len(reader.embeddings) for reader in readers))
+    if windows.shape[1] <= (checkpoint.widest_window or 0):
+        logger.warning(
+            "prefix_training: the text of calibration.train and calibration.validation is not longer than "
+            "sliding_window=%d, so the gate does not read where the prefix has left",
+            checkpoint.widest_window,
+        )
+    harms = measure_harm(
+        checkpoint,
+        readers,
+        windows,
+        runner=place.runner,
+        ranks=place.ranks,
+        text_start_token_id=text_start_token_id,
+    )
+    dropped = None
+    for name, harm in zip(names, harms, strict=True):
+        if max_kl is not None and not harm.worst <= max_kl:
+            message = _describe_harm(name, harm, max_kl, windows)
+            if name != "discretised":
+                raise PrefixGateError(message)
+            logger.warning("%s It is left out.", message)
+            dropped = f"{name}."
+    report = candidates.report | {"gate": {name: harm.row() for name, harm in zip(names, harms, strict=True)}}
+    passed = {name: tensor for name, tensor in tensors.items() if dropped is None or not name.startswith(dropped)}
+    return Candidates(passed, candidates.trained, report)
+
+
+def _describe_harm(name: str, harm: Harm, max_kl: float, windows: torch.Tensor) -> str:
+    after = ""
+    if harm.after_leaving is not None:
+        after = f", {harm.after_leaving:.3g} where it has left the sliding window"
+    remedies = {
+        "found": "Set prefix_search.choose: benefit, which never chooses such a prefix, or raise the bound",
+        "trained": "Raise prefix_training.weights.kl, lower prefix_training.learning_rate, or raise the bound",
+        "discretised": "Use the trained prefix instead",
+    }
+    return (
+        f"prefix_training.max_kl={max_kl:g}: the {name} prefix changes the unquantized model by {harm.mean:.3g} nats "
+        f"per token{after} (KL divergence on {len(windows)} windows of {windows.shape[1]} tokens). {remedies[name]}."
+    )
 
 
 def write_candidates(folder: Path, candidates: Candidates, header: Header) -> None:

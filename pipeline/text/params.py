@@ -20,19 +20,25 @@ _EqualParts = Annotated[list[str], Field(min_length=1)]
 _Proportions = Annotated[dict[str, Annotated[float, Field(gt=0, le=LARGEST)]], Field(min_length=1)]  # in any unit
 
 
+_Length = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[int, Field(ge=8), Tag("tokens")],
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "tokens"),
+]
+
+
 class SplitParams(Group):
     corpora: Annotated[
         Annotated[_EqualParts, Tag("parts")] | Annotated[_Proportions, Tag("proportions")],
         Discriminator(lambda value: "proportions" if isinstance(value, dict) else "parts"),
     ]
     windows: Annotated[int, Field(ge=1)]
-    length: Annotated[int, Field(ge=8)]
+    length: _Length
 
 
 class EvaluationSplitParams(Group):
     corpora: Annotated[list[str], Field(min_length=1)]
     windows: Annotated[int, Field(ge=1)] | None
-    length: Annotated[int, Field(ge=8)]
+    length: _Length
 
 
 class CalibrationParams(Group):
@@ -94,12 +100,15 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
 
 
 def find_misfits(calibration: CalibrationParams, max_positions: int, tokens_before: int) -> list[str]:
-    """Return a line for each split whose windows are too long for the model after `tokens_before` other tokens."""
+    """Return a line for each split whose windows are too long for the model after `tokens_before` other tokens.
+
+    `auto` is never too long (`lengths.py`).
+    """
     allowed = max_positions - tokens_before
     return [
         f"calibration.{name}.length={split.length} exceeds the {max_positions} positions of this model "
         f"(max_position_embeddings, or the length where its RoPE changes) less {tokens_before} for prefix and start "
         f"token. Use at most {allowed}"
         for name, split in calibration.splits().items()
-        if split.length > allowed
+        if split.length != "auto" and split.length > allowed
     ]

@@ -33,7 +33,6 @@ RESIDENT = 0.8  # GiB that a process has before it works, as in the measured run
 @pytest.fixture(autouse=True)
 def resident(monkeypatch):
     monkeypatch.setattr(need_module, "current_rss_gib", lambda: RESIDENT)
-    monkeypatch.setattr(prefix_training_plan, "current_rss_gib", lambda: RESIDENT)
 
 
 def make_shape(name, quantized=False, dtype=torch.bfloat16, **changes):
@@ -188,6 +187,21 @@ def test_prefix_training_takes_the_fastest_way_that_fits(monkeypatch):
     model, workload = make_shape("llama-2-7b", num_hidden_layers=32), make_workload(8, on_gpu=False)
     ways = find_ways(lambda: plan_prefix_training(model, workload, params.prefix_training, params.runtime), monkeypatch)
     assert ways == [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+
+
+def test_gate_and_search_count_windows_beyond_the_sliding_window(monkeypatch):
+    params, workload = read_settings(), make_workload(8, on_gpu=False)
+    model = make_shape("llama-2-7b", max_position_embeddings=32768)
+    hidden_states = {}
+    for window in (None, 512, 16384):
+        model.widest_window = window
+        gate = plan_prefix_training(model, workload, params.prefix_training, params.runtime)
+        assert gate.memory > RESIDENT * GIB + Sizes.of(model).block
+        search = plan_prefix_search(model, workload, params.prefix_search)
+        hidden_states[window] = gate.hidden_states, search.hidden_states
+    token = Sizes.of(model).hidden_states(1)
+    assert hidden_states[None] == hidden_states[512] == (2 * 2048 * token, 7 * 8 * 512 * token)
+    assert hidden_states[16384] == (2 * 16896 * token, 7 * 16896 * token)  # one window: 16,384 + 512
 
 
 def test_blocks_by_themselves_are_never_recomputed(monkeypatch):

@@ -17,11 +17,13 @@ from pipeline.prefix.benefit import (
     simulate_costs,
 )
 from pipeline.prefix.frozen_model import FrozenModel
+from pipeline.prefix.harm import Harm, Reader, choose_harm_windows, measure_harm
 from pipeline.prefix.search import search_prefix
 from pipeline.runtime.ranks import Ranks
 from tests.conftest import open_model
 from tests.prefix.setup import searching, training
 
+HARMLESS = [Harm(0.0, None)] * 3
 WINDOWS = torch.randint(2, 320, (10, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -42,24 +44,24 @@ def test_shortest_candidate_within_the_error_of_the_best_is_chosen():
     candidates = [[], [0], [5, 0]]
     noise = torch.tensor([0.1, -0.1, 0.1, -0.1], dtype=torch.float64)
     costs = torch.stack((2.0 + noise, 1.0 + 0.03 + noise.roll(1), 1.0 + noise))
-    choice = choose_candidate(candidates, costs)
+    choice = choose_candidate(candidates, costs, HARMLESS)
     assert choice.token_ids == [0]  # 0.03 above the best, with a standard error of 0.12
     assert [row["kl"] for row in choice.table] == pytest.approx([2.0, 1.03, 1.0])
     assert choice.table[1]["standard_error"] == pytest.approx((costs[1] - costs[2]).std().item() / 2)
-    assert choose_candidate(candidates, costs[[1, 2, 0]]).token_ids == []  # ties go to the shortest
+    assert choose_candidate(candidates, costs[[1, 2, 0]], HARMLESS).token_ids == []  # ties go to the shortest
     costs[1] += 0.5
-    assert choose_candidate(candidates, costs).token_ids == [5, 0]
+    assert choose_candidate(candidates, costs, HARMLESS).token_ids == [5, 0]
 
 
 def test_diverging_candidates_are_never_chosen():
     costs = torch.full((2, 3), torch.inf, dtype=torch.float64)
     costs[1] = 4.0
-    choice = choose_candidate([[], [0]], costs)
+    choice = choose_candidate([[], [0]], costs, HARMLESS[:2])
     assert (choice.token_ids, choice.table[0]["kl"]) == ([0], None)
     with pytest.raises(
         PrefixSearchError, match=r"diverges after every candidate\. Set prefix_search\.choose: threshold"
     ):
-        choose_candidate([[], [0]], torch.full((2, 3), torch.inf))
+        choose_candidate([[], [0]], torch.full((2, 3), torch.inf), HARMLESS[:2])
 
 
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2"])
@@ -134,14 +136,44 @@ def test_one_diverging_window_excludes_a_candidate(broken, imported, monkeypatch
         return costs
 
     monkeypatch.setattr(benefit, "mean_divergences", diverge)
+    monkeypatch.setattr(benefit, "MAX_KL", math.inf)  # a prefix changes a random model by a nat
     choice = choose_by_benefit(checkpoint, [], start_token_id=0, token_ids=WINDOWS, runner=runner)
     assert choice.token_ids == [0]
-    assert choice.table[0] == {"token_ids": [], "kl": None, "chosen": False}
+    assert choice.table[0].items() >= {"token_ids": [], "kl": None, "chosen": False}.items()
     monkeypatch.setattr(
         benefit, "mean_divergences", lambda hidden, *args: torch.full((len(hidden),), broken, dtype=torch.float64)
     )
     with pytest.raises(PrefixSearchError, match="after every candidate"):
         choose_by_benefit(checkpoint, [], start_token_id=0, token_ids=WINDOWS, runner=runner)
+
+
+def test_candidates_that_harm_the_unquantized_model_are_refused():
+    candidates, costs = [[], [0], [5, 0]], torch.tensor([[3.0, 3.1], [2.0, 2.1], [1.0, 1.1]], dtype=torch.float64)
+    harmless, pinned = Harm(0.001, 0.002), Harm(0.2, 1.5)
+    choice = choose_candidate(candidates, costs, [harmless, harmless, pinned])
+    assert choice.token_ids == [0]
+    assert [row["refused"] for row in choice.table] == [False, False, True]
+    assert [row["full_precision_kl_after_leaving"] for row in choice.table] == [0.002, 0.002, 1.5]
+    assert choice.table[2]["kl_above_best"] == pytest.approx(-1)  # better than the best that is not refused
+    assert choose_candidate(candidates, costs, [harmless, Harm(math.nan, None), pinned]).token_ids == []
+    costs[0] = torch.inf
+    with pytest.raises(PrefixSearchError, match="after every candidate that does not harm the unquantized model"):
+        choose_candidate(candidates, costs, [harmless, pinned, pinned])
+
+
+@torch.no_grad()
+def test_search_measures_each_candidate_in_full_precision(imported):
+    checkpoint, runner = open_model(imported["gemma3_text"])
+    prefix = search_prefix(checkpoint, WINDOWS, params=searching(choose="benefit"), runner=runner)
+    table = prefix.report["candidates"]
+    readers = [Reader(checkpoint.embed(ids), ids) for ids in (torch.tensor(row["token_ids"]).long() for row in table)]
+    windows = choose_harm_windows(checkpoint, (WINDOWS[4:8], WINDOWS), 5)
+    assert windows.shape[1] > checkpoint.widest_window
+    harms = measure_harm(checkpoint, readers, windows, runner=runner)
+    assert [row["full_precision_kl"] for row in table] == pytest.approx([harm.mean for harm in harms])
+    assert [row["refused"] for row in table] == [harm.worst > benefit.MAX_KL for harm in harms]
+    assert table[0]["full_precision_kl"] == table[0]["full_precision_kl_after_leaving"] == 0
+    assert not next(row for row in table if row["chosen"])["refused"]
 
 
 def test_ranges_come_from_the_calibration_windows(imported):
@@ -199,6 +231,7 @@ def test_token_that_ruins_quantization_is_prefixed_whatever_the_threshold(thresh
         return block
 
     monkeypatch.setattr(checkpoint, "build_block", build_rigged)
+    monkeypatch.setattr(benefit, "MAX_KL", math.inf)  # a prefix changes a random model by a nat
     windows = WINDOWS.clamp_min(50)
     windows[:, PLACE] = TOKEN
     params = searching(choose="benefit", outlier_threshold=threshold)

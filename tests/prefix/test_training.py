@@ -225,7 +225,7 @@ def test_disabled_training_keeps_the_found_prefix(imported, windows, tmp_path):
         )
         assert candidates.tensors.keys() == {"found.token_ids", "found.embeddings"}
         assert torch.equal(candidates.tensors["found.embeddings"], found_prefix["embeddings"])
-        assert candidates.summary() == {"enabled": False, "prefix_tokens": len(token_ids)}
+        assert candidates.summary() == {"enabled": False, "prefix_tokens": len(token_ids), "full_precision_kl": {}}
 
 
 @pytest.mark.parametrize(("found_ids", "expected"), [([7, 0], (0, None)), ([], (0, 0))])
