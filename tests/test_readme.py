@@ -140,7 +140,7 @@ def test_modules_exist(page):
         elif not module.startswith("vllm."):  # it has an environment of its own, .venv-serving
             assert importlib.util.find_spec(module), module
     for module, variant in re.findall(r"python -m stages\.(\w+)(?: (\w+))?", PAGES[page]):
-        if not PLACEHOLDER.search(module):
+        if not PLACEHOLDER.search(module) and module != "run":  # which runs all stages
             assert (f"{module}@{variant}" if variant else module) in expand_stages(read_params()), module
 
 

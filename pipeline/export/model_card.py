@@ -20,11 +20,11 @@ _MEASURES = {  # key of an evaluation's metrics -> row of the quality table, dec
 }
 
 _LOADING = """\
-Install the project that this folder was made with. Importing its `pipeline.hf` registers the quantization method
+Install the project that this folder was made with. Importing `prefixquant` registers the quantization method
 `prefixquant` in transformers, which refuses this folder otherwise.
 
 ```python
-import pipeline.hf
+import prefixquant
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder")
@@ -33,8 +33,8 @@ inputs = tokenizer(["Once upon a time"], return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 
-On the command line: `python -m pipeline.generate this/folder "Once upon a time"` and
-`python -m pipeline.evaluate this/folder --text my.txt`. Where the project is installed next to vLLM,
+On the command line: `prefixquant generate this/folder "Once upon a time"` and
+`prefixquant evaluate this/folder --text my.txt`. Where the project is installed next to vLLM,
 `vllm serve this/folder` serves the model families that its documentation lists.\
 """
 

@@ -300,7 +300,7 @@ def test_sizes_shards_and_contents_of_the_folder(imported, tmp_path):
     assert quantization["prefix"] == {"tokens": 3, "token_ids": [7, 9, 0], "start_token_id": 0}
     card = (folder / "README.md").read_text()
     assert "W4A4KV4 static" in card
-    assert "import pipeline.hf" in card
+    assert "import prefixquant" in card
     assert "| prose, perplexity | 2.50 |" in card
 
 
