@@ -11,6 +11,7 @@
 # make types   check types
 # make settings   write docs/settings.md from params.yaml
 # make docs    build the documentation: site/
+# make notebook   run the tutorial, notebooks/tutorial.ipynb, with small sizes
 # make wheel   build the package and check it: dist/
 # make smoke   install the wheel into an empty environment, .venv-wheel, and load it there
 # make constraints   pin the version of every package in constraints.txt (UPGRADE=1: the newest ones)
@@ -33,8 +34,8 @@ START_GIT := git init && git add -A && git commit -m start
 # DVC names a column by its file only where two files have it.
 COLUMNS = Experiment$$|(metrics/report\.json:)?((bits|prefix|average_accuracy|minutes|gib|mib)$$|(ppl|ratio|accuracy)\.)
 
-.PHONY: repository commit types settings docs wheel smoke constraints serve-setup serve-test repro test lint format preset
-.PHONY: table report compare setup help $(SWEEPS)
+.PHONY: repository commit types settings docs notebook wheel smoke constraints serve-setup serve-test repro test
+.PHONY: lint format preset table report compare setup help $(SWEEPS)
 
 repro: repository
 	dvc repro
@@ -112,6 +113,9 @@ settings: setup
 
 docs: setup
 	mkdocs build --strict
+
+notebook: setup
+	NOTEBOOK=1 python -m pytest -q tests/test_tutorial.py
 
 wheel: setup
 	rm -rf build dist
