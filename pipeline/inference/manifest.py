@@ -19,6 +19,7 @@ from pipeline.runtime.files import write_json
 
 METHOD = "prefixquant"
 FORMAT_VERSION = 2
+_READERS: dict[object, str] = {1: "before 0.2.0"}  # formats that are no longer read -> versions that read them
 MANIFEST = "manifest.json"
 GENERATION = "generation_config.json"
 _FREE_NAMES = {GENERATION, ".gitattributes"}
@@ -46,8 +47,9 @@ class ExportError(PipelineError):
 def check_format(where: object, version: object) -> None:
     """Raise ExportError unless `version` is the layout that this project reads and writes."""
     if version != FORMAT_VERSION:
+        remedy = f"use a version {_READERS[version]}" if version in _READERS else "update it"
         raise ExportError(
-            f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: update it, or "
+            f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: {remedy}, or "
             "export the model again"
         )
 

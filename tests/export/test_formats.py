@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.inference.loading import load
-from pipeline.inference.manifest import FORMAT_VERSION
+from pipeline.inference.manifest import FORMAT_VERSION, ExportError, check_format
 from tests.conftest import read_json
 
 FORMATS = Path(__file__).with_name("formats")
@@ -27,3 +27,12 @@ def test_an_export_of_each_format_gives_its_recorded_logits(version):
     # 5e-6 by rounding of the record. Another CPU sums in another order, which may move a code by one step.
     assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
     assert logits.argmax() == expected.argmax()
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_format_is_read_or_the_version_that_reads_it_is_named(version):
+    if version in VERSIONS:
+        check_format("x", version)
+        return
+    with pytest.raises(ExportError, match=r"use a version before \d+\.\d+\.\d+, or export the model again"):
+        check_format("x", version)
