@@ -54,11 +54,18 @@ def run_lm_eval() -> None:
     run_command_line()
 
 
+def run_explain() -> None:
+    from pipeline.explain import main
+
+    main()
+
+
 SUBCOMMANDS = {
     "quantize": Subcommand("quantize a model: a folder, a .gguf file, a Hugging Face Hub id", run_quantize),
     "generate": Subcommand("continue a text with a quantized model", run_generate),
     "chat": Subcommand("talk to a quantized model, by its chat template", run_chat),
     "evaluate": Subcommand("measure perplexity and tasks, also against the original model", run_evaluate),
+    "explain": Subcommand("say whether a model can be quantized, and why not, without its weights", run_explain),
     "lm-eval": Subcommand("lm-eval's own command line, with the model type prefixquant", run_lm_eval),
 }
 

@@ -9,9 +9,10 @@ import yaml
 from pipeline.blocks.quantized import BlockSettings, block_settings
 from pipeline.export.source_facts import README, SourceFacts
 from pipeline.models.architectures import find_max_positions
-from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.checkpoint import REPORT, Checkpoint, build_skeleton
 from pipeline.models.sites import REPRESENTATIVES
 from pipeline.numerics.formats import INT
+from pipeline.runtime.artifacts import load_json
 
 _VARIANTS = {"original": "original", "finetuning": "this model"}
 _MEASURES = {  # key of an evaluation's metrics -> row of the quality table, decimals
@@ -109,9 +110,24 @@ def _describe_model(original: Checkpoint, prefix: dict[str, Any], sizes: dict[st
     return (
         f"A language model of the family `{config.model_type}` with {original.block_count} blocks, hidden size "
         f"{config.hidden_size} and {parameters:,} parameters, quantized by PrefixQuant (arXiv:2410.05265)."
-        f"{method if prefix['tokens'] else ''}\n\n"
+        f"{method if prefix['tokens'] else ''}{describe_source(original)}\n\n"
         f"Weights take {sizes['size_mib']} MiB, the original's {sizes['original_mib']} MiB."
     )
+
+
+def describe_source(original: Checkpoint) -> str:
+    """Return sentences on the parts of the source that were dropped and on weights that it stored quantized."""
+    if not (original.folder / REPORT).is_file():
+        return ""
+    report, text = load_json(original.folder / REPORT, original.stage), ""
+    if report.get("wrapper"):
+        text += f" It is the text model of a `{report['wrapper']}` checkpoint and reads no images."
+    if report.get("dropped"):
+        parts = ", ".join(f"{part} ({dropped['tensors']} tensors)" for part, dropped in report["dropped"].items())
+        text += f" Dropped from the source: {parts}."
+    if report.get("quantization"):
+        text += f" The source stored its weights quantized: {report['quantization']['format']}."
+    return text
 
 
 def _describe_use(prefix: dict[str, Any], start: str | None) -> str:

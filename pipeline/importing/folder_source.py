@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.importing.obstacles import explain_obstacles
 from pipeline.importing.source import (
     Dropped,
     ModelImportError,
@@ -39,28 +40,35 @@ from pipeline.importing.wrappers import (
     read_text_config,
     rename_tensors,
 )
-from pipeline.models.architectures import find_architecture
+from pipeline.models.architectures import UnsupportedModelError, find_architecture
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 
 
-def open_folder(source: str, folder: Path, stack: ExitStack) -> Source:
+def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, Any] | None = None) -> Source:
     """Return a folder as a source, whose shards stay open as long as `stack`.
+
+    Args:
+        source: as in params.yaml, for messages.
+        folder: with config.json.
+        stack: closes the shards.
+        headers: name of a tensor -> an object like an open safetensors file, which may have `get_slice` alone. Then the
+            folder needs no weights, and reading a tensor fails.
 
     Raises:
         ModelImportError: a file is missing, damaged or a pointer, the weights are a LoRA adapter, or quantized in a
             format that is not read.
         UnsupportedModelError: the model family, or a setting of the config, is not supported.
     """
-    raw = _read_raw_config(source, folder)
+    raw = read_raw_config(source, folder)
     quantization = find_quantization(raw)
     stored = None if quantization is None else read_stored_format(source, quantization)
     text = read_text_config(source, raw) if raw["model_type"] in WRAPPERS else None
     config = _read_config(source, folder) if text is None else text.config
-    shards: dict[str, Any] = {}
-    for path in _list_shards(source, folder):
+    shards: dict[str, Any] = dict(headers or {})
+    for path in _list_shards(source, folder) if headers is None else ():
         check_file(source, path)
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
@@ -133,7 +141,8 @@ def _find_text(source: str, text: TextModel, shards: dict[str, Any]) -> tuple[di
     check_text_forward(source, text)
     places, parts = rename_tensors(source, text.wrapper, shards)
     if find_architecture(text.config).lm_head not in places:
-        text.config.tie_word_embeddings |= bool(text.wrapper_config.get_text_config().tie_word_embeddings)
+        stated = getattr(text.wrapper_config.get_text_config(), "tie_word_embeddings", False)
+        text.config.tie_word_embeddings |= bool(stated)
     dropped: dict[str, Dropped] = {}
     for name, part in parts.items():
         dropped.setdefault(part, Dropped()).add_(_count_bytes(shards[name], name))
@@ -173,8 +182,13 @@ def _list_shards(source: str, folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_raw_config(source: str, folder: Path) -> dict[str, Any]:
-    """Return the content of config.json, after the checks that need nothing else."""
+def read_raw_config(source: str, folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, after the checks that need nothing else.
+
+    Raises:
+        ModelImportError: there is none, it is damaged, or the folder holds an adapter or an export of this project.
+        UnsupportedModelError: the model family, or a setting of the config, is not supported.
+    """
     if (folder / _ADAPTER).is_file():  # transformers would load its base model, or both
         raise ModelImportError(
             f"model.source={source!r}: holds an adapter ({_ADAPTER}). Merge it into its base model with peft "
@@ -184,10 +198,13 @@ def _read_raw_config(source: str, folder: Path) -> dict[str, Any]:
         raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder. Name the folder of a checkpoint")
     raw = read_json_object(source, folder / CONFIG)
     # Before transformers parses the config: it cannot explain an unknown model_type.
-    if raw.get("model_type") in WRAPPERS:
-        check_text_family(source, raw)
-    else:
-        find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
+    try:
+        if raw.get("model_type") in WRAPPERS:
+            check_text_family(source, raw)
+        else:
+            find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. {explain_obstacles(raw)}") from None
     if CONFIG_KEY in raw:
         raise ModelImportError(f"model.source={source!r}: written by this project's pipeline. Start from the original")
     for level in (raw, raw.get("text_config")):

@@ -86,13 +86,13 @@ def import_model(
             non-finite tensors, a tokenizer that does not fit.
         UnsupportedModelError: the model family, or a setting of its config, is not supported.
     """
-    with _open_source(source, revision) as opened:
+    with open_source(source, revision) as opened:
         config, present, read_tensor, skeleton = _read_structure(source, opened, dtype)
         architecture = find_architecture(config)
         expected = skeleton.state_dict()  # buffers as well: some families keep state in them
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
-        for name, part in _check_names(source, set(expected), present, skeleton).items():
+        for name, part in check_names(source, set(expected), present, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = list(skeleton.get_submodule("model.layers").children())
         check_plan(
@@ -187,7 +187,7 @@ def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[An
 
 
 @contextmanager
-def _open_source(source: str, revision: str | None) -> Iterator[Source]:
+def open_source(source: str, revision: str | None) -> Iterator[Source]:
     with ExitStack() as stack:
         path = Path(source).expanduser()
         if source.startswith("packaged:"):
@@ -243,7 +243,7 @@ def _settle_ties(config: Any, present: set[str], read: Read, dtype: torch.dtype)
     return config, present, read
 
 
-def _check_names(source: str, expected: set[str], present: set[str], skeleton: nn.Module) -> dict[str, str]:
+def check_names(source: str, expected: set[str], present: set[str], skeleton: nn.Module) -> dict[str, str]:
     """Return the tensors that may be dropped (name -> part), and refuse a checkpoint with other left-overs or gaps."""
     lm_head = find_architecture(skeleton.config).lm_head  # a tied checkpoint may hold it all the same
     surplus = present - expected - {lm_head}

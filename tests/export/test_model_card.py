@@ -1,11 +1,15 @@
 """The model card: front matter that the Hugging Face Hub reads, and true statements about the model."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import yaml
 
+from pipeline.export import model_card
 from pipeline.export.folder import export_model
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.export.test_folder import RESULTS
 from tests.inference.test_prefixed_model import make_quantized
@@ -108,3 +112,19 @@ def test_without_an_evaluation_the_card_says_that_nothing_was_measured(imported,
     _, text = write_card(imported, tmp_path, results={})
     assert "## Quality" not in text
     assert "- Quality was not measured." in text
+
+
+def test_the_card_names_the_parts_that_the_import_dropped(imported, tmp_path):
+    source = shutil.copytree(imported["llama_tied"], tmp_path / "model")
+    checkpoint = Checkpoint(source, "model")
+    assert model_card.describe_source(checkpoint) == ""
+    report = {
+        "wrapper": "llava",
+        "dropped": {"vision_tower": {"tensors": 3, "bytes": 12}},
+        "quantization": {"format": "fp8, one scale per tensor", "tensors": 4},
+    }
+    (source / "report.json").write_text(json.dumps(report))
+    assert model_card.describe_source(checkpoint) == (
+        " It is the text model of a `llava` checkpoint and reads no images. Dropped from the source: vision_tower "
+        "(3 tensors). The source stored its weights quantized: fp8, one scale per tensor."
+    )

@@ -1,0 +1,110 @@
+"""Say whether a model can be quantized, and what that would take, without loading its weights.
+
+    python -m pipeline.explain SOURCE
+
+SOURCE is a folder, a GGUF file, a hub id or `packaged:smollm2-135m`. The answer is one sentence on whether the model is
+supported, and if not, why not: which feature, in which layers. Then follow the format of the weights, the parts that an
+import would drop and, where params.yaml is in the current folder (or named by --params), the memory and disk that its
+stages would need. Exit code 0: supported. 1: not.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.models.architectures import find_architecture, find_max_positions
+from pipeline.models.checkpoint import Checkpoint, CheckpointWriter
+from pipeline.params import Params, load_params
+from pipeline.planning.evaluation import plan_evaluation
+from pipeline.planning.explain import explain_source
+from pipeline.planning.finetuning import plan_finetuning
+from pipeline.planning.need import Need
+from pipeline.planning.prefix_search import plan_prefix_search
+from pipeline.planning.prefix_training import plan_prefix_training
+from pipeline.planning.quantizer_init import plan_quantizer_init
+from pipeline.planning.rotation import plan_rotation
+from pipeline.planning.workload import Workload
+from pipeline.runtime.arguments import Parser
+from pipeline.runtime.errors import PipelineError, run_main
+from pipeline.text.lengths import choose_length, count_windows
+
+_PARAMS = Path("params.yaml")
+
+
+def describe_needs(config: Any, params: Params) -> list[str]:
+    """Return a line for each stage of params.yaml, with the memory and disk that it would need."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = config.to_dict() | {"dtype": params.model.dtype}
+        values.pop("quantization_config", None)
+        writer = CheckpointWriter(Path(folder), find_architecture(config), stage="model")
+        writer.finish(json.loads(json.dumps(values)), settings={})
+        checkpoint = Checkpoint(Path(folder), "model")
+        lines = []
+        for stage, plan in _list_plans(checkpoint, params).items():
+            try:
+                need = plan().describe().splitlines()[0]
+            except PipelineError as error:
+                need = f"params.yaml does not fit this model ({error})"
+            lines.append(f"{stage:16} {need}")
+        return ["", "Plan by params.yaml, before the stages ran:", *lines]
+
+
+def _list_plans(checkpoint: Checkpoint, params: Params) -> dict[str, Callable[[], Need]]:
+    calibration, runtime = params.calibration, params.runtime
+    on_gpu = runtime.device != "cpu" and torch.cuda.is_available()
+
+    widest, room = checkpoint.widest_window, find_max_positions(checkpoint.config)
+
+    def load(*names: str) -> Workload:
+        splits = {name: split for name in names if (split := getattr(calibration, name)) is not None}
+        lengths = {name: choose_length(name, split, window=widest, room=room) for name, split in splits.items()}
+        counts = [count_windows(name, split, split.windows or 1, lengths[name]) for name, split in splits.items()]
+        return Workload.of(counts, max(lengths.values()), runtime, on_gpu)
+
+    plans: dict[str, Callable[[], Need]] = {
+        "rotation": lambda: plan_rotation(checkpoint, params.rotation, on_gpu),
+        "prefix_search": lambda: plan_prefix_search(checkpoint, load("search"), params.prefix_search),
+        "quantizer_init": lambda: plan_quantizer_init(checkpoint, load("train"), params.quantizer_init),
+        "finetuning": lambda: plan_finetuning(
+            checkpoint,
+            blocks=load("train", "validation"),
+            end_to_end=load("train" if calibration.end_to_end is None else "end_to_end", "validation"),
+            params=params.finetuning,
+            quantizer_init=params.quantizer_init,
+            runtime=runtime,
+        ),
+        "evaluation": lambda: plan_evaluation(
+            checkpoint, load("evaluation"), compared=False, in_memory=False, task_items=0
+        ),
+    }
+    if params.prefix_training.enabled:
+        plans["prefix_training"] = lambda: plan_prefix_training(
+            checkpoint, load("train", "validation"), params.prefix_training, runtime
+        )
+    return plans
+
+
+def main() -> None:
+    """Run the command line; see the module's docstring."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a GGUF file or a hub id")
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--params", type=Path, help="the params.yaml of the plan (default: that of the current folder)")
+    arguments = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    explanation = explain_source(arguments.source, arguments.revision)
+    print("\n".join(explanation.lines))
+    path = arguments.params or (_PARAMS if _PARAMS.is_file() else None)
+    if explanation.supported and path is not None:
+        print("\n".join(describe_needs(explanation.config, load_params(path))))
+    sys.exit(0 if explanation.supported else 1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,231 @@
+"""Say in one sentence why a model cannot be imported: which feature, stated by which key, in which layers.
+
+Only config.json and the names of tensors are read, so this works for families that neither this project nor the
+installed transformers knows. Keys are those of transformers' configs and of the remote code of 2023 to 2026.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+_TEXT_LEVELS = ("text_config", "llm_config", "language_config", "thinker_config")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+# Modules of a layer that has the shape of Llama's.
+_PLAIN = re.compile(
+    r"(self_attn\.([qkvo]_proj|qkv_proj|[qk]_norm|rotary_emb)|mlp\.(gate|up|down|gate_up)_proj"
+    r"|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)\."
+)
+_EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_routed_experts")
+_RECURRENT_TYPES = ("linear_attention", "recurrent", "mamba", "mamba2", "conv", "linear", "hybrid", "ssm", "kda")
+_RECURRENT_KEYS = (
+    *("linear_num_key_heads", "mamba_d_state", "mamba_num_heads", "ssm_state_size", "state_size", "conv_L_cache"),
+    *("hybrid_override_pattern", "block_types", "attn_type_list", "linear_attn_config", "lru_width"),
+)
+_MULTIPLIERS = (
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale"),
+    *("scale_emb", "scale_depth", "lm_head_multiplier"),
+)
+# Features that no key of the config states.
+_BY_FAMILY = {
+    "gpt_oss": "attention sinks (a learned logit per head) in all layers",
+    "ernie4_5": "RoPE that pairs channels 2i and 2i + 1 in all layers",
+    "helium": "RoPE that pairs channels 2i and 2i + 1 in all layers",
+    "cohere": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+    "cohere2": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+    "llama4_text": "complex RoPE with an L2 norm after it, and chunked attention",
+    "bitnet": "norms inside attention and MLP, which prevent merging R2 and R4, in all layers",
+    "hunyuan_v1_dense": "a key norm after RoPE in all layers",
+}
+
+
+def find_text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the text model in a config.json of any family, with those of outer levels below them."""
+    values = dict(raw)
+    for key in _TEXT_LEVELS:
+        inner = values.get(key)
+        if isinstance(inner, dict):
+            return find_text_level({k: v for k, v in values.items() if k not in _TEXT_LEVELS} | inner)
+    return values
+
+
+def find_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> list[str]:
+    """Return the features of a model that this project cannot handle, each with its key and its layers.
+
+    Args:
+        raw: content of config.json.
+        names: of the tensors; may be empty.
+    """
+    values = find_text_level(raw)
+    obstacles = [text for rule in _RULES if (text := rule(values, names)) is not None]
+    family = _BY_FAMILY.get(str(values.get("model_type")))
+    if family is not None:
+        obstacles.append(family)
+    elif any(name.endswith(".sinks") for name in names):
+        obstacles.append(f"attention sinks (a learned logit per head) {_find_layers(names, '.sinks')}")
+    if not obstacles:
+        obstacles += _find_unknown_modules(names)
+    return obstacles
+
+
+def explain_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> str:
+    """Return a sentence that says why a model is not supported."""
+    values = find_text_level(raw)
+    outer, family = raw.get("model_type"), values.get("model_type")
+    title = f"model_type={outer!r}" if family in (None, outer) else f"model_type={outer!r} (text model {family!r})"
+    obstacles = find_obstacles(raw, names)
+    if obstacles:
+        return f"{title} is not supported, because it has {'; '.join(obstacles)}."
+    if raw.get("auto_map"):
+        return f"{title} is not supported: its classes are code from the hub (auto_map), which is never run."
+    return (
+        f"{title} is not supported: no feature in its config forbids it, but nobody has listed and tested this family. "
+        "See docs/new_family.md."
+    )
+
+
+Rule = Callable[[Mapping[str, Any], Collection[str]], str | None]
+
+
+def _find_layers(names: Collection[str], part: str) -> str:
+    """Return the layers whose tensor names hold `part`, as text; "in all layers" where names are unknown."""
+    matches = [(_LAYER.search(name), part in name) for name in names]
+    layers = {int(match.group(1)) for match, _ in matches if match}
+    chosen = sorted({int(match.group(1)) for match, is_part in matches if match and is_part})
+    if not chosen or set(chosen) == layers:
+        return "in all layers"
+    return f"in {len(chosen)} of {len(layers)} layers, first in layer {chosen[0]}"
+
+
+def _state_experts(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    key = next((key for key in _EXPERT_KEYS if _is_more_than(values.get(key), 1)), None)
+    if key is None or values.get("enable_moe_block") is False:
+        return None
+    first = values.get("first_k_dense_replace")
+    if names:
+        place = _find_layers(names, ".experts.")
+    elif isinstance(first, int) and first > 0:
+        place = f"from layer {first} on"
+    else:
+        place = "in its layers"
+    return f"experts ({key}={values[key]}) {place}"
+
+
+def _is_more_than(value: Any, least: int) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return any(isinstance(number, int) and not isinstance(number, bool) and number > least for number in numbers)
+
+
+def _state_latent(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    if not values.get("kv_lora_rank"):
+        return None
+    return (
+        f"latent attention (MLA, kv_lora_rank={values['kv_lora_rank']}) {_find_layers(names, 'kv_a_proj')}: its cache "
+        "holds latents, and a prefix of keys and values does not fit"
+    )
+
+
+def _state_recurrence(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    kinds = values.get("layer_types") or values.get("layers_block_type") or []
+    if isinstance(kinds, list):
+        layers = [index for index, kind in enumerate(kinds) if kind in _RECURRENT_TYPES]
+        if layers:
+            return (
+                f"layers with a recurrent state ({kinds[layers[0]]!r}, {len(layers)} of {len(kinds)} layers, first "
+                f"layer {layers[0]}), which a prefix of keys and values does not hold"
+            )
+    key = next((key for key in _RECURRENT_KEYS if values.get(key)), None)
+    if key is None:
+        return None
+    return f"layers with a recurrent state ({key}), which a prefix of keys and values does not hold"
+
+
+def _state_layer_inputs(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    size = values.get("hidden_size_per_layer_input")
+    return f"an embedding per layer (hidden_size_per_layer_input={size}) in all layers" if size else None
+
+
+def _state_shared_kv(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    shared = values.get("num_kv_shared_layers")
+    if not shared:
+        return None
+    return f"keys and values shared by layers (num_kv_shared_layers={shared}, the last {shared} layers)"
+
+
+def _state_head_widths(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    width = values.get("global_head_dim")
+    if not width or width == values.get("head_dim"):
+        return None
+    return (
+        f"heads of another width in layers with full attention (global_head_dim={width}, "
+        f"head_dim={values.get('head_dim')})"
+    )
+
+
+def _state_partial_rope(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    rope = values.get("rope_parameters")
+    levels = [values, rope if isinstance(rope, dict) else {}]
+    for level in levels:
+        for key in ("partial_rotary_factor", "rotary_pct", "rope_pct"):
+            share = level.get(key)
+            if isinstance(share, int | float) and share != 1:
+                return f"RoPE on a part of each head ({key}={share}) in all layers"
+    return None
+
+
+def _state_multipliers(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    factors = [f"{key}={values[key]}" for key in _MULTIPLIERS if values.get(key) not in (None, 1, 1.0)]
+    return f"multipliers ({', '.join(factors)})" if factors else None
+
+
+def _state_layer_norm(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    key = next((key for key in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon") if key in values), None)
+    if key is None or "rms_norm_eps" in values:
+        return None
+    return f"LayerNorm instead of RMSNorm ({key}) in all layers"
+
+
+def _make_key_rule(text: str, *keys: str) -> Rule:
+    def state(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+        key = next((key for key in keys if values.get(key)), None)
+        return None if key is None else text.format(setting=f"{key}={_shorten(values[key])}")
+
+    return state
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+_RULES: tuple[Rule, ...] = (
+    _make_key_rule("an encoder ({setting}); only decoders are imported", "is_encoder_decoder"),
+    _make_key_rule("attention that selects tokens with an indexer ({setting})", "index_topk", "index_n_heads"),
+    _make_key_rule("several residual streams ({setting}) between all layers", "hc_mult", "altup_num_inputs"),
+    _state_latent,
+    _state_recurrence,
+    _make_key_rule("an output gate after attention ({setting}), which forbids R2", "attn_output_gate"),
+    _make_key_rule("cross-attention to images in layers of its own ({setting})", "cross_attention_layers"),
+    _state_layer_inputs,
+    _state_shared_kv,
+    _state_head_widths,
+    _state_experts,
+    _make_key_rule("attention sinks ({setting})", "add_swa_attention_sink_bias", "add_full_attention_sink_bias"),
+    _make_key_rule("attention within chunks of text ({setting})", "attention_chunk_size"),
+    _make_key_rule("clipped queries, keys and values ({setting}) in all layers", "clip_qkv"),
+    _state_partial_rope,
+    _state_multipliers,
+    _state_layer_norm,
+)
+
+
+def _find_unknown_modules(names: Collection[str]) -> list[str]:
+    """Return the first module that a layer of Llama's shape does not have, with its layer."""
+    unknown = []
+    for name in sorted(names):
+        match = _LAYER.search(name)
+        if match and not _PLAIN.match(match.group(2)):
+            unknown.append((int(match.group(1)), match.group(2)))
+    if not unknown:
+        return []
+    layer, module = min(unknown)
+    return [f"modules that Llama's layers do not have ({module} in layer {layer})"]

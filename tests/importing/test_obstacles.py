@@ -1,0 +1,56 @@
+import pytest
+
+from pipeline.importing.obstacles import explain_obstacles, find_obstacles, find_text_level
+
+
+def test_the_text_level_is_found_below_several_wrappers():
+    raw = {"model_type": "a", "eos_token_id": 3, "thinker_config": {"text_config": {"model_type": "b", "x": 1}}}
+    assert find_text_level(raw) == {"model_type": "b", "eos_token_id": 3, "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "obstacle"),
+    [
+        ({"num_local_experts": 32, "model_type": "gpt_oss"}, "experts (num_local_experts=32) in its layers"),
+        (
+            {"num_local_experts": 32, "model_type": "gpt_oss"},
+            "attention sinks (a learned logit per head) in all layers",
+        ),
+        ({"num_experts": 1}, None),
+        ({"num_experts": None, "rms_norm_eps": 1e-6}, None),
+        ({"partial_rotary_factor": 0.5}, "RoPE on a part of each head (partial_rotary_factor=0.5) in all layers"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.0}}, None),
+        (
+            {"logits_scaling": 16.0, "residual_multiplier": 0.2},
+            "multipliers (residual_multiplier=0.2, logits_scaling=16.0)",
+        ),
+        ({"logit_scale": 1.0}, None),
+        ({"attn_output_gate": True}, "an output gate after attention (attn_output_gate=True), which forbids R2"),
+        ({"clip_qkv": None}, None),
+        ({"index_topk": 2048}, "attention that selects tokens with an indexer (index_topk=2048)"),
+        ({"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6}, None),
+        ({"model_type": "helium"}, "RoPE that pairs channels 2i and 2i + 1 in all layers"),
+    ],
+)
+def test_each_feature_is_named_with_its_key(values, obstacle):
+    assert obstacle in find_obstacles(values) if obstacle else find_obstacles(values) == []
+
+
+def test_layers_come_from_tensor_names():
+    names = [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.sinks",
+        "model.layers.1.mlp.up_proj.weight",
+    ]
+    assert find_obstacles({}, names) == [
+        "attention sinks (a learned logit per head) in 1 of 2 layers, first in layer 1"
+    ]
+    assert find_obstacles({}, names[:1]) == []
+
+
+def test_the_sentence_names_the_wrapper_and_its_text_model():
+    raw = {"model_type": "outer", "text_config": {"model_type": "inner", "kv_lora_rank": 64}}
+    sentence = explain_obstacles(raw)
+    assert sentence.startswith(
+        "model_type='outer' (text model 'inner') is not supported, because it has latent attention"
+    )
