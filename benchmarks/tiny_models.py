@@ -11,15 +11,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CwmConfig,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+    VaultGemmaConfig,
 )
 
 from benchmarks.workspace import read_params
@@ -75,6 +84,28 @@ FAMILIES = {
     "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=WINDOW, sliding_window_pattern=2),
     "olmo2": Olmo2Config(**SIZES),
 }
+# Near relatives: they go through the whole pipeline and the import gate, and not through every test of each family.
+_KINDS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_LLAMA4_SCALE = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.4}
+_LLAMA4_SCALE |= {"original_max_position_embeddings": 16}
+NEAR_FAMILIES = {
+    "seed_oss": SeedOssConfig(**SIZES, head_dim=16, attention_bias=True),
+    "ministral": MinistralConfig(**SIZES, head_dim=16, **_KINDS),
+    "ministral3": Ministral3Config(**SIZES, head_dim=16, rope_parameters=_LLAMA4_SCALE),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2),
+    "olmo3": Olmo3Config(**SIZES, **_KINDS),
+    "exaone4": Exaone4Config(**SIZES, sliding_window_pattern=2, **_KINDS),
+    "cwm": CwmConfig(**SIZES, head_dim=16, **_KINDS, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "gemma": GemmaConfig(**SIZES, head_dim=16),
+    "vaultgemma": VaultGemmaConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=6.0,
+    ),
+}
 PROSE_FILE = Path(__file__).with_name("prose.txt")
 PROSE = PROSE_FILE.read_text(encoding="utf-8")
 
@@ -109,9 +140,9 @@ def randomize_(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """Return a random model of one of `FAMILIES`."""
+    """Return a random model of one of `FAMILIES` or `NEAR_FAMILIES`."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(FAMILIES[family])
+    config = copy.deepcopy((FAMILIES | NEAR_FAMILIES)[family])
     # sdpa ignores attn_logit_softcapping, and older versions of transformers choose it nevertheless.
     capped = getattr(config, "attn_logit_softcapping", None)
     return randomize_(AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None))

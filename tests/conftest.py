@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks.tiny_models import (
     FAMILIES,
+    NEAR_FAMILIES,
     POST_NORMS,
     PROSE,
     PROSE_FILE,
@@ -33,6 +34,7 @@ from pipeline.quantization.params import QuantizerInitParams
 # Tests import these from here.
 __all__ = [
     "FAMILIES",
+    "NEAR_FAMILIES",
     "POST_NORMS",
     "PROSE",
     "PROSE_FILE",
@@ -83,10 +85,10 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
     """family -> a folder as a user would have it: config.json, model.safetensors, tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer()
-    for family in FAMILIES:
+    for family in FAMILIES | NEAR_FAMILIES:
         make_model(family).save_pretrained(root / family)
         tokenizer.save_pretrained(root / family)
-    return {family: root / family for family in FAMILIES}
+    return {family: root / family for family in FAMILIES | NEAR_FAMILIES}
 
 
 @pytest.fixture(scope="session")

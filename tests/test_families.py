@@ -18,6 +18,7 @@ from pipeline.text.params import SPLIT_GROUPS
 from pipeline.text.windows import load_windows
 from tests.conftest import (
     FAMILIES,
+    NEAR_FAMILIES,
     PROSE_FILE,
     SIZES,
     WINDOW,
@@ -39,14 +40,14 @@ WIDE = {
 STAGES = [stage for stage in ALL if not stage.startswith(("activation_plots", "report"))]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "qwen2_wide"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *NEAR_FAMILIES, "qwen2_wide"])
 def family(request, model_folders, tmp_path_factory):
     """The family's own model, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     source = model_folders.get(request.param) or save_wide(folder / "source", model_folders["qwen2"])
     shutil.copyfile(PROSE_FILE, folder / "prose.txt")
     params = tiny_params(source, folder / "prose.txt")
-    if request.param in ("mistral", "qwen2"):
+    if request.param in ("mistral", "qwen2", "gemma", "vaultgemma", "smollm3"):
         params["rotation"]["r1"] = "hadamard"  # merged; the others: online
     params["calibration"]["start_token"] = "always" if request.param.startswith("gemma") else "never"
     params["prefix_search"]["outlier_threshold"] = 1.2
@@ -56,7 +57,7 @@ def family(request, model_folders, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(*STAGES, monkeypatch=patch)
-    kernel = "eager" if request.param == "gemma2" else None  # sdpa has no caps; older versions take it
+    kernel = "eager" if request.param in ("gemma2", "vaultgemma") else None  # sdpa has no caps; older versions take it
     yield AutoModelForCausalLM.from_pretrained(source, attn_implementation=kernel).eval(), folder
     shutil.rmtree(folder)
 

@@ -163,6 +163,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_norm="pre_feedforward_layernorm", post_norms=_POST, heads_first=True, norm_offset=1.0
     ),
     "olmo2": Architecture(attention_norm=None, mlp_norm=None, post_norms=_POST),
+    "olmo3": Architecture(attention_norm=None, mlp_norm=None, post_norms=_POST),
+    "exaone4": Architecture(
+        attention_norm=None, mlp_norm=None, post_norms=_POST, heads_first=True, nope_without_window=True
+    ),
+    "seed_oss": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": Architecture(slides_throughout=True),
+    "smollm3": _LLAMA,
+    "cwm": _LLAMA,
+    "gemma": Architecture(norm_offset=1.0),
+    "vaultgemma": Architecture(mlp_norm="pre_feedforward_layernorm", kernel="eager", norm_offset=1.0),
 }
 # Imported as another family that computes the same (importing/fused_projections.py).
 IMPORTED_AS = {"phi3": "mistral"}

@@ -11,12 +11,12 @@ from pipeline.importing.import_model import import_model
 from pipeline.inspection import import_gate
 from pipeline.inspection.import_gate import ImportGateError, check_import
 from pipeline.models.checkpoint import CheckpointWriter
-from tests.conftest import FAMILIES, make_model, make_tokenizer
+from tests.conftest import FAMILIES, NEAR_FAMILIES, make_model, make_tokenizer
 
 ROOMY, NARROW = (functools.partial(check_import, limit=limit) for limit in (1e15, 0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NEAR_FAMILIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_and_by_block_every_family_passes_and_the_metrics_say_which(family, dtype, model_folders, tmp_path):
     for gate, name in ((ROOMY, "whole"), (NARROW, "by block")):
