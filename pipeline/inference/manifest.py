@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.checkpoint import CHAT_TEMPLATES
 from pipeline.runtime.errors import PipelineError, reading
-from pipeline.runtime.files import write_json
+from pipeline.runtime.files import CHAT_TEMPLATES, write_json
 
 METHOD = "prefixquant"
 FORMAT_VERSION = 2

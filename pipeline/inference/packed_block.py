@@ -28,7 +28,7 @@ from pipeline.models.sites import RESIDUAL_SITES
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
-from pipeline.runtime.memory import measure_free
+from pipeline.runtime.free_memory import measure_free
 
 
 class PackedLinear(QuantizedLinear, nn.Linear):

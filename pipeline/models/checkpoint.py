@@ -40,6 +40,7 @@ from pipeline.runtime.artifacts import (
     write_json,
 )
 from pipeline.runtime.errors import reading
+from pipeline.runtime.files import CHAT_TEMPLATES
 
 CONFIG = "config.json"
 CONFIG_KEY = "prefixquant"
@@ -47,7 +48,6 @@ REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = "embeddings.safetensors"
 BLOCK = "block-{index:05d}.safetensors"
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder, as transformers names it
 
 
 class Checkpoint:

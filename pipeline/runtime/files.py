@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of a model, as transformers names it
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing `path` in one step.

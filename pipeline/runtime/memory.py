@@ -3,6 +3,7 @@
 import torch
 
 from pipeline.runtime.errors import PipelineError
+from pipeline.runtime.free_memory import measure_available
 from pipeline.runtime.params import RuntimeParams
 
 GIB = 2**30
@@ -30,19 +31,7 @@ def memory_limit(runtime: RuntimeParams) -> float:
         PipelineError: `runtime.max_memory` is not set, and psutil, which measures the available memory, is missing.
     """
     limit = _parse_max_memory(runtime)
-    return _USABLE * _measure_available() / runtime.processes if limit is None else limit
-
-
-def measure_free(device: torch.device) -> int:
-    """Return the bytes that are free on a CPU or GPU; 0 where they cannot be measured."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return 0
-    try:
-        return _measure_available()
-    except PipelineError:
-        return 0
+    return _USABLE * _available() / runtime.processes if limit is None else limit
 
 
 def _parse_max_memory(runtime: RuntimeParams) -> float | None:
@@ -53,13 +42,11 @@ def _parse_max_memory(runtime: RuntimeParams) -> float | None:
     return float(number) * _UNITS[unit]
 
 
-def _measure_available() -> int:
+def _available() -> int:
     """Return the bytes of host memory that are available to new processes."""
-    try:
-        import psutil
-    except ImportError:
+    if (available := measure_available()) is None:
         raise PipelineError(
             "runtime.max_memory=null: the package psutil, which measures the available memory, is not installed. "
             "Run pip install psutil, or set runtime.max_memory, for example to 8GiB."
-        ) from None
-    return psutil.virtual_memory().available
+        )
+    return available
