@@ -20,12 +20,17 @@ from transformers import (
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     VaultGemmaConfig,
@@ -55,9 +60,9 @@ ROPE_SCALING = {  # as Llama 3's
     "original_max_position_embeddings": 64,
 }
 WINDOW = 28  # of families that slide
-SLIDING = ("mistral", "qwen2", "phi3", "gemma2", "gemma3_text")
+SLIDING = ("mistral", "mixtral", "qwen2", "phi3", "gemma2", "gemma3_text")
 POST_NORMS = ("gemma2", "gemma3_text", "olmo2")  # no R1
-FAMILIES = {
+FAMILIES: dict[str, PreTrainedConfig] = {
     "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama_untied_biases": LlamaConfig(**SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama_odd_sizes": LlamaConfig(**SIZES | {"hidden_size": 52, "intermediate_size": 78}, head_dim=13 * 2),
@@ -106,6 +111,20 @@ NEAR_FAMILIES = {
         final_logit_softcapping=6.0,
     ),
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+MOE_FAMILIES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+    # Blocks 0 and 2 are dense, of another width than the experts and the shared expert of block 1.
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES | _EXPERTS,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=2,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES | _EXPERTS, head_dim=16, moe_intermediate_size=32, mlp_only_layers=[0]),
+    "olmoe": OlmoeConfig(**SIZES | _EXPERTS | {"norm_topk_prob": False}),
+}
+FAMILIES |= MOE_FAMILIES
 PROSE_FILE = Path(__file__).with_name("prose.txt")
 PROSE = PROSE_FILE.read_text(encoding="utf-8")
 

@@ -31,7 +31,7 @@ QUANTIZER_INIT = Path("artifacts/quantizer_init")
 def main(run: Run) -> None:
     quantizer_init, prefix = run.params.quantizer_init, run.params.prefix
     checkpoint, windows = Checkpoint(ROTATION, "rotation"), load_windows(TRAIN)
-    widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
+    widths = checkpoint.architecture.setting_widths(map(checkpoint.build_block, range(checkpoint.block_count)))
     check_against_model(run.params, widths, checkpoint.block_count, find_max_positions(checkpoint.config))
     candidate = load_prefix(PREFIX, prefix.use, prefix.length)
     check_same_origin(checkpoint.header, candidate.header, "model")

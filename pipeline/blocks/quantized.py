@@ -8,6 +8,12 @@
     mlp.down_proj             -> QuantizedLinear   R4 online, then site mlp_hidden
     the other linears         -> QuantizedLinear   weights only
 
+In blocks with a mixture of experts, the experts (and the shared expert) take the place of the MLP:
+
+    mlp.experts               + quantizer          R1 where it is online, then site mlp_input, shared by all experts
+    mlp.experts.N.down_proj   -> QuantizedLinear   R4 online, then site mlp_hidden.experts.N, a scale for each expert
+    mlp.gate                  as it is             the router reads the norm's output, without R1 and quantizer
+
 Where no norm comes before them, attention and MLP themselves have the quantizer of their input.
 A block has the same structure when it is rotated in full precision (nothing calibrated, R4 and R5 online), when it is
 calibrated (hooks on its quantizers), and when it is quantized. The artifact of a block holds its state dict.
@@ -24,7 +30,8 @@ from torch import nn
 from pipeline.blocks.kv_cache import KeyQuantizer, quantize_cache_
 from pipeline.models.architectures import Architecture, uses_rope
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sites import RESIDUAL_SITES, Site, site_group
+from pipeline.models.experts import RoutedExperts, split_experts
+from pipeline.models.sites import RESIDUAL_SITES, Site, base_site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.kept_dtype import KeepsDtype
@@ -56,7 +63,8 @@ class BlockSettings:
     online_r5: bool = False
 
     def spec(self, site: str) -> QuantizerSpec:
-        return self.sites.get(site, QuantizerSpec())
+        """Return the quantizer of a site or linear; those of all experts have one setting."""
+        return self.sites.get(base_site(site), QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
         values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
@@ -260,12 +268,15 @@ def quantize_rotated(
 
 def read_input(block: nn.Module, architecture: Architecture, site: str, residual: torch.Tensor) -> torch.Tensor:
     """Return the input of the linears at `attention_input` or `mlp_input`, from the residual stream [..., D]."""
+    if site == Site.MLP_INPUT and architecture.experts is not None:
+        raise ValueError("the input of experts is read from a hook on them (Architecture.watch_input_)")
     module = architecture.input_module(block, site)
     return _quantize_input(module, residual) if architecture.input_norm(site) is None else module(residual)
 
 
 def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
     """Replace the modules of a plain decoder layer as the table above lists them. Nothing is calibrated yet."""
+    architecture = architecture.of_block(block)
     widths = architecture.site_widths(block)
     for site in RESIDUAL_SITES:
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
@@ -273,14 +284,14 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         module.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
         module.rotate_input = settings.online_r1
         architecture.watch_input_(block, site, _quantize_input)
-    rotated = {
-        architecture.attention_output: (settings.online_r5, -1),
-        architecture.mlp_output: (settings.online_r4, settings.r4_block_size),
-    }
-    input_sites = {architecture.attention_output: Site.ATTENTION_OUTPUT, architecture.mlp_output: Site.MLP_HIDDEN}
+    rotated = {architecture.attention_output: (settings.online_r5, -1)}
+    input_sites: dict[str, str] = {architecture.attention_output: Site.ATTENTION_OUTPUT}
+    for site, (_, _, down) in architecture.mlps.items():
+        rotated[down] = settings.online_r4, settings.r4_block_size
+        input_sites[down] = site
     for short, name in architecture.linear_names.items():
-        site = input_sites.get(name)
-        quantizer = None if site is None else ActivationQuantizer(settings.spec(site), widths[site])
+        input_site = input_sites.get(name)
+        quantizer = None if input_site is None else ActivationQuantizer(settings.spec(input_site), widths[input_site])
         rotate, blocks = rotated.get(name, (False, -1))
         linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer, blocks)
         block.set_submodule(name, linear)
@@ -302,17 +313,24 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
 
 
 def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
-    """Return the six activation quantizers of a block, in the order data flows; none for a plain block."""
+    """Return the activation quantizers of a block, in the order data flows; none for a plain block.
+
+    A dense block has six. With experts, there is one at `mlp_hidden.experts.0` and so on for each (see
+    `SparseArchitecture`).
+    """
     if not hasattr(block.self_attn, "key_quantizer"):
         return {}
-    return {
+    architecture = architecture.of_block(block)
+    quantizers: dict[str, ActivationQuantizer] = {
         Site.ATTENTION_INPUT: architecture.input_module(block, Site.ATTENTION_INPUT).quantizer,
         Site.KEY: block.self_attn.key_quantizer.quantizer,
         Site.VALUE: block.self_attn.value_quantizer,
         Site.ATTENTION_OUTPUT: block.get_submodule(architecture.attention_output).input_quantizer,
         Site.MLP_INPUT: architecture.input_module(block, Site.MLP_INPUT).quantizer,
-        Site.MLP_HIDDEN: block.get_submodule(architecture.mlp_output).input_quantizer,
     }
+    for site, (_, _, down) in architecture.mlps.items():
+        quantizers[site] = block.get_submodule(down).input_quantizer
+    return quantizers
 
 
 def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
@@ -321,12 +339,31 @@ def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
 
 
 def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
-    """Count the quantizers of each kind that have acted in this block since it was loaded."""
-    weights = sum(linear.fired for linear in _linears(block))
-    fired = Counter({"weights": weights} if weights else {})
-    sites = find_site_quantizers(block, architecture)
-    fired.update(site_group(site) for site, quantizer in sites.items() if quantizer.fired)
-    return fired
+    """Count the quantizers of each kind that have acted in this block since it was loaded.
+
+    Those of all experts count as one. It has fired if it did in every expert that got a token.
+    """
+    architecture = architecture.of_block(block)
+    idle = _find_idle(block, architecture)
+    acted: dict[str, bool] = {}
+    linears = ((short, block.get_submodule(name)) for short, name in architecture.linear_names.items())
+    fired = {short: linear.fired for short, linear in linears if isinstance(linear, QuantizedLinear)}
+    fired |= {site: quantizer.fired > 0 for site, quantizer in find_site_quantizers(block, architecture).items()}
+    for site, has_fired in fired.items():
+        name = site.removeprefix(f"{Site.MLP_HIDDEN}.")
+        if not {name, name.rpartition(".")[0]} & idle:
+            acted[base_site(site)] = acted.get(base_site(site), True) and has_fired
+    return Counter(site_group(site) for site, has_fired in acted.items() if has_fired)
+
+
+def _find_idle(block: nn.Module, architecture: Architecture) -> set[str]:
+    """Return the short names (`experts.3`) of the experts that got no token since the block was loaded."""
+    if architecture.experts is None:
+        return set()
+    experts = block.get_submodule(architecture.experts)
+    assert isinstance(experts, RoutedExperts)
+    name = architecture.experts.removeprefix(f"{architecture.mlp}.")
+    return {f"{name}.{index}" for index, hits in enumerate(experts.hits) if not hits}
 
 
 def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> nn.Module:
@@ -368,7 +405,7 @@ def fill_block(
     dtype = dtype or checkpoint.dtype
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(_BUFFERS) else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in split_experts(tensors).items()
     }
     calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
     missing, unexpected = block.load_state_dict(cast, strict=False, assign=True)

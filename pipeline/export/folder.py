@@ -174,10 +174,9 @@ def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[d
 def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
     architecture = checkpoint.architecture
     promised = float(sizes[architecture.embedding] + sizes.get(architecture.lm_head, 0))
-    skeleton = checkpoint.build_block(0)
     for index in range(checkpoint.block_count):
-        settings = block_settings(checkpoint, index)
-        for short, name in architecture.linear_names.items():
+        settings, skeleton = block_settings(checkpoint, index), checkpoint.build_block(index)
+        for short, name in architecture.of_block(skeleton).linear_names.items():
             bits = settings.spec(short).bits if settings.spec(short).enabled else 8 * checkpoint.dtype.itemsize
             promised += skeleton.get_submodule(name).weight.numel() * bits / 8
     size, original_size = (

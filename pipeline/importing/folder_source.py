@@ -42,6 +42,7 @@ from pipeline.importing.wrappers import (
 )
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
+from pipeline.models.experts import EAGER
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -102,6 +103,8 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
     def load_whole(dtype: torch.dtype) -> nn.Module:
         kernel = find_architecture(config).kernel
         options = {"dtype": dtype, "attn_implementation": kernel, "output_loading_info": True}
+        if find_architecture(config).experts is not None:
+            options["experts_implementation"] = EAGER  # the only one that computes in float64
         with loading(source, "this folder"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
             return check_complete(source, *loaded)
@@ -242,6 +245,7 @@ def _load_block(
     tensors[architecture.final_norm] = read(architecture.final_norm)
     model_class, small = make_block_class(config, index, len(token_ids))
     small._attn_implementation = architecture.kernel
+    small._experts_implementation = EAGER
     options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
     with loading(source, "this folder"):
         return check_complete(source, *model_class.from_pretrained(None, config=small, **options))

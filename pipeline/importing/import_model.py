@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.importing.chat_template import read_processor_template, settle_chat_template_
+from pipeline.importing.expert_tensors import join_experts
 from pipeline.importing.folder_source import open_folder
 from pipeline.importing.fused_projections import split_fused_projections
 from pipeline.importing.gguf_source import find_gguf, open_gguf
@@ -38,6 +39,7 @@ from pipeline.importing.source import (
 from pipeline.importing.tokenizer import complete_tokenizer_
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
+from pipeline.models.experts import route_experts_
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -95,8 +97,10 @@ def import_model(
         for name, part in check_names(source, set(expected), present, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = list(skeleton.get_submodule("model.layers").children())
+        for layer in layers if architecture.experts is not None else ():
+            route_experts_(layer, architecture.experts)
         check_plan(
-            architecture.site_widths(layers[0]),
+            architecture.setting_widths(layers),
             config.num_hidden_layers,
             find_max_positions(config),
             find_narrowest_window(config, layers),
@@ -173,6 +177,7 @@ def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[An
     problem = f"model.source={source!r}: its config and tensors do not fit"
     with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
         config, present, read_tensor = split_fused_projections(opened.config, opened.names, opened.read)
+        present, read_tensor = join_experts(source, config, present, read_tensor)
         if config.tie_word_embeddings and find_architecture(config).lm_head in present:
             config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
         check_special_ids(source, CONFIG, config.to_dict(), config.vocab_size)

@@ -154,6 +154,10 @@ def make_block_config(config: Any, index: int, vocab_size: int) -> Any:
     values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocab_size}
     if values.get("layer_types"):
         values["layer_types"] = [values["layer_types"][index]]
+    if "mlp_only_layers" in values:  # blocks with and without experts
+        step = values.get("decoder_sparse_step") or 1
+        is_sparse = index not in (values["mlp_only_layers"] or []) and (index + 1) % step == 0
+        values |= {"mlp_only_layers": [] if is_sparse else [0], "decoder_sparse_step": 1}
     # Ids of special tokens may lie beyond the smaller vocabulary.
     return type(config).from_dict(values | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
 

@@ -24,7 +24,7 @@ from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import RotatedCodes
 from pipeline.models.architectures import Architecture
-from pipeline.models.sites import RESIDUAL_SITES
+from pipeline.models.sites import RESIDUAL_SITES, Site
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, dequantize_weight
@@ -102,7 +102,7 @@ class PackedLinear(QuantizedLinear, nn.Linear):
 
 def pack_block_(block: nn.Module, architecture: Architecture) -> None:
     """Replace the quantized linears of a block by packed ones."""
-    for name in architecture.linears:
+    for name in architecture.of_block(block).linears:
         linear = block.get_submodule(name)
         if linear.weight_scale is not None:
             block.set_submodule(name, PackedLinear(linear))
@@ -156,8 +156,11 @@ def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLine
 
 def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
     """Have the packed linears of a block multiply integers, wherever the settings of weights and inputs allow it."""
+    architecture = architecture.of_block(block)
     quantizers = find_site_quantizers(block, architecture)
     for site, readers in architecture.site_readers.items():
+        if site == Site.MLP_INPUT and architecture.experts is not None:  # experts gather and add values, not codes
+            continue
         linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
         if not fits_integers(quantizer, linears):
             continue

@@ -37,6 +37,7 @@ from pipeline.inference.manifest import METHOD, TOKENIZER_FILES, ExportError, ch
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.prefixed_model import prefix_model_
 from pipeline.models.architectures import find_architecture
+from pipeline.models.experts import route_experts_
 from pipeline.runtime.files import write_json
 
 GUARD = f"{METHOD} (import pipeline.hf)"
@@ -201,6 +202,8 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
     heads = model.config.num_key_value_heads
     with torch.device("meta"):
         for index, block in enumerate(model.base_model.layers):
+            if architecture.experts is not None:
+                route_experts_(block, architecture.experts)
             settings = find_settings(config.blocks, index)
             add_quantizers_(block, architecture, settings, heads)
             for module in list(block.modules()):

@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
-from pipeline.models.sites import Site
+from pipeline.models.sites import Site, base_site
 from pipeline.numerics.quantizer import ActivationQuantizer, group
 from pipeline.runtime.artifacts import write_rows
 from pipeline.runtime.streams import Stream
@@ -59,6 +59,8 @@ class SaturationProbe:
         """Return share and SQNR of every site, over all calls since the context was first entered."""
         result = {}
         for site, sums in self._sums.items():
+            if not self._counts[site]:  # an expert without tokens
+                continue
             beyond, signal, noise = sums.tolist()
             sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
             result[site] = {"share": beyond / max(self._counts[site], 1), "sqnr": min(sqnr, 200.0)}
@@ -127,13 +129,16 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 
 
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
-    """Write a table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`, of the worst text."""
+    """Write a table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`.
+
+    Of several texts, and of several experts, the worst one counts.
+    """
     rows = []
     for index in sorted({index for blocks in texts.values() for index in blocks}):
         row: dict[str, Any] = {"block": index}
         reports = [blocks[index] for blocks in texts.values()]
         for site in Site:
-            values = [report[site] for report in reports if site in report]
+            values = [report[name] for report in reports for name in report if base_site(name) == site]
             row[f"{site}_share"] = max((value["share"] for value in values), default=None)
             row[f"{site}_sqnr"] = min((value["sqnr"] for value in values), default=None)
         rows.append(row)

@@ -123,6 +123,11 @@ def compare_formats(
     """
     if not formats:
         return {}
+    if checkpoint.architecture.experts is not None:
+        raise FormatError(
+            f"export.formats={formats}: model_type={checkpoint.config.model_type!r} has experts, and these formats are "
+            "written for dense models only. Set export.formats: []; artifacts/export holds the experts."
+        )
     all_settings = [block_settings(checkpoint, index) for index in range(checkpoint.block_count)]
     problems = _find_obstacles(checkpoint, all_settings)
     window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)

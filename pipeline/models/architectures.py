@@ -5,14 +5,16 @@ and RMSNorms before attention and MLP, after them, or both. Names are as in the 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.models.sites import Site
+from pipeline.models.experts import PROJECTIONS, RoutedExperts
+from pipeline.models.sites import Site, base_site
 from pipeline.runtime.errors import PipelineError
 
 
@@ -33,6 +35,9 @@ class Architecture:
         norm_offset: a constant that norms add to their weight before they multiply by it (1 in Gemma).
         nope_without_window: whether layers without a sliding window have no RoPE, where others have a window.
         slides_throughout: whether `sliding_window` applies to all blocks, and not only to those in config.layer_types.
+        experts, shared_expert: in blocks with a mixture of experts, the module of the routed experts, and the MLP that
+            every token passes as well; None in dense families, and where there is no shared expert.
+        routers: the linears that read the MLP's input in full precision: the router, and the gate of the shared expert.
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
     """
 
@@ -51,6 +56,9 @@ class Architecture:
     norm_offset: float = 0.0
     slides_throughout: bool = False
     nope_without_window: bool = False
+    experts: str | None = None
+    shared_expert: str | None = None
+    routers: tuple[str, ...] = ()
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -81,9 +89,59 @@ class Architecture:
 
         A group size must divide it.
         """
-        linears = self.linear_names | {site: readers[0] for site, readers in self.site_readers.items()}
+        architecture = self.of_block(block)
+        readers = {site: names[0] for site, names in architecture.site_readers.items()}
+        linears = architecture.linear_names | readers
         widths = {site: block.get_submodule(name).in_features for site, name in linears.items()}
         return widths | {Site.KEY: block.self_attn.head_dim, Site.VALUE: block.self_attn.head_dim}
+
+    def setting_widths(self, blocks: Iterable[nn.Module]) -> dict[str, int]:
+        """Return the widths of all sites and linears in blocks of one model, by the names that params have for them.
+
+        Where blocks or experts differ in a width, each other width follows under a longer name
+        (`shared_expert.down_proj`), for which the params of the short name count.
+        """
+        widths: dict[str, int] = {}
+        for block in blocks:
+            for site, width in self.of_block(block).site_widths(block).items():
+                if widths.setdefault(base_site(site), width) != width:
+                    widths[_qualify(site)] = width
+        return widths
+
+    @property
+    def mlps(self) -> dict[str, tuple[str, str, str]]:
+        """Site of the input of a down_proj -> the gate_proj, up_proj and down_proj of this MLP."""
+        gate, up = self.mlp_readers
+        return {Site.MLP_HIDDEN: (gate, up, self.mlp_output)}
+
+    def of_block(self, block: nn.Module) -> "Architecture":
+        """Return the names of a block's parts: this architecture, or `SparseArchitecture` if the block has experts."""
+        if self.experts is None:
+            return self
+        try:
+            experts = block.get_submodule(self.experts)
+        except AttributeError:  # one of the dense blocks of such a family
+            return self.of_experts(0, ())
+        assert isinstance(experts, RoutedExperts)
+        return self.of_experts(len(experts), [name for name, _ in block.named_modules()])
+
+    def of_tensors(self, names: Collection[str]) -> "Architecture":
+        """Return the same as `of_block` for the names of a block's tensors, by expert."""
+        if self.experts is None:
+            return self
+        prefix = f"{self.experts}."
+        numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+        return self.of_experts(len(numbers), [name.rpartition(".")[0] for name in names])
+
+    def of_experts(self, count: int, modules: Collection[str]) -> "Architecture":
+        """Return the architecture of a block with `count` experts, which has these `modules`."""
+        values = {field.name: getattr(self, field.name) for field in fields(Architecture)}
+        if count == 0:
+            return Architecture(**values | {"experts": None, "shared_expert": None, "routers": ()})
+        present = set(modules)
+        shared = self.shared_expert if f"{self.shared_expert}.{PROJECTIONS[0]}" in present else None
+        routers = tuple(name for name in self.routers if name in present)
+        return SparseArchitecture(**values | {"shared_expert": shared, "routers": routers}, expert_count=count)
 
     def tensor_prefix(self, index: int) -> str:
         """Return the prefix of the names of block `index` in the checkpoint: "model.layers.3."."""
@@ -105,6 +163,11 @@ class Architecture:
         norms: dict[str, str | None] = {Site.ATTENTION_INPUT: self.attention_norm, Site.MLP_INPUT: self.mlp_norm}
         return norms[site]
 
+    @property
+    def full_precision_readers(self) -> dict[str, tuple[str, ...]]:
+        """Each norm -> the linears that read its output before it is rotated online and quantized."""
+        return {}
+
     def input_module(self, block: nn.Module, site: str) -> nn.Module:
         """Return the norm that writes `attention_input` or `mlp_input`, or else the module that reads it."""
         readers: dict[str, str] = {Site.ATTENTION_INPUT: self.attention, Site.MLP_INPUT: self.mlp}
@@ -119,6 +182,94 @@ class Architecture:
             module.register_forward_hook(functools.partial(_replace_output, replace))
         else:
             module.register_forward_pre_hook(functools.partial(_replace_input, replace), with_kwargs=True)
+
+
+def _qualify(site: str) -> str:
+    """Return a longer name of a site, for which `base_site` returns the short one, without the number of an expert."""
+    if "." in site:
+        return re.sub(r"\.\d+", "", site)
+    return f"dense.{site}" if site.endswith("_proj") else f"{site}.dense"
+
+
+class SparseArchitecture(Architecture):
+    """Names inside a block with a mixture of experts. Built by `Architecture.of_block`.
+
+    The routed experts share one quantizer of their input with the shared expert. The router reads the norm's output
+    before that quantizer. Each expert has a quantizer of its own for the input of its down_proj, at the sites
+    `mlp_hidden.experts.0` to `mlp_hidden.experts.E-1` and `mlp_hidden.shared_expert`.
+    """
+
+    def __init__(self, *, expert_count: int, **values: Any) -> None:
+        super().__init__(**values)
+        object.__setattr__(self, "expert_count", expert_count)
+        names = [f"{self.experts}.{index}" for index in range(expert_count)]
+        mlps = {}
+        for name in [*names, *([self.shared_expert] if self.shared_expert else [])]:
+            gate, up, down = (f"{name}.{part}" for part in PROJECTIONS)
+            mlps[f"{Site.MLP_HIDDEN}.{name.removeprefix(f'{self.mlp}.')}"] = gate, up, down
+        object.__setattr__(self, "_mlps", mlps)
+        readers = tuple(reader for gate, up, _ in mlps.values() for reader in (gate, up))
+        object.__setattr__(self, "mlp_readers", readers)
+
+    expert_count: int
+    _mlps: dict[str, tuple[str, str, str]]
+
+    def of_block(self, block: nn.Module) -> Architecture:
+        return self
+
+    @property
+    def mlps(self) -> dict[str, tuple[str, str, str]]:
+        return self._mlps
+
+    @functools.cached_property
+    def linear_names(self) -> dict[str, str]:
+        """Short name -> name in the block: {"q_proj": "self_attn.q_proj", "experts.0.gate_proj": …}."""
+        attention = (*self.attention_readers, self.attention_output)
+        short = {name.rpartition(".")[2]: name for name in attention}
+        return short | {name.removeprefix(f"{self.mlp}."): name for name in self.linears if name not in attention}
+
+    @functools.cached_property
+    def site_readers(self) -> dict[str, tuple[str, ...]]:
+        readers: dict[str, tuple[str, ...]] = {
+            Site.ATTENTION_INPUT: self.attention_readers,
+            Site.ATTENTION_OUTPUT: (self.attention_output,),
+            Site.MLP_INPUT: self.mlp_readers,
+        }
+        return readers | {site: (down,) for site, (_, _, down) in self.mlps.items()}
+
+    @property
+    def full_precision_readers(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.mlp_norm is None else {self.mlp_norm: self.routers}
+
+    def input_module(self, block: nn.Module, site: str) -> nn.Module:
+        """Return the module that has the quantizer of a site: the experts for `mlp_input`, so the router has none."""
+        if site == Site.MLP_INPUT:
+            return block.get_submodule(str(self.experts))
+        return super().input_module(block, site)
+
+    def watch_input_(
+        self, block: nn.Module, site: str, replace: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> None:
+        if site != Site.MLP_INPUT:
+            super().watch_input_(block, site, replace)
+            return
+        module = self.input_module(block, site)
+        if self.shared_expert is None:
+            module.register_forward_pre_hook(functools.partial(_replace_input, replace), with_kwargs=True)
+            return
+        hook = functools.partial(_replace_shared_input, replace, _Holder(module))
+        for reader in (module, block.get_submodule(self.shared_expert)):
+            reader.register_forward_pre_hook(hook)
+
+
+class _Holder:
+    """Refers to a module without being its parent."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+_REPLACEMENT = "_prefixquant_replacement"
 
 
 # Hooks are functions of a module, because a pickled model refers to them by name.
@@ -136,6 +287,21 @@ def _replace_input(
     return args, kwargs | {"hidden_states": replace(module, kwargs["hidden_states"])}
 
 
+def _replace_shared_input(
+    replace: Callable[..., torch.Tensor], holder: _Holder, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Give both readers of one tensor the same replacement, computed once.
+
+    The first reader leaves it on the tensor, where the second one takes it. So no module holds the state of a call.
+    """
+    x = args[0]
+    replaced = x.__dict__.pop(_REPLACEMENT, None)
+    if replaced is None:
+        replaced = replace(holder.module, x)
+        setattr(x, _REPLACEMENT, replaced)
+    return replaced, *args[1:]
+
+
 # Arguments that transformers passes to an attention function, and that masks, caches and kernels account for.
 _ATTENTION_ARGUMENTS = {
     "scaling",
@@ -151,6 +317,7 @@ _ATTENTION_ARGUMENTS = {
 }
 
 _LLAMA = Architecture()
+_ROUTED: dict[str, Any] = {"experts": "mlp.experts", "routers": ("mlp.gate",)}
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -174,6 +341,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cwm": _LLAMA,
     "gemma": Architecture(norm_offset=1.0),
     "vaultgemma": Architecture(mlp_norm="pre_feedforward_layernorm", kernel="eager", norm_offset=1.0),
+    "mixtral": Architecture(slides_throughout=True, **_ROUTED),
+    "olmoe": Architecture(**_ROUTED),
+    "qwen2_moe": Architecture(
+        experts="mlp.experts", shared_expert="mlp.shared_expert", routers=("mlp.gate", "mlp.shared_expert_gate")
+    ),
+    "qwen3_moe": Architecture(slides_throughout=True, **_ROUTED),
 }
 # Imported as another family that computes the same (importing/fused_projections.py).
 IMPORTED_AS = {"phi3": "mistral"}

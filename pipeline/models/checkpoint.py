@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.models.architectures import Architecture, find_architecture, find_logit_cap, find_widest_window
+from pipeline.models.experts import EAGER, route_experts_, split_experts, stack_experts
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
@@ -78,6 +79,7 @@ class Checkpoint:
             self.config = AutoConfig.from_pretrained(self.folder)
         self.architecture: Architecture = find_architecture(self.config)
         self.config._attn_implementation = self.architecture.kernel
+        self.config._experts_implementation = EAGER
 
     def _missing(self) -> Header:
         return read_header(self.folder / FOLDER_HEADER, self.stage)  # raises, naming the stage to rerun
@@ -116,10 +118,12 @@ class Checkpoint:
     def build_block(self, index: int) -> nn.Module:
         """Build decoder layer `index` of the model's own class, in eval mode, with parameters on the meta device.
 
-        Its `layer_idx` is 0, because a walk gives each block a cache with a single layer.
+        Its `layer_idx` is 0, because a walk gives each block a cache with a single layer. Experts are `RoutedExperts`.
         """
         block = copy.deepcopy(self._skeleton.model.layers[index])
         block.self_attn.layer_idx = 0
+        if self.architecture.experts is not None:
+            route_experts_(block, self.architecture.experts)
         return block.eval()
 
     def build_rotary_embedding(self) -> nn.Module:
@@ -191,8 +195,8 @@ class CheckpointWriter:
         self._bytes = 0
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the shard of block `index`. Names are those inside the block."""
-        prefix = self.architecture.tensor_prefix(index)
+        """Write the shard of block `index`. Names are those inside the block, or of transformers' own block."""
+        prefix, tensors = self.architecture.tensor_prefix(index), stack_experts(tensors)
         self._write(BLOCK.format(index=index), {prefix + name: tensor for name, tensor in tensors.items()})
 
     def adopt_block(self, index: int, path: Path) -> None:
@@ -233,15 +237,15 @@ def save_block_file(
     folder: Path, architecture: Architecture, index: int, tensors: dict[str, torch.Tensor], header: Header
 ) -> None:
     """Write the shard of one block, for `CheckpointWriter.adopt_block`. Names are those inside the block."""
-    prefix = architecture.tensor_prefix(index)
-    save_tensors(folder / BLOCK.format(index=index), {prefix + name: t for name, t in tensors.items()}, header)
+    prefix, stacked = architecture.tensor_prefix(index), stack_experts(tensors)
+    save_tensors(folder / BLOCK.format(index=index), {prefix + name: t for name, t in stacked.items()}, header)
 
 
 def load_block_file(folder: Path, architecture: Architecture, index: int, stage: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a block's shard, named as inside the block. Raises ArtifactError."""
     prefix = architecture.tensor_prefix(index)
     with open_tensors(folder / BLOCK.format(index=index), stage) as (file, _):
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return split_experts({name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 def build_skeleton(config: Any) -> nn.Module:

@@ -56,3 +56,11 @@ def site_group(site: str) -> QuantizerGroup:
     if site.endswith("_proj"):
         return "weights"
     return "keys" if site == Site.KEY else "values" if site == Site.VALUE else "activations"
+
+
+def base_site(site: str) -> str:
+    """Return the name that params have for a site or linear of a block with experts.
+
+    experts.3.down_proj -> down_proj, mlp_hidden.experts.3 -> mlp_hidden. Other names are returned unchanged.
+    """
+    return site.rpartition(".")[2] if site.endswith("_proj") else site.partition(".")[0]

@@ -18,8 +18,9 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sites import Site
+from pipeline.models.sites import Site, base_site
 from pipeline.prefix.outliers import describe_outliers, list_tokens, token_maxima
+from pipeline.prefix.sites import watch_token_maxima_
 from pipeline.runtime.artifacts import Header, load_json, replacing_folder, save_tensors, write_json
 
 ACTIVATIONS = "activations.safetensors"
@@ -90,15 +91,18 @@ def measure_activations(
         block_maxima.setdefault(site, []).append(token_maxima(x).cpu())
 
     def measure_values(index: int, x: torch.Tensor) -> None:
-        surfaces.setdefault(f"{OUTLIER_SITE}.{index}", _pool(x[0]))
+        surfaces.setdefault(f"{OUTLIER_SITE}.{index}", _pool(x if x.dim() == 2 else x[0]))
         histograms[index] = histograms.get(index, 0) + count_values(x)
+
+    def add_maxima(values: torch.Tensor) -> None:
+        block_maxima.setdefault(OUTLIER_SITE, []).append(values.cpu())
 
     def before(index: int, block: nn.Module) -> None:
         block_maxima["block_input"] = [token_maxima(hidden)]
         if index in surface_blocks:
             surfaces[f"input.{index}"] = _pool(hidden[0])
             _hook_site(block, checkpoint, OUTLIER_SITE, lambda x: measure_values(index, x))
-        _add_hooks(block, checkpoint, measure)
+        _add_hooks(block, checkpoint, measure, add_maxima)
 
     def after(index: int, block: nn.Module) -> None:
         measure("block_output", hidden)
@@ -137,20 +141,39 @@ def read_outliers(folder: Path) -> dict[str, Any]:
     return load_json(folder / "outliers.json", "activation_plots")
 
 
-def _add_hooks(block: nn.Module, checkpoint: Checkpoint, measure: Callable[[str, torch.Tensor], None]) -> None:
-    """Measure the inputs and outputs of a block's linears whenever it runs."""
-    architecture = checkpoint.architecture
+def _add_hooks(
+    block: nn.Module,
+    checkpoint: Checkpoint,
+    measure: Callable[[str, torch.Tensor], None],
+    add_maxima: Callable[[torch.Tensor], None],
+) -> None:
+    """Measure the inputs and outputs of a block's linears whenever it runs.
+
+    Args:
+        add_maxima: gets the token maxima at `mlp_hidden` of a block with experts, where inputs are of some tokens only.
+    """
+    architecture = checkpoint.architecture.of_block(block)
     for site in architecture.site_readers:
-        _hook_site(block, checkpoint, site, lambda x, site=site: measure(site, x))
+        if architecture.experts is None or base_site(site) != Site.MLP_HIDDEN:
+            _hook_site(block, checkpoint, site, lambda x, site=site: measure(site, x))
+    if architecture.experts is not None:
+        watch_token_maxima_(block, architecture, add_maxima)
     for linear, name in architecture.linear_names.items():
+        linear = base_site(linear)  # all experts together
         block.get_submodule(name).register_forward_hook(lambda m, args, output, site=linear: measure(site, output))
 
 
 def _hook_site(block: nn.Module, checkpoint: Checkpoint, site: str, measure: Callable[[torch.Tensor], None]) -> None:
-    """Measure the input of a site's linears, after R4 or R5, before it is quantized."""
-    architecture = checkpoint.architecture
+    """Measure the input of a site's linears, after R4 or R5, before it is quantized; with experts [n, C] of each."""
+    architecture = checkpoint.architecture.of_block(block)
     quantizers = find_site_quantizers(block, architecture)
-    if quantizers:
+    if architecture.experts is not None and site == Site.MLP_HIDDEN:
+        for expert_site in architecture.mlps:
+            _hook_site(block, checkpoint, expert_site, measure)
+    elif architecture.experts is not None and site == Site.MLP_INPUT and not quantizers:
+        experts = block.get_submodule(architecture.experts)
+        experts.register_forward_pre_hook(lambda m, args: measure(args[0]))
+    elif quantizers:
         quantizers[site].register_forward_hook(lambda m, args, output: measure(args[0]))
     else:
         reader = architecture.site_readers[site][0]

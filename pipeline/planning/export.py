@@ -43,11 +43,11 @@ def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: Col
 
 
 def _count_gguf_blocks(checkpoint: Checkpoint) -> float:
-    total, linears = 0.0, checkpoint.architecture.linear_names
+    total = 0.0
     for index in range(checkpoint.block_count):
         settings = block_settings(checkpoint, index) or BlockSettings()
         block = checkpoint.build_block(index)
-        for site, name in linears.items():
+        for site, name in checkpoint.architecture.of_block(block).linear_names.items():
             spec, weights = settings.spec(site), block.get_parameter(f"{name}.weight").numel()
             per_weight = _GGUF_BYTES[4 if spec.bits <= 4 else 8] if spec.enabled else checkpoint.dtype.itemsize
             total += weights * per_weight

@@ -13,6 +13,7 @@ from pipeline.planning.disk import count_quantized_blocks, count_tables, measure
 from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
+from pipeline.quantization.block_init import STACKED
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.sensitivity import LOGIT_POSITIONS
 
@@ -32,13 +33,15 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     differentiating = max(sizes.graph(batch), SENSITIVITY_LOGITS * sizes.logits(LOGIT_POSITIONS))
     equalizing = sizes.block + sizes.blocks * sizes.hidden_states(sampled) + differentiating
     # Gram matrices [width, width] of the inputs of q/k/v, o, gate/up, and down.
-    widths = (sizes.hidden, sizes.queries, sizes.hidden, sizes.inner)
+    widths = (sizes.hidden, sizes.queries, sizes.hidden, *sizes.mlps)
     largest_gram = 4 * max(widths) ** 2
     all_grams = 4 * sum(width**2 for width in widths)
     samples = sampled * 4 * (5 * sizes.hidden + 2 * sizes.queries + 3 * sizes.keys + sizes.inner)
     recording = all_grams + largest_gram + max(sizes.forward(workload.batch), sizes.forward(sampled))
     # When GPTQ reaches the widest weight, the other Gram matrices are gone.
-    largest_weight = 4 * sizes.hidden * sizes.inner
+    largest_weight = 4 * sizes.hidden * max(sizes.mlps)
+    if len(sizes.mlps) > 1:  # the gate projections of all experts are rounded together
+        largest_weight = max(largest_weight, 4 * min(STACKED, sizes.hidden * sum(sizes.mlps)))
     factorising = FACTORISED_ON_GPU * largest_gram if on_gpu else 0
     rounding = largest_gram + max(largest_gram + GPTQ_COPIES * largest_weight, factorising)
     compute: float = sizes.block + samples + max(recording, rounding)

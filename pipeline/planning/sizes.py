@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sites import Site
 from pipeline.planning.constants import (
     FORWARD_HIDDEN,
     FORWARD_INNER,
@@ -18,10 +19,12 @@ from pipeline.planning.constants import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model, counted on its first block. The other blocks are taken to have the same sizes.
+    """Sizes of a model, counted on its largest block. The other blocks are taken to have the same sizes.
 
     Attributes:
-        hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys, and all queries.
+        hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys, and all queries. With experts,
+            `inner` is the sum over the MLPs that a token passes.
+        mlps: the width of each MLP of a block: one, or those of all experts and of the shared expert.
         vocabulary: rows of the embedding.
         blocks: number of blocks.
         weights: number of parameters of a block.
@@ -30,6 +33,7 @@ class Sizes:
 
     hidden: int
     inner: int
+    mlps: tuple[int, ...]
     keys: int
     queries: int
     vocabulary: int
@@ -40,16 +44,25 @@ class Sizes:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
         """Return the sizes of a checkpoint."""
-        config, block = checkpoint.config, checkpoint.build_block(0)
-        head_dim = checkpoint.architecture.site_widths(block)[Site.KEY]
+        config = checkpoint.config
+        count = checkpoint.block_count if checkpoint.architecture.experts is not None else 1  # others are all alike
+        block = max(map(checkpoint.build_block, range(count)), key=_count_weights)
+        architecture = checkpoint.architecture.of_block(block)
+        head_dim = block.self_attn.head_dim
+        mlps = tuple(block.get_submodule(down).in_features for _, _, down in architecture.mlps.values())
+        inner = config.intermediate_size
+        if architecture.experts is not None:
+            experts = len(block.get_submodule(architecture.experts))
+            inner = config.num_experts_per_tok * mlps[0] + sum(mlps[experts:])
         return cls(
             hidden=config.hidden_size,
-            inner=config.intermediate_size,
+            inner=inner,
+            mlps=mlps,
             keys=config.num_key_value_heads * head_dim,
             queries=config.num_attention_heads * head_dim,
             vocabulary=config.vocab_size,
             blocks=checkpoint.block_count,
-            weights=sum(parameter.numel() for parameter in block.parameters()),
+            weights=_count_weights(block),
             itemsize=checkpoint.dtype.itemsize,
         )
 
@@ -101,3 +114,7 @@ class Sizes:
     @property
     def _graph_values(self) -> int:
         return GRAPH_HIDDEN * self.hidden + GRAPH_INNER * self.inner + GRAPH_KEYS * self.keys
+
+
+def _count_weights(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())

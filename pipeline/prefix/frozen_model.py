@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner, batches
+from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prefix.losses import MEASURES, diversity, magnitude
 from pipeline.prefix.params import PrefixTrainingParams
@@ -31,7 +32,16 @@ class FrozenModel:
         keeping: Keeping = HIDDEN_STATES,
         offload: Offload = IN_MEMORY,
     ) -> None:
-        """Load all blocks of the original model, and hook the sites of those in `prefix_training.target_layers`."""
+        """Load all blocks of the original model, and hook the sites of those in `prefix_training.target_layers`.
+
+        Raises:
+            UnsupportedModelError: the model has experts, whose inputs do not show which tokens belong to the prefix.
+        """
+        if checkpoint.architecture.experts is not None:
+            raise UnsupportedModelError(
+                f"prefix_training.enabled=true: model_type={checkpoint.config.model_type!r} has experts, and the terms "
+                "of the loss are not measured in them. Set prefix_training.enabled: false; the found prefix is used."
+            )
         self.checkpoint, self.runner, self.params = checkpoint, runner, params
         all_layers = range(checkpoint.block_count)
         self.layers = set(all_layers if params.target_layers is None else params.target_layers)

@@ -37,6 +37,8 @@ class LayerOutliers:
         max_top1_ratio: its maximum over windows.
         peaks: token id -> sum of r_t squared over the windows in which it has the largest r_t after position 0. The
             threshold plays no part.
+        expert_peaks: expert -> the largest magnitude of its output; empty for a dense block. Experts whose outputs are
+            much larger than those of all others are called super experts (arXiv:2507.23279).
     """
 
     layer: int
@@ -46,6 +48,7 @@ class LayerOutliers:
     mean_top1_ratio: float
     max_top1_ratio: float
     peaks: Counter[int] = field(default_factory=Counter)
+    expert_peaks: dict[str, float] = field(default_factory=dict)
 
 
 def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor, threshold: float) -> LayerOutliers:

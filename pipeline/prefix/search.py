@@ -32,11 +32,13 @@ from pipeline.prefix.outliers import (
     token_maxima,
 )
 from pipeline.prefix.params import PrefixSearchParams
+from pipeline.prefix.sites import watch_expert_peaks_, watch_token_maxima_
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.text.start_token import choose_start_token
 from pipeline.text.windows import find_text_start_token, prepend_start_token
 
 _WINDOWS_WITH_PREFIX = 4
+_LISTED_EXPERTS = 8  # of a block
 _EXPLAIN_BENEFIT = "the shortest candidate within a standard error of the least divergence behind simulated quantizers"
 
 
@@ -146,6 +148,7 @@ def search_prefix(
                 "positions": [
                     {"position": position, "count": count} for position, count in most_frequent(layer.positions, 10)
                 ],
+                **_describe_experts(layer, with_prefix),
             }
             for layer, with_prefix in zip(before, after, strict=True)
         ],
@@ -175,21 +178,37 @@ def measure_outliers(
     hidden = checkpoint.embed(token_ids[ranks.slice_windows(len(token_ids))])
     maxima: list[torch.Tensor] = []
     layers: list[LayerOutliers] = []
+    peaks: dict[str, float] = {}
 
     def watch(index: int, block: nn.Module) -> None:
         maxima.clear()
+        peaks.clear()
+        watch_expert_peaks_(block, checkpoint.architecture, peaks)
         if site == "down_proj_input":
-            down = block.get_submodule(checkpoint.architecture.mlp_output)
-            down.register_forward_pre_hook(lambda module, args: maxima.append(token_maxima(args[0]).cpu()))
+            watch_token_maxima_(block, checkpoint.architecture, lambda values: maxima.append(values.cpu()))
         else:
             block.register_forward_hook(lambda module, args, output: maxima.append(token_maxima(output).cpu()))
 
     def after(index: int, block: nn.Module) -> None:
         whole = ranks.collect(torch.cat(maxima), len(token_ids))
-        layers.append(describe_outliers(index, whole, token_ids, threshold))
+        layer = describe_outliers(index, whole, token_ids, threshold)
+        all_peaks = torch.tensor(list(peaks.values()))
+        ranks.max_(all_peaks)
+        layer.expert_peaks = dict(zip(peaks, all_peaks.tolist(), strict=True))
+        layers.append(layer)
 
     walk(checkpoint, hidden, runner, "searching outliers", prefix_kv, watch, after)
     return layers
+
+
+def _describe_experts(layer: LayerOutliers, with_prefix: LayerOutliers) -> dict[str, Any]:
+    """Return the experts with the largest outputs, without and with the prefix; {} for a dense block."""
+    ranked = sorted(layer.expert_peaks, key=lambda name: -layer.expert_peaks[name])
+    largest = [
+        {"expert": name, "peak": layer.expert_peaks[name], "peak_with_prefix": with_prefix.expert_peaks[name]}
+        for name in ranked[:_LISTED_EXPERTS]
+    ]
+    return {"largest_experts": largest} if largest else {}
 
 
 def choose_prefix(layers: list[LayerOutliers], start_token_id: int | None, start_token_counts: bool) -> list[int]:

@@ -43,7 +43,11 @@ class SimulatedQuantizers:
         self._fixed.clear()
 
     def simulate(self, index: int, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Return x [B, T, C] or [B, heads, T, d], float32, as the quantizer at a site of block `index` leaves it."""
+        """Return x as the quantizer at a site of block `index` leaves it.
+
+        Args:
+            x: float32 [B, T, C], [n, C] or [B, heads, T, d].
+        """
         mean, _, quantized = self.quantize(self.rotate(index, site, x), (index, site))
         return self.rotate_back(index, site, quantized + mean)
 
@@ -93,6 +97,9 @@ class SimulatedQuantizers:
         """Return the mean of each channel, and the scale, [] or [heads, 1, 1], of x - mean."""
         if x.dim() == 3:
             mean = x.mean((0, 1), keepdim=True)
+            return mean, self._search((x - mean).flatten()[None])[0]
+        if x.dim() == 2:
+            mean = x.mean(0, keepdim=True)
             return mean, self._search((x - mean).flatten()[None])[0]
         mean = x.mean((0, 2), keepdim=True)
         return mean, self._search((x - mean).movedim(1, 0).flatten(1)).view(-1, 1, 1)

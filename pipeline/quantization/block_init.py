@@ -5,6 +5,7 @@ the statistics of the block in full precision (`scale_search.py`). The objective
 factor, the block runs with all quantizers chosen so far, and its output is compared with the full-precision output.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from pipeline.blocks.kv_cache import turn_keys
 from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
-from pipeline.models.sites import INPUT_SITES, Site
+from pipeline.models.sites import INPUT_SITES, Site, base_site
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.params import SiteSettings
@@ -37,6 +38,7 @@ from pipeline.quantization.statistics import BlockStatistics
 
 _COLUMNS = 2048  # of a weight, whose product with a Gram matrix is in memory at a time
 _MANY = 2**16  # values, over which a sum of errors is smooth
+STACKED = 1 << 25  # entries of the weights of experts that are rounded together
 _ROWS = 1024  # of a weight, evenly spread, that its reported error is measured on (all, up to twice as many)
 SiteReport = dict[str, float]  # clip_factor, relative_error, at_grid_edge, damping
 
@@ -64,6 +66,7 @@ def choose_quantizers_(
         site's objective, "at_grid_edge": how many optima lie at the low end of the grid}. The error of a weight is that
         of its layer's outputs (of large layers: some of them). A weight rounded by GPTQ also has "damping".
     """
+    architecture = architecture.of_block(block)
     chooser = _Chooser(
         block=block,
         architecture=architecture,
@@ -77,9 +80,9 @@ def choose_quantizers_(
         if quantizer.spec.enabled:
             report[site] = chooser.calibrate_(site)
     for site, readers in architecture.site_readers.items():
-        for name in readers:
-            if block.get_submodule(name).spec.enabled:
-                report[_shorten(name)] = chooser.quantize_weight_(name, site)
+        for names in chooser.stack_readers(readers):
+            for name, values in chooser.quantize_weights_(names, site).items():
+                report[chooser.shorten(name)] = values
         chooser.forget_(site)
     return report
 
@@ -99,10 +102,35 @@ class _Chooser:
         self.quantizers = find_site_quantizers(self.block, self.architecture)
         self._hessians: dict[tuple[str, bool], torch.Tensor] = {}
         self._factors: dict[tuple[str, bool], InverseFactor] = {}
+        self._short_names = {name: short for short, name in self.architecture.linear_names.items()}
+
+    def shorten(self, name: str) -> str:
+        """Return a linear's short name, as in reports: mlp.up_proj -> up_proj, of experts experts.0.up_proj."""
+        return self._short_names[name]
+
+    def stack_readers(self, readers: tuple[str, ...]) -> list[list[str]]:
+        """Return the quantized linears among the readers of a site, in the groups that are quantized together.
+
+        In a dense block each linear is a group. The gate (or up) projections of all experts read the same input and
+        have the same settings, so that they are rounded as one linear with more rows, up to a limit.
+        """
+        names = [name for name in readers if self.block.get_submodule(name).spec.enabled]
+        if self.architecture.experts is None:
+            return [[name] for name in names]
+        stacks: dict[str, list[list[str]]] = {}
+        for name in names:
+            kind, size = base_site(self.shorten(name)), self.block.get_submodule(name).weight.numel()
+            groups = stacks.setdefault(kind, [])
+            room = STACKED // size
+            if not groups or len(groups[-1]) >= max(1, room) or self.site_settings[kind].range == "block":
+                groups.append([])
+            groups[-1].append(name)
+        return [group for groups in stacks.values() for group in groups]
 
     def calibrate_(self, site: str) -> SiteReport:
         """Choose the scales, or the clip factors of dynamic scales, of a site's quantizer."""
-        quantizer, settings, statistics = self.quantizers[site], self.site_settings[site], self.statistics.sites[site]
+        quantizer, settings = self.quantizers[site], self.site_settings[base_site(site)]
+        statistics = self.statistics.sites[site]
         spec, samples = quantizer.spec, statistics.sample
         mean = statistics.channels.mean if spec.centered else None
         if settings.range == "percentile":
@@ -130,7 +158,7 @@ class _Chooser:
         if settings.range in ("max", "percentile") or (spec.dynamic and not settings.clipping):
             search = keep_range(objective)
         else:
-            is_sum = settings.range == "tensor" or (settings.range == "layer" and site in INPUT_SITES)
+            is_sum = settings.range == "tensor" or (settings.range == "layer" and base_site(site) in INPUT_SITES)
             search = search_factors(
                 objective,
                 two_sided=settings.clipping and not spec.symmetric,
@@ -139,18 +167,30 @@ class _Chooser:
         apply(search.factor)
         return _describe(search)
 
-    def quantize_weight_(self, name: str, site: str) -> SiteReport:
-        """Choose the scales of a weight that reads `site`, round it, and measure the remaining error of the outputs."""
-        linear: QuantizedLinear = self.block.get_submodule(name)
-        settings, spec = self.site_settings[_shorten(name)], linear.spec
-        product_dtype, weight = find_product_dtype(linear.weight), linear.weight.float()
+    def quantize_weights_(self, names: list[str], site: str) -> dict[str, SiteReport]:
+        """Choose the scales of weights that read `site`, round them, and measure the remaining error of the outputs.
+
+        Args:
+            names: of linears with the same settings. Their rows are treated as those of one linear.
+        """
+        linears: list[QuantizedLinear] = [self.block.get_submodule(name) for name in names]
+        settings, spec = self.site_settings[base_site(self.shorten(names[0]))], linears[0].spec
+        product_dtype = find_product_dtype(linears[0].weight)
+        weight = torch.cat([linear.weight for linear in linears]).float() if linears[1:] else linears[0].weight.float()
+        sizes = [linear.out_features for linear in linears]
         hessian = self._find_hessian(site, spec.centered)
         low, high = measure_range(group(weight, spec.group_size))
         candidate = Candidate(spec, low, high, tuple(low.shape))
 
+        def set_integers(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> None:
+            zero_points = [None] * len(linears) if zero_point is None else zero_point.split(sizes)
+            parts = zip(linears, integers.split(sizes), scale.split(sizes), zero_points, strict=True)
+            for linear, *tensors in parts:
+                linear.set_integers_(*tensors)
+
         def apply(factor: torch.Tensor) -> None:
             scale, zero_point = candidate.find_parameters(factor)
-            linear.set_integers_(quantize_weight(weight, scale, spec.grid, zero_point), scale, zero_point)
+            set_integers(quantize_weight(weight, scale, spec.grid, zero_point), scale, zero_point)
 
         if settings.range == "block":
             objective = self._make_block_objective(apply)
@@ -160,23 +200,28 @@ class _Chooser:
             search = keep_range(objective)
         else:
             search = search_factors(objective, two_sided=not spec.symmetric)
-        report = _describe(search)
+        damping = {}
         if settings.rounding == "gptq":
             scale, zero_point = candidate.find_parameters(search.factor)
             factor = self._find_inverse_factor(site, spec.centered, settings.damping)
-            linear.set_integers_(round_gptq(weight, factor, scale, zero_point, spec.grid), scale, zero_point)
-            report["damping"] = factor.damping
+            set_integers(round_gptq(weight, factor, scale, zero_point, spec.grid), scale, zero_point)
+            damping["damping"] = factor.damping
         else:
             apply(search.factor)
-        # `dense_weight` would keep its result: in the end a whole block in float32.
-        rounded = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point, spec.grid)
-        change = rounded.sub_(weight)
-        if spec.centered:
-            linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
-        rows = slice(None, None, max(1, len(weight) // _ROWS))
-        error, energy = (_output_energy(x[rows], hessian, product_dtype) for x in (change, weight))
-        report["relative_error"] = error / energy if energy > 0 else 0.0
-        return report
+        reports = {}
+        searches = [search] if not linears[1:] else search.split([size * low.shape[1] for size in sizes])
+        rows_each = max(1, _ROWS // len(linears))
+        for name, linear, part, own_search in zip(names, linears, weight.split(sizes), searches, strict=True):
+            # `dense_weight` would keep its result: in the end a whole block in float32.
+            rounded = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point, spec.grid)
+            change = rounded.sub_(part)
+            if spec.centered:
+                linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
+            rows = slice(None, None, max(1, len(part) // rows_each))
+            error, energy = (_output_energy(x[rows], hessian, product_dtype) for x in (change, part))
+            reports[name] = _describe(own_search) | damping
+            reports[name]["relative_error"] = error / energy if energy > 0 else 0.0
+        return reports
 
     def _find_hessian(self, site: str, centered: bool) -> torch.Tensor:
         """Return the Hessian of a site [C, C]: the mean of x^T x, or of (x - mean)^T (x - mean) if `centered`.
@@ -209,8 +254,8 @@ class _Chooser:
 
     def _make_layer_objective(self, site: str, samples: torch.Tensor, candidate: Candidate) -> Objective:
         """Return the objective `layer` of a site."""
-        if site in INPUT_SITES:
-            weights = [self.block.get_submodule(name).weight for name in self.architecture.site_readers[site]]
+        if base_site(site) in INPUT_SITES:
+            weights = [self._weigh_reader(name, site) for name in self.architecture.site_readers[site]]
             return make_activation_objective(samples, candidate, weights)
         queries, keys = self.statistics.queries, self.statistics.keys
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(queries)
@@ -232,6 +277,18 @@ class _Chooser:
         prefix_keys = None if prefix_keys is None else quantizer.to_basis(prefix_keys)
         attend = self._attend_to(quantizer.to_basis(queries), prefix_keys)
         return make_key_objective(attend, samples, candidate, finish=lambda varying: varying + constant)
+
+    def _weigh_reader(self, name: str, site: str) -> torch.Tensor:
+        """Return the weight of a linear that reads `site`, times the root of the share of tokens that it reads.
+
+        So the error of an expert's outputs counts as often as the router chooses it. In dense blocks the share is 1.
+        """
+        weight = self.block.get_submodule(name).weight
+        prefix = f"{self.architecture.experts}."
+        if site != Site.MLP_INPUT or not name.startswith(prefix):
+            return weight
+        tokens = self.statistics.uses[int(name.removeprefix(prefix).partition(".")[0])].tokens
+        return weight * math.sqrt(tokens / self.statistics.sites[site].channels.count)
 
     def _attend_to(self, queries: torch.Tensor, prefix_keys: torch.Tensor | None) -> AttentionProbabilities:
         """Return the block's attention probabilities as a function of the keys."""
@@ -283,11 +340,6 @@ def _output_energy(weight: torch.Tensor, hessian: torch.Tensor, dtype: torch.dty
         if start:
             total += 2 * ((narrow[:, :start] @ hessian[:start, columns].to(dtype)) * weight[:, columns]).sum().item()
     return total
-
-
-def _shorten(name: str) -> str:
-    """Return a linear's short name, as in params and reports: mlp.up_proj -> up_proj."""
-    return name.rpartition(".")[2]
 
 
 def _describe(search: ClipSearch) -> SiteReport:

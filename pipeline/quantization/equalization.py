@@ -9,6 +9,8 @@ provided that the prefix's keys and values are scaled like the block's own. Five
     value                        v_proj · s                  / s in o_proj
     mlp_hidden                   up_proj · s                 / s in down_proj
 
+In a mixture of experts, one s of mlp_input serves all experts and the router, and each expert has its own mlp_hidden.
+
 RoPE turns keys in pairs of channels, so channels that it turns together share one s (`blocks/rope.py` finds them).
 
 A rotation then spreads the channels before they are quantized. The quantization noise is therefore equal in all
@@ -34,12 +36,14 @@ from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_site_
 from pipeline.blocks.rope import find_rope_groups
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
-from pipeline.models.sites import CACHE_SITES, RESIDUAL_SITES, Site
+from pipeline.models.sites import CACHE_SITES, RESIDUAL_SITES, Site, base_site
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.rotation.matrices import Rotation, change_heads
+from pipeline.runtime.ranks import Ranks
 
 EQUALIZATION = "equalization.safetensors"  # "INDEX.SITE" -> scales
 EQUALIZED_SITES = tuple(site for site in Site if site != Site.ATTENTION_OUTPUT)  # scaled at the values instead
+_FEW = 64  # tokens, below which the channels of an expert are not scaled
 _SPREAD = 32.0  # largest factor from the geometric mean: a channel that is silent here may be loud in other text
 Scales = dict[str, torch.Tensor]
 
@@ -92,17 +96,28 @@ class Equalizer:
     sites: tuple[str, ...] = EQUALIZED_SITES
 
     def __post_init__(self) -> None:
+        self.architecture = self.architecture.of_block(self.block)
         self.head_dim = self.block.self_attn.head_dim
         self.kv_heads = self.block.self_attn.v_proj.out_features // self.head_dim
         norms = {site: self.architecture.input_norm(site) for site in RESIDUAL_SITES}
         scalable = {site for site, norm in norms.items() if norm is not None and self.settings.online_r1}
         self.sites = tuple(site for site in self.sites if site not in norms or site in scalable)
+        hidden_sites = tuple(self.architecture.mlps)
+        self.sites = tuple(
+            name for site in self.sites for name in (hidden_sites if site == Site.MLP_HIDDEN else (site,))
+        )
+        # Experts read some of the tokens.
+        self.counts = {
+            site: torch.zeros((), dtype=torch.int64)
+            for site in self.sites
+            if base_site(site) == Site.MLP_HIDDEN and self.architecture.experts is not None
+        }
 
     # Measure ----------------------------------------------------------------------------------------------------------
 
     def make_sums(self) -> dict[str, torch.Tensor]:
         """Return zeros [3, C] float64 for each measured site: sums of x, x^2 and squared derivatives per channel."""
-        device = self.block.get_submodule(self.architecture.mlp_output).weight.device
+        device = self.block.get_submodule(self.architecture.attention_output).weight.device
         widths = self.architecture.site_widths(self.block) | {Site.KEY: self.kv_heads * self.head_dim}
         sites = map(_measured_site, self.sites)
         return {site: torch.zeros(3, widths[site], dtype=torch.float64, device=device) for site in sites}
@@ -128,9 +143,12 @@ class Equalizer:
         hidden = hidden.detach().requires_grad_()
         with self._recording() as recorded:
             output = runner.run(self.block, hidden, prefix_kv)
-        inputs = [*(recorded[site] for site in sums), hidden]
+        sites = [site for site in sums if site in recorded]  # an expert may have no token
+        inputs = [*(recorded[site] for site in sites), hidden]
         *slopes, before = torch.autograd.grad(output, inputs, gradient)
-        for site, slope in zip(sums, slopes, strict=True):
+        for site, slope in zip(sites, slopes, strict=True):
+            if site in self.counts:
+                self.counts[site] += len(recorded[site])
             x, g = (self._to_channels(site, values.detach()).double() for values in (recorded[site], slope))
             sums[site] += torch.stack((x.sum(0), x.square().sum(0), g.square().sum(0)))
         return before
@@ -142,7 +160,20 @@ class Equalizer:
             x = keys.split_heads(x, self.architecture.heads_first).transpose(1, 2).flatten(2)
         else:
             x = self._find_basis(site).undo(x)
-        return x.flatten(0, 1)
+        return x.flatten(0, -2)
+
+    def average(self, sums: dict[str, torch.Tensor], tokens: int, ranks: Ranks) -> dict[str, torch.Tensor]:
+        """Return the means over tokens of the sums of all ranks, on the CPU; zero for experts with few tokens.
+
+        Args:
+            tokens: of all ranks.
+        """
+        ranks.sum_(*sums.values(), *self.counts.values())
+        means = {}
+        for site, total in sums.items():
+            count = int(self.counts[site]) if site in self.counts else tokens
+            means[site] = (total / count if count >= _FEW or site not in self.counts else total.zero_()).cpu()
+        return means
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -212,14 +243,17 @@ class Equalizer:
         """Multiply the writer of each site by its scales and divide the readers by them, in place."""
         architecture, find = self.architecture, self.block.get_submodule
         for site, stored in scales.items():
-            s = stored.double().to(find(architecture.mlp_output).weight.device)
+            s = stored.double().to(find(architecture.attention_output).weight.device)
             if site in RESIDUAL_SITES:
                 _scale_norm_(find(architecture.input_norm(site)), s, architecture.norm_offset)
                 for name in architecture.site_readers[site]:
                     _scale_columns_(find(name), 1 / s, self._find_basis(site))
-            elif site == Site.MLP_HIDDEN:
-                _scale_rows_(find(architecture.mlp_readers[-1]), s)
-                _scale_columns_(find(architecture.mlp_output), 1 / s, self._find_basis(site))
+                for name in architecture.full_precision_readers.get(str(architecture.input_norm(site)), ()):
+                    _divide_inputs_(find(name), s)  # they read the norm's output before R1
+            elif site in architecture.mlps:
+                _, up, down = architecture.mlps[site]
+                _scale_rows_(find(up), s)
+                _scale_columns_(find(down), 1 / s, self._find_basis(site))
             elif site == Site.VALUE:
                 output = find(architecture.attention_output)
                 _scale_rows_(find(architecture.value), s.flatten(), self._find_basis(site))
@@ -239,8 +273,8 @@ class Equalizer:
         """
         if site in RESIDUAL_SITES:
             return _HADAMARD
-        if site == Site.MLP_HIDDEN:
-            return self._add_online_rotation(_UNROTATED, self.architecture.mlp_output)
+        if site in self.architecture.mlps:
+            return self._add_online_rotation(_UNROTATED, self.architecture.mlps[site][2])
         heads = _Basis(
             apply=lambda x: change_heads(x, self.r2.apply, self.head_dim),
             undo=lambda x: change_heads(x, self.r2.undo, self.head_dim),
@@ -313,6 +347,11 @@ def _scale_norm_(norm: nn.Module, s: torch.Tensor, offset: float) -> None:
     """Multiply the output of a norm by s [C]; the norm multiplies by weight + offset."""
     weight = norm.weight
     norm.weight = nn.Parameter(((weight.double() + offset) * s - offset).to(weight.dtype), requires_grad=False)
+
+
+def _divide_inputs_(module: nn.Module, s: torch.Tensor) -> None:
+    """Divide the inputs of a module with a weight [out, in] by s [in]."""
+    module.weight = nn.Parameter((module.weight.double() / s).to(module.weight.dtype), requires_grad=False)
 
 
 def _scale_columns_(linear: QuantizedLinear, s: torch.Tensor, basis: _Basis) -> None:

@@ -36,6 +36,12 @@ class ChannelObserver:
         self.low, self.high, self.total = low.float(), high.float(), total
         self.count += len(values)
 
+    def prepare_(self, width: int, device: torch.device) -> None:
+        """Give an observer of [width] channels that got no values tensors that change no other rank's."""
+        if not self.count:
+            self.low, self.high = (torch.full((width,), end, device=device) for end in (torch.inf, -torch.inf))
+            self.total = torch.zeros(width, dtype=torch.float64, device=device)
+
     def combine_(self, ranks: Ranks) -> None:
         """Extend the statistics to the tokens of all ranks."""
         ranks.sum_(self.total)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.models.sites import REPRESENTATIVES, QuantizerGroup, site_group
+from pipeline.models.sites import REPRESENTATIVES, QuantizerGroup, base_site, site_group
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
@@ -119,14 +119,14 @@ def resolve_site(params: QuantizerInitParams, site: str, block: int) -> SiteSett
     """
     values = _read_group(params, site)
     for override in params.overrides:
-        if site in override.sites and (override.blocks is None or block in override.blocks):
+        if base_site(site) in override.sites and (override.blocks is None or block in override.blocks):
             values |= override.changes()
     return SiteSettings(**{field.name: values[field.name] for field in fields(SiteSettings) if field.name in values})
 
 
 def _read_group(params: QuantizerInitParams, site: str) -> dict[str, Any]:
     """Return the values of the group of params that a site belongs to, without overrides."""
-    return getattr(params, site_group(site)).model_dump()
+    return getattr(params, site_group(base_site(site))).model_dump()
 
 
 def _find_format_problems(key: str, site: str, values: dict[str, Any]) -> list[str]:
@@ -207,12 +207,12 @@ def find_misfits(params: QuantizerInitParams, widths: dict[str, int], blocks: in
             if index >= blocks:
                 problems.append(f"{key}.blocks={index}: the model has blocks 0 to {blocks - 1}. Remove it.")
     for site, width in widths.items():
-        group = site_group(site)
+        group = site_group(base_site(site))
         sizes = {f"quantizer_init.{group}": getattr(params, group).group_size}
         sizes |= {
             _override_key(number): override.group_size
             for number, override in enumerate(params.overrides)
-            if override.group_size is not None and site in override.sites
+            if override.group_size is not None and base_site(site) in override.sites
         }
         for key, size in sizes.items():
             if size > 1 and width % size:

@@ -17,7 +17,8 @@ and ends with the same bytes.
 import json
 import logging
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import BlockSettings, block_settings, fill_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.inspection.saturation import advance_probed_, summarise_saturation
+from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, save_block_file
-from pipeline.models.sites import site_group
+from pipeline.models.sites import Site, base_site, site_group
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.quantization.equalization_check import check_equalization
+from pipeline.quantization.expert_statistics import ExpertUse
 from pipeline.quantization.params import QuantizerInitParams, SiteSettings, resolve_site
 from pipeline.quantization.sensitivity import measure_sensitivity
 from pipeline.quantization.statistics import NumericalError, choose_rank_windows, record_block
@@ -62,10 +65,19 @@ def resolve_settings(
     Args:
         params: overrides that name the block are applied.
         checkpoint: the rotated model, which says which online rotations it needs.
+
+    Raises:
+        UnsupportedModelError: a setting is not supported for experts.
     """
     rotated = block_settings(checkpoint, index) or BlockSettings()
-    sites = checkpoint.architecture.site_widths(checkpoint.build_block(index))
-    resolved = {site: resolve_site(params, site, index) for site in sites}
+    widths = checkpoint.architecture.setting_widths([checkpoint.build_block(index)])
+    resolved = {site: resolve_site(params, site, index) for site in map(base_site, widths)}
+    if resolved[Site.MLP_HIDDEN].range == "percentile" and checkpoint.architecture.experts is not None:
+        raise UnsupportedModelError(
+            f"quantizer_init.activations.range='percentile': model_type={checkpoint.config.model_type!r} has experts, "
+            "and percentiles are not counted in them. Use max, tensor, layer or block for mlp_hidden "
+            "(quantizer_init.overrides)."
+        )
     site_settings = {site: settings for site, settings in resolved.items() if settings.bits < 16}
     specs = {
         site: QuantizerSpec(
@@ -158,7 +170,7 @@ def init_blocks(
     Returns:
         For each block: {"block": its index, "block_error": the error of its output on the sampled windows, relative to
         the change that it makes to its input, "sites": see `choose_quantizers_`, "saturation": see
-        `SaturationProbe.report`}.
+        `SaturationProbe.report`}. Blocks with experts have "experts": see `describe_uses`.
 
     Raises:
         NumericalError: a block's activations are NaN or infinite.
@@ -302,7 +314,22 @@ def _init_block_(
             f"block {index}: its quantized output is not finite. Use more bits for this block "
             "(quantizer_init.overrides)."
         )
-    return {"block_error": block_error, "sites": sites, "saturation": saturation}
+    report = {"block_error": block_error, "sites": sites, "saturation": saturation}
+    return report | ({"experts": describe_uses(index, statistics.uses)} if statistics.uses else {})
+
+
+def describe_uses(index: int, uses: Sequence[ExpertUse]) -> dict[str, Any]:
+    """Return the part of the report about the experts of block `index`, and log a warning that names starved ones.
+
+    Returns:
+        "tokens": of each expert; "starved": for each expert with few tokens, its number and the tokens that its
+        statistics were topped up with.
+    """
+    starved = [{"expert": number, **asdict(use)} for number, use in enumerate(uses) if use.added]
+    if starved:
+        names = ", ".join(f"{row['expert']} ({row['tokens']} + {row['added']})" for row in starved)
+        logger.warning("block %d: experts with few tokens, topped up with the next best ones: %s", index, names)
+    return {"tokens": [use.tokens for use in uses], "starved": starved}
 
 
 def find_percentile_sites(site_settings: dict[str, SiteSettings]) -> frozenset[str]:
@@ -367,11 +394,13 @@ def _summarise(report: list[BlockReport]) -> dict[str, Any]:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for block in report:
         for site, values in block["sites"].items():
-            kinds.setdefault("weights" if site_group(site) == "weights" else site, []).append(values)
+            kinds.setdefault("weights" if site_group(site) == "weights" else base_site(site), []).append(values)
 
     def average(kind: str, key: str) -> float:
         return round(sum(values[key] for values in kinds[kind]) / len(kinds[kind]), 5)
 
+    starved = sum(len(block["experts"]["starved"]) for block in report if "experts" in block)
+    sparse = {"starved_experts": starved} if any("experts" in block for block in report) else {}
     at_edge = sum(values["at_grid_edge"] for all_values in kinds.values() for values in all_values)
     if at_edge:
         logger.warning("%d clip factors lie on the low end of their grid; see report.json for the sites", at_edge)
@@ -379,6 +408,7 @@ def _summarise(report: list[BlockReport]) -> dict[str, Any]:
         "block_error": round(sum(block["block_error"] for block in report) / len(report), 5),
         "relative_error": {kind: average(kind, "relative_error") for kind in kinds},
         "at_grid_edge": at_edge,
+        **sparse,
     }
 
 

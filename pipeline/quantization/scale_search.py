@@ -79,6 +79,11 @@ class ClipSearch:
     error: torch.Tensor
     reference: torch.Tensor
 
+    def split(self, counts: list[int]) -> "list[ClipSearch]":
+        """Return the outcomes for consecutive parts of the scales."""
+        parts = zip(self.factor.split(counts), self.error.split(counts), self.reference.split(counts), strict=True)
+        return [ClipSearch(*part) for part in parts]
+
     @property
     def at_edge(self) -> int:
         """The number of optima at the low end of the grid."""

@@ -62,8 +62,7 @@ def measure_sensitivity(
             x = block_inputs[index][rows].to(runner.device)
             gradient[rows] = equalizer.add_(sums, x, gradient[rows].to(x), block_prefix, runner).to(gradient)
         block_inputs.pop()
-        ranks.sum_(*sums.values())
-        channels.append({site: (total / tokens).cpu() for site, total in sums.items()})
+        channels.append(equalizer.average(sums, tokens, ranks))
         del equalizer
     return channels[::-1]
 

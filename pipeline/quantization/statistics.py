@@ -7,7 +7,7 @@ R3 (or before both). The prefix is in the cache, and none of its positions is co
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +23,12 @@ from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, check_attention_arguments
 from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
-from pipeline.quantization.observers import ChannelObserver, ValueHistogram
+from pipeline.quantization.expert_statistics import ExpertRecorder, ExpertUse
+from pipeline.quantization.site_statistics import SiteStatistics
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.streams import Stream
 
-_ROWS = 256  # of a Gram matrix at a time; entries below the diagonal are computed only within these rows
 _RECORDING = "prefixquant_recording_"
 _KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -58,60 +58,6 @@ for _name, (_attend, _mask) in _KERNELS.items():
 
 
 @dataclass
-class SiteStatistics:
-    """The statistics of one site over all windows.
-
-    Attributes:
-        channels: extrema and mean of every channel, [C] or [heads, d].
-        histogram: counts the values, less the channels' means where the quantizer is centered; filled only on request.
-        samples: one tensor per batch: some tokens [n, C] of the linears' inputs, whole windows [B, heads, T, d] of keys
-            and values.
-        gram: sum over all tokens of x^T x, [C, C], for sites that a weight to be quantized reads. Only entries above
-            and near the diagonal are valid. None after `take_hessian`.
-    """
-
-    channels: ChannelObserver = field(default_factory=ChannelObserver)
-    histogram: ValueHistogram = field(default_factory=ValueHistogram)
-    samples: list[torch.Tensor] = field(default_factory=list)
-    gram: torch.Tensor | None = None
-
-    @property
-    def sample(self) -> torch.Tensor:
-        """The samples of all batches."""
-        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
-
-    def combine_(self, ranks: Ranks) -> None:
-        """Extend all statistics but the histogram to the windows of all ranks."""
-        self.channels.combine_(ranks)
-        self.samples = [ranks.join(self.sample)]
-        if self.gram is not None:
-            ranks.sum_(self.gram)
-
-    def add_gram_(self, tokens: torch.Tensor) -> None:
-        """Add float32 tokens [n, C] to the Gram matrix."""
-        width = tokens.shape[1]
-        if self.gram is None:
-            self.gram = tokens.new_zeros(width, width)
-        for start in range(0, width, _ROWS):
-            rows = slice(start, start + _ROWS)
-            self.gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
-
-    def take_hessian(self) -> torch.Tensor:
-        """Return the mean over tokens of x^T x, [C, C]. It takes over the memory of `gram`, which becomes None."""
-        hessian, self.gram = self.gram.div_(self.channels.count), None
-        for start in range(_ROWS, len(hessian), _ROWS):
-            rows = slice(start, start + _ROWS)
-            hessian[rows, :start] = hessian[:start, rows].T
-        return hessian
-
-    def center_(self, hessian: torch.Tensor) -> torch.Tensor:
-        """Turn the mean of x^T x into the mean of (x - mean)^T (x - mean), in place, and return it."""
-        for row, mean in zip(hessian.split(_ROWS), self.channels.mean.split(_ROWS), strict=True):
-            row -= torch.outer(mean, self.channels.mean)
-        return hessian
-
-
-@dataclass
 class BlockStatistics:
     """The statistics of one block.
 
@@ -119,6 +65,7 @@ class BlockStatistics:
         sites: statistics of every input of linears, and of keys and values that are to be quantized.
         queries, keys: [B, heads, T, d] of the sampled windows, as attention multiplies them (after RoPE).
         inputs, outputs: [B, T, D], the hidden states of the sampled windows before and after the block.
+        uses: the routed experts' use by all windows; empty for a dense block.
     """
 
     sites: dict[str, SiteStatistics]
@@ -126,6 +73,7 @@ class BlockStatistics:
     keys: torch.Tensor
     inputs: torch.Tensor
     outputs: torch.Tensor
+    uses: list[ExpertUse] = field(default_factory=list)
 
     @functools.cached_property
     def energy(self) -> float:
@@ -171,6 +119,7 @@ def record_block(
     Raises:
         NumericalError: the values at a site are not finite; names the site.
     """
+    architecture = architecture.of_block(block)
     rank_count, length, _ = hidden.shape
     windows = ranks.count(rank_count)
     stride = max(1, windows // mse_samples)
@@ -186,6 +135,18 @@ def record_block(
         for site, readers in architecture.site_readers.items()
         if any(block.get_submodule(name).spec.enabled for name in readers)
     }
+    recorder = None
+    if architecture.experts is not None:
+        recorder = ExpertRecorder(
+            block,
+            architecture,
+            sites,
+            gram_sites=gram_sites,
+            samples=-(-windows * length // stride),
+            length=length,
+            ranks=ranks,
+        )
+    expert_sites = set() if recorder is None else set(recorder.names)
     queries: list[torch.Tensor] = []
     keys: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -201,6 +162,8 @@ def record_block(
             statistics.channels.update(x.transpose(1, 2).flatten(0, 1))
             statistics.samples.append(take_windows(x))
             return
+        if x.dim() == 2:  # of experts that read all tokens
+            x = x.unflatten(0, (-1, length))
         tokens = x.flatten(0, -2).float()
         statistics.channels.update(tokens)
         for number, window in enumerate(x, start=rows.start):
@@ -219,15 +182,22 @@ def record_block(
     attention = block.self_attn
     measure_key_mean_(block, architecture, hidden, runner, ranks)
     attention.config._attn_implementation = _RECORDING + architecture.kernel
-    with _hooking({site: quantizers[site] for site in sites}, record):
+    routed = nullcontext() if recorder is None else recorder.recording()
+    with _hooking({site: quantizers[site] for site in sites if site not in expert_sites}, record), routed:
         for rows in batches(rank_count, runner.batch_size):
+            if recorder is not None:
+                recorder.begin_batch(rows.start)
             outputs.append(take_windows(runner.run(block, hidden[rows].to(runner.device), prefix_kv)))
             for samples, x in zip((queries, keys), attention.recorded, strict=True):
                 samples.append(take_windows(x))
     attention.config._attn_implementation = architecture.kernel
     del attention.recorded
+    if recorder is not None:
+        recorder.top_up_(block, hidden, prefix_kv, runner)
+        recorder.combine_()
     for site, statistics in sites.items():
-        statistics.combine_(ranks)
+        if site not in expert_sites:
+            statistics.combine_(ranks)
         if not (torch.isfinite(statistics.channels.low).all() and torch.isfinite(statistics.channels.high).all()):
             raise NumericalError(
                 f"the activations at {site} are not finite. Check the model's weights for NaN and infinity."
@@ -244,6 +214,7 @@ def record_block(
         keys=ranks.join(torch.cat(keys)),
         inputs=ranks.join(hidden[sampled].to(runner.device)),
         outputs=ranks.join(torch.cat(outputs)),
+        uses=[] if recorder is None else recorder.uses,
     )
 
 

@@ -5,8 +5,8 @@ difference of 1e-12 and an error a much larger one. In float32 the two cannot be
 alone make logits differ by 3e-4. The deviations that float32 and a narrower dtype add are only reported:
 `float32_logit_deviation` of the rotated model, next to `float32_original_deviation` of the original model from itself.
 
-transformers computes norms in float32 whatever their input, and also softmax where scores are capped. Here both are
-computed by their definition, in the dtype of the input.
+transformers computes norms in float32 whatever their input, and also softmax where scores are capped and in the routers
+of experts. Here all are computed by their definition, in the dtype of the input.
 """
 
 import functools
@@ -136,14 +136,30 @@ class InvarianceGate:
 
 
 def compute_exactly_(block: nn.Module) -> None:
-    """Make a float64 block compute its norms in float64, and its attention where transformers would use float32."""
+    """Make a float64 block compute in float64 throughout: norms, and attention and routers in place of float32."""
     config = block.self_attn.config
+    for module in block.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(_route_exactly)
     offset = find_architecture(config).norm_offset
     for module in block.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = functools.partial(normalise, gain=find_gain(module, offset), eps=find_eps(module))
     if config._attn_implementation == "eager":
         config._attn_implementation = _EAGER
+
+
+def _route_exactly(
+    router: nn.Module, args: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose experts by softmax in the dtype of the logits [n, E]; return logits, weights and indices [n, k]."""
+    logits, rounded, _ = output
+    weights, indices = logits.softmax(-1).topk(router.top_k, dim=-1)
+    if getattr(router, "norm_topk_prob", True):
+        weights = weights / weights.sum(-1, keepdim=True)
+    error = (weights - rounded).abs().max()
+    assert error < 1e-5, f"{type(router).__name__} does not compute softmax and top-k"  # float32
+    return logits, weights, indices
 
 
 def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:

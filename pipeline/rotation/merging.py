@@ -11,7 +11,8 @@ the norm before it:
     v_proj     W' = R2^T W,  b' = b R2      in each head
     o_proj     W' = W R2                    in each head of its input
     o_proj     W'' = W' R5                  and its input, all heads together, is multiplied by R5 online
-    down_proj  W' = W R4                    and its input is multiplied by R4 online
+    down_proj  W' = W R4                    and its input is multiplied by R4 online; in each expert
+    router     W' = (W · g) R1, or with an online R1 (W · g): it reads the norm's output, never the rotated input
     keys       R3 acts on them online (see blocks/kv_cache.py)
 
 R2 spreads channels within a head. R5 also evens out the differences between heads (QuaRot's "Hadamard heads").
@@ -45,6 +46,7 @@ import torch
 from pipeline.blocks.quantized import BlockSettings, describe_blocks
 from pipeline.models.architectures import Architecture, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
+from pipeline.models.experts import split_experts
 from pipeline.numerics.hadamard import hadamard_transform, random_signs
 from pipeline.rotation.gate import InvarianceGate
 from pipeline.rotation.matrices import ROTATIONS, Rotation, change_heads, count_rows, make_rotation
@@ -66,7 +68,7 @@ def rotate_block(
     """Fold norms and merge R1, R2 and the inverses of R4 and R5 into one block, one tensor in float64 at a time.
 
     Args:
-        tensors: the original block's, named as inside the block; not changed.
+        tensors: the original block's, named as inside the block; not changed. Those of experts are split by expert.
         settings: says which rotations are online.
         head_dim: d from the config (in some models it is not hidden size / heads).
         signs: norm -> signs [D] before an online R1, for the norms that carry any.
@@ -75,11 +77,16 @@ def rotate_block(
         The same names with float64 tensors. The weight of a folded norm is one, or its signs.
     """
     signs = signs or {}
+    tensors = split_experts(tensors)
+    architecture = architecture.of_tensors(tensors)
     folded = architecture.norms if architecture.rotates_residual or settings.online_r1 else {}
     rotate_input = hadamard_transform if settings.online_r1 else r1.apply
-    readers = (*architecture.attention_readers, *architecture.mlp_readers)
+    readers = {*architecture.attention_readers, *architecture.mlp_readers}
     norms = {reader: norm for norm, norm_readers in folded.items() for reader in norm_readers}
-    writers = (architecture.attention_output, architecture.mlp_output)
+    mlp_outputs = {down for _, _, down in architecture.mlps.values()}
+    writers = {architecture.attention_output, *mlp_outputs}
+    # These read the norm's output before an online R1. A merged R1 turns their input as well.
+    routers = {name: norm for norm, names in architecture.full_precision_readers.items() for name in names}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():  # a buffer
             yield name, tensor
@@ -101,6 +108,12 @@ def rotate_block(
                 _change_rows_(rotated, lambda rows, gain=gain: rotate_input(rows * gain))
             elif module in readers:
                 _change_rows_(rotated, rotate_input)
+            elif module in routers:
+                norm = routers[module]
+                if norm in folded:
+                    gain = tensors[f"{norm}.weight"].to(torch.float64) + architecture.norm_offset
+                    rotated *= gain * signs.get(norm, 1.0)
+                _change_rows_(rotated, r1.apply)
             if module in writers:
                 _change_rows_(rotated.T, r1.apply)
             if module == architecture.value:
@@ -109,7 +122,7 @@ def rotate_block(
                 _change_rows_(rotated, lambda rows: change_heads(rows, r2.apply, head_dim))
                 if settings.online_r5:
                     _change_rows_(rotated, hadamard_transform)
-            if module == architecture.mlp_output and settings.online_r4:
+            if module in mlp_outputs and settings.online_r4:
                 _change_rows_(rotated, lambda rows: hadamard_transform(rows, block_size=settings.r4_block_size))
         yield name, rotated
 

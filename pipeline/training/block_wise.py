@@ -263,7 +263,8 @@ def _finetune_block(
     if params.start == "full_precision":
         weights = use_full_precision_(block, models.rotated, models.initial, index)
     elif params.blocks.weight_lr > 0:
-        weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in architecture.linears}
+        names = architecture.of_block(block).linears
+        weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in names}
     trainables = unfreeze_(block, architecture, weights=weights)
     del weights  # `trainables` has copies
     trainer = BlockTrainer(block, trainables, prefix_kv=prefix_kv, runner=runner, params=params, ranks=place.ranks)
@@ -289,7 +290,7 @@ def _finetune_block(
 def _measure_changes(block: nn.Module, initial: Checkpoint, index: int) -> float:
     """Return the share of the integers of a block's weights that differ from `initial`."""
     tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
-    names = initial.architecture.linears
+    names = initial.architecture.of_block(block).linears
     pairs = [(block.get_submodule(name).weight, tensors[f"{name}.weight"]) for name in names]
     changed = sum(int(torch.ne(after.cpu(), before).sum()) for after, before in pairs)
     return changed / sum(before.numel() for _, before in pairs)
@@ -315,7 +316,7 @@ def use_full_precision_(
     Returns:
         Linear -> weight [out, in] of the rotated model, equalized like the block.
     """
-    architecture, settings = initial.architecture, block_settings(initial, index)
+    architecture, settings = initial.architecture.of_block(block), block_settings(initial, index)
     rotated_block = fill_block(rotated, index, rotated.load_block_tensors(index), settings)
     equalizer = Equalizer(rotated_block, architecture, settings, load_rotation(rotated.folder, "r2"))
     equalizer.scale_(select_block(load_scales(initial), index))

@@ -47,7 +47,8 @@ class TrainedBlocks:
         """
         self._blocks: list[nn.Module] = []
         self.keeping, self.offload = keeping, offload
-        self._weight_names = [f"{name}.weight" for name in architecture.linears]
+        self._architecture = architecture
+        self._weight_names: list[list[str]] = []  # of each block
         self._load, self._fetcher = load, TensorFetcher(self._load_weights, device)
         self._trained: list[list[nn.Parameter]] = []
         self._present: int | None = None
@@ -62,6 +63,7 @@ class TrainedBlocks:
     def append(self, block: nn.Module, trained: Iterable[nn.Parameter] = ()) -> None:
         """Take over a complete block, whose parameters `trained` get gradients."""
         self._blocks.append(block)
+        self._weight_names.append([f"{name}.weight" for name in self._architecture.of_block(block).linears])
         self._trained.append(list(trained))
         if self.keeping.stream:
             self._drop_(len(self) - 1)
@@ -90,12 +92,13 @@ class TrainedBlocks:
     def _load_weights(self, index: int) -> Tensors:
         """Return the linears' weights of a block from disk, in the dtypes that the block has them in."""
         tensors, block = self._load(index), self._blocks[index]
-        dtypes = {name: block.get_submodule(name.removesuffix(".weight")).weight.dtype for name in self._weight_names}
+        names = self._weight_names[index]
+        dtypes = {name: block.get_submodule(name.removesuffix(".weight")).weight.dtype for name in names}
         return {name: tensors[name].to(dtype) for name, dtype in dtypes.items()}
 
     def _drop_(self, index: int) -> None:
         state = self._blocks[index].state_dict()
-        self._set_(index, {name: state[name].to("meta") for name in self._weight_names})
+        self._set_(index, {name: state[name].to("meta") for name in self._weight_names[index]})
 
     def _set_(self, index: int, tensors: Tensors) -> None:
         self._blocks[index].load_state_dict(tensors, strict=False, assign=True)

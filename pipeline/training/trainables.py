@@ -109,7 +109,7 @@ def unfreeze_(
             do not change.
         norms: whether the weights of the norms are trained.
     """
-    trainables = Trainables()
+    trainables, architecture = Trainables(), architecture.of_block(block)
     for name in architecture.linears:
         linear: QuantizedLinear = block.get_submodule(name)
         linear.unfrozen = True

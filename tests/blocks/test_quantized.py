@@ -52,7 +52,7 @@ def quantized_block(checkpoint, settings, dtype=torch.float32):
             quantizer.calibrate_(**{name: torch.full(buffer.shape, values[name]) for name, buffer in buffers})
     if block.self_attn.key_quantizer.mean_taken_out:
         block.self_attn.key_quantizer.mean.fill_(0.07)
-    for name in checkpoint.architecture.linears:
+    for name in checkpoint.architecture.of_block(block).linears:
         linear = block.get_submodule(name)
         if linear.spec.enabled:
             scale = torch.full((linear.out_features, linear.spec.count_groups(linear.in_features)), WEIGHT_SCALE)

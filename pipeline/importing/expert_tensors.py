@@ -1,0 +1,83 @@
+"""Join the tensors of experts at import, so that the model is written as transformers holds it.
+
+Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own:
+
+    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe
+    model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral (w1, w3, w2: gate, up, down)
+    model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]             as transformers saves it
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeline.importing.source import ModelImportError, Read
+from pipeline.models.architectures import UnsupportedModelError, find_architecture
+
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_NAME = re.compile(
+    r"(?P<block>.+\.layers\.(?P<index>\d+)\..+)\.experts\.(?P<expert>\d+)\.(?P<projection>[a-z0-9_]+)\.weight"
+)
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def join_experts(source: str, config: Any, names: set[str], read: Read) -> tuple[set[str], Read]:
+    """Return the names and the reader of a checkpoint in which the experts of each block are joined.
+
+    Checkpoints of dense families, and tensors that are joined already, are returned unchanged.
+
+    Raises:
+        ModelImportError: experts are missing, or there are more than the config has.
+        UnsupportedModelError: a setting of the config is not supported.
+    """
+    if find_architecture(config).experts is None:
+        return names, read
+    clip = getattr(config, "clip_qkv", None)
+    if clip is not None:
+        raise UnsupportedModelError(
+            f"model.source={source!r}: clip_qkv={clip} in its config: queries, keys and values are clipped, which "
+            "rotations and scales of channels would change. Only models without it are supported"
+        )
+    joined: dict[str, Callable[[], torch.Tensor]] = {}
+    blocks: dict[str, dict[str, dict[int, str]]] = {}  # block -> projection -> expert -> name in the checkpoint
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is None or int(match["index"]) >= config.num_hidden_layers:  # heads for multi-token prediction
+            joined[name.replace(".block_sparse_moe.", ".mlp.")] = lambda name=name: read(name)
+            continue
+        block = match["block"].replace(".block_sparse_moe", ".mlp")
+        projection = _MIXTRAL.get(match["projection"], match["projection"])
+        blocks.setdefault(block, {}).setdefault(projection, {})[int(match["expert"])] = name
+    for block, projections in blocks.items():
+        _check_count(source, block, projections, config.num_experts)
+        for fused, parts in _FUSED.items():
+            stored = [projections[part] for part in parts]
+            joined[f"{block}.experts.{fused}"] = lambda stored=stored: _join(read, stored)
+    return set(joined), lambda name: joined[name]()
+
+
+def _join(read: Read, stored: list[dict[int, str]]) -> torch.Tensor:
+    """Return [E, out, in]; the rows of several projections of an expert lie below each other."""
+    return torch.stack([torch.cat([read(names[expert]) for names in stored]) for expert in sorted(stored[0])])
+
+
+def _check_count(source: str, block: str, projections: dict[str, dict[int, str]], count: int) -> None:
+    expected = {part for parts in _FUSED.values() for part in parts}
+    if unknown := set(projections) - expected:
+        raise ModelImportError(
+            f"model.source={source!r}: {block}.experts have tensors of an unknown kind: {', '.join(sorted(unknown))}. "
+            "Start from the original model"
+        )
+    for part in sorted(expected):
+        present = set(projections.get(part, {}))
+        if present != set(range(count)):
+            missing = sorted(set(range(count)) - present)
+            surplus = sorted(present - set(range(count)))
+            kinds = (("missing", missing), ("too many", surplus))
+            counts = " and ".join(f"{len(ids)} {kind} (experts {ids[:3]})" for kind, ids in kinds if ids)
+            raise ModelImportError(
+                f"model.source={source!r}: {block}.experts: {part}: {counts}; the config has {count} experts. Get a "
+                "complete copy, or correct config.json"
+            )

@@ -1,0 +1,76 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.tiny_models import MOE_FAMILIES
+from pipeline.importing.import_model import import_model
+from pipeline.importing.source import ModelImportError
+from pipeline.inspection.import_gate import _compare_blocks, check_import
+from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.checkpoint import Checkpoint
+
+WEIGHTS = "model.safetensors"
+
+
+def copy_model(folder, target, change):
+    """Copy a model folder with changed tensors."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: t.contiguous() for name, t in change(tensors).items()}, target / WEIGHTS, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_import_equals_transformers_reading_of_one_tensor_per_expert(family, model_folders, tmp_path):
+    names = load_file(model_folders[family] / WEIGHTS)
+    assert any(".experts.3." in name for name in names)
+    by_block = []
+
+    def check(source, folder):
+        ids = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
+        by_block.append(_compare_blocks(source, Checkpoint(folder, "model"), ids, torch.float32))
+        return check_import(source, folder, 1e12)
+
+    metrics = import_model(str(model_folders[family]), None, torch.float32, tmp_path / "model", check_result=check)
+    assert metrics["max_logit_deviation"] == 0  # the same operations on the same numbers
+    assert by_block == [0]
+
+
+def test_three_dimensional_tensors_give_the_same_checkpoint(model_folders, imported, tmp_path):
+    def fuse(tensors):
+        joined = {name: t for name, t in tensors.items() if ".experts." not in name}
+        for block in range(3):
+            prefix = f"model.layers.{block}.mlp.experts"
+            if f"{prefix}.0.up_proj.weight" not in tensors:
+                continue
+            gate, up, down = (
+                torch.stack([tensors[f"{prefix}.{e}.{part}_proj.weight"] for e in range(4)])
+                for part in ("gate", "up", "down")
+            )
+            joined |= {f"{prefix}.gate_up_proj": torch.cat((gate, up), 1), f"{prefix}.down_proj": down}
+        return joined
+
+    source = copy_model(model_folders["qwen3_moe"], tmp_path / "fused", fuse)
+    import_model(str(source), None, torch.float32, tmp_path / "model")
+    for path in imported["qwen3_moe"].glob("*.safetensors"):
+        assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_missing_expert_is_refused_by_name(model_folders, tmp_path):
+    def drop(tensors):
+        return {name: t for name, t in tensors.items() if ".experts.2.w1." not in name}
+
+    source = copy_model(model_folders["mixtral"], tmp_path / "partial", drop)
+    with pytest.raises(ModelImportError, match=r"experts: gate_proj: 1 missing \(experts \[2\]\); the config has 4"):
+        import_model(str(source), None, torch.float32, tmp_path / "model")
+
+
+def test_clipped_keys_are_refused_by_name(model_folders, tmp_path):
+    shutil.copytree(model_folders["olmoe"], tmp_path / "clipped")
+    path = tmp_path / "clipped" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_qkv": 8.0}))
+    with pytest.raises(UnsupportedModelError, match=r"clip_qkv=8\.0 in its config"):
+        import_model(str(tmp_path / "clipped"), None, torch.float32, tmp_path / "model")
