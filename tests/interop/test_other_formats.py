@@ -14,6 +14,7 @@ from pipeline.export.folder import export_model
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.compressed_tensors import pack_words
 from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.quantizer import integer_range
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import WINDOW, read_json
@@ -229,3 +230,10 @@ def test_only_safetensors_and_json_are_written(imported, tmp_path):
     config = json.loads((folder / "compressed-tensors" / "config.json").read_text())
     assert config["quantization_config"]["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert "prefixquant" not in config
+
+
+@pytest.mark.parametrize("formats", [["compressed-tensors"], ["gguf"], ["peft"]])
+def test_models_with_experts_are_refused_by_name(formats, imported):
+    checkpoint = Checkpoint(imported["qwen3_moe"], "model")
+    with pytest.raises(FormatError, match=r"export\.formats=.*: model_type='qwen3_moe' has experts"):
+        compare_formats(checkpoint, False, formats, [])

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from benchmarks.tiny_models import MOE_FAMILIES
-from pipeline.models.architectures import ARCHITECTURES
+from pipeline.models.architectures import ARCHITECTURES, UnsupportedModelError
 from pipeline.models.checkpoint import BLOCK, Checkpoint, build_skeleton
 from pipeline.models.experts import (
     RoutedExperts,
@@ -15,6 +15,7 @@ from pipeline.models.experts import (
 )
 from pipeline.models.sites import base_site
 from pipeline.runtime.artifacts import open_tensors
+from pipeline.serving.families import served_class
 from tests.conftest import SIZES, make_model
 
 
@@ -129,3 +130,9 @@ def test_widths_of_settings_name_each_width_once(imported):
 def test_skeleton_keeps_transformers_own_names(imported):
     names = dict(build_skeleton(Checkpoint(imported["olmoe"], "model").config).named_parameters())
     assert "model.layers.0.mlp.experts.gate_up_proj" in names
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_vllm_is_refused_by_name(family):
+    with pytest.raises(UnsupportedModelError, match=f"model_type='{family}': vLLM serves only"):
+        served_class(family)

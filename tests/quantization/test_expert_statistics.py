@@ -255,7 +255,7 @@ def test_equalization_is_exact_in_blocks_with_experts(sparse):
         site: torch.rand(sums.shape, generator=generator, dtype=torch.float64) * torch.tensor([[0.0], [1], [1]])
         for site, sums in equalizer.make_sums().items()
     }
-    scales = equalizer.choose(channels)
+    scales = equalizer.choose(channels, runner)
     assert scales["mlp_hidden.experts.0"].shape == (blocks[0].mlp.experts.expert(0).down_proj.in_features,)
     equalizer.scale_(scales)
     for block in blocks:
