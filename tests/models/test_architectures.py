@@ -129,6 +129,6 @@ def test_sliding_windows_are_found_in_the_layers_that_slide():
 
 def test_a_family_that_is_not_supported_is_refused_with_those_that_are():
     with pytest.raises(
-        UnsupportedModelError, match=r"^model_type='gpt2' is not supported; supported are: gemma2, .*qwen3_moe$"
+        UnsupportedModelError, match=r"^model_type='gpt2' is not supported; supported are: cwm, .*qwen3_moe, "
     ):
         find_architecture(GPT2Config())
