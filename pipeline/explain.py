@@ -39,20 +39,31 @@ _PARAMS = Path("params.yaml")
 
 def describe_needs(config: Any, params: Params) -> list[str]:
     """Return a line for each stage of params.yaml, with the memory and disk that it would need."""
+    lines = []
+    for stage, plan in plan_stages(config, params).items():
+        misfit = f"params.yaml does not fit this model ({plan})"
+        lines.append(f"{stage:16} {plan.describe().splitlines()[0] if isinstance(plan, Need) else misfit}")
+    return ["", "Plan by params.yaml, before the stages ran:", *lines]
+
+
+def plan_stages(config: Any, params: Params) -> dict[str, Need | PipelineError]:
+    """Return the need of each stage, or the error that says why the settings do not fit the model.
+
+    Args:
+        config: of the imported model, see `Explanation`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         values = config.to_dict() | {"dtype": params.model.dtype}
         values.pop("quantization_config", None)
         writer = CheckpointWriter(Path(folder), find_architecture(config), stage="model")
         writer.finish(json.loads(json.dumps(values)), settings={})
-        checkpoint = Checkpoint(Path(folder), "model")
-        lines = []
-        for stage, plan in _list_plans(checkpoint, params).items():
+        needs: dict[str, Need | PipelineError] = {}
+        for stage, plan in _list_plans(Checkpoint(Path(folder), "model"), params).items():
             try:
-                need = plan().describe().splitlines()[0]
+                needs[stage] = plan()
             except PipelineError as error:
-                need = f"params.yaml does not fit this model ({error})"
-            lines.append(f"{stage:16} {need}")
-        return ["", "Plan by params.yaml, before the stages ran:", *lines]
+                needs[stage] = error
+        return needs
 
 
 def _list_plans(checkpoint: Checkpoint, params: Params) -> dict[str, Callable[[], Need]]:

@@ -26,7 +26,25 @@ class Subcommand:
 
 
 def run_quantize() -> None:
-    from prefixquant.quantize import main
+    from prefixquant.quantize_command import main
+
+    main()
+
+
+def run_plan() -> None:
+    from prefixquant.plan import main
+
+    main()
+
+
+def run_report() -> None:
+    from prefixquant.report import main
+
+    main()
+
+
+def run_compare() -> None:
+    from prefixquant.compare import main
 
     main()
 
@@ -62,9 +80,12 @@ def run_explain() -> None:
 
 SUBCOMMANDS = {
     "quantize": Subcommand("quantize a model: a folder, a .gguf file, a Hugging Face Hub id", run_quantize),
+    "plan": Subcommand("say how much memory and disk `quantize` would need, stage by stage", run_plan),
     "generate": Subcommand("continue a text with a quantized model", run_generate),
     "chat": Subcommand("talk to a quantized model, by its chat template", run_chat),
     "evaluate": Subcommand("measure perplexity and tasks, also against the original model", run_evaluate),
+    "report": Subcommand("print the path of the report of a run", run_report),
+    "compare": Subcommand("compare runs: their results, and the settings in which they differ", run_compare),
     "explain": Subcommand("say whether a model can be quantized, and why not, without its weights", run_explain),
     "lm-eval": Subcommand("lm-eval's own command line, with the model type prefixquant", run_lm_eval),
 }

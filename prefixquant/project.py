@@ -84,13 +84,31 @@ def run_request(request: Request) -> Path:
 
 
 def prepare_params(request: Request) -> str:
-    """Return the text of the request's params.yaml.
+    """Return the text of the request's params.yaml, for a run.
+
+    Raises:
+        PipelineError: a choice cannot be read, the model, a text or a package is missing, or the work folder is inside
+            the model or a text.
+    """
+    if importlib.util.find_spec("dvc") is None:
+        raise PipelineError("quantize needs the package dvc. Run: pip install 'prefixquant-pipeline[quantize]'")
+    params = choose_params(request)
+    model = None if request.source in PACKAGES else find_local_source("MODEL", request.source)
+    for path in (model, *map(as_path, request.texts)):
+        if path is not None and request.work_folder.is_relative_to(path.resolve()):
+            raise ArgumentError(
+                f"the work folder {request.work_folder} is inside {path.resolve()}, which it would change. Use --work, "
+                "or another --out."
+            )
+    return params
+
+
+def choose_params(request: Request) -> str:
+    """Return the text of the params.yaml that a request's source, texts, recipe and settings give.
 
     Raises:
         PipelineError: a choice cannot be read, or the model, a text or a package is missing.
     """
-    if importlib.util.find_spec("dvc") is None:
-        raise PipelineError("quantize needs the package dvc. Run: pip install 'prefixquant-pipeline[quantize]'")
     model = None if request.source in PACKAGES else find_local_source("MODEL", request.source)
     source = request.source if model is None else str(model.resolve())
     texts = []
@@ -117,12 +135,6 @@ def prepare_params(request: Request) -> str:
     for key, value in sources.items():
         if value in PACKAGES:
             describe_package(key, value, PACKAGES[value])
-    for path in (model, *map(Path, texts)):
-        if path is not None and request.work_folder.is_relative_to(path.resolve()):
-            raise ArgumentError(
-                f"the work folder {request.work_folder} is inside {path}, which it would change. Use --work, or "
-                "another --out."
-            )
     return params
 
 

@@ -126,7 +126,7 @@ def test_loading_and_generating_import_nothing_outside_the_core():
     [
         ("import prefixquant", {"torch", "transformers", "yaml", "pydantic"}),
         ("import prefixquant.command", {"torch", "transformers", "yaml", "pydantic"}),
-        ("import prefixquant.quantize", {"torch", "transformers", "datasets", "dvc"}),
+        ("import prefixquant.quantize_command", {"torch", "transformers", "datasets", "dvc"}),
     ],
 )
 def test_what_must_start_fast_imports_nothing_slow(program, absent):

@@ -39,7 +39,7 @@ def test_the_version_is_that_of_the_package(call):
 def test_a_misspelt_subcommand_is_refused_with_the_nearest(call):
     with pytest.raises(PipelineError, match=r"'qantize': unknown subcommand\. Did you mean quantize\?"):
         call("qantize")
-    with pytest.raises(PipelineError, match=r"'xyz': unknown subcommand\. Use one of quantize, generate"):
+    with pytest.raises(PipelineError, match=r"'xyz': unknown subcommand\. Use one of quantize, plan, generate"):
         call("xyz")
 
 

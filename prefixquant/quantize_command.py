@@ -8,6 +8,7 @@ MODEL is a folder with config.json and safetensors, a .gguf file, a Hugging Face
 run lives in DIR.work, a DVC project. The same command continues it, and other settings reuse what they do not change.
 """
 
+import argparse
 from pathlib import Path
 
 from pipeline.runtime.arguments import Parser
@@ -15,8 +16,12 @@ from prefixquant.project import Request, run_request
 from prefixquant.recipes import DEFAULT_RECIPE, FINETUNING, format_recipes, parse_setting
 
 
-def make_parser(description: str | None) -> Parser:
-    """Return a parser with the arguments that say how a model is quantized."""
+def make_parser(description: str | None, out: Path | None = None) -> Parser:
+    """Return a parser with the arguments of `quantize`.
+
+    Args:
+        out: the default of `--out`; None where it must be named.
+    """
     parser = Parser(description=description, epilog=f"recipes:\n{format_recipes()}")
     parser.add_argument("source", metavar="MODEL", help="the model to quantize")
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help=f"default: {DEFAULT_RECIPE}")
@@ -34,26 +39,29 @@ def make_parser(description: str | None) -> Parser:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of params.yaml, with dots"
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="the work folder; default: --out with .work added")
+    parser.add_argument(
+        "--out", type=Path, required=out is None, default=out, metavar="DIR", help="the folder of the quantized model"
+    )
+    parser.add_argument("--clean", action="store_true", help="remove the work folder at the end")
     return parser
+
+
+def read_request(arguments: argparse.Namespace) -> Request:
+    """Return the request that parsed arguments ask for. Raise ArgumentError if a setting cannot be read."""
+    return Request(
+        source=arguments.source,
+        out=arguments.out,
+        texts=tuple(arguments.text),
+        recipe=arguments.recipe,
+        bits=arguments.bits,
+        finetune=arguments.finetune,
+        settings=dict(map(parse_setting, arguments.set)),
+        work=arguments.work,
+        clean=arguments.clean,
+    )
 
 
 def main() -> None:
     """Run `prefixquant quantize`."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the quantized model")
-    parser.add_argument("--clean", action="store_true", help="remove the work folder at the end")
-    arguments = parser.parse_args()
-    out = run_request(
-        Request(
-            source=arguments.source,
-            out=arguments.out,
-            texts=tuple(arguments.text),
-            recipe=arguments.recipe,
-            bits=arguments.bits,
-            finetune=arguments.finetune,
-            settings=dict(map(parse_setting, arguments.set)),
-            work=arguments.work,
-            clean=arguments.clean,
-        )
-    )
+    out = run_request(read_request(make_parser(__doc__).parse_args()))
     print(f'{out}: the quantized model. Try: prefixquant generate {out} "Once upon a time"')
