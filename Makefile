@@ -1,6 +1,6 @@
 # make repro   set up and run the whole pipeline on the model in params.yaml
 # make test    set up and run all tests
-# make lint    set up, check format and style
+# make lint    set up, check format, style and types
 # make preset NAME=…   merge presets/NAME.yaml into params.yaml (FORCE=1: over local changes); without NAME: list them
 # make serve-setup an environment with vLLM and this project's plugin: .venv-serving
 # make serve-test  the plugin's tests in it
@@ -47,6 +47,7 @@ test: setup
 lint: setup
 	ruff check .
 	ruff format --check .
+	basedpyright
 
 format: setup
 	ruff check --fix .
@@ -106,7 +107,7 @@ $(SERVING)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 types: setup
-	mypy
+	basedpyright
 
 settings: setup
 	python .ci/settings.py

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from pipeline.models.architectures import find_architecture, find_max_positions
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter
@@ -37,7 +37,7 @@ from pipeline.text.lengths import choose_length, count_windows
 _PARAMS = Path("params.yaml")
 
 
-def describe_needs(config: Any, params: Params) -> list[str]:
+def describe_needs(config: PreTrainedConfig, params: Params) -> list[str]:
     """Return a line for each stage of params.yaml, with the memory and disk that it would need."""
     lines = []
     for stage, plan in plan_stages(config, params).items():
@@ -112,7 +112,7 @@ def main() -> None:
     explanation = explain_source(arguments.source, arguments.revision)
     print("\n".join(explanation.lines))
     path = arguments.params or (_PARAMS if _PARAMS.is_file() else None)
-    if explanation.supported and path is not None:
+    if explanation.config is not None and path is not None:
         print("\n".join(describe_needs(explanation.config, load_params(path))))
     sys.exit(0 if explanation.supported else 1)
 

@@ -66,8 +66,9 @@ def main(run: Run) -> None:
     compared = variant != "original" and params.evaluation.compare_with_original
     original = Original(Checkpoint(MODEL, "model"), EVALUATION / "original.safetensors") if compared else None
     token_ids = {corpus: cut.token_ids for corpus, cut in windows.items()}
-    for corpus, cut in windows.items() if original else ():
-        check_input(original.header, f"windows.{corpus}", cut.header, EVALUATION / "original.safetensors")
+    if original is not None:
+        for corpus, cut in windows.items():
+            check_input(original.header, f"windows.{corpus}", cut.header, EVALUATION / "original.safetensors")
     measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
     run.metrics.update(measured)
     if ranks.first:

@@ -35,7 +35,12 @@ def start_ranks(processes: int) -> bool:
         return False
     if processes > _PER_CORE * (cores := os.cpu_count() or 1):
         raise RankError(f"runtime.processes={processes} on a machine with {cores} cores; lower it")
-    module = sys.modules["__main__"].__spec__.name
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        raise RankError(
+            f"runtime.processes={processes} needs a stage that runs as a module. Run: python -m stages.NAME"
+        )
+    module = spec.name
     try:
         run_launcher(["--standalone", f"--nproc-per-node={processes}", "-m", module, *sys.argv[1:]])
     except ChildFailedError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.blocks.quantized import block_settings, find_site_quantizers, load_block
+from pipeline.blocks.quantized import find_site_quantizers, load_block, require_settings
 from pipeline.export.model_card import describe_bits
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
@@ -45,7 +45,7 @@ def main(run: Run) -> None:
     checkpoint = Checkpoint(FINETUNING, "finetuning")
     described = f"{params.prefix.use} ({tokens} tokens)"
     sizes = read_metrics("export")
-    bits = describe_bits(block_settings(checkpoint, 0))
+    bits = describe_bits(require_settings(checkpoint, 0))
     run.metrics.update(summarise_run(bits, described, evaluations, costs, sizes["size_mib"]))
     saturation, measured, settings = read_rows(SATURATION), read_measured(ACTIVATIONS), read_settings(params)
     heading = Heading(

@@ -24,7 +24,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # as in every family: blocks/rope.py checks
 
 from pipeline.blocks.sliding import find_first_visible
+from pipeline.models.layers import Attention
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.kept_dtype import KeepsDtype
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
@@ -55,6 +56,8 @@ class KeyQuantizer(KeepsDtype):
         transform: R3 and, called with True, its inverse.
         turns: whether the layer has RoPE.
     """
+
+    mean: torch.Tensor
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class KeyQuantizer(KeepsDtype):
         mean = self.mean[None, :, None]
         return turn_keys(mean, cos.float(), sin.float()) if self.turns else mean
 
-    def hook_before_rope_(self, attention: nn.Module, heads_first: bool) -> None:
+    def hook_before_rope_(self, attention: Attention, heads_first: bool) -> None:
         """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
 
         Args:
@@ -119,10 +122,34 @@ class KeyQuantizer(KeepsDtype):
         return _split_heads(output, self.head_dim, heads_first)
 
 
+class QuantizedAttention(Attention):
+    """The type of an attention module after `quantized.add_quantizers_`. No object is an instance of it."""
+
+    key_quantizer: KeyQuantizer
+    value_quantizer: ActivationQuantizer
+
+
+def as_quantized_attention(attention: Attention) -> QuantizedAttention:
+    """Return an attention module as one with quantizers.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if not hasattr(attention, "key_quantizer"):
+        raise TypeError(f"{type(attention).__name__} has no quantizers")
+    return cast(QuantizedAttention, attention)
+
+
+class CachingAttention(Attention):
+    """The type of an attention module that `quantize_cache_` is used on. No object is an instance of it."""
+
+    value_quantizer: ActivationQuantizer
+
+
 class QuantizingCache:
     """The cache that one call of an attention module writes to: quantizes, then appends to the cache it was given."""
 
-    def __init__(self, cache: Cache, attention: nn.Module, positions: Positions) -> None:
+    def __init__(self, cache: Cache, attention: CachingAttention, positions: Positions) -> None:
         self.cache, self.attention, self.positions = cache, attention, positions
 
     def update(
@@ -136,7 +163,7 @@ class QuantizingCache:
         return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def quantize_cache_(attention: nn.Module) -> None:
+def quantize_cache_(attention: Attention) -> None:
     """Have each call of an attention module quantize the keys and values that it caches.
 
     Args:
@@ -146,7 +173,7 @@ def quantize_cache_(attention: nn.Module) -> None:
 
 
 def _wrap_cache(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: CachingAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     cache = kwargs.get(CACHE)
     if cache is None:  # a caller that wants neither cache nor quantizers
@@ -154,9 +181,9 @@ def _wrap_cache(
     return args, kwargs | {CACHE: QuantizingCache(cache, module, kwargs["position_embeddings"])}
 
 
-def find_key_source(attention: nn.Module) -> nn.Module:
+def find_key_source(attention: Attention) -> nn.Module:
     """Return the module whose output RoPE turns into keys."""
-    return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    return attention.get_submodule("k_norm" if hasattr(attention, "k_norm") else "k_proj")
 
 
 def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -165,7 +192,7 @@ def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def hook_keys_(
-    attention: nn.Module, heads_first: bool, hook: Callable[[torch.Tensor], torch.Tensor]
+    attention: Attention, heads_first: bool, hook: Callable[[torch.Tensor], torch.Tensor]
 ) -> RemovableHandle:
     """Replace the keys before RoPE, [B, heads, T, d], by hook(keys) whenever an attention module runs.
 
@@ -212,6 +239,16 @@ class PrefixLayer(DynamicLayer):
             prefix = self.prefix_kv.to(key_states)
             self.keys, self.values = prefix.unsqueeze(1).expand(2, key_states.shape[0], *prefix.shape[1:])
 
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all positions, [B, heads, T, d] each.
+
+        Raises:
+            RuntimeError: nothing was read yet.
+        """
+        if self.keys is None or self.values is None:
+            raise RuntimeError("a cache is empty: no token was read yet")
+        return self.keys, self.values
+
     def reset(self) -> None:
         """Forget all text. Older versions of transformers fill it with zeros and keep its length."""
         self.keys = self.values = None
@@ -252,7 +289,8 @@ class SlidingLayer(PrefixLayer):
         if self.is_initialized and first > self.dropped:
             start = first - self.dropped
             self.complete_from = self.get_seq_length()
-            self.keys, self.values = (states[..., start:, :].clone() for states in (self.keys, self.values))
+            keys, values = self.read()
+            self.keys, self.values = keys[..., start:, :].clone(), values[..., start:, :].clone()
             self.dropped = first
 
     def get_seq_length(self) -> int:
@@ -284,7 +322,7 @@ class PrefixCache(Cache):
     """The cache of a whole model: a `PrefixLayer` per block. Its lengths count the text alone."""
 
     def __init__(self, layers: list[PrefixLayer]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
         prefix_kv = layers[0].prefix_kv
         self.prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
         self._was_cropped = False

@@ -6,12 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import nn
 
+from pipeline.models.layers import DecoderLayer
+
 Tensors = dict[str, torch.Tensor]
 
 
 def prefetch_blocks(
-    load: Callable[[int], nn.Module], indices: Iterable[int], device: torch.device
-) -> Iterator[nn.Module]:
+    load: Callable[[int], DecoderLayer], indices: Iterable[int], device: torch.device
+) -> Iterator[DecoderLayer]:
     """Yield the block of each index, on `device`. Drop it before asking for the next, or two are in memory.
 
     Args:
@@ -25,7 +27,7 @@ def prefetch_blocks(
         return
     stream = torch.cuda.Stream(device)
 
-    def fetch(index: int) -> tuple[nn.Module, torch.cuda.Event]:
+    def fetch(index: int) -> tuple[DecoderLayer, torch.cuda.Event]:
         block = load(index)
         for tensor in _tensors(block):
             tensor.data = tensor.data.pin_memory()

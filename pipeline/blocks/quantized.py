@@ -22,15 +22,16 @@ calibrated (hooks on its quantizers), and when it is quantized. The artifact of 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import KeyQuantizer, quantize_cache_
+from pipeline.blocks.kv_cache import KeyQuantizer, QuantizedAttention, as_quantized_attention, quantize_cache_
 from pipeline.models.architectures import Architecture, uses_rope
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import RoutedExperts, split_experts
+from pipeline.models.layers import DecoderLayer, find_linear
 from pipeline.models.sites import RESIDUAL_SITES, Site, base_site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
@@ -67,7 +68,7 @@ class BlockSettings:
         return self.sites.get(base_site(site), QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
-        values = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
+        values: dict[str, Any] = vars(self) | {"sites": {site: spec.to_dict() for site, spec in self.sites.items()}}
         for name, absent in (("r4_block_size", -1), ("online_r5", False)):  # as config.json was before these keys
             if values[name] == absent:
                 del values[name]
@@ -75,7 +76,8 @@ class BlockSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BlockSettings":
-        return cls(**values | {"sites": {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}})
+        sites = {site: QuantizerSpec(**spec) for site, spec in values["sites"].items()}
+        return cls(**{**values, "sites": sites})
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class QuantizedLinear(KeepsDtype):
         bias: float [out] or None; never quantized. For a centered weight it includes the correction of the mean error.
     """
 
+    weight: torch.Tensor
+    weight_scale: torch.Tensor | None
+    weight_zero_point: torch.Tensor | None
+    bias: torch.Tensor | None
     kept_tensors = frozenset({"weight_scale", "weight_zero_point", "weight_common"})
 
     def __init__(
@@ -141,7 +147,7 @@ class QuantizedLinear(KeepsDtype):
         if not self.spec.enabled:
             return
         scales, device = (self.out_features, self.spec.count_groups(self.in_features)), self.weight.device
-        codes = self.spec.grid.code_dtype
+        codes = self.spec.stored_grid.code_dtype
         self.weight = torch.empty(self.out_features, self.in_features, dtype=codes, device=device)
         self.weight_scale = torch.empty(scales, dtype=torch.float32, device=device)
         self.weight_zero_point = None if self.spec.symmetric else torch.empty_like(self.weight_scale)
@@ -186,8 +192,19 @@ class QuantizedLinear(KeepsDtype):
             kept = self._dequantized = _Dequantized(weight, sources, versions)
         return kept.weight
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """`weight_scale` of a quantized weight, float32 [out, G].
+
+        Raises:
+            RuntimeError: the weight is not quantized.
+        """
+        if self.weight_scale is None:
+            raise RuntimeError(f"a weight [{self.out_features}, {self.in_features}] has no scales: it is not quantized")
+        return self.weight_scale
+
     def _dequantize(self) -> torch.Tensor:
-        return dequantize_weight(self.weight, self.weight_scale, self.weight_zero_point, self.spec.grid)
+        return dequantize_weight(self.weight, self.scales, self.weight_zero_point, self.spec.grid)
 
     def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input after R4 or R5 and the layer's own quantizer, where it has them."""
@@ -199,8 +216,8 @@ class QuantizedLinear(KeepsDtype):
         """Return x [..., in] after R4 or R5, where the layer has it, or undo it."""
         return hadamard_transform(x, inverse, self.rotation_block_size) if self.rotate_input else x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.prepare_input(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = self.prepare_input(input)
         if self.unfrozen and torch.is_grad_enabled() and self._has_one_scale_per_output():
             self.fired = True
             return _MultiplyScaled.apply(
@@ -209,7 +226,7 @@ class QuantizedLinear(KeepsDtype):
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def _has_one_scale_per_output(self) -> bool:
-        return not self.weight.is_floating_point() and self.weight_scale.shape[1] == 1
+        return not self.weight.is_floating_point() and self.scales.shape[1] == 1
 
 
 class _MultiplyScaled(torch.autograd.Function):
@@ -238,7 +255,8 @@ class _MultiplyScaled(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (upstream,) = gradients
         weight, scale, bias, output, total = ctx.saved_tensors
         for_x = (upstream @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         upstream, over = upstream.float(), tuple(range(upstream.dim() - 1))
@@ -251,7 +269,38 @@ class _MultiplyScaled(torch.autograd.Function):
         return for_x, None, for_scale, for_zero_point, upstream.sum(over) if ctx.needs_input_grad[4] else None, None
 
 
-def _quantize_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+class InputModule(nn.Module):
+    """The type of a module whose input or output is quantized: norm, attention or MLP. No object is an instance."""
+
+    quantizer: ActivationQuantizer
+    rotate_input: bool
+
+
+def find_input_module(block: nn.Module, architecture: Architecture, site: str) -> InputModule:
+    """Return the module that has the quantizer of `attention_input` or `mlp_input`.
+
+    Raises:
+        TypeError: the block has no quantizers.
+    """
+    module = architecture.input_module(block, site)
+    if not hasattr(module, "quantizer"):
+        raise TypeError(f"{type(module).__name__} at {site} has no quantizer")
+    return cast(InputModule, module)
+
+
+def find_quantized_linear(block: nn.Module, name: str) -> QuantizedLinear:
+    """Return a linear of a block that has quantizers.
+
+    Raises:
+        TypeError: there is another module of that name.
+    """
+    linear = block.get_submodule(name)
+    if not isinstance(linear, QuantizedLinear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a linear with quantizers")
+    return linear
+
+
+def _quantize_input(module: InputModule, x: torch.Tensor) -> torch.Tensor:
     return quantize_rotated(module.quantizer, x, module.rotate_input)
 
 
@@ -270,17 +319,17 @@ def read_input(block: nn.Module, architecture: Architecture, site: str, residual
     """Return the input of the linears at `attention_input` or `mlp_input`, from the residual stream [..., D]."""
     if site == Site.MLP_INPUT and architecture.experts is not None:
         raise ValueError("the input of experts is read from a hook on them (Architecture.watch_input_)")
-    module = architecture.input_module(block, site)
+    module = find_input_module(block, architecture, site)
     return _quantize_input(module, residual) if architecture.input_norm(site) is None else module(residual)
 
 
-def add_quantizers_(block: nn.Module, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
+def add_quantizers_(block: DecoderLayer, architecture: Architecture, settings: BlockSettings, kv_heads: int) -> None:
     """Replace the modules of a plain decoder layer as the table above lists them. Nothing is calibrated yet."""
     architecture = architecture.of_block(block)
     widths = architecture.site_widths(block)
     for site in RESIDUAL_SITES:
         # A hook keeps the norm's own class and tensor names; its output is quantized once for all its readers.
-        module = architecture.input_module(block, site)
+        module = cast(InputModule, architecture.input_module(block, site))
         module.quantizer = ActivationQuantizer(settings.spec(site), widths[site])
         module.rotate_input = settings.online_r1
         architecture.watch_input_(block, site, _quantize_input)
@@ -293,9 +342,9 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
         input_site = input_sites.get(name)
         quantizer = None if input_site is None else ActivationQuantizer(settings.spec(input_site), widths[input_site])
         rotate, blocks = rotated.get(name, (False, -1))
-        linear = QuantizedLinear(block.get_submodule(name), settings.spec(short), rotate, quantizer, blocks)
+        linear = QuantizedLinear(find_linear(block, name), settings.spec(short), rotate, quantizer, blocks)
         block.set_submodule(name, linear)
-    attention = block.self_attn
+    attention = cast(QuantizedAttention, block.self_attn)
     before_rope = settings.key_before_rope
     rotate = settings.online_r3 and not before_rope
     attention.key_quantizer = KeyQuantizer(
@@ -312,7 +361,7 @@ def add_quantizers_(block: nn.Module, architecture: Architecture, settings: Bloc
     quantize_cache_(attention)
 
 
-def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[str, ActivationQuantizer]:
+def find_site_quantizers(block: DecoderLayer, architecture: Architecture) -> dict[str, ActivationQuantizer]:
     """Return the activation quantizers of a block, in the order data flows; none for a plain block.
 
     A dense block has six. With experts, there is one at `mlp_hidden.experts.0` and so on for each (see
@@ -321,16 +370,24 @@ def find_site_quantizers(block: nn.Module, architecture: Architecture) -> dict[s
     if not hasattr(block.self_attn, "key_quantizer"):
         return {}
     architecture = architecture.of_block(block)
+    attention = as_quantized_attention(block.self_attn)
     quantizers: dict[str, ActivationQuantizer] = {
-        Site.ATTENTION_INPUT: architecture.input_module(block, Site.ATTENTION_INPUT).quantizer,
-        Site.KEY: block.self_attn.key_quantizer.quantizer,
-        Site.VALUE: block.self_attn.value_quantizer,
-        Site.ATTENTION_OUTPUT: block.get_submodule(architecture.attention_output).input_quantizer,
-        Site.MLP_INPUT: architecture.input_module(block, Site.MLP_INPUT).quantizer,
+        Site.ATTENTION_INPUT: find_input_module(block, architecture, Site.ATTENTION_INPUT).quantizer,
+        Site.KEY: attention.key_quantizer.quantizer,
+        Site.VALUE: attention.value_quantizer,
+        Site.ATTENTION_OUTPUT: _find_input_quantizer(block, architecture.attention_output),
+        Site.MLP_INPUT: find_input_module(block, architecture, Site.MLP_INPUT).quantizer,
     }
     for site, (_, _, down) in architecture.mlps.items():
-        quantizers[site] = block.get_submodule(down).input_quantizer
+        quantizers[site] = _find_input_quantizer(block, down)
     return quantizers
+
+
+def _find_input_quantizer(block: nn.Module, name: str) -> ActivationQuantizer:
+    quantizer = find_quantized_linear(block, name).input_quantizer
+    if quantizer is None:
+        raise TypeError(f"{name} has no quantizer of its input")
+    return quantizer
 
 
 def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
@@ -338,7 +395,7 @@ def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
     return Counter(site_group(site) for site in (settings.sites if settings else ()))
 
 
-def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Counter[str]:
+def count_fired_quantizers(block: DecoderLayer, architecture: Architecture) -> Counter[str]:
     """Count the quantizers of each kind that have acted in this block since it was loaded.
 
     Those of all experts count as one. It has fired if it did in every expert that got a token.
@@ -356,7 +413,7 @@ def count_fired_quantizers(block: nn.Module, architecture: Architecture) -> Coun
     return Counter(site_group(site) for site, has_fired in acted.items() if has_fired)
 
 
-def _find_idle(block: nn.Module, architecture: Architecture) -> set[str]:
+def _find_idle(block: DecoderLayer, architecture: Architecture) -> set[str]:
     """Return the short names (`experts.3`) of the experts that got no token since the block was loaded."""
     if architecture.experts is None:
         return set()
@@ -366,7 +423,7 @@ def _find_idle(block: nn.Module, architecture: Architecture) -> set[str]:
     return {f"{name}.{index}" for index, hits in enumerate(experts.hits) if not hits}
 
 
-def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> nn.Module:
+def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str = "cpu") -> DecoderLayer:
     """Load block `index` of a checkpoint, ready to run: plain, rotated, or quantized, as its config.json says.
 
     Raises:
@@ -386,7 +443,7 @@ def fill_block(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> DecoderLayer:
     """Build a block as `load_block` does, from tensors in memory.
 
     Args:
@@ -426,6 +483,18 @@ def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:
 def block_settings(checkpoint: Checkpoint, index: int) -> BlockSettings | None:
     """Return the settings of block `index` in a checkpoint's config.json; None for a plain model."""
     return find_settings(checkpoint.settings, index)
+
+
+def require_settings(checkpoint: Checkpoint, index: int) -> BlockSettings:
+    """Return the settings of block `index` in a rotated or quantized checkpoint.
+
+    Raises:
+        ValueError: it is a plain model.
+    """
+    settings = block_settings(checkpoint, index)
+    if settings is None:
+        raise ValueError(f"{checkpoint.folder}: block {index} has no settings: it is neither rotated nor quantized")
+    return settings
 
 
 def find_settings(described: dict[str, Any], index: int) -> BlockSettings | None:

@@ -10,18 +10,19 @@ cache are read.
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from transformers.cache_utils import Cache
 
-from pipeline.blocks.kv_cache import CACHE, find_key_source, hook_keys_, make_block_cache, turn_keys
+from pipeline.blocks.kv_cache import CACHE, find_key_source, hook_keys_, make_layer, turn_keys
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_max_positions, uses_rope
+from pipeline.models.layers import DecoderLayer
 
 _POSITIONS = (1, 7, 1009)  # far enough for slow channels to turn in half precision
 _TOLERANCE = 1e-2  # measured: 0 in float32, 2e-3 in bfloat16; 0.3 and more where the assumption is wrong
 
 
 @torch.no_grad()
-def find_rope_groups(block: nn.Module, runner: BlockRunner) -> torch.Tensor:
+def find_rope_groups(block: DecoderLayer, runner: BlockRunner) -> torch.Tensor:
     """Return the group of each channel of a head, [d] int64: channels that RoPE mixes have the same number.
 
     Llama's RoPE, d = 6: [0, 1, 2, 0, 1, 2]. Without RoPE: [0, 1, 2, 3, 4, 5].
@@ -40,7 +41,7 @@ def find_rope_groups(block: nn.Module, runner: BlockRunner) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_rope(block: nn.Module, index: int, runner: BlockRunner) -> None:
+def check_rope(block: DecoderLayer, index: int, runner: BlockRunner) -> None:
     """Check that the keys in the cache are Llama's RoPE of the keys before it, or these keys in a layer without RoPE.
 
     Args:
@@ -54,17 +55,18 @@ def check_rope(block: nn.Module, index: int, runner: BlockRunner) -> None:
     source = find_key_source(attention)
     vectors = torch.randn(width, generator=torch.Generator().manual_seed(0))
     problem = f"model_type={config.model_type!r}: block {index}: "
+    misshapen = (
+        f"{problem}{type(source).__name__}, whose output RoPE turns into keys, gives other shapes than "
+        f"heads_first={find_architecture(config).heads_first} says ({{reason}}). Correct its entry in ARCHITECTURES "
+        "(docs/new_family.md)"
+    )
     try:
         keys, before, tables = _turn(block, runner, lambda keys: vectors.to(keys).expand_as(keys), 1)
-        fits, reason = keys.shape == before.shape, f"{list(before.shape)}, in the cache {list(keys.shape)}"
     except RuntimeError as error:
-        fits, reason = False, str(error).splitlines()[0]
-    if not fits:
-        raise UnsupportedModelError(
-            f"{problem}{type(source).__name__}, whose output RoPE turns into keys, gives other shapes than "
-            f"heads_first={find_architecture(config).heads_first} says ({reason}). Correct its entry in ARCHITECTURES "
-            "(docs/new_family.md)"
-        )
+        raise UnsupportedModelError(misshapen.format(reason=str(error).splitlines()[0])) from error
+    if keys.shape != before.shape:
+        reason = f"{list(before.shape)}, in the cache {list(keys.shape)}"
+        raise UnsupportedModelError(misshapen.format(reason=reason))
     turns = uses_rope(config, block)
     expected = turn_keys(before, *tables) if turns and tables[0].shape[-1] == width else before
     if not (keys - expected).abs().max() <= _TOLERANCE * expected.abs().max():
@@ -85,7 +87,7 @@ def check_rope(block: nn.Module, index: int, runner: BlockRunner) -> None:
 
 
 def _turn(
-    block: nn.Module, runner: BlockRunner, replace: Callable[[torch.Tensor], torch.Tensor], batch: int
+    block: DecoderLayer, runner: BlockRunner, replace: Callable[[torch.Tensor], torch.Tensor], batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Run attention with its keys before RoPE replaced; return keys in the cache, keys before, both [B, heads, T, d].
 
@@ -96,7 +98,7 @@ def _turn(
     last = find_max_positions(config) - 1
     positions = torch.tensor([[min(position, last) for position in _POSITIONS]], device=weight.device)
     hidden = torch.zeros(batch, len(_POSITIONS), config.hidden_size, dtype=weight.dtype, device=weight.device)
-    tables, cache = runner.tables_at(block, hidden, positions), make_block_cache(None)
+    tables, layer = runner.tables_at(block, hidden, positions), make_layer(None)
     replaced: list[torch.Tensor] = []
 
     def keep(keys: torch.Tensor) -> torch.Tensor:
@@ -110,8 +112,8 @@ def _turn(
             attention_mask=None,
             position_ids=positions,
             position_embeddings=tables,
-            **{CACHE: cache},
+            **{CACHE: Cache(layers=[layer])},
         )
     finally:
         handle.remove()
-    return cache.layers[0].keys, replaced[0], tables
+    return layer.read()[0], replaced[0], tables

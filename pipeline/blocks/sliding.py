@@ -13,10 +13,8 @@ Two cases are different, because keys are not where the original would have them
 So distances are counted in positions that the text really has.
 """
 
-from typing import Any
-
 import torch
-from transformers import AttentionMaskInterface
+from transformers import AttentionMaskInterface, PreTrainedConfig
 
 
 def count_places(mask: torch.Tensor) -> torch.Tensor:
@@ -25,7 +23,7 @@ def count_places(mask: torch.Tensor) -> torch.Tensor:
 
 
 def make_mask(
-    config: Any,
+    config: PreTrainedConfig,
     hidden: torch.Tensor,
     *,
     past: int,
@@ -60,6 +58,7 @@ def make_mask(
     def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         visible = key <= query
         if window is not None:
+            assert places is not None, "a sliding window needs the places of positions"
             visible = visible & (places[row, query] - places[row, key] < window)
         if real is not None:
             visible = visible & real[row, key]

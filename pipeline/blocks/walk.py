@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from pipeline.blocks.kv_cache import CACHE, make_block_cache
+from pipeline.blocks.kv_cache import CACHE, make_block_cache, make_layer
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import load_block
 from pipeline.models.architectures import check_window, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.streams import Stream
 
@@ -37,7 +37,7 @@ class BlockRunner:
         self._rotary = checkpoint.build_rotary_embedding().to(device)
         self._prepared: dict[tuple, dict[str, Any]] = {}
 
-    def run(self, block: nn.Module, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, block: DecoderLayer, hidden: torch.Tensor, prefix_kv: torch.Tensor | None = None) -> torch.Tensor:
         """Run one batch through one block.
 
         Args:
@@ -54,29 +54,28 @@ class BlockRunner:
         """Return the share of [L, 2, heads, P, d] that belongs to block `index`, sent to the device once."""
         return None if prefix_kv is None else prefix_kv[index].to(self.device)
 
-    def run_prefix(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_prefix(self, block: DecoderLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the prefix itself, [1, P, D], through one block.
 
         Returns:
             Its outputs, and its keys and values [2, heads, P, d].
         """
-        cache = make_block_cache(None)
-        hidden = self._run(block, hidden, cache)
-        return hidden, torch.stack((cache.layers[0].keys[0], cache.layers[0].values[0]))
+        hidden, keys, values = self.run_with_kv(block, hidden)
+        return hidden, torch.stack((keys[0], values[0]))
 
-    def run_with_kv(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run_with_kv(self, block: DecoderLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `run` without a prefix in the cache; also return keys (after RoPE) and values, [B, heads, T, d] each."""
-        cache = make_block_cache(None)
-        hidden = self._run(block, hidden, cache)
-        return hidden, cache.layers[0].keys, cache.layers[0].values
+        layer = make_layer(None)
+        hidden = self._run(block, hidden, Cache(layers=[layer]))
+        return hidden, *layer.read()
 
-    def _run(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def _run(self, block: DecoderLayer, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
         return block(hidden, use_cache=True, **self.prepare(block, hidden, cache), **{CACHE: cache})
 
     @torch.no_grad()
     def advance_(
         self,
-        block: nn.Module,
+        block: DecoderLayer,
         hidden: Stream,
         prefix_kv: torch.Tensor | None = None,
         into: Stream | None = None,
@@ -95,26 +94,26 @@ class BlockRunner:
             target[rows] = self.run(block, hidden[rows].to(self.device), prefix_kv).to(target.device)
 
     def rotary_tables(
-        self, block: nn.Module, hidden: torch.Tensor, prefix_tokens: int
+        self, block: DecoderLayer, hidden: torch.Tensor, prefix_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) of the positions of hidden [B, T, D] after a prefix, each [1, T, d]."""
         positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
         return self.tables_at(block, hidden, positions)
 
     def tables_at(
-        self, block: nn.Module, hidden: torch.Tensor, positions: torch.Tensor
+        self, block: DecoderLayer, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) at positions [1, T], each [1, T, d] in the dtype of `hidden`."""
         kind = self._rope_kind(block)
         return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
 
-    def _rope_kind(self, block: nn.Module) -> str | None:
+    def _rope_kind(self, block: DecoderLayer) -> str | None:
         """Return the kind of layer, where RoPE depends on it."""
         attention = block.self_attn  # the attribute has another name in Olmo 3
         kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
         return kind if kind in self.config.rope_parameters else None
 
-    def prepare(self, block: nn.Module, hidden: torch.Tensor, cache: Cache) -> dict[str, Any]:
+    def prepare(self, block: DecoderLayer, hidden: torch.Tensor, cache: Cache) -> dict[str, Any]:
         """Return the arguments of a decoder layer that depend on the shape of a batch and on the kind of the layer.
 
         They are `attention_mask`, `position_ids` [1, T] and `position_embeddings`, (cos, sin), and are kept.
@@ -143,7 +142,7 @@ def batches(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
 
 
-def load_blocks(checkpoint: Checkpoint, device: torch.device, start: int = 0) -> Iterator[nn.Module]:
+def load_blocks(checkpoint: Checkpoint, device: torch.device, start: int = 0) -> Iterator[DecoderLayer]:
     """Yield the blocks from `start` on, as `load_block` returns them; see `prefetch_blocks`."""
     indices = range(start, checkpoint.block_count)
     return prefetch_blocks(lambda index: load_block(checkpoint, index), indices, device)
@@ -155,8 +154,8 @@ def walk(
     runner: BlockRunner,
     description: str,
     prefix_kv: torch.Tensor | None = None,
-    watch: Callable[[int, nn.Module], None] | None = None,
-    after: Callable[[int, nn.Module], None] | None = None,
+    watch: Callable[[int, DecoderLayer], None] | None = None,
+    after: Callable[[int, DecoderLayer], None] | None = None,
 ) -> torch.Tensor:
     """Advance `hidden` [N, T, D] in place through all blocks and return it.
 

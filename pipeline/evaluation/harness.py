@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.evaluation.task_data import FOLDER, Tasks
 from pipeline.inference.loading import load
 from pipeline.inference.text_interface import TextInterface, describe_interface, read_interface
+from pipeline.models.special_tokens import read_token
 from pipeline.runtime.arguments import check_writable, find_device_problem
 from pipeline.runtime.errors import PipelineError, reading
 
@@ -43,7 +44,6 @@ _REFUSED_ARGUMENTS = ("peft", "delta", "parallelize", "autogptq", "gptqmodel", "
 _METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 
 
-@register_model(MODEL)
 class PrefixedLM(HFLM):
     """lm-eval's class for transformers models, for a model that may have a prefix."""
 
@@ -77,7 +77,12 @@ class PrefixedLM(HFLM):
             if kwargs.get(name):
                 raise PipelineError(f"{name}={kwargs[name]!r}: not an argument of --model prefixquant. Leave it out.")
         check_batch_size(kwargs.get("batch_size", 1))
-        interface = describe_interface(pretrained, tokenizer) if path is None else read_interface(Path(path))
+        if path is not None:
+            interface = read_interface(Path(path))
+        elif isinstance(pretrained, PreTrainedModel) and tokenizer is not None:
+            interface = describe_interface(pretrained, tokenizer)
+        else:
+            raise PipelineError("a model in memory needs its tokenizer. Pass tokenizer=.")
         check_special_tokens(interface.tokenizer)
         if interface.prefix_tokens:
             kwargs["max_length"] = choose_max_length(interface, kwargs.get("max_length"))
@@ -85,8 +90,9 @@ class PrefixedLM(HFLM):
             names = (kwargs.keys() - inspect.signature(HFLM).parameters.keys()) | (kwargs.keys() & {"dtype"})
             options = {name: kwargs.pop(name) for name in sorted(names)}
             pretrained, tokenizer = load(Path(path), choose_device(device), **options)
+        assert pretrained is not None
         ends_in_start_token = interface.prefix_tokens > 0 and interface.text_start_token_id is None
-        self.start_token = tokenizer.bos_token if ends_in_start_token else None
+        self.start_token = read_token(interface.tokenizer, "bos") if ends_in_start_token else None
         if ends_in_start_token:
             kwargs = {"add_bos_token": False} | kwargs
         super().__init__(pretrained, backend="causal", tokenizer=tokenizer, **kwargs)
@@ -125,6 +131,9 @@ class PrefixedLM(HFLM):
                 f"lm-eval: a task gives {string!r} ({type(string).__name__}) where text is expected. Correct the task."
             )
         return string if self.start_token is None else string.removeprefix(self.start_token)
+
+
+register_model(MODEL)(PrefixedLM)  # a decorator without types would hide the class
 
 
 def check_batch_size(batch_size: int | str | None) -> None:
@@ -189,6 +198,8 @@ def run_tasks(
                 bootstrap_iters=0,
                 log_samples=False,
             )
+        if results is None:
+            raise PipelineError(f"lm-eval, task {name}: it returns results only on the first rank. Use one process.")
         scores[name] = _pick_metrics(results["results"][name])
         if not scores[name]:
             raise PipelineError(f"lm-eval, task {name}: none of its metrics is one of {', '.join(_METRICS)}.")
@@ -211,7 +222,7 @@ def reporting(subject: str) -> AbstractContextManager[None]:
     return reading(lambda why: PipelineError(f"{subject}: {why}"), *_TASK_MODULES)
 
 
-def _pick_metrics(results: dict[str, Any]) -> dict[str, float]:
+def _pick_metrics(results: Mapping[str, object]) -> dict[str, float]:
     """Return known metrics by their short names, of several filters the first: {"acc,none": 0.5} -> {"acc": 0.5}."""
     metrics: dict[str, float] = {}
     for key, value in results.items():

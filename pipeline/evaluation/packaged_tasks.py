@@ -53,6 +53,7 @@ def find_passages(text: str) -> Iterator[dict[str, str]]:
 def _read_analogies() -> dict[str, list[list[str]]]:
     """Return section -> its analogies [a, b, c, d]."""
     sections: dict[str, list[list[str]]] = {}
+    questions: list[list[str]] = []
     for line in find_packaged_file("questions-words.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith(":"):
             sections[line[1:].strip()] = questions = []

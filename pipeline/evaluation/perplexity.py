@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from pipeline.blocks.quantized import block_settings, count_expected_quantizers, count_fired_quantizers, find_settings
 from pipeline.blocks.walk import BlockRunner, batches, load_blocks
-from pipeline.inference.prefixed_model import probe_saturation
+from pipeline.inference.prefixed_model import PrefixedModel, probe_saturation
 from pipeline.inspection.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.models.architectures import find_architecture, find_logit_cap
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import list_layers
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.runtime.errors import PipelineError
@@ -158,7 +158,7 @@ def evaluate_windows(
 
 
 def evaluate_model(
-    model: PreTrainedModel,
+    model: PrefixedModel,
     windows: dict[str, torch.Tensor],
     batch_size: int,
     original: Original | None,
@@ -272,10 +272,10 @@ def compute_final_hidden(
 
 @torch.no_grad()
 def run_model(
-    model: PreTrainedModel, windows: dict[str, torch.Tensor], batch_size: int
+    model: PrefixedModel, windows: dict[str, torch.Tensor], batch_size: int
 ) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
     """Run a whole model in memory, loaded from an exported folder, and return the same as `compute_final_hidden`."""
-    architecture, layers = find_architecture(model.config), model.model.layers
+    architecture, layers = find_architecture(model.config), list_layers(model)
     batch_hidden: list[torch.Tensor] = []
     handle = model.model.norm.register_forward_hook(lambda module, args, output: batch_hidden.append(output.cpu()))
     hidden, saturation = {}, {}

@@ -4,12 +4,13 @@ Decoding is greedy and one prompt is read at a time, so the same model always wr
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.inference.prefixed_model import strip_start_token
+from pipeline.models.layers import Generates
 from pipeline.runtime.errors import PipelineError
 
 _PREFIX = 64  # positions that are left for the prefix
@@ -70,9 +71,10 @@ def generate_samples(
         if not token_ids:
             continue
         inputs = torch.tensor([token_ids], device=model.device)
-        output = model.generate(
+        output = cast(Generates, model).generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False, num_beams=1
         )
+        assert isinstance(output, torch.Tensor), "generate returns ids unless it is asked for more"
         continuation = output[0, len(token_ids) :].tolist()
         samples.append(
             {"prompt": prompt, "token_ids": continuation, "pieces": split_text(continuation, tokenizer, token_ids)}
@@ -92,6 +94,7 @@ def split_text(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, before:
     text, pieces = tokenizer.decode(before, **options), []
     for end in range(1, len(token_ids) + 1):
         longer = tokenizer.decode([*before, *token_ids[:end]], **options)
+        assert isinstance(longer, str), "one text was decoded"
         complete = longer.rstrip("\ufffd") if end < len(token_ids) else longer
         pieces.append(complete[len(text) :])
         text = max(text, complete, key=len)

@@ -67,7 +67,7 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not as_path(folder).is_dir():
         raise TaskError(f"evaluation.task_folder={folder!r}: there is no such folder. Use an existing one, or null.")
-    paths = [str(FOLDER), *([str(as_path(folder))] if folder else [])]
+    paths: list[str | Path] = [str(FOLDER), *([str(as_path(folder))] if folder else [])]
     with reading(lambda why: TaskError(f"evaluation.task_folder={folder!r}: cannot be read ({why}). Repair it.")):
         manager = TaskManager(include_path=paths, include_defaults=False)
         if not asked.keys() <= set(manager.all_subtasks):  # reading lm-eval's 14,000 files takes seconds

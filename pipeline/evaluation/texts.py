@@ -9,6 +9,7 @@ target. Windows and tasks are computed as in the pipeline.
 """
 
 import argparse
+import functools
 import json
 import logging
 from pathlib import Path
@@ -78,17 +79,18 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
     interface = read_interface(arguments.folder)
     windows = cut_texts(arguments, interface) if arguments.text else {}
     asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
+    ask = None
     if asked:
         from pipeline.evaluation.harness import run_tasks
         from pipeline.evaluation.task_data import open_tasks
 
-        tasks = open_tasks(asked, arguments.task_folder)
+        ask = functools.partial(run_tasks, tasks=open_tasks(asked, arguments.task_folder))
     model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
     if windows:
         results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
-    if asked:
-        results |= run_tasks(model, tokenizer, tasks, arguments.batch_size)
+    if ask is not None:
+        results |= ask(model, tokenizer, batch_size=arguments.batch_size)
     return results
 
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from pipeline.blocks.quantized import block_settings, load_block
+from pipeline.blocks.quantized import load_block, require_settings
 from pipeline.export.model_card import write_model_card
 from pipeline.export.source_facts import read_source_facts
 from pipeline.inference.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.transformers_quantizer import GUARDS
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
+from pipeline.models.layers import find_linear
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress
 from pipeline.text.start_token import set_start_token_
@@ -175,10 +176,10 @@ def _measure(checkpoint: Checkpoint, original: Path, folder: Path, sizes: dict[s
     architecture = checkpoint.architecture
     promised = float(sizes[architecture.embedding] + sizes.get(architecture.lm_head, 0))
     for index in range(checkpoint.block_count):
-        settings, skeleton = block_settings(checkpoint, index), checkpoint.build_block(index)
+        settings, skeleton = require_settings(checkpoint, index), checkpoint.build_block(index)
         for short, name in architecture.of_block(skeleton).linear_names.items():
             bits = settings.spec(short).bits if settings.spec(short).enabled else 8 * checkpoint.dtype.itemsize
-            promised += skeleton.get_submodule(name).weight.numel() * bits / 8
+            promised += find_linear(skeleton, name).weight.numel() * bits / 8
     size, original_size = (
         sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (folder, original)
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.blocks.quantized import BlockSettings, block_settings
+from pipeline.blocks.quantized import BlockSettings, require_settings
 from pipeline.export.source_facts import README, SourceFacts
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import REPORT, Checkpoint, build_skeleton
@@ -64,7 +64,7 @@ def write_model_card(
         samples: variant -> continuations of some prompts (`evaluation/samples.py`), `original` and `finetuning`.
         text_start_token_id: the start token between the prefix and every text, or None.
     """
-    settings = block_settings(checkpoint, 0)
+    settings = require_settings(checkpoint, 0)
     start = None if text_start_token_id is None else checkpoint.tokenizer.convert_ids_to_tokens(text_start_token_id)
     name = facts.base_model.rsplit("/", 1)[-1] if isinstance(facts.base_model, str) else checkpoint.config.model_type
     sections = {

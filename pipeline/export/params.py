@@ -1,5 +1,6 @@
 """The group `export` of params.yaml."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,7 +16,7 @@ class ExportParams(Group):
     drop: list[Literal["activations", "keys", "values", "prefix"]]
 
 
-def find_misfits(formats: list[str], sliding_window: int | None) -> list[str]:
+def find_misfits(formats: Sequence[str], sliding_window: int | None) -> list[str]:
     """Return a message for each format that cannot hold the model.
 
     Args:

@@ -9,9 +9,9 @@ Checkpoints store one tensor for each expert and projection, in names of two kin
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from pipeline.importing.source import ModelImportError, Read
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
@@ -23,7 +23,7 @@ _NAME = re.compile(
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def join_experts(source: str, config: Any, names: set[str], read: Read) -> tuple[set[str], Read]:
+def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: Read) -> tuple[set[str], Read]:
     """Return the names and the reader of a checkpoint in which the experts of each block are joined.
 
     Checkpoints of dense families, and tensors that are joined already, are returned unchanged.

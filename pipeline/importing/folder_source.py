@@ -9,13 +9,11 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.importing.obstacles import explain_obstacles
 from pipeline.importing.source import (
@@ -40,9 +38,10 @@ from pipeline.importing.wrappers import (
     read_text_config,
     rename_tensors,
 )
-from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_family
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
 from pipeline.models.experts import EAGER
+from pipeline.models.layers import CausalModel
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -100,7 +99,7 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
         table = shards[places[name]].get_slice(places[name])
         return torch.cat([table[row : row + 1] for row in rows.tolist()])
 
-    def load_whole(dtype: torch.dtype) -> nn.Module:
+    def load_whole(dtype: torch.dtype) -> CausalModel:
         kernel = find_architecture(config).kernel
         options = {"dtype": dtype, "attn_implementation": kernel, "output_loading_info": True}
         if find_architecture(config).experts is not None:
@@ -109,7 +108,7 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
             return check_complete(source, *loaded)
 
-    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> CausalModel:
         return _load_block(
             source,
             config,
@@ -205,7 +204,7 @@ def read_raw_config(source: str, folder: Path) -> dict[str, Any]:
         if raw.get("model_type") in WRAPPERS:
             check_text_family(source, raw)
         else:
-            find_architecture(SimpleNamespace(model_type=str(raw.get("model_type"))))
+            find_family(str(raw.get("model_type")))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error}. {explain_obstacles(raw)}") from None
     if CONFIG_KEY in raw:
@@ -221,13 +220,13 @@ def _read_config(source: str, folder: Path) -> Any:
     with loading(source, f"its {CONFIG}"):
         config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):  # transformers would quantize the models that are built from it
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return config
 
 
 def _load_block(
     source: str,
-    config: Any,
+    config: PreTrainedConfig,
     *,
     names: set[str],
     read: Read,
@@ -235,7 +234,7 @@ def _load_block(
     index: int,
     token_ids: torch.Tensor,
     dtype: torch.dtype,
-) -> nn.Module:
+) -> CausalModel:
     """Return a model of one block that transformers fills with the tensors of block `index`."""
     architecture = find_architecture(config)
     prefix, first = architecture.tensor_prefix(index), architecture.tensor_prefix(0)

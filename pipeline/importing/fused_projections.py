@@ -11,7 +11,7 @@ Every later stage gets q_proj, k_proj, … as in any other family, each with its
 from typing import Any
 
 import torch
-from transformers import MistralConfig
+from transformers import MistralConfig, PreTrainedConfig
 
 from pipeline.importing.source import Read
 from pipeline.models.architectures import UnsupportedModelError
@@ -39,7 +39,7 @@ _COPIED = (
 )
 
 
-def split_fused_projections(config: Any, names: set[str], read: Read) -> tuple[Any, set[str], Read]:
+def split_fused_projections(config: PreTrainedConfig, names: set[str], read: Read) -> tuple[Any, set[str], Read]:
     """Return config, tensor names and reader of a checkpoint with its fused linears split.
 
     Checkpoints of families without fused linears are returned unchanged.

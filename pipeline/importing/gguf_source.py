@@ -25,18 +25,19 @@ import torch
 import transformers
 from gguf import GGUFValueType
 from packaging.version import Version
-from torch import nn
 from transformers import (
     TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from pipeline.importing.gguf_file import GgufError, GgufFile, Setting, find_parts
 from pipeline.importing.source import ModelImportError, Source, check_complete, check_file, loading, make_block_config
 from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.layers import CausalModel
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
         _convert_tokenizer(file, config).save_pretrained(companions)
     GenerationConfig.from_model_config(config).save_pretrained(companions)
 
-    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> CausalModel:
         with _explaining(source), tempfile.TemporaryDirectory() as folder:
             return _load_block(
                 source, file, folder=Path(folder), config=config, index=index, token_ids=token_ids, dtype=dtype
@@ -260,7 +261,7 @@ def _check_token_ids(file: GgufFile) -> None:
             )
 
 
-def _convert_tokenizer(file: GgufFile, config: Any) -> Any:
+def _convert_tokenizer(file: GgufFile, config: PreTrainedConfig) -> Any:
     """Return the tokenizer that the file holds, whatever tokenizer lies next to it.
 
     Its class is the one that AutoTokenizer would choose, which would read the whole vocabulary again for the config.
@@ -326,7 +327,7 @@ def _name_tensors(file: GgufFile) -> dict[str, str]:
     return file_names
 
 
-def _read_tensor(file: GgufFile, name: str, config: Any) -> torch.Tensor:
+def _read_tensor(file: GgufFile, name: str, config: PreTrainedConfig) -> torch.Tensor:
     """Return a tensor as transformers has it, by its name in the file."""
     family, tensor = _FAMILIES[file.architecture], file.read(name)
     if family.permuted and ".attn_q." in name:
@@ -390,7 +391,7 @@ def _excerpt_settings(file: GgufFile) -> dict[str, Setting]:
     return settings
 
 
-def _complete_heads_(config: Any, settings: _Settings) -> None:
+def _complete_heads_(config: PreTrainedConfig, settings: _Settings) -> None:
     """Set head_dim.
 
     Raises:
@@ -410,14 +411,14 @@ def _complete_heads_(config: Any, settings: _Settings) -> None:
         raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}: not supported")
 
 
-def _complete_biases_(config: Any, file: GgufFile) -> None:
+def _complete_biases_(config: PreTrainedConfig, file: GgufFile) -> None:
     """Set the flags of biases that the file has."""
     for name, parts in (("attention_bias", ("attn_q", "attn_output")), ("mlp_bias", ("ffn_gate", "ffn_down"))):
         if hasattr(config, name) and any(f"blk.0.{part}.bias" in file.tensors for part in parts):
             setattr(config, name, True)
 
 
-def _complete_windows_(config: Any, settings: _Settings) -> None:
+def _complete_windows_(config: PreTrainedConfig, settings: _Settings) -> None:
     """Set the length of sliding windows, and the layers that have one."""
     window = settings.take("attention.sliding_window")
     pattern = settings.take("attention.sliding_window_pattern")
@@ -434,7 +435,7 @@ def _complete_windows_(config: Any, settings: _Settings) -> None:
         raise GgufError(f"attention.sliding_window={window} in a {config.model_type} model is not supported")
 
 
-def _complete_caps_(config: Any, settings: _Settings, family: _Family) -> None:
+def _complete_caps_(config: PreTrainedConfig, settings: _Settings, family: _Family) -> None:
     """Set the factor of attention scores, and the soft caps of scores and logits."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = settings.take("attention.scale")
@@ -451,7 +452,7 @@ def _complete_caps_(config: Any, settings: _Settings, family: _Family) -> None:
         raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}: not supported")
 
 
-def _complete_rope_(config: Any, settings: _Settings, file: GgufFile) -> None:
+def _complete_rope_(config: PreTrainedConfig, settings: _Settings, file: GgufFile) -> None:
     """Set the scaling of RoPE for long texts: none, linear, yarn, Llama 3's or LongRoPE."""
     kind = settings.take("rope.scaling.type")
     factor = settings.take("rope.scaling.factor") or settings.take("rope.scale_linear")
@@ -528,11 +529,11 @@ def _load_block(
     file: GgufFile,
     *,
     folder: Path,
-    config: Any,
+    config: PreTrainedConfig,
     index: int,
     token_ids: torch.Tensor,
     dtype: torch.dtype,
-) -> nn.Module:
+) -> CausalModel:
     """Return a model of block `index` alone, which transformers loads from a file with that block, made in `folder`."""
     block = re.compile(rf"blk\.{index}\.")
     names = {block.sub("blk.0.", name): name for name in file.tensors if block.match(name)}

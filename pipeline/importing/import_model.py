@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.importing.chat_template import read_processor_template, settle_chat_template_
 from pipeline.importing.expert_tensors import join_experts
@@ -40,6 +39,7 @@ from pipeline.importing.tokenizer import complete_tokenizer_
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.experts import route_experts_
+from pipeline.models.layers import as_decoder_layer
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -96,9 +96,10 @@ def import_model(
             expected.pop(architecture.lm_head, None)
         for name, part in check_names(source, set(expected), present, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
-        layers = list(skeleton.get_submodule("model.layers").children())
-        for layer in layers if architecture.experts is not None else ():
-            route_experts_(layer, architecture.experts)
+        layers = [as_decoder_layer(layer) for layer in skeleton.get_submodule("model.layers").children()]
+        if architecture.experts is not None:
+            for layer in layers:
+                route_experts_(layer, architecture.experts)
         check_plan(
             architecture.setting_widths(layers),
             config.num_hidden_layers,
@@ -172,7 +173,7 @@ def _count_dequantized(opened: Source) -> dict[str, Any]:
     return {"source_quantization": opened.quantization, "dequantized_tensors": len(opened.quantized)}
 
 
-def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[Any, set[str], Read, nn.Module]:
+def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[Any, set[str], Read, PreTrainedModel]:
     """Return config, tensor names, their reader and the model's skeleton, after fused linears and ties are resolved."""
     problem = f"model.source={source!r}: its config and tensors do not fit"
     with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
@@ -233,7 +234,9 @@ def _download(source: str, revision: str | None) -> Path:
         raise ModelImportError(f"{request}: cannot be fetched from the Hugging Face Hub ({reason})") from None
 
 
-def _settle_ties(config: Any, present: set[str], read: Read, dtype: torch.dtype) -> tuple[Any, set[str], Read]:
+def _settle_ties(
+    config: PreTrainedConfig, present: set[str], read: Read, dtype: torch.dtype
+) -> tuple[PreTrainedConfig, set[str], Read]:
     """Return config, names and reader of a tied checkpoint that holds an lm_head, as transformers reads it.
 
     It is untied where lm_head differs from the embedding. Where the embedding is missing, lm_head takes its place.
@@ -248,7 +251,7 @@ def _settle_ties(config: Any, present: set[str], read: Read, dtype: torch.dtype)
     return config, present, read
 
 
-def check_names(source: str, expected: set[str], present: set[str], skeleton: nn.Module) -> dict[str, str]:
+def check_names(source: str, expected: set[str], present: set[str], skeleton: PreTrainedModel) -> dict[str, str]:
     """Return the tensors that may be dropped (name -> part), and refuse a checkpoint with other left-overs or gaps."""
     lm_head = find_architecture(skeleton.config).lm_head  # a tied checkpoint may hold it all the same
     surplus = present - expected - {lm_head}
@@ -297,7 +300,7 @@ def _check_generation(source: str, folder: Path, rows: int) -> None:
         check_special_ids(source, _GENERATION, values, rows)
 
 
-def _make_portable(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _make_portable(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the config as JSON values, without those that depend on the machine: paths and library versions."""
     values = config.to_dict()
     for key in ("_name_or_path", "transformers_version", "quantization_config", "_attn_implementation"):

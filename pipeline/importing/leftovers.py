@@ -11,9 +11,9 @@ tensors of another class change the output, so without them the import would be 
 """
 
 import re
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 _MTP = "multi-token prediction"
 _MTP_NAMES = re.compile(r"^(model\.)?(mtp|mtp_layers|mtp_block)\.")
@@ -24,7 +24,7 @@ _ROPE_NAMES = re.compile(r"rotary_emb\.inv_freq$")
 _CLASS = "ignored by the model class"
 
 
-def find_ignored(names: set[str], config: Any, skeleton: nn.Module) -> dict[str, str]:
+def find_ignored(names: set[str], config: PreTrainedConfig, skeleton: nn.Module) -> dict[str, str]:
     """Return those of some left-over tensors that may be dropped: name -> the part it belongs to."""
     patterns = [re.compile(pattern) for pattern in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
     extra = max((getattr(config, key, None) or 0 for key in _MTP_COUNTS), default=0)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import build_skeleton
+from pipeline.models.layers import CausalModel, as_causal_model
 from pipeline.runtime.errors import PipelineError, reading
 
 Read = Callable[[str], torch.Tensor]
@@ -72,12 +74,12 @@ class Source:
         quantized: the names of these weights.
     """
 
-    config: Any
+    config: PreTrainedConfig
     names: set[str]
     read: Read
     companions: Path
-    load_whole: Callable[[torch.dtype], nn.Module] | None
-    load_block: Callable[[int, torch.Tensor, torch.dtype], nn.Module]
+    load_whole: Callable[[torch.dtype], CausalModel] | None
+    load_block: Callable[[int, torch.Tensor, torch.dtype], CausalModel]
     wrapper: str | None = None
     dropped: dict[str, Dropped] = field(default_factory=dict)
     count_bytes: Callable[[str], int] = lambda name: 0
@@ -149,9 +151,9 @@ def check_special_ids(source: str, name: str, values: dict[str, Any], rows: int)
             )
 
 
-def make_block_config(config: Any, index: int, vocab_size: int) -> Any:
+def make_block_config(config: PreTrainedConfig, index: int, vocab_size: int) -> PreTrainedConfig:
     """Return the config of a model of block `index` alone, with `vocab_size` tokens."""
-    values = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocab_size}
+    values: dict[str, Any] = config.to_dict() | {"num_hidden_layers": 1, "vocab_size": vocab_size}
     if values.get("layer_types"):
         values["layer_types"] = [values["layer_types"][index]]
     if "mlp_only_layers" in values:  # blocks with and without experts
@@ -162,7 +164,7 @@ def make_block_config(config: Any, index: int, vocab_size: int) -> Any:
     return type(config).from_dict(values | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None})
 
 
-def make_block_class(config: Any, index: int, vocab_size: int) -> tuple[Any, Any]:
+def make_block_class(config: PreTrainedConfig, index: int, vocab_size: int) -> tuple[Any, Any]:
     """Return the class of a model whose only decoder layer is layer `index` of the whole model, and its config.
 
     The layer has all settings that depend on its place (kind of attention, RoPE or none). It is called layer 0 in the
@@ -194,7 +196,7 @@ def loading(source: str, form: str) -> Iterator[None]:
         yield
 
 
-def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.Module:
+def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> CausalModel:
     """Return the model of `from_pretrained(…, output_loading_info=True)` in eval mode, without gradients.
 
     Raises:
@@ -203,4 +205,4 @@ def check_complete(source: str, model: nn.Module, report: dict[str, Any]) -> nn.
     filled = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if filled:
         raise ModelImportError(f"model.source={source!r}: transformers finds no values for {', '.join(filled[:3])}")
-    return model.eval().requires_grad_(False)
+    return as_causal_model(model.eval().requires_grad_(False))

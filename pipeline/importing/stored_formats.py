@@ -133,7 +133,8 @@ def _read_compressed_tensors(source: str, values: dict[str, Any]) -> StoredForma
     if strategy == "group":
         size = scheme.get("group_size")
         _check_block(source, "group_size", [1, size])
-        return StoredFormat(f"{title} of {size}", "weight_scale", (1, int(size)))
+        assert isinstance(size, int)
+        return StoredFormat(f"{title} of {size}", "weight_scale", (1, size))
     if strategy == "block":
         block = scheme.get("block_structure")
         if isinstance(block, str):  # older releases: "128x128"

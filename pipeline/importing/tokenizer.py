@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.importing.source import ModelImportError, check_file, loading, read_json_object
+from pipeline.models.special_tokens import read_token
 from pipeline.runtime.errors import reading
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ def _list_special_tokens(source: str, tokenizer: PreTrainedTokenizerBase, folder
     declared = read_json_object(source, folder / _CONFIG)
     tokens = [declared.get(f"{name}_token") for name in ("unk", "pad")]
     names = {token["content"] if isinstance(token, dict) else token for token in tokens}
-    return {str(name) for name in names | {tokenizer.bos_token, tokenizer.eos_token} if name is not None}
+    return {
+        str(name) for name in names | {read_token(tokenizer, "bos"), read_token(tokenizer, "eos")} if name is not None
+    }
 
 
 def _check_rows(source: str, tokenizer: PreTrainedTokenizerBase, special: set[str], rows: int) -> None:
@@ -84,7 +86,7 @@ def _check_rows(source: str, tokenizer: PreTrainedTokenizerBase, special: set[st
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     if not beyond:
         return
-    added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder
     template = tokenizer.chat_template or ""
     templates = "\n".join(template.values()) if isinstance(template, dict) else template
     used = {

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.importing.source import ModelImportError, loading
-from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_family
 
 _LLAVA_PARTS = ("vision_tower.", "multi_modal_projector.", "image_newline")
 _QWEN_PARTS = ("visual.",)
@@ -75,7 +75,13 @@ _TEXT_FAMILIES = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_v
 _SHARED = ("vocab_size", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _MULTIMODAL_ROPE = ("type", "mrope_section", "mrope_interleaved")
 _TOLERANCE = 1e-5
-_TINY = {"intermediate_size": 64, "vocab_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+_VOCABULARY = 96
+_TINY: dict[str, int | None] = {
+    "intermediate_size": 64,
+    "vocab_size": _VOCABULARY,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 _TINY |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _TINY_WINDOW, _TINY_LENGTH = 12, 40
 
@@ -90,8 +96,8 @@ class TextModel:
         wrapper: the names in checkpoints.
     """
 
-    config: Any
-    wrapper_config: Any
+    config: PreTrainedConfig
+    wrapper_config: PreTrainedConfig
     wrapper: Wrapper
 
 
@@ -139,7 +145,7 @@ def check_text_family(source: str, raw: dict[str, Any]) -> None:
     """Raise UnsupportedModelError if the text model in config.json of a wrapper is of an unsupported family."""
     family = find_text_family(raw)
     try:
-        find_architecture(_Named(family))
+        find_family(family)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"model.source={source!r}: model_type={raw['model_type']!r} wraps a text model that cannot be imported: "
@@ -147,12 +153,7 @@ def check_text_family(source: str, raw: dict[str, Any]) -> None:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Named:
-    model_type: str
-
-
-def _make_family_config(family: str, text_config: Any) -> Any:
+def _make_family_config(family: str, text_config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the plain family with all settings of the text config that this family has."""
     config_class = CONFIG_MAPPING[family]
     known = set(config_class().to_dict())
@@ -222,7 +223,7 @@ def check_text_forward(source: str, text: TextModel) -> float:
             wrapper: Any = AutoModelForImageTextToText.from_config(wrapper_config, attn_implementation=kernel)
         _fill_(model)
         _put_text_(wrapper, model)
-        token_ids = torch.arange(_TINY_LENGTH).remainder(_TINY["vocab_size"] - 30).add(20)[None]
+        token_ids = torch.arange(_TINY_LENGTH).remainder(_VOCABULARY - 30).add(20)[None]
         expected = wrapper.eval()(input_ids=token_ids, use_cache=False).logits
         computed = model.eval()(input_ids=token_ids, use_cache=False).logits
     deviation = ((computed - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
@@ -235,7 +236,7 @@ def check_text_forward(source: str, text: TextModel) -> float:
     return deviation
 
 
-def _shrink(config: Any) -> dict[str, Any]:
+def _shrink(config: PreTrainedConfig) -> dict[str, Any]:
     """Return settings for a tiny model that has one layer of each kind of a model."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     changes: dict[str, Any] = _TINY | {"head_dim": head_dim, "hidden_size": head_dim * 2, "num_hidden_layers": 2}

@@ -9,13 +9,14 @@ pipeline evaluated.
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pipeline.inference.loading import check_generation_config, load
 from pipeline.inference.text_interface import TextInterface, describe_interface, read_interface
+from pipeline.models.layers import Generates
 from pipeline.runtime.arguments import ArgumentError, Parser, device, non_negative, text, whole
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
@@ -85,7 +86,9 @@ def check_prompt(token_ids: list[int], interface: TextInterface, max_new_tokens:
 def render_turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a chat up to the model's next turn. Raise ArgumentError if the template refuses them."""
     with reading(lambda why: ArgumentError(f"--chat: the model's chat template refuses the conversation ({why}).")):
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    assert isinstance(encoded, BatchEncoding), "return_dict=True returns all fields"
+    return encoded["input_ids"]
 
 
 def stream_text(
@@ -106,8 +109,13 @@ def stream_text(
     mask = torch.ones_like(inputs)
     refused = "transformers refuses the settings of the folder's generation_config.json"
     with reading(lambda why: ArgumentError(f"{refused} ({why}). Correct or remove them."), "transformers.generation"):
-        output = model.generate(inputs, attention_mask=mask, pad_token_id=pad, streamer=streamer, **options)
-    return tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+        output = cast(Generates, model).generate(
+            inputs, attention_mask=mask, pad_token_id=pad, streamer=streamer, **options
+        )
+    assert isinstance(output, torch.Tensor), "generate returns ids unless it is asked for more"
+    text = tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str), "one text was decoded"
+    return text
 
 
 def chat(

@@ -8,7 +8,7 @@ The whole folder is checked before anything is built: its manifest lists every f
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -16,14 +16,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 import pipeline.inference.transformers_quantizer  # noqa: F401  (transformers then knows the method)
 from pipeline.inference.manifest import GENERATION, ExportError, check_folder
 from pipeline.inference.packed_block import multiply_integers_
+from pipeline.inference.prefixed_model import PrefixedModel
 from pipeline.models.architectures import find_architecture
+from pipeline.models.layers import Movable, list_layers
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import hide_bars
 
@@ -39,7 +40,7 @@ def load(
     *,
     unpacked: bool | None = None,
     **options: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PrefixedModel, PreTrainedTokenizerBase]:
     """Load an exported model and its tokenizer.
 
     Args:
@@ -61,8 +62,10 @@ def load(
     with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(model, PrefixedModel):
+        raise ExportError(f"{folder} was loaded as a {type(model).__name__}, without its prefix. Get an intact copy.")
     if device is not None:
-        model.to(device)
+        cast(Movable, model).to(device)
     model.keep_unpacked_(unpacked)
     if arithmetic == "integer":
         use_integers_(model)
@@ -76,16 +79,16 @@ def check_generation_config(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder)
 
 
-def use_integers_(model: PreTrainedModel) -> None:
+def use_integers_(model: PrefixedModel) -> None:
     """Have a loaded model multiply integers wherever its settings allow it."""
     architecture = find_architecture(model.config)
     # Loaded tensors are views of the mapped file, which stays in memory until the last of them is gone.
-    for block in model.base_model.layers:
+    for block in list_layers(model):
         _copy_tensors_(block)
-    _copy_tensors_(model.base_model.norm)
+    _copy_tensors_(model.base_model.get_submodule("norm"))
     if model.prefix_kv is not None:
         model.prefix_kv = model.prefix_kv.clone()
-    for block in model.base_model.layers:
+    for block in list_layers(model):
         multiply_integers_(block, architecture)
 
 

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
+from pipeline.blocks.quantized import QuantizedLinear, find_input_module, find_quantized_linear, find_site_quantizers
 from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import RotatedCodes
 from pipeline.models.architectures import Architecture
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import RESIDUAL_SITES, Site
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
@@ -40,7 +41,9 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         keeps_unpacked: whether the dequantized weight is kept after a call, in the dtype of the call.
     """
 
-    weight = None
+    weight_packed: torch.Tensor
+    weight_common: torch.Tensor | None
+    weight = None  # pyright: ignore[reportAssignmentType]  (a packed layer is a linear without it)
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -64,9 +67,9 @@ class PackedLinear(QuantizedLinear, nn.Linear):
             shape = (self.out_features, packed_width(self.in_features, self.spec.bits))
             packed = torch.empty(shape, dtype=torch.uint8, device="meta")
         else:
-            packed = pack_integers(source.weight, self.spec.bits, self.spec.grid.signed)
+            packed = pack_integers(source.weight, self.spec.bits, self.spec.stored_grid.signed)
         self.register_buffer("weight_packed", packed)
-        scale, common = self.spec.grid.pack_scale(source.weight_scale)
+        scale, common = self.spec.stored_grid.pack_scale(source.scales)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_common", common)
         for name in ("weight_zero_point", "bias"):
@@ -78,7 +81,7 @@ class PackedLinear(QuantizedLinear, nn.Linear):
 
     def unpack(self) -> torch.Tensor:
         """Return the integers or other codes [out, in], int8 or uint8."""
-        return unpack_integers(self.weight_packed, self.spec.bits, self.spec.grid.signed, self.in_features)
+        return unpack_integers(self.weight_packed, self.spec.bits, self.spec.stored_grid.signed, self.in_features)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [out, in]; computed in every call again unless `keeps_unpacked`."""
@@ -89,21 +92,33 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         return self._keep_dequantized(dtype, sources)
 
     def _dequantize(self) -> torch.Tensor:
-        grid = self.spec.grid
-        scale = grid.unpack_scale(self.weight_scale, self.weight_common)
+        grid = self.spec.stored_grid
+        scale = grid.unpack_scale(self.scales, self.weight_common)
         return dequantize_weight(self.unpack(), scale, self.weight_zero_point, grid)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.product is None:
-            return super().forward(x)
+            return super().forward(input)
         self.fired = True
-        return self.product(self.prepare_input(x))
+        return self.product(self.prepare_input(input))
+
+
+def find_packed_linear(block: nn.Module, name: str) -> PackedLinear:
+    """Return a packed linear of a block.
+
+    Raises:
+        TypeError: there is another module of that name.
+    """
+    linear = block.get_submodule(name)
+    if not isinstance(linear, PackedLinear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a packed linear")
+    return linear
 
 
 def pack_block_(block: nn.Module, architecture: Architecture) -> None:
     """Replace the quantized linears of a block by packed ones."""
     for name in architecture.of_block(block).linears:
-        linear = block.get_submodule(name)
+        linear = find_quantized_linear(block, name)
         if linear.weight_scale is not None:
             block.set_submodule(name, PackedLinear(linear))
 
@@ -149,21 +164,23 @@ def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLine
         offset = 0 if linear.weight_zero_point is None else linear.weight_zero_point.to(torch.int16)
         integers.append((linear.unpack().to(torch.int16) - offset).to(torch.int8))
         constants.append(constant.float())
-    weight_scale = torch.cat([linear.weight_scale[:, 0] for linear in readers])
+    weight_scale = torch.cat([linear.scales[:, 0] for linear in readers])
     scale, zero_point = quantizer.scale.item(), quantizer.code_of_zero
+    assert zero_point is not None, "emit_codes_ sets the code of zero"
     return IntegerOperands(torch.cat(integers), weight_scale, scale, zero_point, torch.cat(constants))
 
 
-def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
+def multiply_integers_(block: DecoderLayer, architecture: Architecture) -> None:
     """Have the packed linears of a block multiply integers, wherever the settings of weights and inputs allow it."""
     architecture = architecture.of_block(block)
     quantizers = find_site_quantizers(block, architecture)
     for site, readers in architecture.site_readers.items():
         if site == Site.MLP_INPUT and architecture.experts is not None:  # experts gather and add values, not codes
             continue
-        linears, quantizer = [block.get_submodule(name) for name in readers], quantizers[site]
-        if not fits_integers(quantizer, linears):
+        quantizer = quantizers[site]
+        if not fits_integers(quantizer, [find_quantized_linear(block, name) for name in readers]):
             continue
+        linears = [find_packed_linear(block, name) for name in readers]
         for linear in linears:
             linear.product = IntegerProduct(gather_operands(quantizer, [linear]), linear.compute_dtype)
         if find_kernels():
@@ -175,7 +192,7 @@ def multiply_integers_(block: nn.Module, architecture: Architecture) -> None:
 def find_rotation(block: nn.Module, architecture: Architecture, site: str) -> tuple[bool, int]:
     """Return whether there is an online rotation before the quantizer of a site, and its block size (-1: all)."""
     if site in RESIDUAL_SITES:
-        return architecture.input_module(block, site).rotate_input, -1
+        return find_input_module(block, architecture, site).rotate_input, -1
     (reader,) = architecture.site_readers[site]
-    linear = block.get_submodule(reader)
+    linear = find_quantized_linear(block, reader)
     return linear.rotate_input, linear.rotation_block_size

@@ -15,27 +15,34 @@ The model equals the original reading prefix + text, at every length, in layers 
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from pipeline.blocks.kv_cache import CACHE, PrefixCache, make_layer
+from pipeline.blocks.kv_cache import CACHE, PrefixCache, SlidingLayer, make_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.sliding import count_places, make_mask
 from pipeline.inference.packed_block import keep_unpacked_
 from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.layers import Body, Generates, Movable, list_layers
 
 logger = logging.getLogger(__name__)
+
+
+class OffloadHook(Protocol):
+    """The part of accelerate's hook that is used here: the tensors of a module that is not in memory."""
+
+    weights_map: Mapping[str, torch.Tensor]
 
 
 class PrefixedModel(PreTrainedModel):
@@ -48,6 +55,9 @@ class PrefixedModel(PreTrainedModel):
         unpacked: whether the weights of an exported model are kept unpacked; None for a choice by free memory.
     """
 
+    model: Body
+    lm_head: nn.Linear
+    _hf_hook: OffloadHook
     unpacked: bool | None = None
     prefix_kv: torch.Tensor | None
     start_token_id: int | None
@@ -58,9 +68,13 @@ class PrefixedModel(PreTrainedModel):
         """Pickle the class it was made from: its own has no name to be found by."""
         return _new_prefixed, (type(self).__mro__[2],), self.__dict__
 
+    @property
+    def _body(self) -> Body:
+        return cast(Body, self.base_model)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Cast or move the model, but never cast the frequencies of RoPE: the prefix was turned by exact ones."""
-        rotary = self.base_model.rotary_emb
+        rotary = self._body.rotary_emb
         exact = dict(rotary.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in rotary.named_buffers():
@@ -81,24 +95,27 @@ class PrefixedModel(PreTrainedModel):
         keep_unpacked_(self, keep, self.dtype)
         return self
 
-    def half(self) -> Self:
+    def half(self, *args: object) -> Self:
         """As `to(torch.float16)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
-        return self.to(torch.float16)
+        cast(Movable, self).to(torch.float16)
+        return self
 
-    def float(self) -> Self:
+    def float(self, *args: object) -> Self:
         """As `to(torch.float32)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
-        return self.to(torch.float32)
+        cast(Movable, self).to(torch.float32)
+        return self
 
     def make_cache(self) -> PrefixCache:
         """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix."""
-        blocks = self.base_model.layers
-        prefixes: Any = [None] * len(blocks) if self.prefix_kv is None else self._read_prefix().clone()
+        blocks, prefix_kv = list_layers(self), self._read_prefix()
+        prefixes = [None] * len(blocks) if prefix_kv is None else prefix_kv.clone()
         windows = [find_sliding_window(self.config, block) for block in blocks]
         return PrefixCache([make_layer(*each) for each in zip(prefixes, windows, strict=True)])
 
-    def _read_prefix(self) -> torch.Tensor:
+    def _read_prefix(self) -> torch.Tensor | None:
         """Return `prefix_kv`, also from where accelerate holds it between calls when it offloads the whole model."""
-        return self._hf_hook.weights_map["prefix_kv"] if self.prefix_kv.is_meta else self.prefix_kv
+        offloaded = self.prefix_kv is not None and self.prefix_kv.is_meta
+        return self._hf_hook.weights_map["prefix_kv"] if offloaded else self.prefix_kv
 
     def forward(
         self,
@@ -122,11 +139,12 @@ class PrefixedModel(PreTrainedModel):
                 argument; transformers uses the second since 5.24.
 
         Raises:
-            ValueError: a cache of another kind or under both names, a mask that is not [B, past + T], packed texts
-                with a cache, with a mask or for kernels that take no mask, or gradient checkpointing.
+            ValueError: neither `input_ids` nor `inputs_embeds`, a cache of another kind or under both names, a mask
+                that is not [B, past + T], packed texts with a cache, with a mask or for kernels that take no mask, or
+                gradient checkpointing.
             UnsupportedModelError: a text so long that RoPE would turn the keys in the cache in another way.
         """
-        if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base_model.layers):
+        if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self._body.layers):
             raise ValueError(
                 "gradient checkpointing takes the cache away from blocks, and with it the prefix and the quantizers of "
                 "keys and values. Switch it off."
@@ -139,6 +157,8 @@ class PrefixedModel(PreTrainedModel):
                 "or model.make_cache()."
             )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("there is nothing to read. Pass input_ids or inputs_embeds.")
         shape, past, prefix = tokens.shape[:2], cache.get_seq_length(), cache.prefix_tokens
         length = shape[1]
         if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
@@ -212,7 +232,7 @@ class PrefixedModel(PreTrainedModel):
                 cache.activate_past_recording()
         if cache is not None:
             kwargs[CACHE] = cache
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        return cast(Generates, super()).generate(inputs, generation_config=generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ValueError: transformers' continuous batching has a cache of its own, in pages."""
@@ -230,10 +250,18 @@ class PrefixedModel(PreTrainedModel):
             "and values are quantized around them. Load the original model instead."
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As the model's own. The folder of an exported model gets a new manifest, which is pushed too."""
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         if (quantizer := getattr(self, "hf_quantizer", None)) is not None:
             quantizer.complete_folder(Path(save_directory))
         if push_to_hub:
@@ -241,7 +269,7 @@ class PrefixedModel(PreTrainedModel):
 
     def _make_mask(
         self,
-        shape: tuple[int, int],
+        shape: torch.Size,
         mask: torch.Tensor | None,
         texts: torch.Tensor | None,
         *,
@@ -258,7 +286,7 @@ class PrefixedModel(PreTrainedModel):
             device: device of the tokens.
         """
         slides = any(cache.is_sliding)
-        takes_mask = "flash" not in self.config._attn_implementation
+        takes_mask = "flash" not in (self.config._attn_implementation or "")
         if texts is None and not (mask is not None and prefix and slides and takes_mask):
             return mask  # the class's own mask is right, as flash kernels are: they read texts without their padding
         if not takes_mask:
@@ -266,7 +294,9 @@ class PrefixedModel(PreTrainedModel):
                 f"attn_implementation={self.config._attn_implementation!r} takes no mask that keeps packed texts apart "
                 "(position_ids restart). Use sdpa or eager, or one text per row."
             )
-        hidden = torch.empty(*shape, 0, dtype=self.get_input_embeddings().weight.dtype, device=device)
+        table = self.get_input_embeddings().weight
+        assert isinstance(table, torch.Tensor)
+        hidden = torch.empty(*shape, 0, dtype=table.dtype, device=device)
         past = cache.get_seq_length()
         places = None
         if texts is not None:
@@ -279,6 +309,7 @@ class PrefixedModel(PreTrainedModel):
         full = sliding = None
         if slides:
             layer = cache.layers[cache.is_sliding.index(True)]
+            assert isinstance(layer, SlidingLayer)
             sliding = make_mask(self.config, hidden, window=layer.window, dropped=layer.dropped, **options)
         if not all(cache.is_sliding):
             if texts is None:
@@ -353,15 +384,16 @@ def _replace_cache(output: Any, counting: Cache, cache: PrefixCache | None) -> A
     return tuple(value for value in values if value is not None)
 
 
-def _new_prefixed(model_class: type) -> PrefixedModel:
-    model = _prefixed_class(model_class).__new__(_prefixed_class(model_class))
+def _new_prefixed(model_class: type[PreTrainedModel]) -> PrefixedModel:
+    prefixed_class = _prefixed_class(model_class)
+    model = prefixed_class.__new__(prefixed_class)
     nn.Module.__init__(model)
     return model
 
 
 @functools.cache
-def _prefixed_class(model_class: type) -> type:
-    return type(model_class.__name__, (PrefixedModel, model_class), {})
+def _prefixed_class(model_class: type[PreTrainedModel]) -> type[PrefixedModel]:
+    return cast(type[PrefixedModel], type(model_class.__name__, (PrefixedModel, model_class), {}))
 
 
 def prefix_model_(
@@ -369,7 +401,7 @@ def prefix_model_(
     prefix_kv: torch.Tensor | None,
     start_token_id: int | None = None,
     text_start_token_id: int | None = None,
-) -> PreTrainedModel:
+) -> PrefixedModel:
     """Put a prefix [L, 2, kv_heads, P, d] before every text that `model` reads, and return the model.
 
     Args:
@@ -378,10 +410,11 @@ def prefix_model_(
         text_start_token_id: see `PrefixedModel`.
     """
     model.__class__ = _prefixed_class(type(model))
-    model.register_buffer("prefix_kv", prefix_kv)
-    model.start_token_id = None if prefix_kv is None or text_start_token_id is not None else start_token_id
-    model.text_start_token_id = text_start_token_id
-    return model
+    prefixed = cast(PrefixedModel, model)
+    prefixed.register_buffer("prefix_kv", prefix_kv)
+    prefixed.start_token_id = None if prefix_kv is None or text_start_token_id is not None else start_token_id
+    prefixed.text_start_token_id = text_start_token_id
+    return prefixed
 
 
 def strip_start_token(token_ids: list[int], model: PreTrainedModel) -> list[int]:
@@ -431,4 +464,4 @@ def probe_saturation(model: PreTrainedModel) -> Iterator[list[SaturationProbe]]:
     """
     architecture = find_architecture(model.config)
     with ExitStack() as stack:
-        yield [stack.enter_context(SaturationProbe(block, architecture)) for block in model.base_model.layers]
+        yield [stack.enter_context(SaturationProbe(block, architecture)) for block in list_layers(model)]

@@ -20,24 +20,24 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from pipeline.blocks.quantized import QuantizedLinear, add_quantizers_, find_settings, find_site_quantizers
 from pipeline.inference.manifest import METHOD, TOKENIZER_FILES, ExportError, check_format, write_manifest
 from pipeline.inference.packed_block import pack_block_
-from pipeline.inference.prefixed_model import prefix_model_
+from pipeline.inference.prefixed_model import PrefixedModel, prefix_model_
 from pipeline.models.architectures import find_architecture
 from pipeline.models.experts import route_experts_
+from pipeline.models.layers import list_layers
 from pipeline.runtime.files import write_json
 
 GUARD = f"{METHOD} (import pipeline.hf)"
@@ -71,7 +71,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         check_format("quantization_config", format_version)
         if unknown:
             raise ExportError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Remove them.")
-        self.quant_method = METHOD
+        self.quant_method = cast(QuantizationMethod, METHOD)  # transformers takes any string, and types it as an enum
         self.format_version = format_version
         self.blocks = blocks
         self.prefix = prefix
@@ -107,7 +107,7 @@ class PrefixQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Remove the guard. transformers calls this before it looks for files."""
         if getattr(config, "transformers_weights", None) == GUARD:
-            del config.transformers_weights
+            delattr(config, "transformers_weights")
         return config
 
     update_tp_plan = update_attn_implementation  # older versions call this one there
@@ -125,6 +125,8 @@ class PrefixQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # Older versions leave a renamed tensor in its stored dtype: the table of a model that is loaded without a head.
         model.get_input_embeddings().to(model.config.dtype)
+        if not isinstance(model, PrefixedModel):
+            raise TypeError(f"{type(model).__name__} was not built by this quantizer")
         return model.keep_unpacked_(None)
 
     def complete_folder(self, folder: Path) -> None:
@@ -135,11 +137,12 @@ class PrefixQuantizer(HfQuantizer):
             write_json(path, config | GUARDS)
             write_manifest(folder, left_out=TOKENIZER_FILES)
 
-    def is_serializable(self, **kwargs: Any) -> bool:
+    # transformers' abstract methods have no return types.
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether adapters on top can be trained. Packed weights are constant, and gradients pass through them."""
         return True
 
@@ -165,7 +168,7 @@ def check_depth(config: PreTrainedConfig, files: list[str]) -> None:
         )
 
 
-def check_complete(model: nn.Module, files: list[str]) -> None:
+def check_complete(model: PreTrainedModel, files: list[str]) -> None:
     """Raise ExportError unless `files` hold every tensor of `model` in its shape. transformers would only warn."""
     shapes = _read_shapes(files)
     if missing := find_missing(model, shapes):
@@ -189,22 +192,24 @@ def _read_shapes(files: list[str]) -> dict[str, torch.Size]:
     return shapes
 
 
-def find_missing(model: nn.Module, present: Collection[str]) -> list[str]:
+def find_missing(model: PreTrainedModel, present: Collection[str]) -> list[str]:
     """Return the tensors of `model` that a folder with those `present` lacks. It holds one of two tied tables."""
     tied = {find_architecture(model.config).lm_head} if model.config.tie_word_embeddings else set()
     known, prefix = tied | set(present), f"{model.base_model_prefix}."
     return sorted(name for name in model.state_dict() if name not in known and prefix + name not in known)
 
 
-def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
-    """Turn a plain model on the meta device into the exported one. Its tensors are loaded later."""
+def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> PrefixedModel:
+    """Turn a plain model on the meta device into the exported one, and return it. Its tensors are loaded later."""
     architecture = find_architecture(model.config)
     heads = model.config.num_key_value_heads
     with torch.device("meta"):
-        for index, block in enumerate(model.base_model.layers):
+        for index, block in enumerate(list_layers(model)):
             if architecture.experts is not None:
                 route_experts_(block, architecture.experts)
             settings = find_settings(config.blocks, index)
+            if settings is None:
+                raise ExportError(f"quantization_config: block {index} has no settings. Get an intact copy.")
             add_quantizers_(block, architecture, settings, heads)
             for module in list(block.modules()):
                 if isinstance(module, QuantizedLinear):
@@ -213,7 +218,7 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> None:
             for quantizer in find_site_quantizers(block, architecture).values():
                 quantizer.calibrated = quantizer.spec.enabled
         tokens = config.prefix["tokens"]
-        layers = model.base_model.layers
+        layers = list_layers(model)
         shape = (len(layers), 2, heads, tokens, layers[0].self_attn.head_dim)
         prefix_kv = torch.empty(shape, dtype=torch.float32) if tokens else None
-    prefix_model_(model, prefix_kv, config.prefix["start_token_id"], config.text_start_token_id)
+    return prefix_model_(model, prefix_kv, config.prefix["start_token_id"], config.text_start_token_id)

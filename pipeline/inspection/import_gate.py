@@ -15,7 +15,7 @@ transformers dequantizes all of a file, and of a file with one block only that b
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from pipeline.importing.source import Source
 from pipeline.inspection.layer_arguments import check_layer_arguments, record_model_calls
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import CausalModel, Movable
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.memory import GIB
@@ -93,6 +94,7 @@ def _whole_size(checkpoint: Checkpoint) -> float:
 
 
 def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype) -> float:
+    assert source.load_whole is not None, "this source cannot be loaded whole"
     model = source.load_whole(checkpoint.dtype).float()
     if dtype != torch.float32:
         _widen_(model, dtype)
@@ -105,9 +107,9 @@ def _compare_whole(source: Source, checkpoint: Checkpoint, token_ids: torch.Tens
     return _relative_deviation(_logits(checkpoint, hidden, slice(None)), expected)
 
 
-def _widen_(model: nn.Module, dtype: torch.dtype) -> None:
+def _widen_(model: CausalModel, dtype: torch.dtype) -> None:
     """Have a model compute in another dtype, and hold only one block at a time in it."""
-    for part in (model.get_input_embeddings(), model.model.norm, model.get_output_embeddings()):
+    for part in (model.get_input_embeddings(), model.model.norm, model.lm_head):
         part.to(dtype)
 
     def widen(block: nn.Module, args: tuple) -> None:
@@ -125,18 +127,21 @@ def _compare_blocks(source: Source, checkpoint: Checkpoint, token_ids: torch.Ten
     rows, positions = token_ids.unique(return_inverse=True)
     runner = BlockRunner(checkpoint, torch.device("cpu"), _WINDOWS)
     calls = record_model_calls(source.config, token_ids.shape[1])
-    hidden, expected = _embed(checkpoint, token_ids, dtype), None
+    hidden = _embed(checkpoint, token_ids, dtype)
+    expected: torch.Tensor | None = None
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "checking blocks"):
-        model = source.load_block(index, rows, checkpoint.dtype).to(dtype)
+        model = source.load_block(index, rows, checkpoint.dtype)
+        cast(Movable, model).to(dtype)
         layer = model.model.layers[0]
-        if expected is None:
-            expected = _read_embedded(model, positions)
-        expected = layer(**calls[index] | {"hidden_states": expected})
+        before = _read_embedded(model, positions) if expected is None else expected
+        after: torch.Tensor = layer(**calls[index] | {"hidden_states": before})
+        expected = after
         if index == checkpoint.block_count - 1:
-            model.model.layers = nn.ModuleList([_Constant(expected)])
+            model.model.layers = nn.ModuleList([_Constant(after)])
             expected = model(positions, use_cache=False).logits
         del model, layer
         _advance_(runner, checkpoint, index, hidden)
+    assert expected is not None, "a model has blocks"
     return _relative_deviation(_logits(checkpoint, hidden, rows), expected)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.blocks.kv_cache import CACHE, make_block_cache
 from pipeline.blocks.walk import BlockRunner
@@ -25,7 +26,7 @@ _WITHOUT_EFFECT = {CACHE, "past_key_values", "cache", "use_cache", "output_atten
 Calls = list[dict[str, Any]]
 
 
-def check_layer_arguments(checkpoint: Checkpoint, source_config: Any) -> None:
+def check_layer_arguments(checkpoint: Checkpoint, source_config: PreTrainedConfig) -> None:
     """Compare the arguments of every layer, past the sliding window.
 
     Args:
@@ -44,7 +45,7 @@ def check_layer_arguments(checkpoint: Checkpoint, source_config: Any) -> None:
         _compare(source_config, walk, record_model_calls(cut_windows(source_config), length), masks_only=True)
 
 
-def cut_windows(config: Any) -> Any:
+def cut_windows(config: PreTrainedConfig) -> Any:
     """Return a copy of a config whose sliding windows and chunks have at most 40 positions."""
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
@@ -55,7 +56,7 @@ def cut_windows(config: Any) -> Any:
 
 
 @torch.no_grad()
-def record_model_calls(config: Any, length: int) -> Calls:
+def record_model_calls(config: PreTrainedConfig, length: int) -> Calls:
     """Return the arguments that transformers' model gives each decoder layer for one text of `length` tokens.
 
     The layers compute nothing. `hidden_states` of each call are the input of the layer less that of the model.
@@ -76,12 +77,12 @@ def record_model_calls(config: Any, length: int) -> Calls:
     for layer in base.layers:
         layer.forward = functools.partial(record, layer.forward)
     base.rotary_emb = type(base.rotary_emb)(config)
-    base.norm = nn.Identity()
+    base.set_submodule("norm", nn.Identity())
     base(inputs_embeds=hidden, use_cache=False)
     return calls
 
 
-def record_walk(checkpoint: Checkpoint, config: Any, length: int) -> Calls:
+def record_walk(checkpoint: Checkpoint, config: PreTrainedConfig, length: int) -> Calls:
     """Return the arguments that the walk gives each decoder layer for the same text."""
     narrow = copy.copy(checkpoint)
     narrow.config = config
@@ -94,11 +95,11 @@ def record_walk(checkpoint: Checkpoint, config: Any, length: int) -> Calls:
     return calls
 
 
-def _make_hidden(config: Any, length: int) -> torch.Tensor:
+def _make_hidden(config: PreTrainedConfig, length: int) -> torch.Tensor:
     return torch.linspace(1, 2, length * config.hidden_size).view(1, length, config.hidden_size)
 
 
-def _compare(config: Any, walk: Calls, model: Calls, masks_only: bool) -> None:
+def _compare(config: PreTrainedConfig, walk: Calls, model: Calls, masks_only: bool) -> None:
     if len(walk) != len(model):
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: transformers runs {len(model)} layers for num_hidden_layers={len(walk)}"

@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site, base_site
 from pipeline.numerics.quantizer import ActivationQuantizer, group
 from pipeline.runtime.artifacts import write_rows
@@ -37,7 +37,7 @@ _WORST = 3
 class SaturationProbe:
     """Counts at a block's activation quantizers inside its context: `with SaturationProbe(…) as probe: …`."""
 
-    def __init__(self, block: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, block: DecoderLayer, architecture: Architecture) -> None:
         quantizers = find_site_quantizers(block, architecture).items()
         self._quantizers = {site: quantizer for site, quantizer in quantizers if quantizer.calibrated}
         # Sums stay on the device until `report`: a hook that waited for numbers would stop every batch.
@@ -80,7 +80,7 @@ class SaturationProbe:
 
 def advance_probed_(
     runner: BlockRunner,
-    block: nn.Module,
+    block: DecoderLayer,
     architecture: Architecture,
     hidden: Stream,
     prefix_kv: torch.Tensor | None,

@@ -47,7 +47,7 @@ class StartDecision:
     measured: dict[str, float]
 
     def summary(self) -> dict[str, object]:
-        return {"id": self.token, "why": self.why} | self.measured
+        return {"id": self.token, "why": self.why, **self.measured}
 
 
 def decide_start_token(

@@ -19,9 +19,16 @@ from typing import Any
 
 import torch
 
-from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_site_quantizers, load_block
+from pipeline.blocks.quantized import (
+    BlockSettings,
+    QuantizedLinear,
+    find_quantized_linear,
+    find_site_quantizers,
+    load_block,
+)
 from pipeline.export.folder import parse_size, write_shards
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
+from pipeline.models.layers import find_linear, list_layers
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.numerics.packing import pack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
@@ -69,12 +76,12 @@ def find_lost_activations(checkpoint: Checkpoint, all_settings: list[BlockSettin
 
 def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
     """Return the linears with a bias that the family's class has no place for, whatever its config says."""
-    skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
+    skeleton = list_layers(build_skeleton(_config_with_biases(checkpoint)))
     homeless = {}
     for index in range(checkpoint.block_count):
         names = checkpoint.load_block_tensors(index)
         for short, name in checkpoint.architecture.linear_names.items():
-            if f"{name}.bias" in names and skeleton[index].get_submodule(name).bias is None:
+            if f"{name}.bias" in names and find_linear(skeleton[index], name).bias is None:
                 homeless[short] = None
     return list(homeless)
 
@@ -123,7 +130,7 @@ class _Layers:
         checkpoint, architecture = self.checkpoint, self.checkpoint.architecture
         names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
         yield {name: checkpoint.load_tensor(name) for name in names}
-        skeleton = build_skeleton(_config_with_biases(checkpoint)).model.layers
+        skeleton = list_layers(build_skeleton(_config_with_biases(checkpoint)))
         count = checkpoint.block_count
         for index in show_progress(range(count), count, "packing for compressed-tensors"):
             block = load_block(checkpoint, index)
@@ -131,10 +138,10 @@ class _Layers:
             prefix = architecture.tensor_prefix(index)
             part = {}
             for site, readers in architecture.site_readers.items():
-                linears = {name: block.get_submodule(name) for name in readers}
+                linears = {name: find_quantized_linear(block, name) for name in readers}
                 common_scale = _find_common_scale(list(linears.values()))
                 for name, linear in linears.items():
-                    has_bias = skeleton[index].get_submodule(name).bias is not None
+                    has_bias = find_linear(skeleton[index], name).bias is not None
                     tensors = self._name_tensors(linear, quantizers[site], prefix + name, has_bias, common_scale)
                     part |= {f"{prefix}{name}.{key}": tensor for key, tensor in tensors.items()}
             for name, tensor in block.state_dict().items():
@@ -215,10 +222,10 @@ def _write_packed(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, 
     spec = linear.spec
     tensors = {
         "weight_packed": pack_words(linear.weight, spec.bits, spec.symmetric),
-        "weight_scale": linear.weight_scale,
+        "weight_scale": linear.scales,
         "weight_shape": torch.tensor(linear.weight.shape),
     }
-    if not spec.symmetric:  # packed along the output channels
+    if linear.weight_zero_point is not None:  # packed along the output channels
         zero_points = linear.weight_zero_point.to(torch.uint8).T.contiguous()
         tensors["weight_zero_point"] = pack_words(zero_points, spec.bits, False).T
     return tensors
@@ -226,12 +233,12 @@ def _write_packed(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, 
 
 def _write_bytes(linear: QuantizedLinear, _: torch.Tensor | None) -> dict[str, torch.Tensor]:
     dtype = torch.int8 if linear.spec.format == INT else torch.float8_e4m3fn
-    return {"weight": linear.weight.view(dtype), "weight_scale": linear.weight_scale}
+    return {"weight": linear.weight.view(dtype), "weight_scale": linear.scales}
 
 
 def _write_fp4(linear: QuantizedLinear, common_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
     packed = {"weight_packed": pack_integers(linear.weight, linear.spec.bits, symmetric=False)}
-    scale, tensor_scale = linear.spec.grid.pack_scale(linear.weight_scale, common_scale)
+    scale, tensor_scale = linear.spec.stored_grid.pack_scale(linear.scales, common_scale)
     if tensor_scale is None:
         return packed | {"weight_scale": scale}
     return packed | {"weight_scale": scale.view(torch.float8_e4m3fn), "weight_global_scale": 1 / tensor_scale}
@@ -242,10 +249,11 @@ def _find_common_scale(linears: list[QuantizedLinear]) -> torch.Tensor | None:
 
     Return None without such weights, or where the scales of blocks would change.
     """
-    scales = [(linear.weight_scale, linear.spec.grid) for linear in linears if linear.spec.format == "nvfp4"]
+    scales = [(linear.scales, linear.spec.stored_grid) for linear in linears if linear.spec.format == "nvfp4"]
     if not scales:
         return None
-    common_scale = torch.stack([grid.pack_scale(scale)[1] for scale, grid in scales]).amax(0)
+    factors = [grid.pack_scale(scale)[1] for scale, grid in scales]
+    common_scale = torch.stack([factor for factor in factors if factor is not None]).amax(0)
     is_exact = all(
         torch.equal(grid.unpack_scale(*grid.pack_scale(scale, common_scale)), scale) for scale, grid in scales
     )

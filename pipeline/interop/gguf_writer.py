@@ -19,7 +19,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, load_block
+from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_quantized_linear, load_block
 from pipeline.importing.gguf_source import COMMON, HEAD_NORMS
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.formats import INT
@@ -85,7 +85,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "writing GGUF"):
         block = load_block(checkpoint, index)
         for name in parts.linears:
-            linear: QuantizedLinear = block.get_submodule(name)
+            linear = find_quantized_linear(block, name)
             heads = heads_of.get(name.rpartition(".")[2])
             values, kind = _pack(linear)
             _add(writer, f"blk.{index}.{_NAMES[name]}.weight", values, kind, heads)

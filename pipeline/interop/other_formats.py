@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.blocks.quantized import BlockSettings, block_settings
+from pipeline.blocks.quantized import BlockSettings, require_settings
 from pipeline.export.folder import save_tokenizer
 from pipeline.export.params import find_misfits
 from pipeline.interop.compressed_tensors import (
@@ -31,6 +31,7 @@ from pipeline.interop.compressed_tensors import (
 from pipeline.interop.gguf_writer import FILE, find_gguf_obstacles, write_gguf
 from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.layers import list_layers
 from pipeline.models.sites import Site, site_group
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.errors import PipelineError
@@ -73,8 +74,8 @@ def write_formats(
     prefix_kv: torch.Tensor | None,
     folder: Path,
     *,
-    formats: list[str],
-    drop: list[str],
+    formats: Sequence[str],
+    drop: Sequence[str],
     max_shard_size: str,
     header: Header,
     text_start_token_id: int | None = None,
@@ -114,7 +115,7 @@ def write_formats(
 
 
 def compare_formats(
-    checkpoint: Checkpoint, has_prefix: bool, formats: list[str], drop: list[str]
+    checkpoint: Checkpoint, has_prefix: bool, formats: Sequence[str], drop: Sequence[str]
 ) -> dict[str, FormatContents]:
     """Return the parts of the model that each format keeps and drops.
 
@@ -128,9 +129,9 @@ def compare_formats(
             f"export.formats={formats}: model_type={checkpoint.config.model_type!r} has experts, and these formats are "
             "written for dense models only. Set export.formats: []; artifacts/export holds the experts."
         )
-    all_settings = [block_settings(checkpoint, index) for index in range(checkpoint.block_count)]
+    all_settings = [require_settings(checkpoint, index) for index in range(checkpoint.block_count)]
     problems = _find_obstacles(checkpoint, all_settings)
-    window = find_narrowest_window(checkpoint.config, build_skeleton(checkpoint.config).model.layers)
+    window = find_narrowest_window(checkpoint.config, list_layers(build_skeleton(checkpoint.config)))
     problems += find_misfits(formats, window)
     enabled = {site for settings in all_settings for site, spec in settings.sites.items() if spec.enabled}
     lost = {"activations": ""}  # part -> reason

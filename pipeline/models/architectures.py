@@ -8,14 +8,18 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.models.experts import PROJECTIONS, RoutedExperts
+from pipeline.models.layers import DecoderLayer, read_input_width
 from pipeline.models.sites import Site, base_site
 from pipeline.runtime.errors import PipelineError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Architecture:
             Site.MLP_HIDDEN: (self.mlp_output,),
         }
 
-    def site_widths(self, block: Any) -> dict[str, int]:
+    def site_widths(self, block: DecoderLayer) -> dict[str, int]:
         """Return the size of the last dimension at every site and linear of a plain decoder layer.
 
         A group size must divide it.
@@ -92,10 +96,10 @@ class Architecture:
         architecture = self.of_block(block)
         readers = {site: names[0] for site, names in architecture.site_readers.items()}
         linears = architecture.linear_names | readers
-        widths = {site: block.get_submodule(name).in_features for site, name in linears.items()}
+        widths = {site: read_input_width(block, name) for site, name in linears.items()}
         return widths | {Site.KEY: block.self_attn.head_dim, Site.VALUE: block.self_attn.head_dim}
 
-    def setting_widths(self, blocks: Iterable[nn.Module]) -> dict[str, int]:
+    def setting_widths(self, blocks: Iterable[DecoderLayer]) -> dict[str, int]:
         """Return the widths of all sites and linears in blocks of one model, by the names that params have for them.
 
         Where blocks or experts differ in a width, each other width follows under a longer name
@@ -174,7 +178,7 @@ class Architecture:
         return block.get_submodule(self.input_norm(site) or readers[site])
 
     def watch_input_(
-        self, block: nn.Module, site: str, replace: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+        self, block: nn.Module, site: str, replace: Callable[[ModuleT, torch.Tensor], torch.Tensor]
     ) -> None:
         """Hook `attention_input` or `mlp_input`: its readers get replace(input_module, x) in place of x."""
         module = self.input_module(block, site)
@@ -221,15 +225,23 @@ class SparseArchitecture(Architecture):
     def mlps(self) -> dict[str, tuple[str, str, str]]:
         return self._mlps
 
-    @functools.cached_property
+    @property
     def linear_names(self) -> dict[str, str]:
         """Short name -> name in the block: {"q_proj": "self_attn.q_proj", "experts.0.gate_proj": …}."""
+        return self._linear_names
+
+    @functools.cached_property
+    def _linear_names(self) -> dict[str, str]:
         attention = (*self.attention_readers, self.attention_output)
         short = {name.rpartition(".")[2]: name for name in attention}
         return short | {name.removeprefix(f"{self.mlp}."): name for name in self.linears if name not in attention}
 
-    @functools.cached_property
+    @property
     def site_readers(self) -> dict[str, tuple[str, ...]]:
+        return self._site_readers
+
+    @functools.cached_property
+    def _site_readers(self) -> dict[str, tuple[str, ...]]:
         readers: dict[str, tuple[str, ...]] = {
             Site.ATTENTION_INPUT: self.attention_readers,
             Site.ATTENTION_OUTPUT: (self.attention_output,),
@@ -274,13 +286,19 @@ _REPLACEMENT = "_prefixquant_replacement"
 
 # Hooks are functions of a module, because a pickled model refers to them by name.
 def _replace_output(
-    replace: Callable[..., torch.Tensor], module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    replace: Callable[[ModuleT, torch.Tensor], torch.Tensor],
+    module: ModuleT,
+    args: tuple[Any, ...],
+    output: torch.Tensor,
 ) -> torch.Tensor:
     return replace(module, output)
 
 
 def _replace_input(
-    replace: Callable[..., torch.Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    replace: Callable[[ModuleT, torch.Tensor], torch.Tensor],
+    module: ModuleT,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (replace(module, args[0]), *args[1:]), kwargs
@@ -356,25 +374,30 @@ class UnsupportedModelError(PipelineError):
     """The model's family, or a setting in its config, is not supported. The message lists the supported ones."""
 
 
-def find_architecture(config: Any) -> Architecture:
+def find_architecture(config: PreTrainedConfig) -> Architecture:
     """Return the architecture of a transformers config.
 
     Raises:
         UnsupportedModelError: the family is not supported. The message lists those that are.
     """
-    family = IMPORTED_AS.get(config.model_type, config.model_type)
+    return find_family(config.model_type)
+
+
+def find_family(model_type: str | None) -> Architecture:
+    """Return the architecture of a family by `model_type` of a config.json. Raises as `find_architecture`."""
+    family = IMPORTED_AS.get(model_type or "", model_type or "")
     if family not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES | IMPORTED_AS))
-        raise UnsupportedModelError(f"model_type={config.model_type!r} is not supported; supported are: {supported}")
+        raise UnsupportedModelError(f"model_type={model_type!r} is not supported; supported are: {supported}")
     return ARCHITECTURES[family]
 
 
-def find_logit_cap(config: Any) -> float | None:
+def find_logit_cap(config: PreTrainedConfig) -> float | None:
     """Return the bound of a model's soft cap on its logits (cap tanh(z / cap)), or None."""
     return getattr(config, "final_logit_softcapping", None)
 
 
-def find_sliding_window(config: Any, block: nn.Module) -> int | None:
+def find_sliding_window(config: PreTrainedConfig, block: DecoderLayer) -> int | None:
     """Return how many positions a position of a decoder layer attends to, itself included; None: all before it."""
     if find_architecture(config).slides_throughout:
         return config.sliding_window
@@ -382,7 +405,7 @@ def find_sliding_window(config: Any, block: nn.Module) -> int | None:
     return getattr(attention, "sliding_window", None) if getattr(attention, "is_sliding", True) else None
 
 
-def uses_rope(config: Any, block: nn.Module) -> bool:
+def uses_rope(config: PreTrainedConfig, block: DecoderLayer) -> bool:
     """Return whether a decoder layer turns its queries and keys by RoPE. Some families leave it out in some layers."""
     attention = block.self_attn
     if find_architecture(config).nope_without_window:
@@ -390,13 +413,13 @@ def uses_rope(config: Any, block: nn.Module) -> bool:
     return bool(getattr(attention, "use_rope", True))
 
 
-def find_narrowest_window(config: Any, blocks: Iterable[nn.Module]) -> int | None:
+def find_narrowest_window(config: PreTrainedConfig, blocks: Iterable[DecoderLayer]) -> int | None:
     """Return the smallest sliding window of a model's decoder layers; None: no layer slides."""
     windows = (find_sliding_window(config, block) for block in blocks)
     return min((window for window in windows if window is not None), default=None)
 
 
-def find_widest_window(config: Any, blocks: Iterable[nn.Module]) -> int | None:
+def find_widest_window(config: PreTrainedConfig, blocks: Iterable[DecoderLayer]) -> int | None:
     """Return the largest sliding window of a model's decoder layers; None: no layer slides."""
     windows = (find_sliding_window(config, block) for block in blocks)
     return max((window for window in windows if window is not None), default=None)
@@ -418,7 +441,7 @@ def check_attention_arguments(arguments: Mapping[str, object]) -> None:
         )
 
 
-def find_rope_limit(config: Any) -> int | None:
+def find_rope_limit(config: PreTrainedConfig) -> int | None:
     """Return the text length at which a model's RoPE changes its frequencies (LongRoPE and dynamic RoPE), or None.
 
     A text must not exceed it. Otherwise the keys in a cache, also the prefix's, would keep the old frequencies.
@@ -432,13 +455,13 @@ def find_rope_limit(config: Any) -> int | None:
     return None
 
 
-def find_max_positions(config: Any) -> int:
+def find_max_positions(config: PreTrainedConfig) -> int:
     """Return the longest text that a model can read, prefix included."""
     limit = find_rope_limit(config)
     return config.max_position_embeddings if limit is None else min(limit, config.max_position_embeddings)
 
 
-def check_rope(config: Any, positions: int) -> None:
+def check_rope(config: PreTrainedConfig, positions: int) -> None:
     """Check that a text of this many positions, prefix included, stays within `find_rope_limit`.
 
     Raises:
@@ -453,7 +476,7 @@ def check_rope(config: Any, positions: int) -> None:
         )
 
 
-def check_window(config: Any, positions: int) -> None:
+def check_window(config: PreTrainedConfig, positions: int) -> None:
     """Check that windows stay within the positions of a model, and within `find_rope_limit`.
 
     Args:

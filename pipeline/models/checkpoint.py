@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pipeline.models.architectures import Architecture, find_architecture, find_logit_cap, find_widest_window
 from pipeline.models.experts import EAGER, route_experts_, split_experts, stack_experts
+from pipeline.models.layers import CausalModel, DecoderLayer, Norm, as_causal_model, as_decoder_layer, list_layers
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
@@ -99,7 +100,10 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all computation on this checkpoint."""
-        return self.config.dtype
+        dtype = self.config.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ArtifactError(f"{self.folder / CONFIG}: dtype={dtype!r} is not a dtype. Make the artifact again")
+        return dtype
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -107,20 +111,20 @@ class Checkpoint:
         return AutoTokenizer.from_pretrained(self.folder)
 
     @functools.cached_property
-    def _skeleton(self) -> Any:  # transformers' modules have no types for their parts
+    def _skeleton(self) -> CausalModel:
         return build_skeleton(self.config)
 
     @functools.cached_property
     def widest_window(self) -> int | None:
         """The largest sliding window of its layers in positions; None: no layer slides."""
-        return find_widest_window(self.config, self._skeleton.model.layers)
+        return find_widest_window(self.config, list_layers(self._skeleton))
 
-    def build_block(self, index: int) -> nn.Module:
+    def build_block(self, index: int) -> DecoderLayer:
         """Build decoder layer `index` of the model's own class, in eval mode, with parameters on the meta device.
 
         Its `layer_idx` is 0, because a walk gives each block a cache with a single layer. Experts are `RoutedExperts`.
         """
-        block = copy.deepcopy(self._skeleton.model.layers[index])
+        block = as_decoder_layer(copy.deepcopy(self._skeleton.model.layers[index]))
         block.self_attn.layer_idx = 0
         if self.architecture.experts is not None:
             route_experts_(block, self.architecture.experts)
@@ -151,7 +155,7 @@ class Checkpoint:
         factor = getattr(self._skeleton.model.embed_tokens, "scalar_embed_scale", None)
         return rows if factor is None else rows * torch.tensor(factor).to(self.dtype)
 
-    def build_embedding(self, weight: torch.Tensor) -> nn.Module:
+    def build_embedding(self, weight: torch.Tensor) -> nn.Embedding:
         """Build the model's own embedding of a table [V, D], with its factor, which the checkpoint does not store."""
         embedding = copy.deepcopy(self._skeleton.model.embed_tokens)
         if hasattr(embedding, "scalar_embed_scale"):
@@ -159,7 +163,7 @@ class Checkpoint:
         embedding.weight = nn.Parameter(weight, requires_grad=False)
         return embedding
 
-    def load_final_norm(self) -> nn.Module:
+    def load_final_norm(self) -> Norm:
         """Return the final norm in the checkpoint's dtype."""
         norm = copy.deepcopy(self._skeleton.model.norm)
         weight = self.load_tensor(self.architecture.final_norm).to(self.dtype)
@@ -248,10 +252,12 @@ def load_block_file(folder: Path, architecture: Architecture, index: int, stage:
         return split_experts({name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def build_skeleton(config: Any) -> nn.Module:
+def build_skeleton(config: PreTrainedConfig) -> CausalModel:
     """Build the whole model of a config on the meta device: all modules and names, without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=find_architecture(config).kernel)
+        return as_causal_model(
+            AutoModelForCausalLM.from_config(config, attn_implementation=find_architecture(config).kernel)
+        )
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ The tensors of E experts have three layouts (I is the width of an expert, D the 
 
 import re
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,6 +45,13 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
 
+class _FusedExperts(nn.Module):
+    """The type of transformers' plain experts. No object is an instance of it."""
+
+    gate_up_proj: nn.Parameter
+    act_fn: nn.Module
+
+
 class RoutedExperts(nn.Module):
     """Experts "0" to "E - 1", each of which computes down_proj(activate(gate_proj(x)) * up_proj(x)).
 
@@ -63,11 +71,12 @@ class RoutedExperts(nn.Module):
         """
         super().__init__()
         _check_plain(experts)
-        count, double, hidden = experts.gate_up_proj.shape
-        with torch.device(experts.gate_up_proj.device):
+        fused = cast(_FusedExperts, experts)
+        count, double, hidden = fused.gate_up_proj.shape
+        with torch.device(fused.gate_up_proj.device):
             for index in range(count):
                 self.add_module(str(index), Expert(hidden, double // 2))
-        self.activate = experts.act_fn
+        self.activate = fused.act_fn
         self.hits = [0] * count
         self.watchers: list[Callable[[int, torch.Tensor, torch.Tensor], None]] = []
 
@@ -107,14 +116,14 @@ class RoutedExperts(nn.Module):
 
 
 def _check_plain(experts: nn.Module) -> None:
-    name = type(experts).__name__
+    name, gate = type(experts).__name__, getattr(type(experts), "_apply_gate", None)
     reasons = {
         "their weights are transposed": getattr(experts, "is_transposed", False),
         "they have biases": getattr(experts, "has_bias", False),
         "they have no gate": not getattr(experts, "has_gate", True),
         "a norm follows each expert": getattr(experts, "has_post_expert_norm", False),
         "gate and up are interleaved": not getattr(experts, "is_concatenated", True),
-        "their gate is not activation(gate) * up": type(experts)._apply_gate is not moe._default_apply_gate,
+        "their gate is not activation(gate) * up": gate is not moe._default_apply_gate,
     }
     if wrong := [reason for reason, holds in reasons.items() if holds]:
         raise UnsupportedExpertsError(f"{name}: {'; '.join(wrong)}. Such experts are not supported. Use another model.")

@@ -213,7 +213,7 @@ def _multiply_matrices(
     """
     after, y = factors.order, x
     for place, matrix in enumerate(matrices):
-        if place == len(factors.paley) and kernel:
+        if place == len(factors.paley) and kernel and _cuda_hadamard_transform is not None:
             y = _cuda_hadamard_transform(y.reshape(-1, after).contiguous(), 1 / math.sqrt(after))
             break
         order, paley = matrix.shape[0], place < len(factors.paley)

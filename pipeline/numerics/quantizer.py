@@ -33,13 +33,12 @@ receive the gradient of the formulas above, in which the offset added by each ro
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from pipeline.numerics.formats import INT
-from pipeline.numerics.grids import Grid, as_grid, as_stored_grid, find_grid
+from pipeline.numerics.grids import Grid, StoredGrid, as_grid, as_stored_grid, find_grid
 from pipeline.numerics.grids import integer_range as integer_range  # may be imported from here, too
 from pipeline.numerics.grids import round_through as round_through
 from pipeline.numerics.kept_dtype import KeepsDtype
@@ -76,6 +75,11 @@ class QuantizerSpec:
     def grid(self) -> Grid:
         """The values to round to."""
         return find_grid(self.format, self.bits, self.symmetric, self.group_size)
+
+    @property
+    def stored_grid(self) -> StoredGrid:
+        """The values of a weight, which are stored."""
+        return as_stored_grid(self.grid)
 
     def count_groups(self, width: int) -> int:
         """Return G, the number of groups in a last dimension of `width`."""
@@ -179,7 +183,8 @@ class _FakeQuantize(torch.autograd.Function):
         return dequantize(quantize(x, scale, grid, offset), scale, offset)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (upstream,) = gradients
         x, scale, zero_point = ctx.saved_tensors
         offset = 0 if zero_point is None else zero_point.round()
         v = x / scale
@@ -223,6 +228,18 @@ def dequantize_weight(
     return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(codes.shape)
 
 
+class OnePass(Protocol):
+    """Applies the rotation before a quantizer and returns the codes, in one pass."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Return whether it can take x [..., C]."""
+        ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return codes, of the shape of x [..., C]."""
+        ...
+
+
 class ActivationQuantizer(KeepsDtype):
     """Fake-quantizes its input: activations [..., C], or keys and values [B, heads, T, d] if it has `heads`.
 
@@ -255,7 +272,7 @@ class ActivationQuantizer(KeepsDtype):
         self.fired = 0
         self.calibrated = False
         self.code_of_zero: int | None = None
-        self.one_pass: nn.Module | None = None
+        self.one_pass: OnePass | None = None
         if not spec.enabled:
             return
         if spec.centered:

@@ -6,6 +6,7 @@ are only in the cache, so they are not measured. Inputs are measured where their
 after R4.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site, base_site
 from pipeline.prefix.outliers import describe_outliers, list_tokens, token_maxima
 from pipeline.prefix.sites import watch_token_maxima_
@@ -97,14 +99,14 @@ def measure_activations(
     def add_maxima(values: torch.Tensor) -> None:
         block_maxima.setdefault(OUTLIER_SITE, []).append(values.cpu())
 
-    def before(index: int, block: nn.Module) -> None:
+    def before(index: int, block: DecoderLayer) -> None:
         block_maxima["block_input"] = [token_maxima(hidden)]
         if index in surface_blocks:
             surfaces[f"input.{index}"] = _pool(hidden[0])
             _hook_site(block, checkpoint, OUTLIER_SITE, lambda x: measure_values(index, x))
         _add_hooks(block, checkpoint, measure, add_maxima)
 
-    def after(index: int, block: nn.Module) -> None:
+    def after(index: int, block: DecoderLayer) -> None:
         measure("block_output", hidden)
         if index in surface_blocks:
             surfaces[f"output.{index}"] = _pool(hidden[0])
@@ -142,7 +144,7 @@ def read_outliers(folder: Path) -> dict[str, Any]:
 
 
 def _add_hooks(
-    block: nn.Module,
+    block: DecoderLayer,
     checkpoint: Checkpoint,
     measure: Callable[[str, torch.Tensor], None],
     add_maxima: Callable[[torch.Tensor], None],
@@ -152,19 +154,27 @@ def _add_hooks(
     Args:
         add_maxima: gets the token maxima at `mlp_hidden` of a block with experts, where inputs are of some tokens only.
     """
+
+    def measure_output(site: str) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
+        return lambda module, args, output: measure(site, output)
+
     architecture = checkpoint.architecture.of_block(block)
     for site in architecture.site_readers:
         if architecture.experts is None or base_site(site) != Site.MLP_HIDDEN:
-            _hook_site(block, checkpoint, site, lambda x, site=site: measure(site, x))
+            _hook_site(block, checkpoint, site, functools.partial(measure, site))
     if architecture.experts is not None:
         watch_token_maxima_(block, architecture, add_maxima)
     for linear, name in architecture.linear_names.items():
         linear = base_site(linear)  # all experts together
-        block.get_submodule(name).register_forward_hook(lambda m, args, output, site=linear: measure(site, output))
+        block.get_submodule(name).register_forward_hook(measure_output(linear))
 
 
-def _hook_site(block: nn.Module, checkpoint: Checkpoint, site: str, measure: Callable[[torch.Tensor], None]) -> None:
+def _hook_site(block: DecoderLayer, checkpoint: Checkpoint, site: str, measure: Callable[[torch.Tensor], None]) -> None:
     """Measure the input of a site's linears, after R4 or R5, before it is quantized; with experts [n, C] of each."""
+
+    def measure_quantized(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        measure(args[0])
+
     architecture = checkpoint.architecture.of_block(block)
     quantizers = find_site_quantizers(block, architecture)
     if architecture.experts is not None and site == Site.MLP_HIDDEN:
@@ -174,7 +184,7 @@ def _hook_site(block: nn.Module, checkpoint: Checkpoint, site: str, measure: Cal
         experts = block.get_submodule(architecture.experts)
         experts.register_forward_pre_hook(lambda m, args: measure(args[0]))
     elif quantizers:
-        quantizers[site].register_forward_hook(lambda m, args, output: measure(args[0]))
+        quantizers[site].register_forward_hook(measure_quantized)
     else:
         reader = architecture.site_readers[site][0]
         block.get_submodule(reader).register_forward_pre_hook(lambda m, args: measure(args[0]))

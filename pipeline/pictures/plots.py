@@ -13,7 +13,7 @@ They are drawn with matplotlib and need no display.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -51,6 +51,12 @@ def read_measured(folders: dict[str, Path]) -> dict[str, Measured]:
         name: Measured(load_tensors(folder / ACTIVATIONS, "activation_plots")[0], read_outliers(folder))
         for name, folder in folders.items()
     }
+
+
+class _Box(Protocol):
+    """Axes in three dimensions, whose `zoom` matplotlib declares by its default, an integer."""
+
+    def set_box_aspect(self, aspect: None, *, zoom: float) -> None: ...
 
 
 def draw_all(variants: dict[str, Measured], folder: Path, levels: Mapping[int, torch.Tensor]) -> list[Path]:
@@ -145,7 +151,7 @@ def _make_figure(title: str, rows: int, columns: int, height: float) -> tuple[Fi
     return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
 
 
-def _draw_maxima(variants: dict[str, Measured], sites: dict[str, str], title: str) -> Figure:
+def _draw_maxima(variants: dict[str, Measured], sites: Mapping[Site, str] | Mapping[str, str], title: str) -> Figure:
     figure, axes = _make_figure(title, len(sites), len(variants), 2.1)
     for row, (site, label) in zip(axes, sites.items(), strict=True):
         for axis, (variant, measured) in zip(row, variants.items(), strict=True):
@@ -252,5 +258,5 @@ def _draw_surfaces(variants: dict[str, Measured], name: str, title: str) -> Figu
         axis.set_xlabel("channels, pooled")
         axis.set_ylabel("tokens, pooled")
         axis.set_zlabel("log10 max |x|")
-        axis.set_box_aspect(None, zoom=0.85)
+        cast(_Box, axis).set_box_aspect(None, zoom=0.85)
     return figure

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from pipeline.importing.folder_source import open_folder
 from pipeline.importing.fused_projections import split_fused_projections
@@ -22,7 +22,7 @@ from pipeline.importing.import_model import check_names, open_source
 from pipeline.importing.obstacles import explain_obstacles
 from pipeline.importing.source import Dropped, ModelImportError, Source, read_json_object
 from pipeline.importing.wrappers import WRAPPERS, find_text_family
-from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_family
 from pipeline.models.checkpoint import CONFIG, INDEX, build_skeleton
 from pipeline.runtime.errors import reading
 
@@ -39,7 +39,7 @@ class Explanation:
 
     supported: bool
     lines: list[str]
-    config: Any = None
+    config: PreTrainedConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _is_listed(raw: dict[str, Any]) -> bool:
     model_type = raw.get("model_type")
     family = find_text_family(raw) if model_type in WRAPPERS else model_type
     try:
-        find_architecture(SimpleNamespace(model_type=family))
+        find_family(family)
     except UnsupportedModelError:
         return False
     return True
@@ -132,9 +132,10 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, _Headers | None]:
     """Return a folder with the JSON files of a hub id, and the headers of its safetensors files."""
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json"]))
-        files = HfApi().get_safetensors_metadata(source, revision=revision).files_metadata.values()
-    except NotASafetensorsRepoError:
-        return folder, None
+        try:
+            files = HfApi().get_safetensors_metadata(source, revision=revision).files_metadata.values()
+        except NotASafetensorsRepoError:
+            return folder, None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelImportError(

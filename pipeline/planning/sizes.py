@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.experts import RoutedExperts
+from pipeline.models.layers import read_input_width
 from pipeline.planning.constants import (
     FORWARD_HIDDEN,
     FORWARD_INNER,
@@ -49,11 +51,12 @@ class Sizes:
         block = max(map(checkpoint.build_block, range(count)), key=_count_weights)
         architecture = checkpoint.architecture.of_block(block)
         head_dim = block.self_attn.head_dim
-        mlps = tuple(block.get_submodule(down).in_features for _, _, down in architecture.mlps.values())
+        mlps = tuple(read_input_width(block, down) for _, _, down in architecture.mlps.values())
         inner = config.intermediate_size
         if architecture.experts is not None:
-            experts = len(block.get_submodule(architecture.experts))
-            inner = config.num_experts_per_tok * mlps[0] + sum(mlps[experts:])
+            experts = block.get_submodule(architecture.experts)
+            assert isinstance(experts, RoutedExperts)
+            inner = config.num_experts_per_tok * mlps[0] + sum(mlps[len(experts) :])
         return cls(
             hidden=config.hidden_size,
             inner=inner,

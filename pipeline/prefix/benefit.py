@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site
 from pipeline.prefix.harm import MAX_KL, Harm, Reader, choose_harm_windows, measure_harm
 from pipeline.prefix.simulation import SimulatedQuantizers
@@ -52,7 +52,7 @@ class _Stream:
     calibration: torch.Tensor
     scored: torch.Tensor
 
-    def advance_prefix_(self, runner: BlockRunner, block: nn.Module) -> torch.Tensor | None:
+    def advance_prefix_(self, runner: BlockRunner, block: DecoderLayer) -> torch.Tensor | None:
         """Run the candidate's tokens through a block, unquantized; return their keys and values, None if P is 0."""
         if self.prefix.shape[1] == 0:
             return None

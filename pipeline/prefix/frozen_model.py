@@ -10,6 +10,7 @@ from pipeline.blocks.quantized import load_block
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer
 from pipeline.prefix.losses import MEASURES, diversity, magnitude
 from pipeline.prefix.params import PrefixTrainingParams
 from pipeline.prefix.sites import hook_sites_
@@ -62,7 +63,7 @@ class FrozenModel:
                 self._hook_block_(index, block)
             self.blocks.append(block)
 
-    def _hook_block_(self, index: int, block: nn.Module) -> None:
+    def _hook_block_(self, index: int, block: DecoderLayer) -> None:
         """Have the measure read and replace the values at its sites in block `index`, except prefix positions."""
 
         def measure_text(site: str, x: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,7 @@ class Measure(Protocol):
 
         Called twice for each batch where blocks run again for the backward pass.
         """
+        ...
 
 
 class OutlierMeasure:

@@ -4,10 +4,10 @@ For the activations x [T, C] of one window at one site, the token maximum is M_t
 ratio is r_t = M_t / median over t of M. A token is an outlier if r_t > threshold (64 in the paper).
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,7 +47,7 @@ class LayerOutliers:
     positions: Counter[int]
     mean_top1_ratio: float
     max_top1_ratio: float
-    peaks: Counter[int] = field(default_factory=Counter)
+    peaks: dict[int, float] = field(default_factory=dict)
     expert_peaks: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
     # Position 0 can attend to nothing before it, so it is an outlier whatever its token is.
     content = token_ids[:, 1:][outlier[:, 1:]]
     largest = ratios[:, 1:].max(dim=-1)
-    peaks: Counter[int] = Counter()
+    peaks: defaultdict[int, float] = defaultdict(float)
     for token, ratio in zip(token_ids[:, 1:].gather(1, largest.indices[:, None]), largest.values, strict=True):
         peaks[int(token)] += float(ratio) ** 2
     return LayerOutliers(
@@ -76,17 +76,23 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
         Counter(positions.tolist()),
         top1.mean().item(),
         top1.max().item(),
-        peaks,
+        dict(peaks),
     )
 
 
 def rank_peaks(layers: list[LayerOutliers]) -> list[int]:
     """Return content tokens by their `peaks` summed over layers, the largest sum first; ties go to the smaller id."""
-    total: Counter[int] = sum((layer.peaks for layer in layers), Counter())
-    return [token for token, _ in most_frequent(total)]
+    total: defaultdict[int, float] = defaultdict(float)
+    for layer in layers:
+        for token, peak in layer.peaks.items():
+            total[token] += peak
+    return [token for token, peak in most_frequent(total) if peak > 0]
 
 
-def most_frequent(counts: Counter[int], limit: int | None = None) -> list[tuple[int, int]]:
+Number = TypeVar("Number", int, float)
+
+
+def most_frequent(counts: Mapping[int, Number], limit: int | None = None) -> list[tuple[int, Number]]:
     """Return the `limit` most frequent items (None: all) with their counts; ties are in ascending order."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
 

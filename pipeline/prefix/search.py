@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer
 from pipeline.prefix.benefit import choose_by_benefit
 from pipeline.prefix.outliers import (
     LayerOutliers,
@@ -180,7 +180,7 @@ def measure_outliers(
     layers: list[LayerOutliers] = []
     peaks: dict[str, float] = {}
 
-    def watch(index: int, block: nn.Module) -> None:
+    def watch(index: int, block: DecoderLayer) -> None:
         maxima.clear()
         peaks.clear()
         watch_expert_peaks_(block, checkpoint.architecture, peaks)
@@ -189,7 +189,7 @@ def measure_outliers(
         else:
             block.register_forward_hook(lambda module, args, output: maxima.append(token_maxima(output).cpu()))
 
-    def after(index: int, block: nn.Module) -> None:
+    def after(index: int, block: DecoderLayer) -> None:
         whole = ranks.collect(torch.cat(maxima), len(token_ids))
         layer = describe_outliers(index, whole, token_ids, threshold)
         all_peaks = torch.tensor(list(peaks.values()))

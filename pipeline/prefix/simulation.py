@@ -87,9 +87,12 @@ class SimulatedQuantizers:
             x: [B, T, C], which has one scale, or [B, heads, T, d], which has one scale per head.
             key: mean and scale are kept under it, and used for later batches; None: they are those of x.
         """
-        if key is None or key not in self._fixed:
-            self._fixed[key] = self._fit(x.detach())
-        mean, scale = self._fixed[key]
+        if key is None:
+            mean, scale = self._fit(x.detach())
+        else:
+            if key not in self._fixed:
+                self._fixed[key] = self._fit(x.detach())
+            mean, scale = self._fixed[key]
         centered = x - mean
         return mean, centered, fake_quantize(centered, scale, self.bits)
 

@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.blocks.kv_cache import hook_keys_, quantize_cache_
 from pipeline.models.architectures import Architecture
 from pipeline.models.experts import RoutedExperts
+from pipeline.models.layers import Attention, DecoderLayer
 from pipeline.models.sites import RESIDUAL_SITES, Site
 from pipeline.prefix.outliers import token_maxima
 
@@ -26,7 +27,7 @@ ATTENTION_RESULT = "o_proj"
 Hook = Callable[[str, torch.Tensor], torch.Tensor]  # (site, values) -> values that the block goes on with
 
 
-def hook_sites_(block: nn.Module, architecture: Architecture, sites: Iterable[str], hook: Hook) -> None:
+def hook_sites_(block: DecoderLayer, architecture: Architecture, sites: Iterable[str], hook: Hook) -> None:
     """Replace the values x at each of the `sites` by hook(site, x) whenever the block runs.
 
     Args:
@@ -127,12 +128,15 @@ def _hook_input_(module: nn.Module, site: str, hook: Hook) -> None:
 
 
 def _hook_output_(module: nn.Module, site: str, hook: Hook) -> None:
-    module.register_forward_hook(lambda module, args, output: hook(site, output))
+    def replace(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return hook(site, output)
+
+    module.register_forward_hook(replace)
 
 
-def _hook_values_(attention: nn.Module, hook: Hook) -> None:
+def _hook_values_(attention: Attention, hook: Hook) -> None:
     """Hook the values on their way to the cache."""
-    attention.value_quantizer = _ValueHook(hook)
+    attention.add_module("value_quantizer", _ValueHook(hook))
     quantize_cache_(attention)
 
 

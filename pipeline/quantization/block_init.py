@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from pipeline.blocks.kv_cache import turn_keys
-from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
+from pipeline.blocks.kv_cache import as_quantized_attention, turn_keys
+from pipeline.blocks.quantized import find_quantized_linear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import INPUT_SITES, Site, base_site
 from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
@@ -45,7 +45,7 @@ SiteReport = dict[str, float]  # clip_factor, relative_error, at_grid_edge, damp
 
 @torch.no_grad()
 def choose_quantizers_(
-    block: nn.Module,
+    block: DecoderLayer,
     architecture: Architecture,
     statistics: BlockStatistics,
     *,
@@ -91,7 +91,7 @@ def choose_quantizers_(
 class _Chooser:
     """The arguments of `choose_quantizers_`, and the matrices that several of its choices share."""
 
-    block: nn.Module
+    block: DecoderLayer
     architecture: Architecture
     statistics: BlockStatistics
     prefix_kv: torch.Tensor | None
@@ -114,12 +114,12 @@ class _Chooser:
         In a dense block each linear is a group. The gate (or up) projections of all experts read the same input and
         have the same settings, so that they are rounded as one linear with more rows, up to a limit.
         """
-        names = [name for name in readers if self.block.get_submodule(name).spec.enabled]
+        names = [name for name in readers if find_quantized_linear(self.block, name).spec.enabled]
         if self.architecture.experts is None:
             return [[name] for name in names]
         stacks: dict[str, list[list[str]]] = {}
         for name in names:
-            kind, size = base_site(self.shorten(name)), self.block.get_submodule(name).weight.numel()
+            kind, size = base_site(self.shorten(name)), find_quantized_linear(self.block, name).weight.numel()
             groups = stacks.setdefault(kind, [])
             room = STACKED // size
             if not groups or len(groups[-1]) >= max(1, room) or self.site_settings[kind].range == "block":
@@ -173,7 +173,7 @@ class _Chooser:
         Args:
             names: of linears with the same settings. Their rows are treated as those of one linear.
         """
-        linears: list[QuantizedLinear] = [self.block.get_submodule(name) for name in names]
+        linears = [find_quantized_linear(self.block, name) for name in names]
         settings, spec = self.site_settings[base_site(self.shorten(names[0]))], linears[0].spec
         product_dtype = find_product_dtype(linears[0].weight)
         weight = torch.cat([linear.weight for linear in linears]).float() if linears[1:] else linears[0].weight.float()
@@ -185,8 +185,8 @@ class _Chooser:
         def set_integers(integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> None:
             zero_points = [None] * len(linears) if zero_point is None else zero_point.split(sizes)
             parts = zip(linears, integers.split(sizes), scale.split(sizes), zero_points, strict=True)
-            for linear, *tensors in parts:
-                linear.set_integers_(*tensors)
+            for linear, codes, scales, offsets in parts:
+                linear.set_integers_(codes, scales, offsets)
 
         def apply(factor: torch.Tensor) -> None:
             scale, zero_point = candidate.find_parameters(factor)
@@ -213,7 +213,7 @@ class _Chooser:
         rows_each = max(1, _ROWS // len(linears))
         for name, linear, part, own_search in zip(names, linears, weight.split(sizes), searches, strict=True):
             # `dense_weight` would keep its result: in the end a whole block in float32.
-            rounded = dequantize_weight(linear.weight, linear.weight_scale, linear.weight_zero_point, spec.grid)
+            rounded = dequantize_weight(linear.weight, linear.scales, linear.weight_zero_point, spec.grid)
             change = rounded.sub_(part)
             if spec.centered:
                 linear.correct_bias_(-(change @ self.statistics.sites[site].channels.mean))
@@ -230,7 +230,7 @@ class _Chooser:
         """
         if (site, centered) not in self._hessians:
             statistics = self.statistics.sites[site]
-            linears = [self.block.get_submodule(name) for name in self.architecture.site_readers[site]]
+            linears = [find_quantized_linear(self.block, name) for name in self.architecture.site_readers[site]]
             kinds = {linear.spec.centered for linear in linears if linear.spec.enabled}
             hessian = statistics.take_hessian()
             if False in kinds:  # a copy if the other is needed too, because centering happens in place
@@ -261,7 +261,7 @@ class _Chooser:
         prefix_keys = None if self.prefix_kv is None else self.prefix_kv[0].to(queries)
         if site == Site.VALUE:
             return make_value_objective(self._attend_to(queries, prefix_keys), keys, samples, candidate)
-        quantizer = self.block.self_attn.key_quantizer
+        quantizer = as_quantized_attention(self.block.self_attn).key_quantizer
         if quantizer.before_rope:
             cos, sin = self._make_rotary_tables()
             attend = self._attend_to(queries, prefix_keys)
@@ -283,7 +283,7 @@ class _Chooser:
 
         So the error of an expert's outputs counts as often as the router chooses it. In dense blocks the share is 1.
         """
-        weight = self.block.get_submodule(name).weight
+        weight = find_quantized_linear(self.block, name).weight
         prefix = f"{self.architecture.experts}."
         if site != Site.MLP_INPUT or not name.startswith(prefix):
             return weight
@@ -321,7 +321,7 @@ class _Chooser:
 
 @torch.no_grad()
 def measure_block_error(
-    block: nn.Module, statistics: BlockStatistics, prefix_kv: torch.Tensor | None, runner: BlockRunner
+    block: DecoderLayer, statistics: BlockStatistics, prefix_kv: torch.Tensor | None, runner: BlockRunner
 ) -> float:
     """Return the summed squared error of a block's output on the sampled windows, against full precision."""
     error = torch.zeros((), dtype=torch.float64, device=statistics.inputs.device)

@@ -24,6 +24,7 @@ b_c^2 / s_c^2. By the Cauchy-Schwarz inequality, the product of the two sums is 
 most: for each head alone, or for all heads together where R5 mixes them. Inference needs no extra work.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.blocks.kv_cache import find_key_source
-from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_site_quantizers
+from pipeline.blocks.kv_cache import as_quantized_attention, find_key_source
+from pipeline.blocks.quantized import BlockSettings, QuantizedLinear, find_quantized_linear, find_site_quantizers
 from pipeline.blocks.rope import find_rope_groups
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import Architecture
+from pipeline.models.layers import DecoderLayer, Norm, as_norm
 from pipeline.models.sites import CACHE_SITES, RESIDUAL_SITES, Site, base_site
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.rotation.matrices import Rotation, change_heads
@@ -89,7 +91,7 @@ class Equalizer:
         sites: the sites to scale. Those that this block cannot scale are left out.
     """
 
-    block: nn.Module
+    block: DecoderLayer
     architecture: Architecture
     settings: BlockSettings
     r2: Rotation
@@ -117,7 +119,7 @@ class Equalizer:
 
     def make_sums(self) -> dict[str, torch.Tensor]:
         """Return zeros [3, C] float64 for each measured site: sums of x, x^2 and squared derivatives per channel."""
-        device = self.block.get_submodule(self.architecture.attention_output).weight.device
+        device = find_quantized_linear(self.block, self.architecture.attention_output).weight.device
         widths = self.architecture.site_widths(self.block) | {Site.KEY: self.kv_heads * self.head_dim}
         sites = map(_measured_site, self.sites)
         return {site: torch.zeros(3, widths[site], dtype=torch.float64, device=device) for site in sites}
@@ -156,7 +158,7 @@ class Equalizer:
     def _to_channels(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Return recorded values, or derivatives by them, as [tokens, C] in the basis in which they are scaled."""
         if site == Site.KEY:
-            keys = self.block.self_attn.key_quantizer
+            keys = as_quantized_attention(self.block.self_attn).key_quantizer
             x = keys.split_heads(x, self.architecture.heads_first).transpose(1, 2).flatten(2)
         else:
             x = self._find_basis(site).undo(x)
@@ -183,11 +185,14 @@ class Equalizer:
         def keep_input(site: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
             return lambda module, args: recorded.update({site: args[0]})
 
+        def keep_keys(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            recorded[Site.KEY] = output
+
         quantizers, handles = find_site_quantizers(self.block, self.architecture), []
         for site in map(_measured_site, self.sites):
             if site == Site.KEY:
                 source = find_key_source(self.block.self_attn)
-                handles.append(source.register_forward_hook(lambda module, args, output: recorded.update(key=output)))
+                handles.append(source.register_forward_hook(keep_keys))
             else:
                 handles.append(quantizers[site].register_forward_pre_hook(keep_input(site)))
         try:
@@ -215,13 +220,13 @@ class Equalizer:
                 energy = (energy - mean.square()).clamp_min(0)
             if site in CACHE_SITES:  # summed over the query heads that read one key or value head
                 energy, sensitivity = (x.view(self.kv_heads, -1, self.head_dim).sum(1) for x in (energy, sensitivity))
-            if site == Site.KEY:
+            if site == Site.KEY and groups is not None:
                 energy, sensitivity = (self._sum_groups(x, groups) for x in (energy, sensitivity))
             shape = energy.shape
             if site == Site.VALUE and self.settings.online_r5:  # R5 mixes the heads: one geometric mean for all
                 energy, sensitivity = energy.flatten(), sensitivity.flatten()
             scales[site] = choose_scales(energy, sensitivity).view(shape)
-            if site == Site.KEY and not _are_pairs(groups):
+            if site == Site.KEY and groups is not None and not _are_pairs(groups):
                 scales[site] = scales[site][:, groups]
         return scales
 
@@ -241,11 +246,11 @@ class Equalizer:
     @torch.no_grad()
     def scale_(self, scales: Scales) -> None:
         """Multiply the writer of each site by its scales and divide the readers by them, in place."""
-        architecture, find = self.architecture, self.block.get_submodule
+        architecture, find = self.architecture, functools.partial(find_quantized_linear, self.block)
         for site, stored in scales.items():
             s = stored.double().to(find(architecture.attention_output).weight.device)
             if site in RESIDUAL_SITES:
-                _scale_norm_(find(architecture.input_norm(site)), s, architecture.norm_offset)
+                _scale_norm_(self._find_norm(site), s, architecture.norm_offset)
                 for name in architecture.site_readers[site]:
                     _scale_columns_(find(name), 1 / s, self._find_basis(site))
                 for name in architecture.full_precision_readers.get(str(architecture.input_norm(site)), ()):
@@ -262,6 +267,13 @@ class Equalizer:
                 _scale_columns_(output, 1 / for_output, self._find_basis(Site.ATTENTION_OUTPUT))
             else:
                 self._scale_keys_(s)
+
+    def _find_norm(self, site: str) -> Norm:
+        """Return the norm that writes a site. `sites` holds no site without one."""
+        name = self.architecture.input_norm(site)
+        if name is None:
+            raise ValueError(f"{site} cannot be scaled: this family has no norm before it")
+        return as_norm(self.block.get_submodule(name))
 
     def _find_basis(self, site: str) -> "_Basis":
         """Return the rotation that lies between the scaled channels of a site and the weights.
@@ -283,7 +295,7 @@ class Equalizer:
 
     def _add_online_rotation(self, basis: "_Basis", name: str) -> "_Basis":
         """Return `basis` followed by the rotation that the linear `name` applies to its input, if any."""
-        linear: QuantizedLinear = self.block.get_submodule(name)
+        linear = find_quantized_linear(self.block, name)
         return _Basis(
             apply=lambda x: linear.rotate(basis.apply(x)),
             undo=lambda x: basis.undo(linear.rotate(x, inverse=True)),
@@ -296,8 +308,8 @@ class Equalizer:
         heads = attention.q_proj.out_features // (self.head_dim * self.kv_heads)
         for_queries = s.repeat_interleave(heads, dim=0)
         if not hasattr(attention, "k_norm"):
-            _scale_rows_(attention.k_proj, s.flatten())
-            _scale_rows_(attention.q_proj, 1 / for_queries.flatten())
+            _scale_rows_(find_quantized_linear(attention, "k_proj"), s.flatten())
+            _scale_rows_(find_quantized_linear(attention, "q_proj"), 1 / for_queries.flatten())
             return
         offset = self.architecture.norm_offset
         _scale_norm_(attention.k_norm, s.flatten(), offset)
@@ -343,7 +355,7 @@ _UNROTATED = _Basis(apply=lambda x: x, undo=lambda x: x)
 _HADAMARD = _Basis(apply=hadamard_transform, undo=lambda x: hadamard_transform(x, inverse=True))
 
 
-def _scale_norm_(norm: nn.Module, s: torch.Tensor, offset: float) -> None:
+def _scale_norm_(norm: Norm, s: torch.Tensor, offset: float) -> None:
     """Multiply the output of a norm by s [C]; the norm multiplies by weight + offset."""
     weight = norm.weight
     norm.weight = nn.Parameter(((weight.double() + offset) * s - offset).to(weight.dtype), requires_grad=False)
@@ -351,7 +363,9 @@ def _scale_norm_(norm: nn.Module, s: torch.Tensor, offset: float) -> None:
 
 def _divide_inputs_(module: nn.Module, s: torch.Tensor) -> None:
     """Divide the inputs of a module with a weight [out, in] by s [in]."""
-    module.weight = nn.Parameter((module.weight.double() / s).to(module.weight.dtype), requires_grad=False)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    module.weight = nn.Parameter((weight.double() / s).to(weight.dtype), requires_grad=False)
 
 
 def _scale_columns_(linear: QuantizedLinear, s: torch.Tensor, basis: _Basis) -> None:

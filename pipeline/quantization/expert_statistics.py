@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.blocks.quantized import QuantizedLinear
+from pipeline.blocks.quantized import find_quantized_linear, find_site_quantizers
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
 from pipeline.models.experts import RoutedExperts
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site
 from pipeline.quantization.site_statistics import SiteStatistics
 from pipeline.runtime.ranks import Ranks
@@ -42,12 +43,15 @@ class ExpertUse:
     added: int = 0
 
 
+RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # logits [n, E], weights and indices [n, k]
+
+
 class ExpertRecorder:
     """Records the statistics of all routed experts of a block while it runs over this rank's windows [N, T]."""
 
     def __init__(
         self,
-        block: nn.Module,
+        block: DecoderLayer,
         architecture: Architecture,
         sites: dict[str, SiteStatistics],
         *,
@@ -71,9 +75,13 @@ class ExpertRecorder:
         name = architecture.experts.removeprefix(f"{architecture.mlp}.")
         self.names = [f"{Site.MLP_HIDDEN}.{name}.{index}" for index in range(len(experts))]
         self.statistics = [sites[site] for site in self.names]
-        self.downs: list[QuantizedLinear] = [block.get_submodule(architecture.mlps[site][2]) for site in self.names]
+        self.downs = [find_quantized_linear(block, architecture.mlps[site][2]) for site in self.names]
+        quantizers = find_site_quantizers(block, architecture)
+        self._quantizers = [quantizers[site] for site in self.names]
         self.gram_sites, self.length, self.ranks = gram_sites, length, ranks
-        self.capacity = max(FLOOR, samples * self.router.top_k // len(experts))
+        top_k = self.router.top_k
+        assert isinstance(top_k, int)
+        self.capacity = max(FLOOR, samples * top_k // len(experts))
         self.uses: list[ExpertUse] = []
         self._numbers = [torch.zeros(0, dtype=torch.int64) for _ in self.names]
         self._distances: list[torch.Tensor] = []  # of each batch, [n, E]
@@ -90,10 +98,13 @@ class ExpertRecorder:
         def make_hook(index: int) -> Any:
             return lambda module, args: self._add_(index, args[0], self._tokens)
 
+        def keep_distances(module: nn.Module, args: tuple[torch.Tensor], output: RouterOutput) -> None:
+            self._keep_distances(output)
+
         handles = [
-            down.input_quantizer.register_forward_pre_hook(make_hook(index)) for index, down in enumerate(self.downs)
+            quantizer.register_forward_pre_hook(make_hook(index)) for index, quantizer in enumerate(self._quantizers)
         ]
-        handles.append(self.router.register_forward_hook(lambda module, args, output: self._keep_distances(output)))
+        handles.append(self.router.register_forward_hook(keep_distances))
         self.experts.watchers.append(locate)
         try:
             yield
@@ -106,7 +117,7 @@ class ExpertRecorder:
         """Say which of this rank's windows is the first of the batch that runs next."""
         self._first = first
 
-    def _keep_distances(self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    def _keep_distances(self, output: RouterOutput) -> None:
         """Keep how far each expert's logit is below the last chosen one's, [n, E]; -inf for the chosen ones."""
         logits, _, indices = output
         last = logits.gather(1, indices).amin(1, keepdim=True)
@@ -135,7 +146,7 @@ class ExpertRecorder:
             numbers, values = numbers[chosen], values[chosen.to(values.device)]
         self._numbers[index], statistics.samples = numbers, [values]
 
-    def top_up_(self, block: nn.Module, hidden: Stream, prefix_kv: torch.Tensor | None, runner: BlockRunner) -> None:
+    def top_up_(self, block: DecoderLayer, hidden: Stream, prefix_kv: torch.Tensor | None, runner: BlockRunner) -> None:
         """Add the next best tokens to the statistics of experts with few, and set `uses`.
 
         Args:
@@ -169,7 +180,7 @@ class ExpertRecorder:
 
     def _run_chosen_(
         self,
-        block: nn.Module,
+        block: DecoderLayer,
         chosen: dict[int, torch.Tensor],
         hidden: Stream,
         prefix_kv: torch.Tensor | None,

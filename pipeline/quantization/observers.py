@@ -16,15 +16,15 @@ class ChannelObserver:
     """Minimum, maximum and mean of every channel.
 
     Attributes:
-        low, high: [*channels] float32, true extrema; None before the first update.
-        total: [*channels] float64, the sum of the values; None before the first update.
+        low, high: [*channels] float32, true extrema; not set before the first update.
+        total: [*channels] float64, the sum of the values; not set before the first update.
         count: the number of tokens.
     """
 
     def __init__(self) -> None:
-        self.low: torch.Tensor | None = None
-        self.high: torch.Tensor | None = None
-        self.total: torch.Tensor | None = None
+        self.low: torch.Tensor
+        self.high: torch.Tensor
+        self.total: torch.Tensor
         self.count = 0
 
     def update(self, values: torch.Tensor) -> None:
@@ -87,11 +87,22 @@ class ValueHistogram:
         counts = torch.bincount(bins.flatten(), minlength=groups * _BINS).view(groups, _BINS)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 
+    def require_counts(self) -> torch.Tensor:
+        """Return `counts`.
+
+        Raises:
+            RuntimeError: there are none, because no value was counted.
+        """
+        if self.counts is None:
+            raise RuntimeError("a histogram is empty: no value was counted")
+        return self.counts
+
     def find_range(self, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (low, high) [S]: `percentile` % of the values are <= high, as many are >= low; low <= 0 <= high."""
-        numbers = _bfloat16_numbers(self.counts.device)
-        total = self.counts.sum(dim=1, keepdim=True)
-        below = self.counts.cumsum(dim=1)
+        counts = self.require_counts()
+        numbers = _bfloat16_numbers(counts.device)
+        total = counts.sum(dim=1, keepdim=True)
+        below = counts.cumsum(dim=1)
         wanted = torch.ceil(total.double() * percentile / 100)
         high = numbers[(below >= wanted).int().argmax(dim=1)]
         low = numbers[(below > total - wanted).int().argmax(dim=1)]

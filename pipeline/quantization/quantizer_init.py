@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import BlockSettings, block_settings, fill_block
@@ -31,6 +30,7 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.inspection.saturation import advance_probed_, summarise_saturation
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, save_block_file
+from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site, base_site, site_group
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.assembly import assemble_checkpoint
@@ -192,7 +192,7 @@ def init_blocks(
         hidden.copy_(saved["hidden"])
         logger.info("continuing at block %d of %d", start, checkpoint.block_count)
 
-    def load(index: int) -> nn.Module:
+    def load(index: int) -> DecoderLayer:
         settings, _ = resolve_settings(params, checkpoint, index)
         return fill_block(checkpoint, index, checkpoint.load_block_tensors(index), settings)
 
@@ -273,13 +273,14 @@ def measure_channels(
         )
         stored = {f"{index}.{site}": sums for index, block in enumerate(channels) for site, sums in block.items()}
         save_tensors(path, stored, header)
+    assert stored is not None, "a rank measures anew unless all ranks have stored channels"
     return [select_block(stored, index) for index in range(checkpoint.block_count)]
 
 
 def _init_block_(
     checkpoint: Checkpoint,
     index: int,
-    block: nn.Module,
+    block: DecoderLayer,
     hidden: torch.Tensor,
     *,
     prefix_kv: torch.Tensor | None,

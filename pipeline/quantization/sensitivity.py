@@ -13,7 +13,7 @@ block. The second goes from the last block to the first, runs each block again a
 import torch
 
 from pipeline.blocks.prefetch import prefetch_blocks
-from pipeline.blocks.quantized import block_settings, load_block
+from pipeline.blocks.quantized import load_block, require_settings
 from pipeline.blocks.walk import BlockRunner, batches, load_blocks
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.equalization import Equalizer
@@ -55,7 +55,7 @@ def measure_sensitivity(
     blocks = prefetch_blocks(lambda index: load_block(checkpoint, index), indices, runner.device)
     r2 = load_rotation(checkpoint.folder, "r2")
     for index in show_progress(indices, checkpoint.block_count, "sensitivity"):
-        settings = block_settings(checkpoint, index)
+        settings = require_settings(checkpoint, index)
         equalizer = Equalizer(next(blocks), checkpoint.architecture, settings, r2, sites)
         sums, block_prefix = equalizer.make_sums(), runner.take_prefix(prefix_kv, index)
         for rows in batches(len(hidden), runner.batch_size):

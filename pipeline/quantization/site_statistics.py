@@ -51,6 +51,8 @@ class SiteStatistics:
 
     def take_hessian(self) -> torch.Tensor:
         """Return the mean over tokens of x^T x, [C, C]. It takes over the memory of `gram`, which becomes None."""
+        if self.gram is None:
+            raise RuntimeError("a site has no Gram matrix: no quantized weight reads it, or it was taken before")
         hessian, self.gram = self.gram.div_(self.channels.count), None
         for start in range(_ROWS, len(hessian), _ROWS):
             rows = slice(start, start + _ROWS)

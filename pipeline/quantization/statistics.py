@@ -6,9 +6,10 @@ R3 (or before both). The prefix is in the cache, and none of its positions is co
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
-from pipeline.blocks.kv_cache import find_key_source
-from pipeline.blocks.quantized import find_site_quantizers, read_input
+from pipeline.blocks.kv_cache import as_quantized_attention, find_key_source
+from pipeline.blocks.quantized import find_quantized_linear, find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, check_attention_arguments
+from pipeline.models.layers import Attention, DecoderLayer
 from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
 from pipeline.quantization.expert_statistics import ExpertRecorder, ExpertUse
@@ -38,11 +40,21 @@ class NumericalError(PipelineError):
     """A block produced NaN or infinite values; the message names the block and the site."""
 
 
+class RecordedAttention(Attention):
+    """The type of an attention module that records. No object is an instance of it.
+
+    Attributes:
+        recorded: queries and keys [B, heads, T, d] of the last call.
+    """
+
+    recorded: tuple[torch.Tensor, torch.Tensor]
+
+
 def _make_recording(attend: AttentionFunction) -> AttentionFunction:
     """Return an attention function that keeps its queries and the text's keys in `module.recorded`."""
 
     def record(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object
+        module: RecordedAttention, query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         check_attention_arguments(kwargs)
         module.recorded = query, key[:, :, -query.shape[2] :]
@@ -94,7 +106,7 @@ def choose_rank_windows(windows: int, wanted: int, ranks: Ranks) -> list[int]:
 
 @torch.no_grad()
 def record_block(
-    block: nn.Module,
+    block: DecoderLayer,
     architecture: Architecture,
     hidden: torch.Tensor,
     prefix_kv: torch.Tensor | None,
@@ -133,7 +145,7 @@ def record_block(
     gram_sites = {
         site
         for site, readers in architecture.site_readers.items()
-        if any(block.get_submodule(name).spec.enabled for name in readers)
+        if any(find_quantized_linear(block, name).spec.enabled for name in readers)
     }
     recorder = None
     if architecture.experts is not None:
@@ -179,7 +191,7 @@ def record_block(
         grouped = group(x - statistics.channels.mean if spec.centered else x, spec.group_size)
         statistics.histogram.update(grouped.flatten(1, -2))
 
-    attention = block.self_attn
+    attention = cast(RecordedAttention, block.self_attn)
     measure_key_mean_(block, architecture, hidden, runner, ranks)
     attention.config._attn_implementation = _RECORDING + architecture.kernel
     routed = nullcontext() if recorder is None else recorder.recording()
@@ -207,7 +219,7 @@ def record_block(
             for rows in batches(rank_count, runner.batch_size):
                 runner.run(block, hidden[rows].to(runner.device), prefix_kv)
         for site in sorted(percentile_sites):  # a set has another order in each process
-            ranks.sum_(sites[site].histogram.counts)
+            ranks.sum_(sites[site].histogram.require_counts())
     return BlockStatistics(
         sites,
         queries=ranks.join(torch.cat(queries)),
@@ -220,10 +232,10 @@ def record_block(
 
 @torch.no_grad()
 def measure_key_mean_(
-    block: nn.Module, architecture: Architecture, hidden: Stream, runner: BlockRunner, ranks: Ranks = ALONE
+    block: DecoderLayer, architecture: Architecture, hidden: Stream, runner: BlockRunner, ranks: Ranks = ALONE
 ) -> None:
     """Give the key quantizer the mean of the keys before RoPE over all windows [N, T, D], if it takes the mean out."""
-    attention = block.self_attn
+    attention = as_quantized_attention(block.self_attn)
     quantizer, source = attention.key_quantizer, find_key_source(attention)
     if not quantizer.mean_taken_out:
         return
@@ -232,7 +244,7 @@ def measure_key_mean_(
         x = read_input(block, architecture, Site.ATTENTION_INPUT, hidden[rows].to(runner.device))
         keys = attention.k_proj(x)
         if source is not attention.k_proj:  # k_norm, which normalises each head, or all heads together
-            keys = source(keys.unflatten(-1, (-1, source.weight.numel())))
+            keys = source(keys.unflatten(-1, (-1, attention.k_norm.weight.numel())))
         total += keys.reshape(-1, *quantizer.mean.shape).double().sum(0)
     count = torch.tensor(hidden.shape[0] * hidden.shape[1], dtype=torch.float64, device=total.device)
     ranks.sum_(total, count)
@@ -240,7 +252,7 @@ def measure_key_mean_(
 
 
 @contextmanager
-def _hooking(quantizers: dict[str, nn.Module], record: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def _hooking(quantizers: Mapping[str, nn.Module], record: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call record(site, input) whenever a quantizer runs."""
 
     def make_hook(site: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:

@@ -20,6 +20,7 @@ from pipeline.blocks.quantized import BlockSettings, fill_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import check_attention_arguments, find_architecture
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layers import DecoderLayer, Norm, as_norm
 from pipeline.rotation.matrices import Rotation, count_rows
 from pipeline.runtime.errors import PipelineError
 
@@ -135,7 +136,7 @@ class InvarianceGate:
         return metrics | ({"dtype_logit_deviation": relative["dtype"]} if "dtype" in relative else {})
 
 
-def compute_exactly_(block: nn.Module) -> None:
+def compute_exactly_(block: DecoderLayer) -> None:
     """Make a float64 block compute in float64 throughout: norms, and attention and routers in place of float32."""
     config = block.self_attn.config
     for module in block.modules():
@@ -144,7 +145,9 @@ def compute_exactly_(block: nn.Module) -> None:
     offset = find_architecture(config).norm_offset
     for module in block.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(normalise, gain=find_gain(module, offset), eps=find_eps(module))
+            module.forward = functools.partial(
+                normalise, gain=find_gain(as_norm(module), offset), eps=find_eps(as_norm(module))
+            )
     if config._attn_implementation == "eager":
         config._attn_implementation = _EAGER
 
@@ -154,7 +157,9 @@ def _route_exactly(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose experts by softmax in the dtype of the logits [n, E]; return logits, weights and indices [n, k]."""
     logits, rounded, _ = output
-    weights, indices = logits.softmax(-1).topk(router.top_k, dim=-1)
+    top_k = router.top_k
+    assert isinstance(top_k, int)
+    weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
     if getattr(router, "norm_topk_prob", True):
         weights = weights / weights.sum(-1, keepdim=True)
     error = (weights - rounded).abs().max()
@@ -167,7 +172,7 @@ def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
-def find_gain(norm: nn.Module, offset: float) -> torch.Tensor:
+def find_gain(norm: Norm, offset: float) -> torch.Tensor:
     """Return the factor of an RMSNorm in float64: its weight plus the family's `norm_offset`."""
     gain = norm.weight.detach().double() + offset
     x = torch.linspace(1, 2, len(gain), device=gain.device)
@@ -177,7 +182,7 @@ def find_gain(norm: nn.Module, offset: float) -> torch.Tensor:
     return gain
 
 
-def find_eps(norm: nn.Module) -> float:
+def find_eps(norm: Norm) -> float:
     """Return the eps of an RMSNorm, which has two names in transformers' families."""
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 

@@ -223,7 +223,7 @@ def hide_bars() -> None:
     def start_hidden(self: tqdm, *arguments: Any, **options: Any) -> None:
         start(self, *arguments, **options | {"disable": True})
 
-    tqdm.__init__ = start_hidden  # type: ignore[method-assign]
+    tqdm.__init__ = start_hidden
     setattr(tqdm, _HIDDEN, True)
 
 

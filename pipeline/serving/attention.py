@@ -27,6 +27,16 @@ from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
 _BASE = 256
 
 
+class Rope(nn.Module):
+    """The type of vLLM's RoPE. No object is an instance of it.
+
+    Attributes:
+        cos_sin_cache: [positions, d], cosines and then sines.
+    """
+
+    cos_sin_cache: torch.Tensor
+
+
 class TurnedKeys(nn.Module):
     """Takes the place of a layer's RoPE: (positions [T], queries [T, H d], keys [T, K d]) -> queries and keys.
 
@@ -35,7 +45,7 @@ class TurnedKeys(nn.Module):
 
     def __init__(
         self,
-        rope: nn.Module,
+        rope: Rope,
         quantizer: KeyQuantizer,
         dtype: torch.dtype,
         device: torch.device = CPU,
@@ -107,6 +117,8 @@ class CachedValues(nn.Module):
 
     With a prefix, keys come from `append_places`.
     """
+
+    prefix: torch.Tensor | None
 
     def __init__(
         self,

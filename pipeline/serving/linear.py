@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from pipeline.blocks.quantized import QuantizedLinear
-from pipeline.inference.packed_block import fits_integers, gather_operands
+from pipeline.inference.packed_block import PackedLinear, fits_integers, gather_operands
 from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import make_codes
 from pipeline.numerics.hadamard import CPU, HadamardTransform
@@ -24,9 +23,12 @@ from pipeline.numerics.quantizer import ActivationQuantizer
 class ServedLinear(nn.Module):
     """Compute [T, sum of outs] from x [T, in], in the dtype of x."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self,
-        parts: Sequence[QuantizedLinear],
+        parts: Sequence[PackedLinear],
         quantizer: ActivationQuantizer,
         *,
         rotate: bool,
@@ -48,7 +50,8 @@ class ServedLinear(nn.Module):
         """
         super().__init__()
         self.width, width = sum(part.out_features for part in parts), parts[0].in_features
-        self.codes = self.product = None
+        self.codes: nn.Module | None = None
+        self.product: nn.Module | None = None
         if make_product is not None and fits_integers(quantizer, parts):
             self.product = make_product(gather_operands(quantizer, parts), dtype).to(device)
             self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
@@ -63,7 +66,7 @@ class ServedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.product is not None:
+        if self.product is not None and self.codes is not None:
             return self.product(self.codes(x))
         if self.transform is not None:
             x = self.transform(x)

@@ -13,48 +13,88 @@ Batching, paging, chunks, cached prefixes and sampling work as for any model.
 import copy
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from pipeline.blocks.kv_cache import as_quantized_attention
 from pipeline.blocks.quantized import find_site_quantizers
-from pipeline.inference.packed_block import find_rotation
+from pipeline.inference.packed_block import find_packed_linear, find_rotation
+from pipeline.inference.prefixed_model import PrefixedModel
 from pipeline.inference.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_sliding_window
 from pipeline.models.checkpoint import build_skeleton
+from pipeline.models.layers import DecoderLayer, list_layers
 from pipeline.models.sites import Site
-from pipeline.serving.attention import CachedValues, TurnedKeys
+from pipeline.serving.attention import CachedValues, Rope, TurnedKeys
 from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.product import find_product
-from pipeline.serving.quantization import ServedLinearMethod, check_engine
+from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine
+
+
+class FusedAttention(nn.Module):
+    """The type of vLLM's attention module. No object is an instance of it, or of the two classes below."""
+
+    qkv_proj: LinearBase
+    o_proj: LinearBase
+    rotary_emb: nn.Module
+    attn: nn.Module
+
+
+class FusedMlp(nn.Module):
+    """The type of vLLM's MLP."""
+
+    gate_up_proj: LinearBase
+    down_proj: LinearBase
+
+
+class FusedLayer(nn.Module):
+    """The type of vLLM's decoder layer."""
+
+    self_attn: FusedAttention
+    mlp: FusedMlp
+
+
+class LoadsWeights(Protocol):
+    """A model of vLLM."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill parameters and return their names."""
+        ...
 
 
 class PrefixQuantModel(nn.Module):
     """The base class that comes before a causal language model of vLLM in the order of inheritance."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
-        self.exported = vllm_config.quant_config.exported
+        quant_config = vllm_config.quant_config
+        if not isinstance(quant_config, ServedQuantization):
+            raise ServingError("quantization: vLLM read no quantization_config of this project. Get an intact folder.")
+        self.exported = quant_config.exported
         check_engine(vllm_config)
         skeleton_config = copy.deepcopy(vllm_config.model_config.hf_config)
-        del skeleton_config.quantization_config
+        delattr(skeleton_config, "quantization_config")
         with torch.device("cpu"):  # vLLM has set the engine's device
-            skeleton = build_skeleton(skeleton_config)
-            build_packed_(skeleton, self.exported)
+            skeleton = build_packed_(build_skeleton(skeleton_config), self.exported)
         match_sliding_(vllm_config, skeleton)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
-            if isinstance(getattr(module, "quant_method", None), ServedLinearMethod):
+            if isinstance(module, LinearBase) and isinstance(module.quant_method, ServedLinearMethod):
                 module.bias = None  # `ServedLinear` has its own bias
         self.config_of_engine = vllm_config
-        self._skeleton = (skeleton,)  # a tuple, so that torch does not register it as a submodule
+        self._skeleton: tuple[PrefixedModel | None] = (
+            skeleton,
+        )  # a tuple, so that torch does not register it as a submodule
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill vLLM's model with the exported tensors, and return the names of its own parameters.
@@ -78,17 +118,20 @@ class PrefixQuantModel(nn.Module):
         # vLLM's cache of compiled code is keyed by this config.
         self.config_of_engine.additional_config["prefixquant"] = hash_contents(tensors, has_kernels)
         parameters = {name for name, _ in self.named_parameters()}
-        loaded = super().load_weights((name, tensor) for name, tensor in tensors.items() if name in parameters)
+        loaded = cast(LoadsWeights, super()).load_weights(
+            (name, tensor) for name, tensor in tensors.items() if name in parameters
+        )
         if unfilled := sorted(parameters - loaded):
             raise ServingError(f"{len(unfilled)} tensors of vLLM's model were not loaded: {', '.join(unfilled[:3])}.")
-        for index, (layer, block) in enumerate(zip(self.model.layers, skeleton.model.layers, strict=True)):
+        layers = [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
+        for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
             fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype, device)
         self._skeleton = (None,)
         return loaded
 
 
-def match_sliding_(config: VllmConfig, skeleton: nn.Module) -> None:
+def match_sliding_(config: VllmConfig, skeleton: PreTrainedModel) -> None:
     """Have vLLM slide exactly the layers that slide in the exported model.
 
     vLLM supports models in which every layer slides. It takes a stray `sliding_window` in config.json for such a model.
@@ -98,7 +141,7 @@ def match_sliding_(config: VllmConfig, skeleton: nn.Module) -> None:
         ServingError: some layers slide, and texts may be longer than their window.
     """
     model = config.model_config
-    windows = [find_sliding_window(model.hf_config, block) for block in skeleton.model.layers]
+    windows = [find_sliding_window(model.hf_config, block) for block in list_layers(skeleton)]
     if None not in windows:
         return
     narrowest = min((window for window in windows if window is not None), default=None)
@@ -123,13 +166,13 @@ def hash_contents(tensors: dict[str, torch.Tensor], has_kernels: bool) -> str:
     contents = hashlib.sha256(b"kernels" if has_kernels else b"")
     for name in sorted(tensors):
         contents.update(name.encode())
-        contents.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        contents.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return contents.hexdigest()
 
 
 def fill_layer_(
-    layer: nn.Module,
-    block: nn.Module,
+    layer: FusedLayer,
+    block: DecoderLayer,
     prefix_kv: torch.Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -147,14 +190,14 @@ def fill_layer_(
     architecture = find_architecture(block.self_attn.config)
     quantizers = find_site_quantizers(block, architecture)
     attention = layer.self_attn
-    fused_linears = {
+    fused_linears: dict[str, LinearBase] = {
         Site.ATTENTION_INPUT: attention.qkv_proj,
         Site.ATTENTION_OUTPUT: attention.o_proj,
         Site.MLP_INPUT: layer.mlp.gate_up_proj,
         Site.MLP_HIDDEN: layer.mlp.down_proj,
     }
     for site, readers in architecture.site_readers.items():
-        parts = [block.get_submodule(reader) for reader in readers]
+        parts = [find_packed_linear(block, reader) for reader in readers]
         rotate, block_size = find_rotation(block, architecture, site)
         product = find_product(dtype, device, [parts[0].in_features, *(part.out_features for part in parts)])
         served = ServedLinear(
@@ -172,10 +215,13 @@ def fill_layer_(
                 f"{site}: vLLM's layer has the shape {[fused.output_size, fused.input_size]}, the exported one "
                 f"{[served.width, parts[0].in_features]}. This is a bug of this project."
             )
+        if not isinstance(fused.quant_method, ServedLinearMethod):
+            raise ServingError(f"{site}: vLLM computes this layer by another method. This is a bug of this project.")
         fused.quant_method.take(fused, served)
-    keys, values = block.self_attn.key_quantizer, block.self_attn.value_quantizer
+    exported = as_quantized_attention(block.self_attn)
+    keys, values = exported.key_quantizer, exported.value_quantizer
     prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
-    attention.rotary_emb = TurnedKeys(attention.rotary_emb, keys, dtype, device, prefix_tokens)
+    attention.rotary_emb = TurnedKeys(cast(Rope, attention.rotary_emb), keys, dtype, device, prefix_tokens)
     attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
 
 

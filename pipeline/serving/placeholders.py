@@ -38,7 +38,7 @@ def insert_placeholders_() -> None:
             prepend_placeholders_(request, self.vllm_config)
         return request
 
-    process_inputs.prefixquant = True
+    process_inputs.__dict__["prefixquant"] = True
     InputProcessor.process_inputs = process_inputs
 
 
@@ -60,7 +60,7 @@ def prepend_placeholders_(request: EngineCoreRequest, config: VllmConfig) -> Non
     params = request.sampling_params
     if params is not None and params.prompt_logprob_token_ids is not None:
         raise RefusedRequestError("prompt_logprob_token_ids: its rows do not count placeholders. Use prompt_logprobs.")
-    text = list(request.prompt_token_ids)
+    text = list(request.prompt_token_ids or ())
     # Where texts begin with a start token of their own, `start_token_id` is null, and they keep it.
     if prefix["start_token_id"] is not None and text[:1] == [prefix["start_token_id"]]:
         text = text[1:]

@@ -29,6 +29,8 @@ class ServedProduct(nn.Module):
     rounded twice for many tokens, and once for a few.
     """
 
+    constant: torch.Tensor
+
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype = len(operands.constant), dtype
@@ -42,8 +44,9 @@ class ServedProduct(nn.Module):
             "input_zero_point": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
             "constant": operands.constant,
         }
-        self.has_nibbles = (nibbles := pack_nibbles(operands)) is not None
-        if self.has_nibbles:
+        nibbles = pack_nibbles(operands)
+        self.has_nibbles = nibbles is not None
+        if nibbles is not None:
             buffers |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -72,6 +75,12 @@ class ServedProduct(nn.Module):
 
 class CutlassProduct(nn.Module):
     """Compute the same as `ServedProduct` on a GPU, in bfloat16. The kernel needs widths that are multiples of 16."""
+
+    weight: torch.Tensor
+    input_scale: torch.Tensor
+    scales: torch.Tensor
+    zero_product: torch.Tensor
+    constant: torch.Tensor
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()

@@ -77,13 +77,15 @@ class ServedLinearMethod(LinearMethodBase):
     """Computes a layer of vLLM by the `ServedLinear` that `take` has put into it."""
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
-        layer.served = None
+        layer.add_module("served", None)
 
     def take(self, layer: nn.Module, served: ServedLinear) -> None:
         layer.served = served
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return layer.served(x)
+        served = layer.served
+        assert isinstance(served, ServedLinear), "model.py fills every layer"
+        return served(x)
 
 
 def check_engine(config: VllmConfig) -> None:

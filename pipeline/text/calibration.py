@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.models.special_tokens import read_token
 from pipeline.runtime.artifacts import ArtifactError, fingerprint, fingerprint_file, make_header
 from pipeline.runtime.errors import PipelineError, reading
 from pipeline.text.conversations import Conversation, find_unread_fields, render_conversation
@@ -86,7 +87,7 @@ def render_documents(documents: list[Document], tokenizer: PreTrainedTokenizerBa
 def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, problem: str) -> str:
     with reading(lambda reason: WindowsError(f"{problem} ({reason})")):
         text = render_conversation(conversation, tokenizer)
-    start = tokenizer.bos_token
+    start = read_token(tokenizer, "bos")
     return text.removeprefix(start) if start and text.rfind(start) == 0 else text
 
 

@@ -177,10 +177,11 @@ def _read_hub(name: str, max_documents: int | None) -> dict[str, list[Document]]
     return fetched
 
 
-def _join_rows(rows: Iterable[dict[str, Any]], corpus: HubCorpus) -> Iterator[str]:
+def _join_rows(rows: datasets.Dataset | datasets.IterableDataset, corpus: HubCorpus) -> Iterator[str]:
     """Yield documents made of rows. Joining them by blank lines gives the same text as joining the rows."""
     document: list[str] = []
     for row in rows:
+        assert isinstance(row, dict), "a data set yields its rows as dicts"
         text = row[corpus.text_field]
         starts = re.match(corpus.heading, text) if corpus.heading else len(document) >= corpus.rows_per_document
         if starts and document:

@@ -80,7 +80,7 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
                     f"calibration.{name}.corpora={corpus!r} is not among the corpora "
                     f"({', '.join(sorted(corpora))}). Add it under `corpora:`, or choose one of those"
                 )
-        if isinstance(split.corpora, dict):
+        if isinstance(split, SplitParams) and isinstance(split.corpora, dict):
             counts = split_windows(split.windows, split.corpora)
             problems += [
                 f"calibration.{name}.corpora.{corpus}={split.corpora[corpus]} is less than one of {split.windows} "

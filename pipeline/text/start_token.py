@@ -4,7 +4,7 @@ Some models were trained with a start token before every text and cannot read wi
 there. `calibration.start_token` says whether windows have it, and `inspection/start_decision.py` finds out.
 """
 
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.checkpoint import Checkpoint
@@ -34,7 +34,10 @@ def set_start_token_(tokenizer: PreTrainedTokenizerBase, text_start_token_id: in
     if text_start_token_id is not None:
         special = [(tokenizer.convert_ids_to_tokens(text_start_token_id), text_start_token_id)]
     first = [token for token, _ in special]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} has no fast tokenizer, whose start token can be set")
+    backend.post_processor = processors.TemplateProcessing(
         single=[*first, "$A"], pair=[*first, "$A", "$B"], special_tokens=special
     )
     return True

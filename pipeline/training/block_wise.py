@@ -21,13 +21,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
-from pipeline.blocks.quantized import block_settings, fill_block, find_site_quantizers, load_block
+from pipeline.blocks.quantized import (
+    fill_block,
+    find_quantized_linear,
+    find_site_quantizers,
+    load_block,
+    require_settings,
+)
 from pipeline.blocks.walk import BlockRunner, load_blocks
 from pipeline.inspection.saturation import PROBED_WINDOWS, advance_probed_
 from pipeline.models.checkpoint import Checkpoint, save_block_file
+from pipeline.models.layers import DecoderLayer
 from pipeline.numerics.quantizer import dequantize_weight, quantize_weight
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.rotation.matrices import load_rotation
@@ -69,7 +75,7 @@ class BlockTrainer(Trainer[BlockData]):
 
     def __init__(
         self,
-        block: nn.Module,
+        block: DecoderLayer,
         trainables: Trainables,
         *,
         prefix_kv: torch.Tensor | None,
@@ -159,7 +165,7 @@ class _Streams:
                 self.outputs[split] = offload.keep(f"outputs-{split}", room)
 
     def advance_reference_(
-        self, runner: BlockRunner, block: nn.Module, prefix_kv: torch.Tensor | None
+        self, runner: BlockRunner, block: DecoderLayer, prefix_kv: torch.Tensor | None
     ) -> dict[str, list[Stream]]:
         """Run a reference block on all windows; return split -> the targets of the quantized block."""
         targets: dict[str, list[Stream]] = {split: [] for split in self.quantized}
@@ -264,7 +270,7 @@ def _finetune_block(
         weights = use_full_precision_(block, models.rotated, models.initial, index)
     elif params.blocks.weight_lr > 0:
         names = architecture.of_block(block).linears
-        weights = {name: block.get_submodule(name).dense_weight(torch.float32) for name in names}
+        weights = {name: find_quantized_linear(block, name).dense_weight(torch.float32) for name in names}
     trainables = unfreeze_(block, architecture, weights=weights)
     del weights  # `trainables` has copies
     trainer = BlockTrainer(block, trainables, prefix_kv=prefix_kv, runner=runner, params=params, ranks=place.ranks)
@@ -287,11 +293,11 @@ def _finetune_block(
     return report, block.state_dict()
 
 
-def _measure_changes(block: nn.Module, initial: Checkpoint, index: int) -> float:
+def _measure_changes(block: DecoderLayer, initial: Checkpoint, index: int) -> float:
     """Return the share of the integers of a block's weights that differ from `initial`."""
     tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
     names = initial.architecture.of_block(block).linears
-    pairs = [(block.get_submodule(name).weight, tensors[f"{name}.weight"]) for name in names]
+    pairs = [(find_quantized_linear(block, name).weight, tensors[f"{name}.weight"]) for name in names]
     changed = sum(int(torch.ne(after.cpu(), before).sum()) for after, before in pairs)
     return changed / sum(before.numel() for _, before in pairs)
 
@@ -303,7 +309,7 @@ def load_scales(initial: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def use_full_precision_(
-    block: nn.Module, rotated: Checkpoint, initial: Checkpoint, index: int
+    block: DecoderLayer, rotated: Checkpoint, initial: Checkpoint, index: int
 ) -> dict[str, torch.Tensor]:
     """Prepare a quantized block for a start from full-precision weights, and return these weights.
 
@@ -316,20 +322,20 @@ def use_full_precision_(
     Returns:
         Linear -> weight [out, in] of the rotated model, equalized like the block.
     """
-    architecture, settings = initial.architecture.of_block(block), block_settings(initial, index)
+    architecture, settings = initial.architecture.of_block(block), require_settings(initial, index)
     rotated_block = fill_block(rotated, index, rotated.load_block_tensors(index), settings)
     equalizer = Equalizer(rotated_block, architecture, settings, load_rotation(rotated.folder, "r2"))
     equalizer.scale_(select_block(load_scales(initial), index))
     quantizers, weights = find_site_quantizers(block, architecture), {}
     for site, readers in architecture.site_readers.items():
         for name in readers:
-            linear, source = block.get_submodule(name), rotated_block.get_submodule(name)
+            linear, source = find_quantized_linear(block, name), find_quantized_linear(rotated_block, name)
             weights[name] = source.weight.to(linear.weight.device)
             if linear.bias is None:
                 continue
             linear.bias = torch.zeros_like(linear.bias) if source.bias is None else source.bias.to(linear.bias)
             if linear.spec.centered and quantizers[site].spec.centered:
-                scale, zero_point = linear.weight_scale, linear.weight_zero_point
+                scale, zero_point = linear.scales, linear.weight_zero_point
                 grid = linear.spec.grid
                 codes = quantize_weight(weights[name], scale, grid, zero_point)
                 error = dequantize_weight(codes, scale, zero_point, grid) - weights[name].float()

@@ -63,6 +63,7 @@ class _MeanDivergences(torch.autograd.Function):
         return totals / len(reference)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (upstream,) = gradients
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype)[:, None, None], None, None, None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.blocks.prefix_kv import PREFIX
-from pipeline.blocks.quantized import block_settings
+from pipeline.blocks.quantized import require_settings
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
 from pipeline.text.windows import prepend_start_token, unpack_start_token
@@ -82,7 +82,7 @@ def finetune(
             initial,
             folder,
             work_folder=block_folder,
-            settings=[block_settings(initial, index) for index in range(initial.block_count)],
+            settings=[require_settings(initial, index) for index in range(initial.block_count)],
             embeddings={name: initial.load_tensor(name) for name in names},
             prefix=prefix,
             report=report,

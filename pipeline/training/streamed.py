@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.blocks.prefetch import TensorFetcher, Tensors
 from pipeline.models.architectures import Architecture
+from pipeline.models.layers import DecoderLayer
 from pipeline.runtime.streams import Offload
 from pipeline.training.place import Keeping, run_differentiably
 
@@ -45,7 +46,7 @@ class TrainedBlocks:
             load: returns the tensors of a block as they are on disk, among them the linears' weights.
             offload: holds the hidden states of a streamed model.
         """
-        self._blocks: list[nn.Module] = []
+        self._blocks: list[DecoderLayer] = []
         self.keeping, self.offload = keeping, offload
         self._architecture = architecture
         self._weight_names: list[list[str]] = []  # of each block
@@ -56,11 +57,11 @@ class TrainedBlocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index: int) -> nn.Module:
+    def __getitem__(self, index: int) -> DecoderLayer:
         """Return a block in its current state: the weights of a streamed one may be missing."""
         return self._blocks[index]
 
-    def append(self, block: nn.Module, trained: Iterable[nn.Parameter] = ()) -> None:
+    def append(self, block: DecoderLayer, trained: Iterable[nn.Parameter] = ()) -> None:
         """Take over a complete block, whose parameters `trained` get gradients."""
         self._blocks.append(block)
         self._weight_names.append([f"{name}.weight" for name in self._architecture.of_block(block).linears])
@@ -80,7 +81,7 @@ class TrainedBlocks:
         self.bring(index, (index + 1) % len(self))
         return function(index, hidden, *others)
 
-    def bring(self, index: int, following: int | None = None) -> nn.Module:
+    def bring(self, index: int, following: int | None = None) -> DecoderLayer:
         """Return block `index` with all its weights; on a GPU, block `following` is fetched meanwhile."""
         if self.keeping.stream and self._present != index:
             if self._present is not None:
@@ -93,8 +94,12 @@ class TrainedBlocks:
         """Return the linears' weights of a block from disk, in the dtypes that the block has them in."""
         tensors, block = self._load(index), self._blocks[index]
         names = self._weight_names[index]
-        dtypes = {name: block.get_submodule(name.removesuffix(".weight")).weight.dtype for name in names}
-        return {name: tensors[name].to(dtype) for name, dtype in dtypes.items()}
+        loaded = {}
+        for name in names:
+            weight = block.get_submodule(name.removesuffix(".weight")).weight
+            assert isinstance(weight, torch.Tensor), f"{name} belongs to a linear, plain or with quantizers"
+            loaded[name] = tensors[name].to(weight.dtype)
+        return loaded
 
     def _drop_(self, index: int) -> None:
         state = self._blocks[index].state_dict()
@@ -145,7 +150,7 @@ class _RunStreamed(torch.autograd.Function):
             if output.requires_grad and slope is not None
         ]
         inputs = (*arguments, *blocks._trained[index])
-        sources = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        sources = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed and tensor is not None]
         gradients: Iterator[torch.Tensor | None] = iter(())
         if pairs:
             ends, slopes = zip(*pairs, strict=True)

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pipeline.blocks.quantized import QuantizedLinear, find_site_quantizers
+from pipeline.blocks.quantized import QuantizedLinear, find_quantized_linear, find_site_quantizers
 from pipeline.models.architectures import Architecture
+from pipeline.models.layers import DecoderLayer, as_norm
 from pipeline.numerics.grids import Grid
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range, quantize_weight, round_through
 
@@ -96,7 +97,7 @@ class _RelativeZeroPoint(_Relative):
 
 
 def unfreeze_(
-    block: nn.Module,
+    block: DecoderLayer,
     architecture: Architecture,
     weights: dict[str, torch.Tensor] | None = None,
     norms: bool = False,
@@ -111,7 +112,7 @@ def unfreeze_(
     """
     trainables, architecture = Trainables(), architecture.of_block(block)
     for name in architecture.linears:
-        linear: QuantizedLinear = block.get_submodule(name)
+        linear = find_quantized_linear(block, name)
         linear.unfrozen = True
         if weights is not None:
             # A weight that is rounded is cast after the rounding.
@@ -134,17 +135,17 @@ def unfreeze_(
                 _make_relative_(quantizer, "zero_point", _RelativeZeroPoint, quantizer.spec.bits)
             )
     for name in (*architecture.norms, *architecture.post_norms) if norms else ():
-        norm, offset = block.get_submodule(name), architecture.norm_offset
+        norm, offset = as_norm(block.get_submodule(name)), architecture.norm_offset
         trainables.norms.append(_make_relative_(norm, "weight", _RelativeGain, offset, norm.weight.dtype))
     return trainables
 
 
 @torch.no_grad()
-def freeze_(block: nn.Module) -> None:
+def freeze_(block: DecoderLayer) -> None:
     """Undo `unfreeze_` with the trained values; float weights become integers. The block computes the same."""
     for module in block.modules():
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
+            for name in list(_read_parametrizations(module)):
                 value = getattr(module, name).detach()
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, nn.Parameter(value))
@@ -164,6 +165,20 @@ def freeze_(block: nn.Module) -> None:
             module.set_integers_(integers, scale, zero_point)
 
 
+def _read_parametrizations(module: nn.Module) -> nn.ModuleDict:
+    """Return the parametrized tensors of a module, by name."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    return parametrizations
+
+
+def _read_original(module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that a parametrized tensor is computed from."""
+    original = _read_parametrizations(module)[name].original
+    assert isinstance(original, nn.Parameter)
+    return original
+
+
 def _has(module: nn.Module, name: str) -> bool:
     return getattr(module, name, None) is not None
 
@@ -177,11 +192,11 @@ def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = N
     if dtype in (None, torch.float32):
         return getattr(module, name)
     parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
-    return module.parametrizations[name].original
+    return _read_original(module, name)
 
 
 def _make_relative_(module: nn.Module, name: str, kind: type[_Relative], *options: Any) -> nn.Parameter:
     """Replace a buffer or parameter by theta; the module reads `kind(initial value, *options)` of it."""
     initial = _make_parameter_(module, name).detach()
     parametrize.register_parametrization(module, name, kind(initial, *options), unsafe=True)
-    return module.parametrizations[name].original
+    return _read_original(module, name)

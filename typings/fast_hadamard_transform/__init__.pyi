@@ -1,0 +1,3 @@
+import torch
+
+def hadamard_transform(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor: ...

@@ -1,0 +1,3 @@
+class ModelRegistry:
+    @staticmethod
+    def register_model(model_arch: str, model_cls: str) -> None: ...

@@ -1,0 +1,12 @@
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization import QuantizeMethodBase
+
+class LinearMethodBase(QuantizeMethodBase):
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+
+class LinearBase(nn.Module):
+    input_size: int
+    output_size: int
+    quant_method: QuantizeMethodBase | None
+    bias: torch.Tensor | None
