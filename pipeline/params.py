@@ -6,11 +6,14 @@ groups are put together and checked against each other and against the model.
 `load_params` returns frozen objects whose attributes are the keys of the file. Every mistake in the file is collected
 into one `ParamsError`, each line naming the key, the value, the allowed values and the remedy. `check_against_model`
 adds what can only be judged with the model's sizes at hand (does a group size divide a layer's width?).
+
+The defaults of these objects are the values of the params.yaml that comes with the project (tests/test_params.py
+compares them). They are for use from Python; a file has every key.
 """
 
 import datetime
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -30,25 +33,29 @@ from pipeline.runtime.errors import reading
 from pipeline.runtime.params import Group, ParamsError, RuntimeParams, check_packaged, list_problems
 from pipeline.runtime.strict_yaml import read_strict_yaml
 from pipeline.text import params as text
-from pipeline.text.params import CalibrationParams, CorpusParams
+from pipeline.text.params import PACKAGED_CORPORA, CalibrationParams, CorpusParams
 from pipeline.training.params import RENAMED_KEYS, FinetuningParams
 
 
 class Params(Group):
-    model: ModelParams
-    corpora: Annotated[dict[str, CorpusParams], Field(min_length=1)]
-    calibration: CalibrationParams
-    rotation: RotationParams
-    prefix_search: PrefixSearchParams
-    prefix_training: PrefixTrainingParams
-    prefix: PrefixParams
-    quantizer_init: QuantizerInitParams
-    finetuning: FinetuningParams
-    export: ExportParams
-    evaluation: EvaluationParams
-    activation_plots: ActivationPlotsParams
-    report: ReportParams
-    runtime: RuntimeParams
+    """All groups of params.yaml. `Params()` holds the values of the file that comes with the project."""
+
+    model: ModelParams = ModelParams()
+    corpora: Annotated[dict[str, CorpusParams], Field(min_length=1)] = Field(
+        default_factory=lambda: {name.removeprefix("packaged:"): CorpusParams(source=name) for name in PACKAGED_CORPORA}
+    )
+    calibration: CalibrationParams = CalibrationParams()
+    rotation: RotationParams = RotationParams()
+    prefix_search: PrefixSearchParams = PrefixSearchParams()
+    prefix_training: PrefixTrainingParams = PrefixTrainingParams()
+    prefix: PrefixParams = PrefixParams()
+    quantizer_init: QuantizerInitParams = QuantizerInitParams()
+    finetuning: FinetuningParams = FinetuningParams()
+    export: ExportParams = ExportParams()
+    evaluation: EvaluationParams = EvaluationParams()
+    activation_plots: ActivationPlotsParams = ActivationPlotsParams()
+    report: ReportParams = ReportParams()
+    runtime: RuntimeParams = RuntimeParams()
 
 
 def load_params(path: Path) -> Params:
@@ -68,7 +75,11 @@ def load_params(path: Path) -> Params:
 
 
 def parse_params(raw: dict[str, Any], where: str = "params", problems: Sequence[str] = ()) -> Params:
-    """Check an already loaded mapping; see `load_params`. `problems` of its file are reported too."""
+    """Check an already loaded mapping; see `load_params`. `problems` of its file are reported too.
+
+    Keys with a default are required too: a file says everything that a run does.
+    """
+    problems = [*problems, *(f"{key}: {_MISSING}" for key in _list_missing(Params, raw))]
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
@@ -88,6 +99,7 @@ _UNQUOTED = {
     datetime.date: "a date",
     datetime.datetime: "a date",
 }
+_MISSING = "missing; add it (see the commented params.yaml in git)"
 _UNKNOWN_PREFIX = 8  # tokens to leave room for while the prefix is still to be found
 
 
@@ -166,6 +178,20 @@ def _contradictions(params: Params) -> list[str]:
     return problems
 
 
+def _list_missing(group: type[Group], raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the dotted keys that have a default and that `raw` lacks; pydantic reports those without a default.
+
+    Groups with names of the user's choice (corpora, tasks) and items of lists (overrides) may leave keys out.
+    """
+    for name, field in group.model_fields.items():
+        types = get_args(field.annotation) or (field.annotation,)
+        if name not in raw:
+            if not field.is_required():
+                yield ".".join((*path, name))
+        elif isinstance(raw[name], dict) and isinstance(types[0], type) and issubclass(types[0], Group):
+            yield from _list_missing(types[0], raw[name], (*path, name))
+
+
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
     """Return one pydantic error as `key=value: allowed values; remedy`."""
     # A union's member names end up in the location (`…, 'constrained-int'`): keep what is a path into the file.
@@ -180,7 +206,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else "remove it"
         return f"{_show(key)}: unknown key; {hint} (known here: {', '.join(known)})"
     if kind == "missing":
-        return f"{key}: missing; add it (see the commented params.yaml in git)"
+        return f"{key}: {_MISSING}"
     value = problem["input"]
     if kind == "literal_error":
         choices = problem["ctx"]["expected"]

@@ -21,7 +21,7 @@ from pipeline.models.sites import Site
 from pipeline.params import Params
 from pipeline.pictures.activations import OUTLIER_SITE
 from pipeline.pictures.plots import Measured, draw_all, draw_site_quality, find_levels, read_measured
-from pipeline.pictures.report import Heading, build_page, draw_curves, read_rows, summarise_run
+from pipeline.pictures.report import Heading, build_page, draw_curves, list_changes, read_rows, summarise_run
 from pipeline.runtime.artifacts import load_json, replacing_folder
 from stages.opening import METRICS, Run, open_stage
 
@@ -72,7 +72,7 @@ def main(run: Run) -> None:
             saturation=saturation,
             costs=costs,
             settings=settings,
-            changes=None,
+            changes=list_changes(settings, read_settings(Params())),
             pictures=pictures,
         )
         (partial / "report.html").write_text(page, encoding="utf-8")

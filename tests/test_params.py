@@ -8,8 +8,8 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import modify_yaml
 
-from pipeline.params import check_against_model, load_params, parse_params
-from pipeline.quantization.params import resolve_site
+from pipeline.params import Params, check_against_model, load_params, parse_params
+from pipeline.quantization.params import QuantizerInitParams, resolve_site
 from pipeline.runtime.params import ParamsError
 from tests.conftest import ROOT
 
@@ -31,6 +31,35 @@ def test_the_default_file_is_valid():
     params = load_params(ROOT / "params.yaml")
     assert params.quantizer_init.weights.bits == 4
     assert params.prefix.use == "found"
+
+
+def test_defaults_of_the_typed_params_are_the_values_of_the_default_file():
+    assert Params().model_dump() == load_params(ROOT / "params.yaml").model_dump()
+    assert QuantizerInitParams() == Params().quantizer_init
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "runtime",
+        "corpora",
+        "model.revision",
+        "calibration.end_to_end.length",
+        "calibration.search.windows",
+        "prefix_training.weights.kl",
+        "quantizer_init.values.range",
+        "evaluation.tasks",
+    ],
+)
+def test_keys_with_a_default_are_not_left_out_of_a_file(key):
+    params = copy.deepcopy(DEFAULT)
+    *path, last = key.split(".")
+    group = params
+    for name in path:
+        group = group[name]
+    del group[last]
+    with pytest.raises(ParamsError, match=rf"1 problem\s+{re.escape(key)}: missing; add it"):
+        parse_params(params)
 
 
 @pytest.mark.parametrize(

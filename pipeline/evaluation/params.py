@@ -17,7 +17,12 @@ class TaskParams(Group):
 class EvaluationParams(Group):
     """The comparison with the original model, and the lm-eval tasks."""
 
-    compare_with_original: bool
-    tasks: dict[str, TaskParams]
-    task_folder: str | None
-    skip_unavailable: bool
+    compare_with_original: bool = True
+    tasks: dict[str, TaskParams] = Field(
+        default_factory=lambda: {
+            "word_analogies": TaskParams(limit=64),
+            "last_word_wikipedia": TaskParams(limit=48),
+        }
+    )
+    task_folder: str | None = None
+    skip_unavailable: bool = False

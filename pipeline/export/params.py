@@ -11,9 +11,9 @@ from pipeline.runtime.params import Group
 class ExportParams(Group):
     """Shards of the exported folder, further formats, and what these may leave out."""
 
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")]
-    formats: list[Literal["compressed-tensors", "peft", "gguf"]]
-    drop: list[Literal["activations", "keys", "values", "prefix"]]
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")] = "5GB"
+    formats: list[Literal["compressed-tensors", "peft", "gguf"]] = Field(default_factory=list)
+    drop: list[Literal["activations", "keys", "values", "prefix"]] = Field(default_factory=list)
 
 
 def find_misfits(formats: Sequence[str], sliding_window: int | None) -> list[str]:

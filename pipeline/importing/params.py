@@ -10,6 +10,6 @@ PACKAGED_MODEL = "packaged:smollm2-135m"
 
 
 class ModelParams(Group):
-    source: Annotated[str, Field(min_length=1)]
-    revision: str | None
-    dtype: FloatDtype
+    source: Annotated[str, Field(min_length=1)] = PACKAGED_MODEL
+    revision: str | None = None
+    dtype: FloatDtype = "float32"

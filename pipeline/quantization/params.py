@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -22,28 +22,28 @@ EqualizedSite = Literal["attention_input", "key", "value", "mlp_input", "mlp_hid
 class QuantizerParams(Group):
     """The settings that every quantizer has."""
 
-    format: FormatName
-    bits: Bits
-    symmetric: bool
-    group_size: int
-    centered: bool
+    format: FormatName = "int"
+    bits: Bits = 4
+    symmetric: bool = True
+    group_size: int = -1
+    centered: bool = True
 
 
 class WeightParams(QuantizerParams):
-    range: WeightRange
-    rounding: Rounding
-    damping: Annotated[Number, Field(gt=0, le=1)]
+    range: WeightRange = "tensor"
+    rounding: Rounding = "gptq"
+    damping: Annotated[Number, Field(gt=0, le=1)] = 0.1
 
 
 class ActivationParams(QuantizerParams):
-    mode: Mode
-    range: ActivationRange
-    percentile: Annotated[Number, Field(gt=50, le=100)]
-    clipping: bool
+    mode: Mode = "static"
+    range: ActivationRange = "layer"
+    percentile: Annotated[Number, Field(gt=50, le=100)] = 99.99
+    clipping: bool = True
 
 
 class KeyParams(ActivationParams):
-    before_rope: bool
+    before_rope: bool = False
 
 
 class OverrideParams(Group):
@@ -66,14 +66,14 @@ class OverrideParams(Group):
 
 
 class QuantizerInitParams(Group):
-    weights: WeightParams
-    activations: ActivationParams
-    keys: KeyParams
-    values: ActivationParams
-    overrides: list[OverrideParams]
-    equalize: list[EqualizedSite]
-    mse_samples: Annotated[int, Field(ge=1)]
-    embedding_dtype: FloatDtype
+    weights: WeightParams = WeightParams()
+    activations: ActivationParams = ActivationParams()
+    keys: KeyParams = KeyParams()
+    values: ActivationParams = ActivationParams(range="tensor")
+    overrides: list[OverrideParams] = Field(default_factory=list)
+    equalize: list[EqualizedSite] = Field(default_factory=lambda: list(get_args(EqualizedSite)))
+    mse_samples: Annotated[int, Field(ge=1)] = 4
+    embedding_dtype: FloatDtype = "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ R5Mode = Literal["hadamard", "identity"]
 class RotationParams(Group):
     """How each of R1 to R5 is made; `identity` leaves one out."""
 
-    r1: R1Mode
-    r2: R2Mode
-    r3: R3Mode
-    r4: R4Mode
-    r5: R5Mode
-    online_signs: bool
-    block_size: Annotated[int, Field(ge=2)]
-    seed: Annotated[int, Field(ge=0)]
-    dtype: FloatDtype
+    r1: R1Mode = "online"
+    r2: R2Mode = "hadamard"
+    r3: R3Mode = "hadamard"
+    r4: R4Mode = "hadamard"
+    r5: R5Mode = "hadamard"
+    online_signs: bool = False
+    block_size: Annotated[int, Field(ge=2)] = 16
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: FloatDtype = "float32"
 
 
 def find_contradictions(rotation: RotationParams) -> list[str]:

@@ -54,14 +54,14 @@ class Group(BaseModel):
 
 
 class RuntimeParams(Group):
-    device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Field(ge=1, le=1024)] | None
-    batch_size: Annotated[int, Field(ge=1)]
-    task_batch_size: Annotated[int, Field(ge=1)]
-    processes: Annotated[int, Field(ge=1, le=1024)]
-    offload: Literal["auto", "always", "never"]
-    offload_dir: Annotated[str, Field(min_length=1)]
-    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(MiB|GiB)$")] | None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    task_batch_size: Annotated[int, Field(ge=1)] = 16
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    offload: Literal["auto", "always", "never"] = "auto"
+    offload_dir: Annotated[str, Field(min_length=1)] = ".work/offload"
+    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(MiB|GiB)$")] | None = None
 
 
 def list_problems(where: str, problems: list[str]) -> str:

@@ -32,23 +32,23 @@ class SplitParams(Group):
         Discriminator(lambda value: "proportions" if isinstance(value, dict) else "parts"),
     ]
     windows: Annotated[int, Field(ge=1)]
-    length: _Length
+    length: _Length = "auto"
 
 
 class EvaluationSplitParams(Group):
     corpora: Annotated[list[str], Field(min_length=1)]
     windows: Annotated[int, Field(ge=1)] | None
-    length: _Length
+    length: _Length = "auto"
 
 
 class CalibrationParams(Group):
-    seed: Annotated[int, Field(ge=0)]
-    start_token: Literal["auto", "never", "always"]
-    search: SplitParams
-    train: SplitParams
-    end_to_end: SplitParams | None
-    validation: SplitParams
-    evaluation: EvaluationSplitParams
+    seed: Annotated[int, Field(ge=0)] = 0
+    start_token: Literal["auto", "never", "always"] = "auto"
+    search: SplitParams = SplitParams(corpora=["wikipedia"], windows=64)
+    train: SplitParams = SplitParams(corpora=["wikipedia", "news"], windows=16)
+    end_to_end: SplitParams | None = SplitParams(corpora=["wikipedia", "news"], windows=96)
+    validation: SplitParams = SplitParams(corpora=["wikipedia", "news"], windows=4)
+    evaluation: EvaluationSplitParams = EvaluationSplitParams(corpora=["wikipedia", "news"], windows=4)
 
     def splits(self) -> dict[str, SplitParams | EvaluationSplitParams]:
         """Return {name: split} of the splits that are cut."""

@@ -3,7 +3,12 @@
 import re
 from html.parser import HTMLParser
 
+from pipeline.params import Params, load_params
 from pipeline.pictures.report import Heading, build_page, draw_curves, list_changes, summarise_run
+from pipeline.prefix.params import PrefixParams
+from pipeline.quantization.params import QuantizerInitParams
+from stages.report import read_settings
+from tests.conftest import ROOT
 
 
 def evaluation(perplexity, **more):
@@ -194,6 +199,14 @@ def test_changed_settings_come_before_the_folded_list_of_all():
     assert page.index("prefix.use") < page.index("<details>") < page.index("use: none")
     assert "All settings are the defaults" in build(changes={})
     assert "default" not in re.sub("<style>.*?</style>", "", build(), flags=re.S)  # no defaults to compare with
+
+
+def test_changes_of_a_run_are_those_from_the_default_params():
+    defaults = read_settings(Params())
+    assert list_changes(read_settings(load_params(ROOT / "params.yaml")), defaults) == {}
+    changed = Params(prefix=PrefixParams(use="none"), quantizer_init=QuantizerInitParams(mse_samples=8))
+    expected = {"prefix.use": ("found", "none"), "quantizer_init.mse_samples": (4, 8)}
+    assert list_changes(read_settings(changed), defaults) == expected
 
 
 def test_changes_are_found_at_any_depth():
