@@ -46,7 +46,7 @@ def describe_needs(config: PreTrainedConfig, params: Params) -> list[str]:
     return ["", "Plan by params.yaml, before the stages ran:", *lines]
 
 
-def plan_stages(config: Any, params: Params) -> dict[str, Need | PipelineError]:
+def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | PipelineError]:
     """Return the need of each stage, or the error that says why the settings do not fit the model.
 
     Args:
