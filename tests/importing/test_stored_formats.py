@@ -124,9 +124,10 @@ def test_the_import_casts_once(model_folders, tmp_path):
     assert torch.equal(tensors["mlp.up_proj.weight"], exact["model.layers.0.mlp.up_proj.weight"].bfloat16())
 
 
-def test_a_wrapper_with_weights_in_fp8_is_imported(tmp_path, token_ids):
-    """As Ministral 3 and Devstral: the vision tower in bfloat16, the text model in fp8 with scalar scales."""
-    model = make_wrapper("mistral3")
+@pytest.mark.parametrize("name", ["mistral3", "mistral3 ministral3"])
+def test_a_wrapper_with_weights_in_fp8_is_imported(name, tmp_path, token_ids):
+    """As Devstral and Ministral 3: the vision tower in bfloat16, the text model in fp8 with scalar scales."""
+    model = make_wrapper(name)
     tensors = save_wrapper(model, tmp_path / "source")
     exact = {}
     for key in [key for key in tensors if "language_model" in key and "_proj.weight" in key]:

@@ -23,6 +23,17 @@ from tests.conftest import SIZES, WINDOW, make_tokenizer, randomize_, read_json
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 QWEN_VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 48}
 MROPE = {"mrope_section": [3, 3, 2], "rope_type": "default", "rope_theta": 50000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
+}
 TEXT = SIZES | {"rms_norm_eps": 1e-3, "head_dim": 16}
 SIGLIP = SiglipVisionConfig(**VISION, image_size=28, patch_size=14).to_dict()
 SMOLVLM = {
@@ -52,6 +63,12 @@ CONFIGS = {
         "vision_config": PixtralVisionConfig(**VISION, image_size=28, patch_size=14).to_dict(),
         "tie_word_embeddings": False,
     },
+    # Ministral 3: YaRN, and queries scaled from position 8 on.
+    "mistral3 ministral3": {
+        "text_config": TEXT | {"model_type": "ministral3", "sliding_window": None, "rope_parameters": YARN},
+        "vision_config": PixtralVisionConfig(**VISION, image_size=28, patch_size=14).to_dict(),
+        "tie_word_embeddings": True,
+    },
     "internvl": {
         "text_config": TEXT | {"model_type": "qwen3"},
         "vision_config": VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
@@ -77,8 +94,10 @@ OLD_QWEN_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 def make_wrapper(name: str) -> torch.nn.Module:
+    """Return the wrapper of a key of CONFIGS: a model_type, and the text model's if there are several."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name].from_dict({"model_type": name} | copy.deepcopy(CONFIGS[name]))
+    family = name.partition(" ")[0]
+    config = CONFIG_MAPPING[family].from_dict({"model_type": family} | copy.deepcopy(CONFIGS[name]))
     return randomize_(AutoModelForImageTextToText.from_config(config))
 
 
@@ -101,9 +120,9 @@ def rename(tensors: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[s
     return renamed
 
 
-@pytest.mark.parametrize("name", sorted(WRAPPERS))
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_text_model_of_each_wrapper_computes_what_the_wrapper_computes_on_text(name, tmp_path, token_ids):
-    model = make_wrapper(name)
+    family, model = name.partition(" ")[0], make_wrapper(name)
     save_wrapper(model, tmp_path / "source")
     metrics = import_model(
         str(tmp_path / "source"),
@@ -119,8 +138,9 @@ def test_the_text_model_of_each_wrapper_computes_what_the_wrapper_computes_on_te
     assert loaded.config.rms_norm_eps == 1e-3
     assert loaded.config.architectures == [type(loaded).__name__]
     parts = read_json(tmp_path / "out/report.json")
-    assert parts["wrapper"] == name
-    assert {part.partition(".")[0] for part in parts["dropped"]} <= {part.rstrip(".") for part in WRAPPERS[name].parts}
+    assert parts["wrapper"] == family
+    known = {part.rstrip(".") for part in WRAPPERS[family].parts}
+    assert {part.partition(".")[0] for part in parts["dropped"]} <= known
     whole = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     text = sum(tensor.numel() * tensor.element_size() for tensor in loaded.parameters())
     assert sum(part["bytes"] for part in parts["dropped"].values()) == whole - text
@@ -251,6 +271,17 @@ def test_names_of_a_part_are_dropped_and_others_stay():
         "other.weight": "other.weight",
     }
     assert dropped == {"model.visual.x": "visual"}
+
+
+def test_every_wrapper_is_tested_and_positions_scale_the_queries_of_ministral3(token_ids):
+    assert {name.partition(" ")[0] for name in CONFIGS} == set(WRAPPERS)
+    model = make_wrapper("mistral3 ministral3")
+    with torch.no_grad():
+        scaled = model(input_ids=token_ids).logits
+        model.config.text_config.rope_parameters["llama_4_scaling_beta"] = 0.0
+        same = (model(input_ids=token_ids).logits == scaled).all(-1).all(0)
+    assert same[:8].all()
+    assert not same[8:].any()
 
 
 def test_the_text_family_of_a_config_without_one_is_the_default_of_the_wrapper():
