@@ -7,7 +7,8 @@
     export            the packed folder, loaded as a user loads it
 
 Reads   the variant's checkpoint and prefix, artifacts/calibration/evaluation/; for all but `original` also
-        artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with
+        artifacts/model/ and artifacts/evaluation/original.safetensors, to compare with; for `export` also
+        artifacts/evaluation/finetuning.safetensors. The stage fails where the export's hidden states differ from these.
 Writes  artifacts/evaluation/VARIANT.safetensors (final hidden states, loss per window), VARIANT_saturation.json
         (how well static ranges fit this text, for dvc plots), VARIANT_samples.json (continuations of `report.prompts`
         by `original`, `quantizer_init` and `finetuning`), metrics/evaluation/VARIANT.json
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.blocks.prefix_kv import PREFIX, compute_prefix_kv, load_prefix_kv
 from pipeline.blocks.walk import BlockRunner
+from pipeline.evaluation.export_check import check_export
 from pipeline.evaluation.perplexity import Original, evaluate_model, evaluate_windows
 from pipeline.evaluation.samples import choose_prompts, generate_samples
 from pipeline.inference.loading import load
@@ -71,6 +73,9 @@ def main(run: Run) -> None:
             check_input(original.header, f"windows.{corpus}", cut.header, EVALUATION / "original.safetensors")
     measured, tensors, saturation = opened.evaluate(token_ids, original=original, ranks=ranks)
     run.metrics.update(measured)
+    if variant == "export":
+        path, export = EVALUATION / "finetuning.safetensors", opened.inputs["checkpoint"]
+        run.metrics["largest_difference_to_finetuning"] = check_export(tensors, path, export, run.device)
     if ranks.first:
         header = make_header("evaluation", {"variant": variant}, inputs)
         save_tensors(EVALUATION / f"{variant}.safetensors", tensors, header)

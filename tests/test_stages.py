@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation import harness
+from pipeline.inference.loading import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.quantization.equalization import scale_prefix, select_block
@@ -333,9 +334,23 @@ def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
         metrics = read_json(project / "metrics/evaluation/original.json")
         perplexities.append(metrics["perplexity"]["prose"])
         assert read_json(project / "metrics/evaluation/quantizer_init.json")["quantizers_fired"] == 39
+        assert read_json(project / "metrics/evaluation/export.json")["largest_difference_to_finetuning"] == 0
     assert load_prefix_kv(project / "artifacts/quantizer_init", "quantizer_init").dtype == torch.bfloat16
     assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
     assert "dtype_logit_deviation" in read_json(project / "metrics/rotation.json")
+
+    def load_with_rounded_means(*args, **options):
+        model, tokenizer = load(*args, **options)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".mean"):
+                buffer.copy_(buffer.bfloat16())
+        return model, tokenizer
+
+    monkeypatch.setattr("pipeline.inference.loading.load", load_with_rounded_means)
+    message = fails("evaluation export", monkeypatch)
+    assert re.search(
+        r"evaluation@export, bfloat16: .* window \d+ of prose differ .* at most 0\.03 is rounding", message
+    )
 
 
 def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):

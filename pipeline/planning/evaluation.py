@@ -23,7 +23,8 @@ def plan_evaluation(
     Args:
         checkpoint: the variant, in full precision or quantized.
         compared: whether it is compared with the original's final hidden states.
-        in_memory: whether perplexity is computed by the whole model (`export`) instead of a walk.
+        in_memory: whether perplexity is computed by the whole model (`export`) instead of a walk. Its hidden
+            states are then compared with those of `finetuning` as well.
         task_items: items of tasks in a batch, each taken to be `TASK_TOKENS` long. 0 if there are no tasks.
     """
     sizes = Sizes.of(checkpoint)
@@ -48,7 +49,7 @@ def plan_evaluation(
         compute=max(phases),
         compute_alone=lm_head + scoring,
         next_block=sizes.next_block // sizes.itemsize if quantized else sizes.next_block,
-        hidden_states=sizes.hidden_states(workload.tokens) * (2 if compared else 1),
+        hidden_states=sizes.hidden_states(workload.tokens) * (1 + compared + in_memory),
         through_host=QUANTIZED_TABLES_THROUGH_HOST * sizes.table if quantized else sizes.tables_through_host,
         artifact=sizes.hidden_states(workload.all_tokens) + workload.all_tokens * _TOKEN_ID,
     )

@@ -30,10 +30,11 @@ def test_foreach_is_expanded_with_its_items():
     stages = {stage.name: stage for stage in read_stages(ROOT)}
     assert stages["corpora@news"].command == "python -m stages.corpora news"
     assert stages["corpora@news"].params == ("corpora.news",)
-    assert stages["evaluation@export"].deps[-3:] == (
+    assert stages["evaluation@export"].deps[-4:] == (
         "artifacts/export",
         "artifacts/export",
         "artifacts/evaluation/original.safetensors",
+        "artifacts/evaluation/finetuning.safetensors",
     )
     assert stages["evaluation@export"].written[-1] == "metrics/evaluation/export.json"
     assert stages["sources"].always_run
