@@ -331,10 +331,24 @@ def score_hidden(
             part = slice(start, min(start + LOGIT_POSITIONS, len(ids) - 1))
             log_p = lm_head.logits(hidden[row, part].to(device)).log_softmax(dim=-1)
             targets = ids[part.start + 1 : part.stop + 1].to(device)
-            totals[0, row] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
+            original_log_p = None
             if original is not None:
                 original_log_p = original[1].logits(original[0][row, part].to(device)).log_softmax(dim=-1)
-                totals[1, row] += nn.functional.kl_div(log_p, original_log_p, reduction="sum", log_target=True).item()
-                totals[2, row] += (original_log_p.argmax(-1) == log_p.argmax(-1)).sum().item()
+            add_scores_(totals[:, row], log_p, targets, original_log_p)
     losses, divergences, agreements = totals / (token_ids.shape[1] - 1)
     return Scores(losses, divergences, agreements) if original is not None else Scores(losses, None, None)
+
+
+def add_scores_(
+    totals: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor, original_log_p: torch.Tensor | None
+) -> None:
+    """Add the sums over some positions of one window to its totals [3]: losses, divergences, agreements.
+
+    Args:
+        log_p, original_log_p: [N, V] of N positions; None skips the comparison.
+        targets: [N] int64, the tokens that follow.
+    """
+    totals[0] -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
+    if original_log_p is not None:
+        totals[1] += nn.functional.kl_div(log_p, original_log_p, reduction="sum", log_target=True).item()
+        totals[2] += (original_log_p.argmax(-1) == log_p.argmax(-1)).sum().item()

@@ -1,7 +1,12 @@
-"""Evaluate an exported folder outside of the pipeline: perplexity on any text, and lm-eval tasks.
+"""Evaluate a folder outside of the pipeline: perplexity on any text, and lm-eval tasks.
 
     python -m pipeline.evaluate artifacts/export --text my.txt --length 2048
     python -m pipeline.evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
+    python -m pipeline.evaluate artifacts/export --original path/to/original --text my.txt
+
+The folder is an exported one, or a plain Hugging Face model (perplexity only). With --original both are evaluated on
+the same windows. The results then hold the ratio of both perplexities, the KL divergence in nats per token and the
+share of positions where both rank the same token first.
 
 Perplexity is measured in the field's usual way: documents are joined by blank lines and cut into consecutive windows; a
 last, shorter window is left out. Each window begins with a start token where the folder asks for one, which is not a
@@ -17,6 +22,18 @@ from typing import Any
 
 import torch
 
+from pipeline.evaluation.folders import (
+    Side,
+    check_same_tokens,
+    describe_comparison,
+    describe_scores,
+    is_plain,
+    load_plain,
+    open_exported,
+    open_plain,
+    read_plain_interface,
+    score_sides,
+)
 from pipeline.evaluation.params import TaskParams
 from pipeline.evaluation.perplexity import evaluate_model
 from pipeline.inference.loading import load
@@ -33,7 +50,8 @@ _FILES = "a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them"
 def main() -> None:
     """Run the command line `python -m pipeline.evaluate`."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="an exported model")
+    parser.add_argument("folder", type=Path, help="an exported model, or a plain one")
+    parser.add_argument("--original", type=Path, metavar="FOLDER", help="the model to compare with, exported or plain")
     parser.add_argument(
         "--text",
         type=Path,
@@ -63,6 +81,8 @@ def main() -> None:
     names = [name for name in arguments.tasks.split(",") if name]
     if not names and not arguments.text:
         raise ArgumentError("there is nothing to evaluate. Give --text, --tasks, or both.")
+    if arguments.original and not arguments.text:
+        raise ArgumentError(f"--original={arguments.original}: models are compared on texts. Give --text.")
     if arguments.json:
         check_writable(arguments.json)
     results = evaluate_folder(arguments, names)
@@ -76,8 +96,20 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
 
     Texts and tasks are read and checked before the weights are loaded.
     """
-    interface = read_interface(arguments.folder)
-    windows = cut_texts(arguments, interface) if arguments.text else {}
+    folders = [arguments.folder, *([arguments.original] if arguments.original else [])]
+    plain = [is_plain(folder) for folder in folders]
+    interfaces = [
+        read_plain_interface(folder) if alone else read_interface(folder)
+        for folder, alone in zip(folders, plain, strict=True)
+    ]
+    if plain[0] and names:
+        raise ArgumentError(f"--tasks: {arguments.folder} is a plain model. Use lm-eval's own --model hf for it.")
+    if plain[0] and arguments.arithmetic == "integer":
+        raise ArgumentError("--arithmetic=integer: a plain model has no integers. Leave it out.")
+    if arguments.original:
+        check_same_tokens(arguments.folder, interfaces[0], arguments.original, interfaces[1])
+        check_length(interfaces[1], arguments.length)
+    windows = cut_texts(arguments, interfaces[0]) if arguments.text else {}
     asked = {name: TaskParams(num_fewshot=arguments.num_fewshot, limit=arguments.limit) for name in names}
     ask = None
     if asked:
@@ -85,13 +117,34 @@ def evaluate_folder(arguments: argparse.Namespace, names: list[str]) -> dict[str
         from pipeline.evaluation.task_data import open_tasks
 
         ask = functools.partial(run_tasks, tasks=open_tasks(asked, arguments.task_folder))
-    model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
     results: dict[str, Any] = {}
-    if windows:
-        results |= evaluate_model(model, windows, arguments.batch_size, None)[0]
-    if ask is not None:
-        results |= ask(model, tokenizer, batch_size=arguments.batch_size)
+    if plain[0]:
+        side = open_plain(load_plain(arguments.folder, arguments.device), windows, interfaces[0].text_start_token_id)
+    else:
+        model, tokenizer = load(arguments.folder, arguments.device, arguments.arithmetic)
+        tensors: dict[str, torch.Tensor] = {}
+        if windows:
+            results, tensors, _ = evaluate_model(model, windows, arguments.batch_size, None)
+        if ask is not None:
+            results |= ask(model, tokenizer, batch_size=arguments.batch_size)
+        side = open_exported(model, tensors)
+    if plain[0] or arguments.original:
+        original = open_original(arguments, windows, plain[-1], interfaces[-1]) if arguments.original else None
+        scores, original_scores = score_sides(windows, side, original)
+        results |= describe_scores(scores)
+        if original is not None:
+            results |= describe_comparison(scores, original_scores)
     return results
+
+
+def open_original(
+    arguments: argparse.Namespace, windows: dict[str, torch.Tensor], plain: bool, interface: TextInterface
+) -> Side:
+    """Load the model that `--original` names, and return its side."""
+    if plain:
+        return open_plain(load_plain(arguments.original, arguments.device), windows, interface.text_start_token_id)
+    model, _ = load(arguments.original, arguments.device, arguments.arithmetic)
+    return open_exported(model, evaluate_model(model, windows, arguments.batch_size, None)[1])
 
 
 def cut_texts(arguments: argparse.Namespace, interface: TextInterface) -> dict[str, torch.Tensor]:
