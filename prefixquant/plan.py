@@ -42,7 +42,7 @@ def plan_request(request: Request) -> tuple[bool, str]:
 
     params = parse_params(yaml.safe_load(choose_params(request)))
     explanation = explain_source(params.model.source, params.model.revision)
-    if not explanation.supported:
+    if not explanation.supported or explanation.config is None:
         return False, "\n".join(explanation.lines)
     plans = plan_stages(explanation.config, params)
     work = request.work_folder

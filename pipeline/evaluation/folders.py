@@ -90,8 +90,10 @@ def load_plain(folder: Path, device: torch.device | str) -> PreTrainedModel:
     """
     hide_bars()
     with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
-        model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    if missing := sorted(loaded["missing_keys"]):
+        # With loading info this is a pair, which the stubs do not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise ExportError(f"{folder} cannot be loaded (weights are missing: {', '.join(missing[:3])})")
     return model.eval().to(device)
 
