@@ -60,9 +60,10 @@ def check_export(tensors: dict[str, torch.Tensor], path: Path, export: Header, d
             difference = torch.dist(states.float(), expected.float()).item() / max(norm, 1e-30)
             if not difference <= limit:
                 raise ExportDifferenceError(
-                    f"evaluation@export, {str(dtype).removeprefix('torch.')}: the final hidden states of window {window} "
-                    f"of {corpus} differ from those of evaluation@finetuning by {difference:.2g} of their norm; at most "
-                    f"{limit:.2g} is rounding. If runtime settings or the machine changed in between, rerun "
+                    f"evaluation@export, {str(dtype).removeprefix('torch.')}: the final hidden states of "
+                    f"window {window} of {corpus} differ from those of evaluation@finetuning by {difference:.2g} "
+                    f"of their norm; at most {limit:.2g} is rounding. If runtime settings or the machine changed in "
+                    "between, rerun "
                     "evaluation@finetuning, then evaluation@export, both with --force. Otherwise rerun export; if that "
                     "does not help, it is a bug of this project."
                 )
