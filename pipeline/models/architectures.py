@@ -115,7 +115,7 @@ class Architecture:
     @property
     def mlps(self) -> dict[str, tuple[str, str, str]]:
         """Site of the input of a down_proj -> the gate_proj, up_proj and down_proj of this MLP."""
-        gate, up = self.mlp_readers
+        gate, up = self.mlp_readers[0], self.mlp_readers[-1]  # the same in an MLP without a gate
         return {Site.MLP_HIDDEN: (gate, up, self.mlp_output)}
 
     def of_block(self, block: nn.Module) -> "Architecture":

@@ -254,7 +254,7 @@ class Equalizer:
                 for name in architecture.site_readers[site]:
                     _scale_columns_(find(name), 1 / s, self._find_basis(site))
                 for name in architecture.full_precision_readers.get(str(architecture.input_norm(site)), ()):
-                    _divide_inputs_(find(name), s)  # they read the norm's output before R1
+                    _divide_inputs_(self.block.get_submodule(name), s)  # they read the norm's output before R1
             elif site in architecture.mlps:
                 _, up, down = architecture.mlps[site]
                 _scale_rows_(find(up), s)

@@ -224,7 +224,7 @@ def hide_bars() -> None:
         start(self, *arguments, **options | {"disable": True})
 
     tqdm.__init__ = start_hidden
-    setattr(tqdm, _HIDDEN, True)
+    setattr(tqdm, _HIDDEN, start)
 
 
 def peak_rss_gib() -> float | None:

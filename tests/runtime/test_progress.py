@@ -60,6 +60,8 @@ def postfixes(monkeypatch):
     monkeypatch.setattr(progress, "current_rss_gib", lambda: 0.5)
     monkeypatch.setattr(progress.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append((bar.desc, text)))
     make = progress.tqdm
+    # A stage that ran before in this process may have hidden all bars.
+    monkeypatch.setattr(make, "__init__", getattr(make, progress._HIDDEN, make.__init__))
     monkeypatch.setattr(progress, "tqdm", lambda *args, disable, **options: make(*args, file=io.StringIO(), **options))
     return shown
 
