@@ -43,7 +43,13 @@ class Bases:
 
     def prepare(self, kind: str) -> None:
         """Make everything that mutations of a kind need."""
-        needed = {"export": ["export"], "command": ["export", "texts"], "checkpoint": ["checkpoint"], "gguf": ["gguf"]}
+        needed = {
+            "export": ["export"],
+            "command": ["export", "texts"],
+            "calls": ["export"],
+            "checkpoint": ["checkpoint"],
+            "gguf": ["gguf"],
+        }
         for name in needed.get(kind, []):
             self.find(name)
 

@@ -20,7 +20,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.robustness.bases import SAMPLE, Bases, compute_logits
+from benchmarks.robustness.calls import call_export
 from benchmarks.robustness.corpus import break_corpus
+from benchmarks.robustness.messages import make_rows
 from benchmarks.robustness.mutations import break_bytes, break_folder, break_json, break_tensors, draw_disk
 from benchmarks.robustness.trial import Trial
 from benchmarks.tiny_gguf import convert_tensors, describe, write_gguf
@@ -257,5 +259,7 @@ KINDS: dict[str, Callable[[random.Random, Bases, Path], Trial]] = {
     "gguf": break_gguf,
     "export": break_export,
     "command": break_command,
+    "calls": call_export,
+    "messages": make_rows,
 }
-WEIGHTS = (30, 28, 12, 5, 15, 10)
+WEIGHTS = (24, 22, 12, 5, 12, 10, 8, 7)

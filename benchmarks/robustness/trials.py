@@ -4,8 +4,9 @@
     python -m benchmarks.robustness --seed 0 --first 250 --count 250 --json robustness.json      # a part; keeps rows
 
 Each mutation is determined by seed and number. It changes one place of a params file, a corpus, a checkpoint, a GGUF
-file, an exported folder or a command line, all of tiny models, or it fills the disk. The entry point then runs as a
-user runs it, in a process of its own, for at most 60 seconds. The outcome is one of
+file, an exported folder or a command line, all of tiny models, or it fills the disk. Intact models and texts are also
+used in unusual ways (kinds `calls` and `messages`). The entry point then runs as a user runs it, in a process of its
+own, for at most 60 seconds. The outcome is one of
 
     right       accepted, and a reference agrees: transformers' own loading of the same files, pyarrow's reading of the
                 same rows, the values in the file
