@@ -12,10 +12,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
+    Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
+    HeliumConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -109,6 +116,39 @@ NEAR_FAMILIES = {
         sliding_window=WINDOW,
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
+    ),
+}
+_MULTIPLIERS = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
+_LONG_ROPE = {  # of 16 channels of a head, 12 are turned
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 9.0],
+    "original_max_position_embeddings": 128,
+}
+# These are rewritten at import to another family.
+NEAR_FAMILIES |= {
+    "granite": GraniteConfig(**SIZES, **_MULTIPLIERS, logits_scaling=8.0, tie_word_embeddings=True, mlp_bias=True),
+    "granitemoehybrid": GraniteMoeHybridConfig(
+        **SIZES | _MULTIPLIERS,
+        logits_scaling=3.0,
+        num_local_experts=0,
+        shared_intermediate_size=96,
+        layer_types=["full_attention"] * 3,
+        position_embedding_type="rope",
+        mamba_n_heads=2,
+    ),
+    "hyperclovax": HyperCLOVAXConfig(**SIZES, **_MULTIPLIERS, logits_scaling=0.2, head_dim=12, attention_bias=True),
+    "helium": HeliumConfig(**SIZES, head_dim=12),
+    "ernie4_5": Ernie4_5Config(**SIZES, head_dim=20, use_bias=True),
+    "glm": GlmConfig(**SIZES, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "glm4": Glm4Config(**SIZES, head_dim=20),
+    "phi3_partial": Phi3Config(
+        **SIZES | {"hidden_size": 64},
+        tie_word_embeddings=True,
+        rope_parameters=_LONG_ROPE,
+        original_max_position_embeddings=128,
     ),
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}

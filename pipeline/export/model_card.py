@@ -116,12 +116,16 @@ def _describe_model(original: Checkpoint, prefix: dict[str, Any], sizes: dict[st
 
 
 def describe_source(original: Checkpoint) -> str:
-    """Return sentences on the parts of the source that were dropped and on weights that it stored quantized."""
+    """Return sentences on changes at import: another family, dropped parts, weights that were stored quantized."""
     if not (original.folder / REPORT).is_file():
         return ""
     report, text = load_json(original.folder / REPORT, original.stage), ""
     if report.get("wrapper"):
         text += f" It is the text model of a `{report['wrapper']}` checkpoint and reads no images."
+    if report.get("rewritten"):
+        changes = "; ".join(report["rewritten"]["changes"])
+        text += f" The source is of the family `{report['rewritten']['from']}`, rewritten without change of output: "
+        text += f"{changes}."
     if report.get("dropped"):
         parts = ", ".join(f"{part} ({dropped['tensors']} tensors)" for part, dropped in report["dropped"].items())
         text += f" Dropped from the source: {parts}."

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from pipeline.importing.chat_template import read_processor_template, settle_chat_template_
 from pipeline.importing.expert_tensors import join_experts
 from pipeline.importing.folder_source import open_folder
-from pipeline.importing.fused_projections import split_fused_projections
 from pipeline.importing.gguf_source import find_gguf, open_gguf
 from pipeline.importing.leftovers import find_ignored, name_remedy
+from pipeline.importing.rewriting import PlainCheckpoint, rewrite_checkpoint
 from pipeline.importing.source import (
     Dropped,
     ModelImportError,
@@ -35,7 +35,7 @@ from pipeline.importing.source import (
     loading,
     read_json_object,
 )
-from pipeline.importing.tokenizer import complete_tokenizer_
+from pipeline.importing.tokenizer import complete_tokenizer_, keep_tokenizer_class_
 from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.experts import route_experts_
@@ -89,12 +89,13 @@ def import_model(
         UnsupportedModelError: the model family, or a setting of its config, is not supported.
     """
     with open_source(source, revision) as opened:
-        config, present, read_tensor, skeleton = _read_structure(source, opened, dtype)
+        plain, skeleton = _read_structure(source, opened, dtype)
+        config = plain.config
         architecture = find_architecture(config)
         expected = skeleton.state_dict()  # buffers as well: some families keep state in them
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
-        for name, part in check_names(source, set(expected), present, skeleton).items():
+        for name, part in check_names(source, set(expected), plain.names, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = [as_decoder_layer(layer) for layer in skeleton.get_submodule("model.layers").children()]
         if architecture.experts is not None:
@@ -111,13 +112,15 @@ def import_model(
         def read(name: str) -> torch.Tensor:
             problem = f"model.source={source!r}: {name} cannot be read"
             with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
-                tensor = _check_tensor(source, name, read_tensor(name), expected[name])
+                tensor = _check_tensor(source, name, plain.read(name), expected[name])
                 return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
         with replacing_folder(folder) as partial:
             portable = _make_portable(config, dtype)
             copy_companions(opened.companions, partial)
             write_json(partial / CONFIG, portable)  # transformers chooses the tokenizer's class by it
+            if plain.changes:
+                keep_tokenizer_class_(source, opened.companions, partial)
             tokenizer = complete_tokenizer_(source, partial, config.vocab_size)
             if opened.wrapper is not None:
                 settle_chat_template_(tokenizer, read_processor_template(source, opened.companions), partial)
@@ -132,7 +135,7 @@ def import_model(
             writer.write_embeddings({name: read(name) for name in sorted(rest)})
             if (opened.companions / README).is_file():
                 shutil.copyfile(opened.companions / README, partial / README)
-            if report := _describe_source(opened):
+            if report := _describe_source(opened, plain):
                 write_json(partial / REPORT, report)
             writer.finish(portable, settings={})
             gate_metrics = check_result(opened, partial)
@@ -145,9 +148,11 @@ def import_model(
     } | gate_metrics
 
 
-def _describe_source(opened: Source) -> dict[str, Any]:
+def _describe_source(opened: Source, plain: PlainCheckpoint) -> dict[str, Any]:
     """Return the parts of a source that differ from a plain checkpoint of the imported model; empty for most."""
     report: dict[str, Any] = {}
+    if plain.changes:
+        report["rewritten"] = {"from": opened.config.model_type, "changes": list(plain.changes)}
     if opened.wrapper is not None:
         report["wrapper"] = opened.wrapper
     if opened.quantization is not None:
@@ -173,12 +178,13 @@ def _count_dequantized(opened: Source) -> dict[str, Any]:
     return {"source_quantization": opened.quantization, "dequantized_tensors": len(opened.quantized)}
 
 
-def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[Any, set[str], Read, PreTrainedModel]:
-    """Return config, tensor names, their reader and the model's skeleton, after fused linears and ties are resolved."""
+def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[PlainCheckpoint, PreTrainedModel]:
+    """Return the checkpoint of the plain family, after experts and ties are resolved, and its model's skeleton."""
     problem = f"model.source={source!r}: its config and tensors do not fit"
     with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
-        config, present, read_tensor = split_fused_projections(opened.config, opened.names, opened.read)
-        present, read_tensor = join_experts(source, config, present, read_tensor)
+        plain = rewrite_checkpoint(opened.config, opened.names, opened.read)
+        config = plain.config
+        present, read_tensor = join_experts(source, config, plain.names, plain.read)
         if config.tie_word_embeddings and find_architecture(config).lm_head in present:
             config, present, read_tensor = _settle_ties(config, present, read_tensor, dtype)
         check_special_ids(source, CONFIG, config.to_dict(), config.vocab_size)
@@ -189,7 +195,7 @@ def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[An
                 f"max_position_embeddings in {CONFIG}"
             )
         json.dumps(_make_portable(config, dtype), allow_nan=False)  # artifacts hold no NaN
-        return config, present, read_tensor, build_skeleton(config)
+        return replace(plain, config=config, names=present, read=read_tensor), build_skeleton(config)
 
 
 @contextmanager

@@ -133,6 +133,8 @@ def _state_recurrence(values: Mapping[str, Any], names: Collection[str]) -> str 
                 f"layers with a recurrent state ({kinds[layers[0]]!r}, {len(layers)} of {len(kinds)} layers, first "
                 f"layer {layers[0]}), which a prefix of keys and values does not hold"
             )
+        if kinds:  # configs of dense models of such families have sizes of states as well
+            return None
     key = next((key for key in _RECURRENT_KEYS if values.get(key)), None)
     if key is None:
         return None

@@ -3,10 +3,12 @@
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.importing.source import ModelImportError, check_file, loading, read_json_object
+from pipeline.models.checkpoint import CONFIG
 from pipeline.models.special_tokens import read_token
+from pipeline.runtime.artifacts import write_json
 from pipeline.runtime.errors import reading
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,41 @@ def complete_tokenizer_(source: str, folder: Path, rows: int) -> PreTrainedToken
     _check_rows(source, tokenizer, _list_special_tokens(source, tokenizer, folder), rows)
     _check_encoding(source, tokenizer, rows)
     return tokenizer
+
+
+def keep_tokenizer_class_(source: str, companions: Path, folder: Path) -> None:
+    """Name the tokenizer's class in tokenizer_config.json, if transformers would take another one by the new family.
+
+    transformers chooses the class by tokenizer_config.json and by the model's family. Some classes split text in their
+    own way, whatever tokenizer.json says.
+
+    Args:
+        source: as in params.yaml, for messages.
+        companions: folder with the source's config.json and tokenizer.
+        folder: with the config.json of another family, and copies of the tokenizer's files.
+
+    Raises:
+        ModelImportError: the tokenizer does not load, or transformers does not load the same one from `folder`.
+    """
+    if not (companions / CONFIG).is_file() or not (folder / _CORE).is_file():
+        return
+    with loading(source, "its tokenizer"):
+        original = AutoTokenizer.from_pretrained(companions)
+        if _read_core(AutoTokenizer.from_pretrained(folder)) == _read_core(original):
+            return
+        declared = read_json_object(source, folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+        write_json(folder / _CONFIG, declared | {"tokenizer_class": type(original).__name__})
+        same = _read_core(AutoTokenizer.from_pretrained(folder)) == _read_core(original)
+    if not same:
+        raise ModelImportError(
+            f"model.source={source!r}: transformers loads another tokenizer for the family as which this model is "
+            f"imported than its own {type(original).__name__}. Report this with the model's name"
+        )
+
+
+def _read_core(tokenizer: PreTrainedTokenizerBase) -> str:
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer.backend_tokenizer.to_str()
 
 
 def _check_encoding(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -10,8 +10,13 @@ If the whole model does not fit into memory, it goes block by block. transformer
 which reads the output of the block before it and is dropped again. The walk advances in step with it. Embedding and
 lm_head then hold only the rows of the tokens in the windows. GGUF files always go block by block, even if they fit:
 transformers dequantizes all of a file, and of a file with one block only that block.
+
+Where the import multiplied weights (importing/rewriting.py), a dtype of 16 bits rounds the products, and no tolerance
+tells rounding from a mistake. Then the products are compared before rounding, with the source in float32, and the
+written tensors must be these products, rounded once.
 """
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -23,7 +28,8 @@ from torch import nn
 from pipeline.blocks.quantized import fill_block
 from pipeline.blocks.rope import check_rope
 from pipeline.blocks.walk import BlockRunner
-from pipeline.importing.source import Source
+from pipeline.importing.rewriting import rewrite_checkpoint
+from pipeline.importing.source import Read, Source
 from pipeline.inspection.layer_arguments import check_layer_arguments, record_model_calls
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
@@ -68,6 +74,9 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
     token_ids = torch.randint(0, checkpoint.config.vocab_size, shape, generator=generator)
     whole = source.load_whole is not None and _whole_size(checkpoint) <= limit
     compare = _compare_whole if whole else _compare_blocks
+    plain = rewrite_checkpoint(source.config, source.names, source.read)
+    if plain.rounds and checkpoint.dtype != torch.float32:
+        checkpoint = _Unrounded(checkpoint, plain.read)
     deviation = compare(source, checkpoint, token_ids, torch.float32)
     if math.isinf(deviation):
         raise ImportGateError(
@@ -84,6 +93,34 @@ def check_import(source: Source, folder: Path, limit: float) -> dict[str, Any]:
             f"max |logit|, allowed are {IMPORT_TOLERANCE:.0e}. Nothing was written. Report this with the model's name."
         )
     return {"import_gate": "whole" if whole else "by block", "max_logit_deviation": deviation}
+
+
+class _Unrounded(Checkpoint):
+    """An imported model in float32, with its tensors as the rewritten source has them, not rounded to its dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, read: Read) -> None:
+        self.__dict__ |= checkpoint.__dict__
+        self.config = copy.deepcopy(checkpoint.config)
+        self.config.dtype = torch.float32
+        self._written = checkpoint
+        self._read = read
+
+    def load_block_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = self.architecture.tensor_prefix(index)
+        written = self._written.load_block_tensors(index)
+        return {name: self._read_exactly(prefix + name, tensor) for name, tensor in written.items()}
+
+    def load_tensor(self, name: str) -> torch.Tensor:
+        written = self._written.load_tensor(name)
+        if name == self.architecture.lm_head and self.config.tie_word_embeddings:
+            name = self.architecture.embedding
+        return self._read_exactly(name, written)
+
+    def _read_exactly(self, name: str, written: torch.Tensor) -> torch.Tensor:
+        tensor = self._read(name)
+        if not torch.equal(tensor.to(written), written):
+            raise ImportGateError(f"{name} was not written as it was read. Nothing was written. Report this.")
+        return tensor
 
 
 def _whole_size(checkpoint: Checkpoint) -> float:

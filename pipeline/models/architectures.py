@@ -358,6 +358,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _LLAMA,
     "cwm": _LLAMA,
     "gemma": Architecture(norm_offset=1.0),
+    "hyperclovax": Architecture(post_norms=("post_norm1", "post_norm2")),
     "vaultgemma": Architecture(mlp_norm="pre_feedforward_layernorm", kernel="eager", norm_offset=1.0),
     "mixtral": Architecture(slides_throughout=True, **_ROUTED),
     "olmoe": Architecture(**_ROUTED),
@@ -366,8 +367,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3_moe": Architecture(slides_throughout=True, **_ROUTED),
 }
-# Imported as another family that computes the same (importing/fused_projections.py).
-IMPORTED_AS = {"phi3": "mistral"}
+# Imported as another family that computes the same (importing/rewriting.py).
+IMPORTED_AS = {
+    "phi3": "mistral",
+    "glm": "llama",
+    "glm4": "hyperclovax",
+    "helium": "llama",
+    "ernie4_5": "llama",
+    "granite": "llama",
+    "granitemoehybrid": "llama",
+}
 
 
 class UnsupportedModelError(PipelineError):

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from pipeline.importing.folder_source import open_folder
-from pipeline.importing.fused_projections import split_fused_projections
 from pipeline.importing.import_model import check_names, open_source
 from pipeline.importing.obstacles import explain_obstacles
+from pipeline.importing.rewriting import rewrite_checkpoint
 from pipeline.importing.source import Dropped, ModelImportError, Source, read_json_object
 from pipeline.importing.wrappers import WRAPPERS, find_text_family
 from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_family
@@ -156,7 +156,8 @@ def _explain_opened(source: str, open_model: Callable[[], Source], has_names: bo
 
 
 def _describe(source: str, opened: Source, has_names: bool) -> Explanation:
-    config, present, _ = split_fused_projections(opened.config, opened.names, opened.read)
+    plain = rewrite_checkpoint(opened.config, opened.names, opened.read)
+    config = plain.config
     skeleton = build_skeleton(config)
     expected = skeleton.state_dict()
     if config.tie_word_embeddings:
@@ -164,7 +165,7 @@ def _describe(source: str, opened: Source, has_names: bool) -> Explanation:
     dropped = dict(opened.dropped)
     notes = []
     if has_names:
-        for name, part in check_names(source, set(expected), present, skeleton).items():
+        for name, part in check_names(source, set(expected), plain.names, skeleton).items():
             dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
     else:
         notes.append("Not checked: names of tensors, because there are no safetensors files here.")
@@ -174,6 +175,7 @@ def _describe(source: str, opened: Source, has_names: bool) -> Explanation:
         f"Supported: {family} is imported as {type(skeleton).__name__}, {config.num_hidden_layers} blocks, {count:,} "
         "parameters."
     ]
+    lines += [f"Rewritten: {change}." for change in plain.changes]
     if opened.quantization is not None:
         lines.append(f"Stored: {opened.quantization}. These weights are read as float32, then cast to model.dtype.")
     for part, tensors in sorted(dropped.items()):

@@ -1,13 +1,15 @@
 import functools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny_gguf import write_gguf
-from pipeline.importing import folder_source, fused_projections, gguf_source
+from pipeline.importing import folder_source, gguf_source
 from pipeline.importing.import_model import import_model
+from pipeline.importing.rewriting import rewrite_checkpoint
 from pipeline.inspection import import_gate
 from pipeline.inspection.import_gate import ImportGateError, check_import
 from pipeline.models.checkpoint import CheckpointWriter
@@ -71,18 +73,17 @@ def test_a_gguf_file_read_wrongly_is_refused(family, function, wrong, tmp_path, 
 
 @pytest.mark.parametrize("gate", [ROOMY, NARROW])
 def test_parts_of_a_fused_linear_in_another_order_are_refused(gate, model_folders, tmp_path, monkeypatch):
-    right = fused_projections.split_fused_projections
+    other = {"k_proj": "v_proj", "v_proj": "k_proj"}
 
     def swap(config, names, read):
-        plain, parts, read_part = right(config, names, read)
-        other = {"k_proj": "v_proj", "v_proj": "k_proj"}
-        return (
-            plain,
-            parts,
-            lambda name: read_part(next((name.replace(own, to) for own, to in other.items() if own in name), name)),
-        )
+        plain = rewrite_checkpoint(config, names, read)
 
-    monkeypatch.setattr("pipeline.importing.import_model.split_fused_projections", swap)
+        def read_swapped(name):
+            return plain.read(next((name.replace(part, to) for part, to in other.items() if part in name), name))
+
+        return replace(plain, read=read_swapped)
+
+    monkeypatch.setattr("pipeline.importing.import_model.rewrite_checkpoint", swap)
     assert_refused(model_folders["phi3"], tmp_path, gate)
 
 

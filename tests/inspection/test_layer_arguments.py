@@ -9,11 +9,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import SIZES, WINDOW, make_tokenizer, randomize_
+from pipeline.importing import rewriting
 from pipeline.importing.import_model import import_model
 from pipeline.inspection import layer_arguments
 from pipeline.inspection.import_gate import check_import
 from pipeline.inspection.layer_arguments import cut_windows, record_model_calls
-from pipeline.models.architectures import ARCHITECTURES, Architecture, UnsupportedModelError
+from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS, Architecture, UnsupportedModelError
 from tests.conftest import FAMILIES
 
 LLAMA, OLMO2 = Architecture(), ARCHITECTURES["olmo2"]
@@ -39,6 +40,8 @@ CASES = {
 def test_an_entry_without_support_is_refused_by_a_gate(case, limit, tmp_path, monkeypatch):
     architecture, config, message = CASES[case]
     monkeypatch.setitem(ARCHITECTURES, config.model_type, architecture)
+    monkeypatch.delitem(IMPORTED_AS, config.model_type, raising=False)
+    monkeypatch.delitem(rewriting._PLANNERS, config.model_type, raising=False)
     torch.manual_seed(0)
     randomize_(AutoModelForCausalLM.from_config(copy.deepcopy(config))).save_pretrained(tmp_path / "source")
     make_tokenizer().save_pretrained(tmp_path / "source")
