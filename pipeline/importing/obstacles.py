@@ -1,4 +1,4 @@
-"""Say in one sentence why a model cannot be imported: which feature, stated by which key, in which layers.
+"""Say why a model cannot be imported: which feature, stated by which key, in which layers, and what it would need.
 
 Only config.json and the names of tensors are read, so this works for families that neither this project nor the
 installed transformers knows. Keys are those of transformers' configs and of the remote code of 2023 to 2026.
@@ -28,13 +28,41 @@ _MULTIPLIERS = (
 # Features that no key of the config states.
 _BY_FAMILY = {
     "gpt_oss": "attention sinks (a learned logit per head) in all layers",
-    "ernie4_5": "RoPE that pairs channels 2i and 2i + 1 in all layers",
-    "helium": "RoPE that pairs channels 2i and 2i + 1 in all layers",
     "cohere": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
     "cohere2": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+    "ernie4_5_moe": "RoPE that pairs channels 2i and 2i + 1 in all layers",
+    "arcee": "an MLP without a gate (relu2) in all layers",
+    "apertus": "an MLP without a gate (xIELU) in all layers",
+    "nemotron": "an MLP without a gate (relu2) in all layers",
+    "gemma4_text": "a factor on the output of each layer (layer_scalar), and a norm of values",
+    "gemma4": "a factor on the output of each layer (layer_scalar), and a norm of values",
+    "starcoder2": "an MLP without a gate in all layers",
+    "nanochat": "norms without weights in all layers",
     "llama4_text": "complex RoPE with an L2 norm after it, and chunked attention",
     "bitnet": "norms inside attention and MLP, which prevent merging R2 and R4, in all layers",
     "hunyuan_v1_dense": "a key norm after RoPE in all layers",
+}
+# The beginning of an obstacle -> the change that would remove it.
+_NEEDS = {
+    "latent attention": "a prefix of latents and rotary keys, and quantizers for them",
+    "layers with a recurrent state": "a prefix that holds the states after it as well, and quantizers in these layers",
+    "an output gate after attention": "scales of values and R5 without R2",
+    "an embedding per layer": "a walk that passes these embeddings to each layer",
+    "keys and values shared": "caches that several layers read",
+    "heads of another width": "a prefix with one shape per layer",
+    "several residual streams": "a walk over all streams",
+    "attention that selects": "keys of the indexer in the prefix",
+    "cross-attention": "a copy without these layers",
+    "attention sinks": "sinks in every attention function of this project",
+    "attention within chunks": "a prefix at the start of each chunk",
+    "clipped queries": "rotations and scales that leave the clipped values alone",
+    "LayerNorm": "weights centred at import, so that an RMSNorm computes the same",
+    "an MLP without a gate": "scales of mlp_hidden that follow its activation",
+    "a key norm after RoPE": "centered keys and scales that act after RoPE",
+    "RoPE on a part": "q and k permuted at import, as for glm (pipeline/importing/rewriting.py)",
+    "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py)",
+    "multipliers": "multipliers folded at import, as for granite (pipeline/importing/rewriting.py)",
+    "experts": "an entry with its router and experts, as for qwen3_moe (docs/new_family.md)",
 }
 
 
@@ -68,13 +96,15 @@ def find_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> list[
 
 
 def explain_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> str:
-    """Return a sentence that says why a model is not supported."""
+    """Return a sentence that says why a model is not supported, and one that says what it would need."""
     values = find_text_level(raw)
     outer, family = raw.get("model_type"), values.get("model_type")
     title = f"model_type={outer!r}" if family in (None, outer) else f"model_type={outer!r} (text model {family!r})"
     obstacles = find_obstacles(raw, names)
     if obstacles:
-        return f"{title} is not supported, because it has {'; '.join(obstacles)}."
+        needs = [need for obstacle in obstacles for start, need in _NEEDS.items() if obstacle.startswith(start)]
+        needed = f" It would need {'; '.join(dict.fromkeys(needs))}." if needs else ""
+        return f"{title} is not supported, because it has {'; '.join(obstacles)}.{needed}"
     if raw.get("auto_map"):
         return f"{title} is not supported: its classes are code from the hub (auto_map), which is never run."
     return (

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafete
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from pipeline.importing.expert_tensors import join_experts
 from pipeline.importing.folder_source import open_folder
 from pipeline.importing.import_model import check_names, open_source
 from pipeline.importing.obstacles import explain_obstacles
@@ -158,6 +159,7 @@ def _explain_opened(source: str, open_model: Callable[[], Source], has_names: bo
 def _describe(source: str, opened: Source, has_names: bool) -> Explanation:
     plain = rewrite_checkpoint(opened.config, opened.names, opened.read)
     config = plain.config
+    present, _ = join_experts(source, config, plain.names, plain.read)
     skeleton = build_skeleton(config)
     expected = skeleton.state_dict()
     if config.tie_word_embeddings:
@@ -165,7 +167,7 @@ def _describe(source: str, opened: Source, has_names: bool) -> Explanation:
     dropped = dict(opened.dropped)
     notes = []
     if has_names:
-        for name, part in check_names(source, set(expected), plain.names, skeleton).items():
+        for name, part in check_names(source, set(expected), present, skeleton).items():
             dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
     else:
         notes.append("Not checked: names of tensors, because there are no safetensors files here.")

@@ -29,7 +29,10 @@ def test_the_text_level_is_found_below_several_wrappers():
         ({"clip_qkv": None}, None),
         ({"index_topk": 2048}, "attention that selects tokens with an indexer (index_topk=2048)"),
         ({"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6}, None),
-        ({"model_type": "helium"}, "RoPE that pairs channels 2i and 2i + 1 in all layers"),
+        (
+            {"model_type": "cohere2"},
+            "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+        ),
     ],
 )
 def test_each_feature_is_named_with_its_key(values, obstacle):
@@ -54,3 +57,39 @@ def test_the_sentence_names_the_wrapper_and_its_text_model():
     assert sentence.startswith(
         "model_type='outer' (text model 'inner') is not supported, because it has latent attention"
     )
+
+
+GROUP_6 = {
+    "gemma4_text": {"global_head_dim": 512, "head_dim": 256},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], "attn_output_gate": True},
+    "qwen3_next": {"linear_num_key_heads": 16},
+    "deepseek_v2": {"kv_lora_rank": 512},
+    "deepseek_v3": {"kv_lora_rank": 512},
+    "kimi_k25": {"kv_lora_rank": 512},
+    "kimi_linear": {"linear_attn_config": {"kda_layers": [1]}, "kv_lora_rank": 512},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"hybrid_override_pattern": "M-M*"},
+    "falcon_h1": {"mamba_d_state": 256},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 8},
+    "hunyuan_v1_dense": {},
+    "arcee": {},
+    "apertus": {},
+    "starcoder2": {"norm_epsilon": 1e-5},
+    "stablelm": {"layer_norm_eps": 1e-5},
+    "nemotron": {"norm_eps": 1e-5},
+    "cohere2": {"layer_norm_eps": 1e-5},
+    "gpt_oss": {"num_local_experts": 32},
+}
+
+
+@pytest.mark.parametrize("family", GROUP_6)
+def test_refused_families_have_a_reason_and_what_they_would_need(family):
+    sentence = explain_obstacles({"model_type": family, **GROUP_6[family]})
+    reason, _, need = sentence.partition(". It would need ")
+    assert reason.startswith(f"model_type={family!r} is not supported, because it has ")
+    assert need
+
+
+def test_a_dense_model_of_a_hybrid_family_has_no_state():
+    values = {"layer_types": ["attention"] * 2, "mamba_d_state": 128, "num_local_experts": 0}
+    assert find_obstacles(values) == []

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from pipeline.importing.source import ModelImportError
+from pipeline.models.architectures import IMPORTED_AS
 from pipeline.planning import explain
 from pipeline.planning.explain import explain_source
 from tests.conftest import make_model, make_tokenizer
@@ -239,3 +240,13 @@ def test_a_hub_id_is_explained_by_its_headers(tmp_path, monkeypatch):
     monkeypatch.setattr(explain, "snapshot_download", fail)
     with pytest.raises(ModelImportError, match=r"no such file or folder, and it cannot be fetched .*\(offline\)"):
         explain_source("a/b")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granite", "glm4"])
+def test_experts_and_rewritten_families_are_explained_by_their_tensors(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    explanation = explain_source(str(tmp_path))
+    assert explanation.supported, explanation.lines
+    changes = [line for line in explanation.lines if line.startswith("Rewritten: ")]
+    assert bool(changes) == (family in IMPORTED_AS)
