@@ -19,7 +19,7 @@ also has
     median_block        the relative difference of a token's output, if every block of transformers reads vLLM's input
     rounded_otherwise   the fraction of these outputs that differ by more than 1e-4
 
-The last two need --eager, because the values between compiled blocks cannot be read.
+The last two need --eager and one process, because the values between compiled blocks cannot be read.
 """
 
 import json
@@ -61,6 +61,7 @@ def main() -> None:
         default="integer",
         help="of transformers: integers as vLLM multiplies them, or floats as `evaluation` does (default: integer)",
     )
+    parser.add_argument("--processes", type=whole(1), default=1, help="of vLLM: its tensor_parallel_size (default: 1)")
     parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
     if arguments.perplexity and not arguments.windows:
@@ -77,6 +78,7 @@ def compare(
     chunk: int = 96,
     max_model_len: int | None = None,
     eager: bool = False,
+    processes: int = 1,
     arithmetic: Arithmetic = "integer",
 ) -> dict[str, Any]:
     """Return the figures that `main` prints. `chunk`: number of tokens that vLLM reads at a time."""
@@ -92,6 +94,7 @@ def compare(
         max_model_len=max_model_len,
         enable_prefix_caching=True,
         enforce_eager=eager,
+        tensor_parallel_size=processes,
     )
     tokens = cut_texts(model, windows, max_model_len)
     values: dict[str, Any] = {"folder": folder.name, "dtype": dtype, "arithmetic": arithmetic}
@@ -104,7 +107,7 @@ def compare(
     values["median_difference"] = torch.cat(differences).median().item()
     values["mean_difference"] = torch.cat(differences).mean().item()
     values["largest_difference"] = torch.cat(differences).max().item()
-    if eager and any(len(text) <= chunk - 16 for text in tokens):
+    if eager and processes == 1 and any(len(text) <= chunk - 16 for text in tokens):
         off = torch.cat([compare_blocks(model, llm, text) for text in tokens if len(text) <= chunk - 16])
         values |= {"median_block": off.median().item(), "rounded_otherwise": (off > 1e-4).float().mean().item()}
     starts = [text[: 4 + 3 * place] for place, text in enumerate(tokens * 3)][:CONTINUED]

@@ -9,6 +9,7 @@ device.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,8 +21,47 @@ from pipeline.numerics.hadamard import CPU, HadamardTransform
 from pipeline.numerics.quantizer import ActivationQuantizer
 
 
+@dataclass(frozen=True)
+class LayerPart:
+    """What one of several processes computes of a fused linear.
+
+    Attributes:
+        rows: int64, output channels, in the order of the process's own output; None for all.
+        columns: input channels; None for all.
+        adds_bias: whether this process adds bias and constants. Of processes that split the input, one does.
+        gather: makes the whole input [T, in] of this process's part of it; None where it gets the whole.
+    """
+
+    rows: torch.Tensor | None = None
+    columns: slice | None = None
+    adds_bias: bool = True
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def cut_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the columns of an input [T, in] that this process multiplies."""
+        return x if self.columns is None else x[:, self.columns].contiguous()
+
+    def cut_operands(self, operands: IntegerOperands) -> IntegerOperands:
+        """Return this process's part of the operands of a product of integers."""
+        integers, constant = self.cut(operands.integers, operands.constant)
+        assert constant is not None
+        scale = operands.weight_scale if self.rows is None else operands.weight_scale[self.rows]
+        return replace(operands, integers=integers, weight_scale=scale, constant=constant)
+
+    def cut(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return this process's part of weight [out, in] and bias [out]."""
+        if self.rows is not None:
+            weight, bias = weight[self.rows], None if bias is None else bias[self.rows]
+        if self.columns is not None:
+            weight = weight[:, self.columns].contiguous()
+        return weight, bias if bias is None or self.adds_bias else torch.zeros_like(bias)
+
+
+WHOLE = LayerPart()
+
+
 class ServedLinear(nn.Module):
-    """Compute [T, sum of outs] from x [T, in], in the dtype of x."""
+    """Compute [T, sum of outs] from x [T, in], in the dtype of x, or the part of one process (parallel.py)."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -36,6 +76,7 @@ class ServedLinear(nn.Module):
         make_product: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
         block_size: int = -1,
         device: torch.device = CPU,
+        layer_part: LayerPart = WHOLE,
     ) -> None:
         """Fuse exported linears.
 
@@ -47,27 +88,33 @@ class ServedLinear(nn.Module):
             make_product: builds a product of integers (product.py has vLLM's). None: no exact one exists here.
             block_size: consecutive channels that the transform acts on together; -1 for all.
             device: the device on which the model computes.
+            layer_part: the part that this process computes.
         """
         super().__init__()
+        self.layer_part = layer_part
         self.width, width = sum(part.out_features for part in parts), parts[0].in_features
         self.codes: nn.Module | None = None
         self.product: nn.Module | None = None
         if make_product is not None and fits_integers(quantizer, parts):
-            self.product = make_product(gather_operands(quantizer, parts), dtype).to(device)
+            operands = layer_part.cut_operands(gather_operands(quantizer, parts))
+            self.product = make_product(operands, dtype).to(device)
             self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
             return
         self.quantizer = quantizer.to(device)
         self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
-        weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]).to(device), None
+        weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]), None
         if any(part.bias is not None for part in parts):
             biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-            bias = torch.cat([part_bias.to(dtype) for part_bias in biases]).to(device)
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+            bias = torch.cat([part_bias.to(dtype) for part_bias in biases])
+        weight, bias = layer_part.cut(weight, bias)
+        self.register_buffer("weight", weight.to(device), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.layer_part.gather is not None:
+            x = self.layer_part.gather(x)
         if self.product is not None and self.codes is not None:
-            return self.product(self.codes(x))
+            return self.product(self.layer_part.cut_input(self.codes(x)))
         if self.transform is not None:
             x = self.transform(x)
-        return nn.functional.linear(self.quantizer(x), self.weight, self.bias)
+        return nn.functional.linear(self.layer_part.cut_input(self.quantizer(x)), self.weight, self.bias)

@@ -38,6 +38,7 @@ from pipeline.models.sites import Site
 from pipeline.serving.attention import CachedValues, Rope, TurnedKeys
 from pipeline.serving.families import ServingError
 from pipeline.serving.linear import ServedLinear
+from pipeline.serving.parallel import count_outputs, find_kv_heads, find_part, select_heads_
 from pipeline.serving.product import find_product
 from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine
 
@@ -199,7 +200,10 @@ def fill_layer_(
     for site, readers in architecture.site_readers.items():
         parts = [find_packed_linear(block, reader) for reader in readers]
         rotate, block_size = find_rotation(block, architecture, site)
-        product = find_product(dtype, device, [parts[0].in_features, *(part.out_features for part in parts)])
+        fused, widths = fused_linears[site], [part.out_features for part in parts]
+        layer_part = find_part(fused, widths)
+        divided = [width // fused.tp_size for width in (parts[0].in_features, *widths)]
+        product = find_product(dtype, device, divided)
         served = ServedLinear(
             parts,
             quantizers[site],
@@ -208,9 +212,10 @@ def fill_layer_(
             make_product=product,
             block_size=block_size,
             device=device,
+            layer_part=layer_part,
         )
-        fused = fused_linears[site]
-        if (parts[0].in_features, served.width) != (fused.input_size, fused.output_size):
+        own_width = served.width if layer_part.rows is None else len(layer_part.rows)
+        if (parts[0].in_features, own_width * count_outputs(fused)) != (fused.input_size, fused.output_size):
             raise ServingError(
                 f"{site}: vLLM's layer has the shape {[fused.output_size, fused.input_size]}, the exported one "
                 f"{[served.width, parts[0].in_features]}. This is a bug of this project."
@@ -218,8 +223,11 @@ def fill_layer_(
         if not isinstance(fused.quant_method, ServedLinearMethod):
             raise ServingError(f"{site}: vLLM computes this layer by another method. This is a bug of this project.")
         fused.quant_method.take(fused, served)
-    exported = as_quantized_attention(block.self_attn)
+    exported, heads = as_quantized_attention(block.self_attn), find_kv_heads(attention.qkv_proj)
     keys, values = exported.key_quantizer, exported.value_quantizer
+    for quantizer in (keys, values):
+        select_heads_(quantizer, heads)
+    prefix_kv = None if prefix_kv is None else prefix_kv[:, heads]
     prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
     attention.rotary_emb = TurnedKeys(cast(Rope, attention.rotary_emb), keys, dtype, device, prefix_tokens)
     attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)

@@ -100,8 +100,6 @@ def check_engine(config: VllmConfig) -> None:
     is_known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's GPUs say cuda, too
     refused = {
         f"device={current_platform.device_name}": not is_known and "only CPUs and NVIDIA's GPUs are supported",
-        f"tensor_parallel_size={parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1
-        and "R4 and ranges of whole tensors need all channels in one process. Use 1",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1
         and "the prefix and all blocks are loaded in one process. Use 1",
         "speculative decoding": config.speculative_config is not None and "a draft model has no prefix. Leave it out",

@@ -16,7 +16,7 @@ from pipeline.models.architectures import find_architecture
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.serving import attention
 from pipeline.serving.attention import CachedValues, TurnedKeys
-from pipeline.serving.linear import ServedLinear
+from pipeline.serving.linear import WHOLE, LayerPart, ServedLinear
 from tests.export.test_folder import make_export
 from tests.gpu_double import CUDA, GpuDouble
 from tests.inference.test_prefixed_model import PREFIX, QUANTIZERS
@@ -65,6 +65,38 @@ def test_fused_linears_compute_what_exported_ones_do(imported, tmp_path, integer
         served = ServedLinear(parts, quantizers[site], **options)
         assert (served.product is not None) == (integers and kind in ("static", "keys before RoPE"))
         assert (served(x) - expected).abs().max() <= 1e-5 * expected.abs().max()  # measured: 4e-7
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("integers", [True, False])
+@torch.no_grad()
+def test_parts_of_two_processes_are_the_whole(imported, tmp_path, integers, kind):
+    """Outputs of split inputs add up, and outputs of split rows lie side by side."""
+    block, config, settings, _ = load_block(imported, tmp_path, "llama_untied_biases", kind)
+    architecture = find_architecture(config)
+    quantizers = find_site_quantizers(block, architecture)
+    block.self_attn.k_proj._forward_hooks.clear()
+    for site, readers in architecture.site_readers.items():
+        parts = [block.get_submodule(name) for name in readers]
+        rotate = {"attention_output": settings.online_r5, "mlp_hidden": settings.online_r4}.get(site, False)
+        options = {"rotate": rotate, "dtype": torch.float64, "make_product": DenseProduct if integers else None}
+
+        def serve(layer_part, parts=parts, site=site, options=options):
+            return ServedLinear(parts, copy.deepcopy(quantizers[site]), **options, layer_part=layer_part)
+
+        half, x = parts[0].in_features // 2, torch.randn(7, parts[0].in_features, dtype=torch.float64)
+        expected = serve(WHOLE)(x)
+        rows = torch.arange(expected.shape[1])
+        rows_of_rank = [rows[::2], rows[1::2]]
+        outputs = [serve(LayerPart(rows=rows))(x) for rows in rows_of_rank]
+        for rows, output in zip(rows_of_rank, outputs, strict=True):
+            assert torch.equal(output, expected[:, rows])
+        columns = [slice(half), slice(half, None)]
+        total = sum(
+            serve(LayerPart(columns=part, adds_bias=rank == 0, gather=lambda own, x=x: x))(x[:, part])
+            for rank, part in enumerate(columns)
+        )
+        assert (total - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

@@ -160,6 +160,12 @@ def compare(exports, name, *options):
     return parity
 
 
+@pytest.mark.parametrize("name", ["llama, static", "llama, no prefix", "qwen2, dynamic", "qwen3, asymmetric groups"])
+def test_two_processes_compute_what_transformers_does(exports, name):
+    """The query heads, the KV heads and the hidden channels are split, and R4 and R5 act on all channels."""
+    compare(exports, name, "--eager", "--processes", "2")
+
+
 def test_layers_of_two_kinds_are_served_up_to_the_window(exports):
     folder = exports["qwen3, some layers slide"]
     program = f"from vllm import LLM; LLM({str(folder)!r}, dtype='float32', enforce_eager=True)"
@@ -170,7 +176,7 @@ def test_layers_of_two_kinds_are_served_up_to_the_window(exports):
 
 
 REFUSED = {
-    "tensor_parallel_size=2": {"tensor_parallel_size": 2},
+    "pipeline_parallel_size=2": {"pipeline_parallel_size": 2},
     "LoRA": {"enable_lora": True},
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
     "kv_cache_dtype=fp8": {"kv_cache_dtype": "fp8"},
