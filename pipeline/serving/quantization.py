@@ -98,7 +98,10 @@ def check_engine(config: VllmConfig) -> None:
     device, cache = config.device_config.device_type, config.cache_config.cache_dtype
     limit = find_rope_limit(model.hf_config)
     is_known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's GPUs say cuda, too
+    processes, channels = parallel.tensor_parallel_size, model.hf_config.intermediate_size
     refused = {
+        f"tensor_parallel_size={processes}": channels % processes != 0
+        and f"it does not divide the {channels} hidden channels of the MLP. Use a size that does",
         f"device={current_platform.device_name}": not is_known and "only CPUs and NVIDIA's GPUs are supported",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1
         and "the prefix and all blocks are loaded in one process. Use 1",

@@ -38,6 +38,7 @@ MODELS = {
         ONLINE,
         None,
     ),
+    "llama, one KV head": (LlamaConfig(**WIDE_SIZES | {"num_key_value_heads": 1}), {}, [7, 9, 0], ONLINE, None),
     "llama, no prefix": (LlamaConfig(**WIDE_SIZES, attention_bias=True, mlp_bias=True), {}, [], {}, None),
     "llama, continuous prefix": (LlamaConfig(**WIDE_SIZES, head_dim=64), {}, None, ONLINE, None),
     "qwen2, dynamic": (Qwen2Config(**WIDE_SIZES), DYNAMIC, [7, 9, 0], ONLINE, None),
@@ -160,7 +161,7 @@ def compare(exports, name, *options):
     return parity
 
 
-@pytest.mark.parametrize("name", ["llama, static", "llama, no prefix", "qwen2, dynamic", "qwen3, asymmetric groups"])
+@pytest.mark.parametrize("name", ["llama, static", "llama, one KV head", "qwen2, dynamic", "qwen3, asymmetric groups"])
 def test_two_processes_compute_what_transformers_does(exports, name):
     """The query heads, the KV heads and the hidden channels are split, and R4 and R5 act on all channels."""
     compare(exports, name, "--eager", "--processes", "2")
@@ -177,6 +178,7 @@ def test_layers_of_two_kinds_are_served_up_to_the_window(exports):
 
 REFUSED = {
     "pipeline_parallel_size=2": {"pipeline_parallel_size": 2},
+    "tensor_parallel_size=4": {"tensor_parallel_size": 4, "hf_overrides": {"intermediate_size": 90}},
     "LoRA": {"enable_lora": True},
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
     "kv_cache_dtype=fp8": {"kv_cache_dtype": "fp8"},
