@@ -10,3 +10,13 @@ class LinearBase(nn.Module):
     output_size: int
     quant_method: QuantizeMethodBase | None
     bias: torch.Tensor | None
+    tp_size: int
+    tp_rank: int
+
+class RowParallelLinear(LinearBase): ...
+
+class QKVParallelLinear(LinearBase):
+    num_heads: int
+    num_kv_heads: int
+    num_kv_head_replicas: int
+    head_size: int

@@ -1,0 +1,3 @@
+import torch
+
+def tensor_model_parallel_all_gather(input_: torch.Tensor, dim: int = -1) -> torch.Tensor: ...
