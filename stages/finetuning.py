@@ -14,11 +14,12 @@ from pipeline.inspection.saturation import PROBED_WINDOWS
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.finetuning import plan_finetuning
 from pipeline.planning.need import Need
-from pipeline.runtime.artifacts import check_input, make_header
+from pipeline.runtime.artifacts import check_input, make_header, read_header
 from pipeline.runtime.streams import Offload
-from pipeline.text.windows import load_windows
+from pipeline.text.windows import load_windows, open_token_ids
 from pipeline.training.block_wise import Models
 from pipeline.training.finetuning import FinetuningWindows, finetune
+from pipeline.training.params import list_values
 from pipeline.training.place import Keeping, Place
 from stages.opening import Run, open_stage
 
@@ -36,13 +37,13 @@ def main(run: Run) -> None:
     finetuning, need = run.params.finetuning, plan(run)
     original, rotated = Checkpoint(MODEL, "model"), Checkpoint(ROTATION, "rotation")
     initial = Checkpoint(QUANTIZER_INIT, "quantizer_init")
-    train, end_to_end, validation = map(load_windows, (TRAIN, END_TO_END, VALIDATION))
+    train, validation, end_to_end = load_windows(TRAIN), load_windows(VALIDATION), open_token_ids(END_TO_END)
     check_input(initial.header, "rotation", rotated.header, QUANTIZER_INIT)
     check_input(rotated.header, "model", original.header, ROTATION)
     inputs = {"quantizer_init": initial.header, "train": train.header, "validation": validation.header}
     if finetuning.end_to_end.enabled:
-        inputs["end_to_end"] = end_to_end.header
-    header = make_header("finetuning", finetuning.model_dump(), inputs)
+        inputs["end_to_end"] = read_header(END_TO_END, "calibration")
+    header = make_header("finetuning", list_values(finetuning), inputs)
     with Offload(Path(run.params.runtime.offload_dir) if need.offload else None) as offload:
         place = Place(
             runner=run.runner(rotated),
@@ -54,7 +55,7 @@ def main(run: Run) -> None:
         )
         windows = FinetuningWindows(
             train=train.token_ids,
-            end_to_end=end_to_end.token_ids,
+            end_to_end=end_to_end,
             validation=validation.token_ids,
             text_start_token_id=train.text_start_token_id,
         )

@@ -363,7 +363,11 @@ def test_a_corpus_that_a_list_names_without_quotes_needs_them(value, kind):
     ("key", "value", "message"),
     [
         ("calibration.train", None, r"calibration\.train=null: the group is empty\. .*\(corpora, length, windows\)"),
-        ("corpora.news", None, r"corpora\.news=null: the group is empty\. .*\(max_documents, source, text_field\)"),
+        (
+            "corpora.news",
+            None,
+            r"corpora\.news=null: the group is empty\. .*\(generation, max_documents, source, text_field\)",
+        ),
         ("quantizer_init.keys", 4, r"quantizer_init\.keys=4: expected a group of keys\. .*before_rope, bits"),
         (
             "evaluation.tasks",

@@ -34,6 +34,7 @@ from pipeline.runtime.params import RuntimeParams
 from pipeline.training.divergence import LOGIT_POSITIONS
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Keeping
+from pipeline.training.reference import PART_BYTES
 
 _WAYS = (Keeping(recompute=False), Keeping(recompute=True), Keeping(recompute=True, stream=True))
 
@@ -146,8 +147,8 @@ class _Plan:
         block_by_block = self.sizes.hidden_states(self.blocks.tokens) * self._count_streams()
         if not self.params.end_to_end.enabled:
             return block_by_block
-        # End to end: the embedded windows, and the original's final hidden states.
-        return max(block_by_block, self.sizes.hidden_states(self.end_to_end.tokens) * 2)
+        # End to end: the part of the original's final hidden states that is computed at a time.
+        return max(block_by_block, min(self.sizes.hidden_states(self.end_to_end.tokens), PART_BYTES))
 
     def _count_single_block(self) -> float:
         """Return the largest phase in which one block is in memory."""
@@ -204,4 +205,6 @@ class _Plan:
         if not self.params.end_to_end.enabled:
             return hidden_states
         state = 2 * 4 * self.block_files.quantizers  # now, best, two moments; the new file and the old one
-        return hidden_states + self.block_files.total + state
+        is_cached = self.params.end_to_end.reference == "cached"
+        reference = self.sizes.hidden_states(self.end_to_end.all_tokens) if is_cached else 0.0
+        return hidden_states + self.block_files.total + state + reference

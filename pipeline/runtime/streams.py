@@ -21,10 +21,10 @@ class FileStream:
 
     device = torch.device("cpu")
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Create the file, or replace the one at `path`. Its values are zero."""
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, keep: bool = False) -> None:
+        """Create the file, or replace the one at `path`. Its values are zero. With `keep`, the values there stay."""
         self.path, self.shape, self.dtype = path, shape, dtype
-        with open(path, "wb") as file:
+        with open(path, "r+b" if keep else "wb") as file:
             file.truncate(self.numel() * dtype.itemsize)
 
     def numel(self) -> int:

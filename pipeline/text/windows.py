@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.runtime.artifacts import Header, load_tensors, make_header, save_tensors
+from pipeline.runtime.artifacts import Header, load_tensors, make_header, open_tensors, save_tensors
 
 _TENSOR = "token_ids"
 START_TOKEN = "start_token"  # a tensor [1]; absent where there is none
@@ -79,6 +79,47 @@ def load_start_token(path: Path, stage: str) -> int | None:
     """Return the start token between prefix and text of a quantized checkpoint, from its prefix artifact `path`."""
     tensors, _ = load_tensors(path, stage)
     return unpack_start_token(tensors)
+
+
+class StoredTokens:
+    """Token ids [N, T] int64 that stay in their file. Indexing the first dimension reads those rows.
+
+    Attributes:
+        rows: numbers of the file's rows, in order.
+        shape: (N, T).
+    """
+
+    def __init__(self, path: Path, rows: range, length: int) -> None:
+        self.path, self.rows = path, rows
+        self.shape = (len(rows), length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        numbers = self.rows[rows] if isinstance(rows, slice) else [self.rows[number] for number in rows.tolist()]
+        with open_tensors(self.path, "calibration") as (file, _):
+            stored = file.get_slice(_TENSOR)
+            read = [stored[number : number + 1] for number in numbers]
+        return torch.cat(read) if read else torch.empty(0, self.shape[1], dtype=torch.int64)
+
+    def select(self, rows: slice) -> "StoredTokens":
+        """Return the token ids of some rows, which stay in the file too."""
+        return StoredTokens(self.path, self.rows[rows], self.shape[1])
+
+
+TokenRows = torch.Tensor | StoredTokens  # token ids [N, T], in memory or in their file
+
+
+def open_token_ids(path: Path) -> StoredTokens:
+    """Return the token ids of a windows file without reading them.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or from another stage.
+    """
+    with open_tensors(path, "calibration") as (file, _):
+        count, length = file.get_slice(_TENSOR).get_shape()
+    return StoredTokens(path, range(count), length)
 
 
 def save_windows(path: Path, windows: Windows) -> None:

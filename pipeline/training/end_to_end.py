@@ -5,6 +5,9 @@ do not change. The loss is KL(reference ‖ quantized) in nats, on calibration w
 original model, neither rotated nor quantized, without a prefix. So an error counts by its effect on the predictions,
 not by its size.
 
+Windows are read from disk as they are trained on, so memory does not grow with their number. `reference.py` says where
+the original's hidden states come from.
+
 All blocks are in memory where there is room. Where the activations that autograd keeps do not fit next to them, only
 the hidden states between blocks are kept, and blocks run again in the backward pass. Where the blocks do not fit
 either, they are streamed, forwards and backwards (`streamed.py`).
@@ -17,13 +20,13 @@ import torch
 from torch import nn
 
 from pipeline.blocks.quantized import block_settings, fill_block
-from pipeline.blocks.walk import BlockRunner, walk
 from pipeline.models.checkpoint import Checkpoint, load_block_file, save_block_file
 from pipeline.runtime.streams import Stream
-from pipeline.text.windows import prepend_start_token
+from pipeline.text.windows import TokenRows, prepend_start_token
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place
+from pipeline.training.reference import Reference
 from pipeline.training.streamed import TrainedBlocks
 from pipeline.training.trainables import freeze_, unfreeze_
 from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
@@ -37,14 +40,36 @@ class ModelData:
 
     Attributes:
         inputs: embeddings of the tokens that the quantized model reads after the prefix: [N, T, D], or [N, T + 1, D]
-            if it reads a start token before each text.
-        reference: [N, T, D], hidden states of the content in the original model, after its final norm.
+            if it reads a start token before each text. Indexing it reads the tokens of those windows.
+        reference: [N, T, D], hidden states of the content in the original model, after its final norm. Indexing it
+            reads or computes those windows.
         count: the windows of all ranks.
     """
 
-    inputs: Stream
-    reference: Stream
+    inputs: "Stream | EmbeddedWindows"
+    reference: "Stream | Reference"
     count: int
+
+
+class EmbeddedWindows:
+    """Embeddings [N, T, D] or [N, T + 1, D] of windows, computed where they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, token_ids: TokenRows, start_token_id: int | None) -> None:
+        """Read the embedding table.
+
+        Args:
+            token_ids: [N, T], content alone.
+            start_token_id: the start token that is put before each window, or None.
+        """
+        self.checkpoint, self.token_ids, self.start_token_id = checkpoint, token_ids, start_token_id
+        self._table = checkpoint.load_tensor(checkpoint.architecture.embedding)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, rows: Rows) -> torch.Tensor:
+        token_ids = prepend_start_token(self.token_ids[rows], self.start_token_id)
+        return self.checkpoint.scale_embeddings(nn.functional.embedding(token_ids, self._table))
 
 
 class EndToEndTrainer(Trainer[ModelData]):
@@ -98,7 +123,7 @@ class EndToEndTrainer(Trainer[ModelData]):
             autocast=autocast,
             ranks=place.ranks,
         )
-        self.min_lr_factor = params.min_lr_factor
+        self.min_lr_factor, self.validate_every = params.min_lr_factor, params.validate_every
         self.resume_(place.work_folder / _STATE, place.header)
 
     def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
@@ -132,19 +157,3 @@ class EndToEndTrainer(Trainer[ModelData]):
             freeze_(block)
             save_block_file(folder, self.initial.architecture, index, block.state_dict(), self.place.header)
         return None if self.prefix_kv is None else self.prefix_kv.detach().to(self.initial.dtype).cpu()
-
-
-@torch.no_grad()
-def run_original(
-    original: Checkpoint, token_ids: torch.Tensor, runner: BlockRunner, text_start_token_id: int | None = None
-) -> torch.Tensor:
-    """Return hidden states of windows after the original's final norm, without a prefix, [N, T, D].
-
-    Args:
-        token_ids: [N, T], content alone.
-        text_start_token_id: the start token that is put before each window, or None. Its states are left out.
-    """
-    hidden = walk(original, original.embed(prepend_start_token(token_ids, text_start_token_id)), runner, "original")
-    hidden = hidden[:, -token_ids.shape[1] :]
-    original.apply_final_norm_(hidden)
-    return hidden

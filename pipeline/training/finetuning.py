@@ -17,11 +17,12 @@ from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import require_settings
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
-from pipeline.text.windows import prepend_start_token, unpack_start_token
+from pipeline.text.windows import TokenRows, unpack_start_token
 from pipeline.training.block_wise import Models, finetune_blocks
-from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
+from pipeline.training.end_to_end import EmbeddedWindows, EndToEndTrainer, ModelData
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
+from pipeline.training.reference import AlongsideReference, CachedReference, Reference
 from pipeline.training.trainer import Outcome
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,14 @@ class FinetuningWindows:
 
     Attributes:
         train: [N, T], to train single blocks on and to count saturation on.
-        end_to_end: [K, T'], to train all blocks on together.
+        end_to_end: [K, T'], to train all blocks on together; may be in their file.
         validation: [M, T"], to choose the epoch in both phases.
         text_start_token_id: the start token that the original reads before each text, or None. For the quantized
             model, the one in its checkpoint counts.
     """
 
     train: torch.Tensor
-    end_to_end: torch.Tensor
+    end_to_end: TokenRows
     validation: torch.Tensor
     text_start_token_id: int | None = None
 
@@ -105,16 +106,27 @@ def _finetune_end_to_end(
 ) -> tuple[Outcome, torch.Tensor | None]:
     """Train the finished blocks together and write them to `block_folder`; return the outcome and the prefix's KV."""
 
-    def prepare(split: str, token_ids: torch.Tensor) -> ModelData:
-        rank_windows = token_ids[place.ranks.slice_windows(len(token_ids))]
-        reference = place.offload.keep(
-            f"reference-{split}",
-            run_original(models.original, rank_windows, place.runner, windows.text_start_token_id),
+    def prepare(split: str, token_ids: TokenRows, kind: str) -> ModelData:
+        mine = place.ranks.slice_windows(len(token_ids))
+        rank_windows = token_ids[mine] if isinstance(token_ids, torch.Tensor) else token_ids.select(mine)
+        reference: Reference
+        if kind == "cached":
+            reference = CachedReference.compute(
+                models.original,
+                rank_windows,
+                place.runner,
+                text_start_token_id=windows.text_start_token_id,
+                path=place.work_folder / f"reference-{split}-{place.ranks.rank:05d}-of-{place.ranks.world}",
+                header=place.header,
+            )
+        else:
+            reference = AlongsideReference(models.original, rank_windows, place.runner, windows.text_start_token_id)
+        return ModelData(
+            EmbeddedWindows(models.initial, rank_windows, unpack_start_token(prefix)), reference, len(token_ids)
         )
-        embedded = models.initial.embed(prepend_start_token(rank_windows, unpack_start_token(prefix)))
-        return ModelData(place.offload.keep(f"embedded-{split}", embedded), reference, len(token_ids))
 
-    train, validation = prepare("train", windows.end_to_end), prepare("validation", windows.validation)
+    train = prepare("train", windows.end_to_end, params.end_to_end.reference)
+    validation = prepare("validation", windows.validation, "cached")
     trainer = EndToEndTrainer(
         models.initial,
         models.original,
@@ -180,7 +192,7 @@ def summarise_end_to_end(outcome: Outcome) -> dict[str, Any]:
         "end_to_end": {
             "kl_before": round(losses[0], 5),
             "kl_after": round(losses[outcome.best_epoch], 5),
-            "best_epoch": outcome.best_epoch,
+            "best_epoch": outcome.history[outcome.best_epoch]["epoch"],
             "failed": outcome.failure is not None,
         }
     }

@@ -1,6 +1,6 @@
 """The group `finetuning` of params.yaml."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class EndToEndParams(Group):
     min_lr_factor: Annotated[Number, Field(ge=1)] = 10.0
     clip_grad: Annotated[Number, Field(gt=0)] = 1.0
     early_stop: Annotated[int, Field(ge=1)] = 2
+    reference: Literal["cached", "alongside"] = "cached"
+    validate_every: Annotated[int, Field(ge=1)] | None = None
 
 
 class FinetuningParams(Group):
@@ -45,6 +47,19 @@ class FinetuningParams(Group):
     seed: Annotated[int, Field(ge=0)] = 0
     blocks: BlocksParams = BlocksParams()
     end_to_end: EndToEndParams = EndToEndParams()
+
+
+# Keys of `end_to_end` that are younger than artifacts which must keep their fingerprint.
+_YOUNGER_KEYS = ("reference", "validate_every")
+
+
+def list_values(params: FinetuningParams) -> dict[str, Any]:
+    """Return the values that determine the artifact, without younger keys that have their default."""
+    values, defaults = params.model_dump(), EndToEndParams().model_dump()
+    for name in _YOUNGER_KEYS:
+        if values["end_to_end"][name] == defaults[name]:
+            del values["end_to_end"][name]
+    return values
 
 
 # Keys of earlier versions -> the keys that replace them, for the error message.

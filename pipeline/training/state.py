@@ -31,8 +31,8 @@ class TrainingState:
     """The parameters under training and everything that a killed run needs to continue.
 
     Attributes:
-        history: a row per epoch, each with at least "validation"; row 0 is the start. Values that are not finite, which
-            JSON cannot express, are None.
+        history: a row per epoch, or per round where the trainer validates more often, each with at least "validation";
+            row 0 is the start. Values that are not finite, which JSON cannot express, are None.
         best: the parameters' values after `best_epoch`, the epoch with the lowest validation loss.
         losses: losses of the steps of the current epoch; None for a failed step.
         failures: the number of steps that failed in a row, up to the last one.

@@ -2,6 +2,7 @@
 
     epoch 0     the validation loss before training
     epoch 1 …   for each batch of windows: gradients, clipping, a step of AdamW; then the validation loss
+                (`validate_every` splits epochs into rounds of so many steps, with a validation after each)
     at the end  the parameters of the epoch with the lowest validation loss are restored
 
 A subclass defines the loss of a window. The loss of a batch is the mean over its windows. Each rank computes the
@@ -99,6 +100,7 @@ class Trainer(Generic[Data]):
         failure_limit: how many failed steps in a row end training. A step fails where the loss or a gradient is not
             finite.
         needs_finite_validation: whether a validation loss that is not finite ends training.
+        validate_every: steps between two validations; None: there is one after each epoch.
         keeps_step_losses: whether the history keeps the loss of each step, as "step_losses" of its epoch.
         foreach: of torch's AdamW. False updates one parameter at a time; True would take temporaries as large as all
             parameters together.
@@ -108,6 +110,7 @@ class Trainer(Generic[Data]):
     failure_limit: int = 3
     needs_finite_validation: bool = False
     keeps_step_losses: bool = False
+    validate_every: int | None = None
     foreach: bool | None = False
 
     def __init__(
@@ -184,13 +187,15 @@ class Trainer(Generic[Data]):
         """
         state, failure = self.state, None
         epochs = self.schedule.epochs if self.schedule.enabled and self.parameters else 0
+        rounds = self._split_epochs(train.count, epochs)
         if not state.history:
             state.end_epoch({"epoch": 0, "train": None, **self.evaluate(validation)})
             self._save_state()
-        for epoch in range(len(state.history), epochs + 1):
-            if epoch - state.best_epoch > self.schedule.early_stop:
+        for number in range(len(state.history), len(rounds) + 1):
+            if number - state.best_epoch > self.schedule.early_stop:
                 break
-            train_loss = self._train_epoch(train, seed, epoch)
+            epoch, steps = rounds[number - 1]
+            train_loss = self._train_round(train, seed, epoch, steps)
             if state.failures >= self.failure_limit:
                 failure = self._describe_failure(epoch)
                 break
@@ -198,31 +203,47 @@ class Trainer(Generic[Data]):
             if self.needs_finite_validation and not math.isfinite(measured["validation"]):
                 failure = f"the validation loss was not finite after epoch {epoch}"
                 break
-            steps = {"step_losses": list(state.losses)} if self.keeps_step_losses else {}
-            state.end_epoch({"epoch": epoch, "train": train_loss, **measured} | steps)
+            row = {"epoch": epoch, "train": train_loss, **measured}
+            if self.validate_every is not None:
+                parts = self._count_steps(train.count)
+                row["epoch"] = epoch - 1 + steps.stop / parts
+                row["step"] = (epoch - 1) * parts + steps.stop
+            state.end_epoch(row | ({"step_losses": list(state.losses)} if self.keeps_step_losses else {}))
             self._save_state()
         state.restore_best_()
         return Outcome(state.history, state.best_epoch, failure)
+
+    def _count_steps(self, count: int) -> int:
+        """Return the steps of an epoch over `count` windows."""
+        return math.ceil(count / self.schedule.batch_size)
+
+    def _split_epochs(self, count: int, epochs: int) -> list[tuple[int, range]]:
+        """Return (epoch from 1, steps in it) of each round: 7 steps, a validation every 3 -> 0..2, 3..5, 6."""
+        steps = self._count_steps(count)
+        every = self.validate_every or steps
+        starts = range(0, steps, every)
+        return [(epoch, range(start, min(start + every, steps))) for epoch in range(1, epochs + 1) for start in starts]
 
     def _describe_failure(self, epoch: int) -> str:
         if self.failure_limit == 1:
             return f"the loss was not finite in epoch {epoch}, step {len(self.state.losses) - 1}"
         return f"{self.failure_limit} steps in a row without a finite loss and gradient, epoch {epoch}"
 
-    def _train_epoch(self, train: Data, seed: int, epoch: int) -> float | None:
-        """Take the steps of an epoch, or the ones that are left of it; return the mean loss of the finite steps."""
+    def _train_round(self, train: Data, seed: int, epoch: int, steps: range) -> float | None:
+        """Take the `steps` of an epoch, or the ones that are left of them; return the mean loss of the finite ones."""
         order = self.draw_order(train.count, torch.Generator().manual_seed(seed * 1000 + epoch))
         parts = list(batches(train.count, self.schedule.batch_size))
         losses = self.state.losses
-        left = parts[len(losses) :]
+        left = parts[steps.start + len(losses) : steps.stop]
         title = f"{self.bar}, epoch {epoch}/{self.schedule.epochs}"
         for rows in show_progress(left, len(left), title, "step") if self.bar else left:
-            step_index, step_count = (epoch - 1) * len(parts) + len(losses), self.schedule.epochs * len(parts)
+            step_index = (epoch - 1) * len(parts) + steps.start + len(losses)
+            step_count = self.schedule.epochs * len(parts)
             losses.append(self.step(train, order[rows], step_index, step_count))
             note_progress(epoch=epoch, loss=losses[-1], validation=self.state.history[-1]["validation"])
             if self.state.failures >= self.failure_limit:
                 break
-            if len(losses) % _KEEP_EVERY == 0 and len(losses) < len(parts):
+            if len(losses) % _KEEP_EVERY == 0 and len(losses) < len(steps):
                 self._save_state()
         finite = [loss for loss in losses if loss is not None]
         return sum(finite) / len(finite) if finite else None

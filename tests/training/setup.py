@@ -15,10 +15,11 @@ from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.streams import Offload
 from pipeline.training.block_wise import BlockData, BlockTrainer, Models, finetune_blocks
-from pipeline.training.end_to_end import EndToEndTrainer, ModelData, run_original
+from pipeline.training.end_to_end import EndToEndTrainer, ModelData
 from pipeline.training.finetuning import FinetuningWindows, finetune
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import HIDDEN_STATES, Keeping, Place
+from pipeline.training.reference import run_original
 from pipeline.training.trainables import unfreeze_
 from tests.conftest import ROOT, open_model
 from tests.rotation.test_merging import rotate

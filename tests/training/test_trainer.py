@@ -97,3 +97,16 @@ def test_nan_step_is_skipped_and_halves_the_rates(quantized, monkeypatch):
     monkeypatch.undo()
     assert trainer.step(data, torch.arange(2), 0, 1) is not None
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.0025, 0.0005])
+
+
+def test_rounds_validate_within_an_epoch_and_change_no_step(quantized):
+    """Seven steps an epoch, a validation every three: after steps 3, 6, 7, 10, …"""
+    trainer, _, data = make_block_trainer(quantized, {"epochs": 2, "batch_size": 1})
+    assert trainer._split_epochs(7, 2) == [(1, range(7)), (2, range(7))]
+    trainer.validate_every = 3
+    assert [(e, s.start, s.stop) for e, s in trainer._split_epochs(7, 1)] == [(1, 0, 3), (1, 3, 6), (1, 6, 7)]
+    outcome = trainer.train_(data, data, 0)
+    assert [row.get("step") for row in outcome.history] == [None, 3, 4, 7, 8]
+    assert [row["epoch"] for row in outcome.history] == [0, 0.75, 1.0, 1.75, 2.0]
+    whole, _, data = make_block_trainer(quantized, {"epochs": 2, "batch_size": 1})
+    assert whole.train_(data, data, 0).history[-1]["validation"] == outcome.history[-1]["validation"]
