@@ -1,7 +1,8 @@
 """Write one page about the run, and the numbers by which runs are compared.
 
 Reads   metrics/ of all stages, artifacts/activation_plots/, losses and quantizers of artifacts/finetuning/, how well
-        ranges fit (artifacts/quantizer_init/), samples of artifacts/evaluation/
+        ranges fit (artifacts/quantizer_init/), samples of artifacts/evaluation/; with experts also the reports of
+        quantizer_init and prefix_search, and the routing in artifacts/evaluation/
 Writes  artifacts/report/ (report.html, which needs nothing else, and its pictures), metrics/report.json
 Packaged model: about 10 seconds.
 """
@@ -16,10 +17,12 @@ import torch
 
 from pipeline.blocks.quantized import find_site_quantizers, load_block, require_settings
 from pipeline.export.model_card import describe_bits
+from pipeline.inspection.routing import count_tokens
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
 from pipeline.params import Params
 from pipeline.pictures.activations import OUTLIER_SITE
+from pipeline.pictures.experts import ExpertLists, draw_expert_tokens, list_agreement, list_experts, read_choices
 from pipeline.pictures.plots import Measured, draw_all, draw_site_quality, find_levels, read_measured
 from pipeline.pictures.report import Heading, build_page, draw_curves, list_changes, read_rows, summarise_run
 from pipeline.runtime.artifacts import load_json, replacing_folder
@@ -32,7 +35,9 @@ ACTIVATIONS = {
 }
 VARIANTS = ("original", "original_prefix", "quantizer_init", "finetuning", "export")
 SAMPLED = ("original", "quantizer_init", "finetuning")
-SAMPLES = Path("artifacts/evaluation")
+EVALUATION = Path("artifacts/evaluation")
+QUANTIZED = Path("artifacts/quantizer_init/report.json")
+OUTLIERS = Path("artifacts/prefix_search/report.json")
 REPORT = Path("artifacts/report")
 
 
@@ -63,17 +68,19 @@ def main(run: Run) -> None:
         draw_site_quality(quality, saturation, list(Site))
         pictures = draw_all(measured, partial, read_levels(checkpoint, measured["quantized"]))
         pictures = [*pictures[:1], quality, *pictures[1:], *draw_losses(partial, saturation)]
+        pictures += draw_experts(checkpoint, partial)
         page = build_page(
             run.metrics,
             heading=heading,
             evaluations=evaluations,
-            samples={name: load_json(SAMPLES / f"{name}_samples.json", f"evaluation@{name}") for name in SAMPLED},
+            samples={name: load_json(EVALUATION / f"{name}_samples.json", f"evaluation@{name}") for name in SAMPLED},
             prefix=prefix,
             saturation=saturation,
             costs=costs,
             settings=settings,
             changes=list_changes(settings, read_settings(Params())),
             pictures=pictures,
+            experts=read_experts(checkpoint),
         )
         (partial / "report.html").write_text(page, encoding="utf-8")
 
@@ -128,6 +135,33 @@ def read_settings(params: Params) -> dict[str, Any]:
         "evaluation": params.evaluation,
     }
     return {name: group.model_dump() for name, group in groups.items()}
+
+
+def read_experts(checkpoint: Checkpoint) -> ExpertLists | None:
+    """Return the report's lists of experts, None for a dense model."""
+    if checkpoint.architecture.experts is None:
+        return None
+    blocks = load_json(QUANTIZED, "quantizer_init")["blocks"]
+    return list_experts(blocks, load_json(OUTLIERS, "prefix_search")["layers"])
+
+
+def draw_experts(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Draw router agreement and tokens of experts, and return the files; [] for a dense model."""
+    if checkpoint.architecture.experts is None:
+        return []
+    read = {name: read_choices(EVALUATION / f"{name}.safetensors") for name in VARIANTS}
+    choices = {name: chosen for name, chosen in read.items() if chosen is not None}
+    agreement, tokens = folder / "router_agreement.png", folder / "expert_tokens.png"
+    draw_curves(
+        agreement,
+        list_agreement(choices),
+        x="block",
+        columns=[name for name in choices if name != "original"],
+        title="Tokens with the same experts as in the original, held-out text",
+        y_label="share of tokens",
+    )
+    draw_expert_tokens(tokens, count_tokens(choices["original"], checkpoint.config.num_experts))
+    return [agreement, tokens]
 
 
 def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:

@@ -68,7 +68,7 @@ def measure_losses(
 ) -> Losses:
     """Return -log p of every target in nats, for each text: [N, T - 1] from token ids [N, T]."""
     runner = BlockRunner(checkpoint, find_device(), 1)
-    hidden, _, _ = compute_final_hidden(checkpoint, windows, runner, prefix_kv, start_token)
+    hidden = compute_final_hidden(checkpoint, windows, runner, prefix_kv, start_token).hidden
     lm_head = checkpoint.load_lm_head()
     return {text: score_windows(hidden[text], ids, lm_head) for text, ids in windows.items()}
 

@@ -12,6 +12,7 @@ products with lm_head and no forward pass.
 
 import math
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from pipeline.blocks.quantized import block_settings, count_expected_quantizers, count_fired_quantizers, find_settings
 from pipeline.blocks.walk import BlockRunner, batches, load_blocks
 from pipeline.inference.prefixed_model import PrefixedModel, probe_saturation
+from pipeline.inspection.routing import Choices, RoutingProbe, describe_routing, stack_choices
 from pipeline.inspection.saturation import Report, advance_probed_, summarise_saturation
 from pipeline.models.architectures import find_architecture, find_logit_cap
 from pipeline.models.checkpoint import Checkpoint
@@ -101,6 +103,23 @@ class Scores:
         return self.perplexity * self.losses.std().item() / math.sqrt(count) if count > 1 else None
 
 
+@dataclass(frozen=True)
+class ModelRun:
+    """A forward pass of a whole model over all corpora.
+
+    Attributes:
+        hidden: corpus -> hidden states of the content after the final norm, [N, T, D] on the CPU.
+        fired: the number of quantizers of each kind that fired.
+        saturation: corpus -> block -> saturation report.
+        choices: corpus -> the experts that the routers chose for the content, [N, T, L, k]; None without experts.
+    """
+
+    hidden: dict[str, torch.Tensor]
+    fired: Counter[str]
+    saturation: dict[str, dict[int, Report]]
+    choices: Choices
+
+
 class Original:
     """The original model's side of a comparison: its final hidden states per corpus, and its lm_head."""
 
@@ -118,6 +137,12 @@ class Original:
                 "evaluation@original"
             )
         return self.tensors[f"hidden.{corpus}"]
+
+    @property
+    def choices(self) -> Choices:
+        """Return corpus -> the experts that its routers chose, [N, T, L, k]; {} for a model without experts."""
+        prefix = "experts."
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
 
 def evaluate_windows(
@@ -142,8 +167,10 @@ def evaluate_windows(
 
     Returns:
         Metrics: per corpus `perplexity`, its `standard_error`, `kl`, `top1_agreement`, `largest_saturation` and
-        `lowest_sqnr`, then `quantizers_fired` and `settings`. Tensors of content to keep: `hidden.CORPUS`,
-        `loss.CORPUS` and `token_ids.CORPUS`. Corpus -> block -> saturation report (see `advance_probed_`).
+        `lowest_sqnr`, then `quantizers_fired` and `settings`, and `router_agreement` per corpus where there are
+        experts. Tensors of content to keep: `hidden.CORPUS`, `loss.CORPUS` and `token_ids.CORPUS`, and with experts
+        `experts.CORPUS`, the sorted numbers of the chosen ones, [N, T, L, k] int32. Corpus -> block -> saturation
+        report (see `advance_probed_`).
     """
     rank_windows = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
     return _score_run(
@@ -194,7 +221,7 @@ def _describe_settings(
 
 
 def _score_run(
-    run: tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]],
+    run: ModelRun,
     lm_head: LmHead,
     windows: dict[str, torch.Tensor],
     *,
@@ -204,17 +231,17 @@ def _score_run(
     ranks: Ranks,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, dict[int, Report]]]:
     """Score this rank's hidden states, and return the result of `evaluate_windows` for the windows of all ranks."""
-    hidden, fired, saturation = run
     metrics: dict[str, Any] = {"perplexity": {}, "standard_error": {}} | (
         {"kl": {}, "top1_agreement": {}} if original else {}
     )
     tensors: dict[str, torch.Tensor] = {}
+    choices: Choices = {}
     for corpus, ids in windows.items():
         rows = ranks.slice_windows(len(ids))
         original_side = (original.hidden(corpus, ids)[rows], original.lm_head) if original else None
-        rank_scores = score_hidden(hidden[corpus], lm_head, ids[rows], original_side, device)
+        rank_scores = score_hidden(run.hidden[corpus], lm_head, ids[rows], original_side, device)
         scores = rank_scores.combine(ranks, len(ids))
-        all_hidden = ranks.collect(hidden[corpus], len(ids))
+        all_hidden = ranks.collect(run.hidden[corpus], len(ids))
         metrics["perplexity"][corpus] = round(scores.perplexity, 4)
         if scores.standard_error is not None:
             metrics["standard_error"][corpus] = round(scores.standard_error, 4)
@@ -222,10 +249,14 @@ def _score_run(
             metrics["kl"][corpus] = round(scores.kl, 5)
             metrics["top1_agreement"][corpus] = round(scores.top1_agreement, 4)
         tensors |= {f"hidden.{corpus}": all_hidden, f"loss.{corpus}": scores.losses, f"token_ids.{corpus}": ids}
-    metrics |= summarise_saturation(saturation)
-    metrics["quantizers_fired"] = sum(fired.values())
+        rank_choices = run.choices[corpus]
+        if rank_choices is not None:
+            choices[corpus] = tensors[f"experts.{corpus}"] = ranks.collect(rank_choices, len(ids))
+    metrics |= describe_routing(choices, original.choices) if original is not None else {}
+    metrics |= summarise_saturation(run.saturation)
+    metrics["quantizers_fired"] = sum(run.fired.values())
     metrics["settings"] = settings
-    return metrics, tensors, saturation
+    return metrics, tensors, run.saturation
 
 
 @torch.no_grad()
@@ -235,15 +266,11 @@ def compute_final_hidden(
     runner: BlockRunner,
     prefix_kv: torch.Tensor | None,
     text_start_token_id: int | None = None,
-) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
+) -> ModelRun:
     """Walk all corpora through the model, window by window of content, [N, T] each.
 
     Args:
         text_start_token_id: the start token between the prefix and every window, or None.
-
-    Returns:
-        Corpus -> hidden states of the content after the final norm, [N, T, D] on the CPU. The number of quantizers of
-        each kind that fired. Corpus -> block -> saturation report.
 
     Raises:
         QuantizerCountError: the number differs from the one that the checkpoint's settings ask for.
@@ -253,13 +280,17 @@ def compute_final_hidden(
         corpus: checkpoint.embed(prepend_start_token(ids, text_start_token_id)) for corpus, ids in windows.items()
     }
     saturation: dict[str, dict[int, Report]] = {corpus: {} for corpus in windows}
+    chosen: dict[str, list[torch.Tensor | None]] = {corpus: [] for corpus in windows}
     fired, expected = Counter[str](), Counter[str]()
     blocks = load_blocks(checkpoint, runner.device)
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "evaluating"):
         block = next(blocks)
         block_prefix = runner.take_prefix(prefix_kv, index)
         for corpus, states in hidden.items():
-            saturation[corpus][index] = advance_probed_(runner, block, checkpoint.architecture, states, block_prefix)
+            with RoutingProbe(block, checkpoint.architecture) as probe:
+                report = advance_probed_(runner, block, checkpoint.architecture, states, block_prefix)
+            saturation[corpus][index] = report
+            chosen[corpus].append(probe.read(*windows[corpus].shape))
         fired += count_fired_quantizers(block, checkpoint.architecture)
         expected += count_expected_quantizers(block_settings(checkpoint, index))
         del block
@@ -267,25 +298,28 @@ def compute_final_hidden(
     hidden = {corpus: states[:, -windows[corpus].shape[1] :] for corpus, states in hidden.items()}
     for states in hidden.values():
         checkpoint.apply_final_norm_(states)
-    return hidden, fired, saturation
+    choices = {corpus: stack_choices(by_block) for corpus, by_block in chosen.items()}
+    return ModelRun(hidden, fired, saturation, choices)
 
 
 @torch.no_grad()
-def run_model(
-    model: PrefixedModel, windows: dict[str, torch.Tensor], batch_size: int
-) -> tuple[dict[str, torch.Tensor], Counter[str], dict[str, dict[int, Report]]]:
+def run_model(model: PrefixedModel, windows: dict[str, torch.Tensor], batch_size: int) -> ModelRun:
     """Run a whole model in memory, loaded from an exported folder, and return the same as `compute_final_hidden`."""
     architecture, layers = find_architecture(model.config), list_layers(model)
+    choices: Choices = {}
     batch_hidden: list[torch.Tensor] = []
     handle = model.model.norm.register_forward_hook(lambda module, args, output: batch_hidden.append(output.cpu()))
     hidden, saturation = {}, {}
     for corpus, content in windows.items():
         ids = prepend_start_token(content, model.text_start_token_id)
         parts = list(batches(len(ids), batch_size))
-        with probe_saturation(model) as probes:
-            model(ids[parts[0]].to(model.device), logits_to_keep=1)
-        for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}", "batch"):
-            model(ids[rows].to(model.device), logits_to_keep=1)
+        with ExitStack() as routing:
+            routers = [routing.enter_context(RoutingProbe(block, architecture)) for block in layers]
+            with probe_saturation(model) as probes:
+                model(ids[parts[0]].to(model.device), logits_to_keep=1)
+            for rows in show_progress(parts[1:], len(parts) - 1, f"evaluating {corpus}", "batch"):
+                model(ids[rows].to(model.device), logits_to_keep=1)
+        choices[corpus] = stack_choices([router.read(*content.shape) for router in routers])
         hidden[corpus] = torch.cat(batch_hidden)[:, -content.shape[1] :]
         saturation[corpus] = {index: probe.report() for index, probe in enumerate(probes)}
         batch_hidden.clear()
@@ -294,7 +328,7 @@ def run_model(
     blocks = model.config.quantization_config.blocks
     settings = [find_settings(blocks, index) for index in range(len(layers))]
     _check_run(hidden, fired, sum(map(count_expected_quantizers, settings), Counter[str]()))
-    return hidden, fired, saturation
+    return ModelRun(hidden, fired, saturation, choices)
 
 
 def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: Counter[str]) -> None:

@@ -58,6 +58,19 @@ def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: R
     return set(joined), lambda name: joined[name]()
 
 
+def name_in_checkpoint(model_type: str, name: str) -> str:
+    """Return the name that checkpoints of a family have for a tensor or module of one expert, or for its router.
+
+    mixtral: model.layers.0.mlp.experts.3.gate_proj -> model.layers.0.block_sparse_moe.experts.3.w1. Other families
+    and other names are returned unchanged.
+    """
+    if model_type != "mixtral" or ".mlp." not in name:
+        return name
+    for stored, projection in _MIXTRAL.items():
+        name = name.replace(f".{projection}", f".{stored}")
+    return name.replace(".mlp.", ".block_sparse_moe.")
+
+
 def _join(read: Read, stored: list[dict[int, str]]) -> torch.Tensor:
     """Return [E, out, in]; the rows of several projections of an expert lie below each other."""
     return torch.stack([torch.cat([read(names[expert]) for names in stored]) for expert in sorted(stored[0])])

@@ -9,6 +9,10 @@ The quantizers of a linear's weight and input decide its layout:
     nvfp4-pack-quantized   two values a byte, scales in E4M3; `weight_global_scale` is 1 / the scale of the tensor,
                            `input_global_scale` 1 / the scale of the activations
 
+Experts have one tensor for each expert and projection, under the names of the family's published checkpoints. Serving
+engines compute all experts of a block by one scheme. With quantized inputs they know only dynamic ones: int8 of each
+token, scaled symmetrically to its largest value. Router, gate of the shared expert and lm_head are not quantized.
+
 Readers decompress FP4 to bfloat16, which holds all of these values exactly. They cannot multiply it by float32, so the
 config of such a folder says bfloat16.
 """
@@ -27,8 +31,12 @@ from pipeline.blocks.quantized import (
     load_block,
 )
 from pipeline.export.folder import parse_size, write_shards
+from pipeline.importing.expert_tensors import name_in_checkpoint
+from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, Checkpoint, build_skeleton, copy_companions
-from pipeline.models.layers import find_linear, list_layers
+from pipeline.models.experts import PROJECTIONS, route_experts_
+from pipeline.models.layers import DecoderLayer, find_linear, list_layers
+from pipeline.models.sites import base_site
 from pipeline.numerics.formats import FORMATS, INT
 from pipeline.numerics.packing import pack_integers
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec, integer_range
@@ -45,10 +53,13 @@ def find_lost_activations(checkpoint: Checkpoint, all_settings: list[BlockSettin
     """Return why the format's activations would compute other values than the model's; empty where they do not."""
     reasons: dict[str, None] = {}  # an ordered set
     for index, settings in enumerate(all_settings):
-        for site, readers in checkpoint.architecture.site_readers.items():
+        architecture = _find_block_architecture(checkpoint, index)
+        for site, readers in architecture.site_readers.items():
             spec = settings.spec(site)
             if not spec.enabled:
                 continue
+            if checkpoint.architecture.experts is not None and spec.format == INT and not _is_plain_dynamic(spec):
+                reasons["inputs of experts in int are dynamic, symmetric, of 8 bits and per token in engines"] = None
             if spec.centered:
                 reasons["the format has no centered activations"] = None
             if spec.group_size != -1 and not spec.dynamic:
@@ -61,9 +72,12 @@ def find_lost_activations(checkpoint: Checkpoint, all_settings: list[BlockSettin
             if not all(weight.symmetric for weight in weights):
                 reasons["transformers reads asymmetric weights only without activations"] = None
             if spec.dynamic:
-                quantizer = find_site_quantizers(load_block(checkpoint, index), checkpoint.architecture)[site]
+                quantizer = find_site_quantizers(load_block(checkpoint, index), architecture)[site]
                 clipped = (quantizer.clip_factor != 1).any()
-                if spec.format == INT and (spec.symmetric or spec.group_size != -1 or clipped):
+                if checkpoint.architecture.experts is not None:
+                    if clipped:
+                        reasons["the dynamic ranges of engines are never clipped"] = None
+                elif spec.format == INT and (spec.symmetric or spec.group_size != -1 or clipped):
                     reasons["the format's dynamic ranges are asymmetric, per token and never clipped"] = None
                 if spec.format == "fp8_e4m3" and (spec.group_size != -1 or clipped):
                     reasons["the format's dynamic ranges of fp8_e4m3 are per token and never clipped"] = None
@@ -74,15 +88,52 @@ def find_lost_activations(checkpoint: Checkpoint, all_settings: list[BlockSettin
     return ", and ".join(reasons)
 
 
+def _is_plain_dynamic(spec: QuantizerSpec) -> bool:
+    """Return whether a quantizer of inputs has a symmetric 8-bit range for each token."""
+    return spec.dynamic and spec.symmetric and spec.bits == 8 and spec.group_size == -1
+
+
+def find_expert_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> list[str]:
+    """Return a message for each reason why engines cannot compute the experts, whatever is dropped; [] without any."""
+    if checkpoint.architecture.experts is None:
+        return []
+    problems = []
+    for index, settings in enumerate(all_settings):
+        kinds = [settings.spec(f"experts.0.{part}") for part in PROJECTIONS]
+        if any(kind != kinds[0] for kind in kinds):
+            problems.append(
+                f"quantizer_init.overrides: in block {index} the experts' gate_proj, up_proj and down_proj have "
+                "different settings, and engines read one for all experts of a block. Use one."
+            )
+            break
+    return problems
+
+
+def _find_block_architecture(checkpoint: Checkpoint, index: int) -> Architecture:
+    """Return the names of the parts of block `index`."""
+    if checkpoint.architecture.experts is None:
+        return checkpoint.architecture
+    return checkpoint.architecture.of_tensors(list(checkpoint.load_block_tensors(index)))
+
+
+def _build_layers(checkpoint: Checkpoint) -> list[DecoderLayer]:
+    """Return the decoder layers of the model that readers build, without weights; experts have linears of their own."""
+    layers = list_layers(build_skeleton(_config_with_biases(checkpoint)))
+    if checkpoint.architecture.experts is not None:
+        for layer in layers:
+            route_experts_(layer, checkpoint.architecture.experts)
+    return layers
+
+
 def find_homeless_biases(checkpoint: Checkpoint) -> list[str]:
     """Return the linears with a bias that the family's class has no place for, whatever its config says."""
-    skeleton = list_layers(build_skeleton(_config_with_biases(checkpoint)))
+    layers = _build_layers(checkpoint)
     homeless = {}
     for index in range(checkpoint.block_count):
         names = checkpoint.load_block_tensors(index)
-        for short, name in checkpoint.architecture.linear_names.items():
-            if f"{name}.bias" in names and find_linear(skeleton[index], name).bias is None:
-                homeless[short] = None
+        for short, name in checkpoint.architecture.of_tensors(names).linear_names.items():
+            if f"{name}.bias" in names and find_linear(layers[index], name).bias is None:
+                homeless[base_site(short)] = None
     return list(homeless)
 
 
@@ -127,26 +178,30 @@ class _Layers:
 
     def parts(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield tensors under their full names: embedding, norm and head, then block by block."""
-        checkpoint, architecture = self.checkpoint, self.checkpoint.architecture
+        checkpoint, model_type = self.checkpoint, self.checkpoint.config.model_type
+        architecture = checkpoint.architecture
         names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
         yield {name: checkpoint.load_tensor(name) for name in names}
-        skeleton = list_layers(build_skeleton(_config_with_biases(checkpoint)))
+        layers = _build_layers(checkpoint)
         count = checkpoint.block_count
         for index in show_progress(range(count), count, "packing for compressed-tensors"):
             block = load_block(checkpoint, index)
+            architecture = checkpoint.architecture.of_block(block)
             quantizers = find_site_quantizers(block, architecture)
             prefix = architecture.tensor_prefix(index)
+            self.plain += [name_in_checkpoint(model_type, prefix + name) for name in architecture.routers]
             part = {}
             for site, readers in architecture.site_readers.items():
                 linears = {name: find_quantized_linear(block, name) for name in readers}
                 common_scale = _find_common_scale(list(linears.values()))
                 for name, linear in linears.items():
-                    has_bias = find_linear(skeleton[index], name).bias is not None
-                    tensors = self._name_tensors(linear, quantizers[site], prefix + name, has_bias, common_scale)
-                    part |= {f"{prefix}{name}.{key}": tensor for key, tensor in tensors.items()}
+                    has_bias = find_linear(layers[index], name).bias is not None
+                    stored = name_in_checkpoint(model_type, prefix + name)
+                    tensors = self._name_tensors(linear, quantizers[site], stored, has_bias, common_scale)
+                    part |= {f"{stored}.{key}": tensor for key, tensor in tensors.items()}
             for name, tensor in block.state_dict().items():
                 if "_proj." not in name and "quantizer." not in name:
-                    part[prefix + name] = tensor
+                    part[name_in_checkpoint(model_type, prefix + name)] = tensor
             # Copies, as in export/folder.py; safetensors also refuses tensors that share memory.
             yield {name: tensor.clone() for name, tensor in part.items()}
 

@@ -23,6 +23,7 @@ from pipeline.export.folder import save_tokenizer
 from pipeline.export.params import find_misfits
 from pipeline.interop.compressed_tensors import (
     METHOD,
+    find_expert_obstacles,
     find_homeless_biases,
     find_lost_activations,
     needs_bfloat16,
@@ -41,10 +42,12 @@ MANIFEST = "manifest.json"
 SITES = {group: {site for site in Site if site_group(site) == group} for group in ("activations", "keys", "values")}
 _LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
 _LOAD_FP4 = "AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)"
-# Unless it dequantizes at once, it expects the zero points of weights unpacked (compressed-tensors 0.20).
+# Unless it dequantizes at once, it expects the zero points of weights unpacked (compressed-tensors 0.20), and
+# linears in place of experts.
 _LOAD_ASYMMETRIC = (
     "AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
 )
+_LOAD_VLLM = "vllm.LLM(folder)"  # transformers has no quantized inputs of experts
 _LOAD_GGUF = "llama.cpp, or AutoModelForCausalLM.from_pretrained(folder, gguf_file='model.gguf')"
 _LOAD_ADAPTER = "PeftModel.from_pretrained(model, folder), model loaded from ../compressed-tensors"
 
@@ -124,10 +127,12 @@ def compare_formats(
     """
     if not formats:
         return {}
-    if checkpoint.architecture.experts is not None:
+    unfit = [name for name in formats if name != COMPRESSED_TENSORS]
+    if checkpoint.architecture.experts is not None and unfit:
         raise FormatError(
-            f"export.formats={formats}: model_type={checkpoint.config.model_type!r} has experts, and these formats are "
-            "written for dense models only. Set export.formats: []; artifacts/export holds the experts."
+            f"export.formats={formats}: model_type={checkpoint.config.model_type!r} has experts, and "
+            f"{' and '.join(unfit)} are written for dense models only. Leave them out. artifacts/export holds the "
+            "model."
         )
     all_settings = [require_settings(checkpoint, index) for index in range(checkpoint.block_count)]
     problems = _find_obstacles(checkpoint, all_settings)
@@ -160,7 +165,7 @@ def compare_formats(
     if COMPRESSED_TENSORS in formats:
         keeps = [part for part in parts if part == "weights" or (part == "activations" and part not in drop)]
         drops = [part for part in parts if part not in keeps]
-        contents[COMPRESSED_TENSORS] = FormatContents(keeps, drops, _choose_loading(checkpoint, all_settings))
+        contents[COMPRESSED_TENSORS] = FormatContents(keeps, drops, _choose_loading(checkpoint, all_settings, keeps))
     if GGUF in formats:
         contents[GGUF] = FormatContents(["weights"], parts[1:], _LOAD_GGUF)
     if PEFT in formats:
@@ -168,9 +173,11 @@ def compare_formats(
     return contents
 
 
-def _choose_loading(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -> str:
-    """Return the call that loads the compressed-tensors folder."""
+def _choose_loading(checkpoint: Checkpoint, all_settings: list[BlockSettings], keeps: Sequence[str]) -> str:
+    """Return the call that loads the compressed-tensors folder with the parts that it keeps."""
     weights = [settings.spec(linear) for settings in all_settings for linear in checkpoint.architecture.linear_names]
+    if checkpoint.architecture.experts is not None:
+        return _LOAD_VLLM if "activations" in keeps else _LOAD_ASYMMETRIC
     if needs_bfloat16(weights):
         return _LOAD_FP4
     return _LOAD if all(spec.symmetric or not spec.enabled for spec in weights) else _LOAD_ASYMMETRIC
@@ -195,6 +202,7 @@ def _find_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings]) -
                 f"rotation.{rotation}: {reader} expects a rotated input, and transformers would not rotate it. Use "
                 "identity."
             )
+    problems += find_expert_obstacles(checkpoint, all_settings)
     homeless = find_homeless_biases(checkpoint)
     if homeless:
         problems.append(

@@ -134,7 +134,8 @@ class Architecture:
         if self.experts is None:
             return self
         prefix = f"{self.experts}."
-        numbers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+        parts = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+        numbers = [part for part in parts if part.isdigit()]  # the quantizer of their input is another part
         return self.of_experts(len(numbers), [name.rpartition(".")[0] for name in names])
 
     def of_experts(self, count: int, modules: Collection[str]) -> "Architecture":

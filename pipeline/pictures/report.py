@@ -16,6 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.samples import find_first_difference
+from pipeline.pictures.experts import ExpertLists
 
 _WORST = 10
 # Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box.
@@ -56,6 +57,9 @@ _CAPTIONS = {  # beginning of a file's name -> what to look for
     "finetuning_blocks": "Each block's loss should fall. A block whose loss did not fall kept its initial parameters.",
     "finetuning_end_to_end": "Validation should fall with training. Where it rises, there is too little text.",
     "finetuning_steps": "The divergence of each batch. A jump means that the learning rate is too high.",
+    "router_agreement": "A token with other experts is computed by other weights. The curve of the quantized model "
+    "should fall slowly, and no block should stand out.",
+    "expert_tokens": "Dark cells are experts that few tokens reach. They need more calibration text.",
     "sqnr": "The curves of the heat map above, for exact values.",
 }
 
@@ -128,6 +132,7 @@ def build_page(
     settings: dict[str, Any],
     changes: Mapping[str, tuple[Any, Any]] | None,
     pictures: Sequence[Path],
+    experts: ExpertLists | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -141,6 +146,7 @@ def build_page(
         changes: dotted key -> (default, value), of the settings that differ from the defaults. None: the defaults
             are not known.
         pictures: PNG files, in the order of the page.
+        experts: the lists of a model with experts; None for a dense one.
     """
     exact = evaluations["original"]
     windows = exact["settings"]
@@ -168,6 +174,7 @@ def build_page(
             "<p>Lowest signal-to-quantization-noise ratios of quantizer_init on calibration text.</p>",
             _table(["site", "SQNR, dB", "beyond the range"], _worst_sites(saturation)),
         ],
+        "Experts": [] if experts is None else _experts(experts),
         "Pictures": list(map(_picture, pictures)),
         "Cost": [
             _table(
@@ -250,6 +257,9 @@ def _results(evaluations: dict[str, dict[str, Any]]) -> list[list[str]]:
         rows.append([f"{corpus}, ratio", *(f"{value / base:.2f}" for value in values)])
         for key, name in (("kl", "KL, nats"), ("top1_agreement", "top-1 agreement")):
             rows.append([f"{corpus}, {name}", *(_number(metrics.get(key, {}).get(corpus)) for metrics in variants)])
+        if any("router_agreement" in metrics for metrics in variants):
+            shares = [metrics.get("router_agreement", {}).get(corpus) for metrics in variants]
+            rows.append([f"{corpus}, router agreement", *map(_number, shares)])
     for task in exact.get("tasks", {}):
         scores = [metrics.get("tasks", {}).get(task, {}).get("acc") for metrics in variants]
         rows.append([f"{task}, acc", *map(_number, scores)])
@@ -264,6 +274,28 @@ def _worst_sites(saturation: list[dict[str, Any]]) -> list[list[str]]:
                 site = key.removesuffix("_sqnr")
                 sites.append((value, f"block {row['block']} {site}", row[f"{site}_share"]))
     return [[name, f"{sqnr:.1f}", f"{share:.2%}"] for sqnr, name, share in sorted(sites)[:_WORST]]
+
+
+def _experts(experts: ExpertLists) -> list[str]:
+    """Return the section about experts."""
+    parts = [
+        "<p>Experts with the largest outputs. A prefix that fits takes the massive activations of super experts "
+        "away.</p>",
+        _table(
+            ["expert", "largest output", "after the prefix"],
+            [[name, _number(peak), _number(with_prefix)] for name, peak, with_prefix in experts.super_experts],
+        ),
+    ]
+    if not experts.starved:
+        return [*parts, "<p>Every expert got enough calibration tokens.</p>"]
+    columns = ["expert", "calibration tokens", "added"]
+    rows = [[name, str(tokens), str(added)] for name, tokens, added in experts.starved]
+    return [
+        *parts,
+        "<p>Experts with few calibration tokens. Their scales and Hessians are also of the tokens that came next in "
+        "the routing score. More calibration text makes them better.</p>",
+        _table(columns, rows),
+    ]
 
 
 def _facts(heading: Heading) -> str:

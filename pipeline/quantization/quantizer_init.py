@@ -54,6 +54,7 @@ _CHANNELS = "channels-{rank:05d}.safetensors"
 _SCALES = "equalization-{index:05d}.safetensors"
 _REPORT = "block-{index:05d}.json"
 _TINY = 1e-30
+_NAMED_EXPERTS = 12  # in the metrics; report.json has all
 BlockReport = dict[str, Any]  # see `init_blocks`
 
 
@@ -400,8 +401,14 @@ def _summarise(report: list[BlockReport]) -> dict[str, Any]:
     def average(kind: str, key: str) -> float:
         return round(sum(values[key] for values in kinds[kind]) / len(kinds[kind]), 5)
 
-    starved = sum(len(block["experts"]["starved"]) for block in report if "experts" in block)
-    sparse = {"starved_experts": starved} if any("experts" in block for block in report) else {}
+    starved = [
+        f"{index}.experts.{row['expert']}"
+        for index, block in enumerate(report)
+        for row in block.get("experts", {}).get("starved", [])
+    ]
+    sparse: dict[str, Any] = {}
+    if any("experts" in block for block in report):
+        sparse = {"starved_experts": len(starved), "starved_expert_names": starved[:_NAMED_EXPERTS]}
     at_edge = sum(values["at_grid_edge"] for all_values in kinds.values() for values in all_values)
     if at_edge:
         logger.warning("%d clip factors lie on the low end of their grid; see report.json for the sites", at_edge)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
@@ -15,6 +16,7 @@ from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.compressed_tensors import pack_words
 from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.experts import PROJECTIONS
 from pipeline.numerics.quantizer import integer_range
 from pipeline.runtime.artifacts import load_tensors, make_header
 from tests.conftest import WINDOW, read_json
@@ -232,8 +234,62 @@ def test_only_safetensors_and_json_are_written(imported, tmp_path):
     assert "prefixquant" not in config
 
 
-@pytest.mark.parametrize("formats", [["compressed-tensors"], ["gguf"], ["peft"]])
-def test_models_with_experts_are_refused_by_name(formats, imported):
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+ENGINE_INPUTS = {"activations.bits": 8, "activations.mode": "dynamic", "activations.clipping": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {"weights.group_size": 8}])
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.no_grad()
+def test_experts_are_read_back_with_the_same_logits(imported, tmp_path, family, changes):
+    model, folder, contents = write(imported, tmp_path, family, changes)
+    folder = folder / "compressed-tensors"
+    assert "dequantize=True" in contents["compressed-tensors"].load
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"] | info["unexpected_keys"] | set(info["mismatched_keys"])
+    expected = model(TEXT).logits
+    assert (loaded(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_each_expert_and_projection_has_a_tensor_under_its_published_name(imported, tmp_path, family):
+    changes = {"weights.bits": 8, "activations.symmetric": True} | ENGINE_INPUTS
+    _, folder, contents = write(imported, tmp_path, family, changes)
+    folder = folder / "compressed-tensors"
+    assert contents["compressed-tensors"].keeps == ["weights", "activations"]
+    assert contents["compressed-tensors"].load == "vllm.LLM(folder)"
+    tensors = load_file(folder / "model-00001-of-00001.safetensors")
+    checkpoint = Checkpoint(imported[family], "model")
+    config, parts = checkpoint.config, ("w1", "w3", "w2") if family == "mixtral" else PROJECTIONS
+    module = "block_sparse_moe" if family == "mixtral" else "mlp"
+    sparse = [index for index in range(3) if f"model.layers.{index}.{module}.gate.weight" in tensors]
+    assert len(sparse) == {"qwen2_moe": 1, "qwen3_moe": 2}.get(family, 3)
+    for index in sparse:
+        for expert in range(config.num_experts):
+            for part in parts:
+                name = f"model.layers.{index}.{module}.experts.{expert}.{part}"
+                weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+                assert (weight.dtype, scale.shape) == (torch.int8, (len(weight), 1))
+    described = read_json(folder / "config.json")["quantization_config"]
+    routers = {f"model.layers.{index}.{module}.gate" for index in sparse}
+    assert routers | {"lm_head"} <= set(described["ignore"])
+    inputs = described["config_groups"]["group_0"]["input_activations"]
+    assert (inputs["dynamic"], inputs["symmetric"], inputs["strategy"]) == (True, True, "token")
+
+
+def test_settings_that_engines_have_not_for_experts_are_refused_by_name(imported, tmp_path):
+    with pytest.raises(FormatError, match="inputs of experts in int are dynamic, symmetric, of 8 bits and per token"):
+        write(imported, tmp_path / "static", "olmoe", {"activations.bits": 8})
+    with pytest.raises(FormatError, match="in block 0 the experts' gate_proj, up_proj and down_proj have different"):
+        write(imported, tmp_path / "mixed", "olmoe", {"overrides": [{"sites": ["down_proj"], "bits": 8}]})
+    with pytest.raises(FormatError, match="biases to gate_proj, up_proj, down_proj, and olmoe models have none"):
+        write(imported, tmp_path / "bias", "olmoe", {"weights.centered": True})
+
+
+@pytest.mark.parametrize("formats", [["gguf"], ["compressed-tensors", "peft"]])
+def test_other_formats_of_models_with_experts_are_refused_by_name(formats, imported):
     checkpoint = Checkpoint(imported["qwen3_moe"], "model")
-    with pytest.raises(FormatError, match=r"export\.formats=.*: model_type='qwen3_moe' has experts"):
+    message = rf"model_type='qwen3_moe' has experts, and {formats[-1]} are written for dense models only"
+    with pytest.raises(FormatError, match=message):
         compare_formats(checkpoint, False, formats, [])

@@ -51,7 +51,7 @@ def test_training_lowers_the_divergence_of_the_written_checkpoint(quantized, tmp
 
     def divergence(checkpoint, kv):
         """Compute it from transformers' own logits of the original."""
-        hidden, _, _ = compute_final_hidden(checkpoint, {"x": train}, runner, kv)
+        hidden = compute_final_hidden(checkpoint, {"x": train}, runner, kv).hidden
         with torch.no_grad():
             quantized_logs = checkpoint.load_lm_head().logits(hidden["x"]).log_softmax(-1)
             reference = make_model("llama_tied")(train).logits.log_softmax(-1)
