@@ -1,6 +1,7 @@
 """Cut the corpora into token windows: for the outlier search, calibration, validation and held-out evaluation.
 
-Reads   data/, artifacts/model/ (its tokenizer; the model itself where calibration.start_token is auto)
+Reads   data/, artifacts/generation/ (corpora that the model wrote), artifacts/model/ (its tokenizer; the model itself
+        where calibration.start_token is auto)
 Writes  artifacts/calibration/{search,train,end_to_end,validation}.safetensors and evaluation/CORPUS.safetensors,
         metrics/calibration.json
 Says whether a start token belongs before every window. Packaged model: about 10 seconds, 0.7 GiB.
@@ -23,7 +24,7 @@ from pipeline.text.calibration import (
     cut_evaluation_windows,
     load_tokenizer,
 )
-from pipeline.text.corpora import SPLITS, read_documents
+from pipeline.text.corpora import SPLITS, find_corpus, read_documents
 from pipeline.text.lengths import choose_length, count_windows, find_short_windows
 from pipeline.text.params import SplitParams, find_misfits
 from pipeline.text.windows import save_windows
@@ -32,6 +33,7 @@ from stages.opening import Run, open_stage
 logger = logging.getLogger(__name__)
 
 DATA = Path("data")
+GENERATION = Path("artifacts/generation")
 MODEL = Path("artifacts/model")
 CALIBRATION = Path("artifacts/calibration")
 
@@ -43,6 +45,8 @@ def main(run: Run) -> None:
     max_positions, window = find_max_positions(checkpoint.config), checkpoint.widest_window
     room = max_positions - count_prefix_positions(run.params) - 1
     splits = calibration.splits()
+    used = sorted({corpus for split in splits.values() for corpus in split.corpora})
+    folders = {corpus: find_corpus(corpus, DATA, GENERATION) for corpus in used}
     lengths = {name: choose_length(name, split, window=window, room=room) for name, split in splits.items()}
     for problem in find_short_windows(calibration, window):
         logger.warning(problem)
@@ -53,7 +57,7 @@ def main(run: Run) -> None:
             windows=count_windows(name, split, split.windows, lengths[name]),
             length=lengths[name],
             seed=calibration.seed,
-            data=DATA,
+            folders=folders,
             tokenizer=tokenizer,
             tokenizer_id=tokenizer_id,
         )
@@ -72,7 +76,7 @@ def main(run: Run) -> None:
             corpus,
             windows=windows,
             length=length,
-            data=DATA,
+            folders=folders,
             tokenizer=tokenizer,
             tokenizer_id=tokenizer_id,
         )
@@ -93,8 +97,7 @@ def main(run: Run) -> None:
     if window is not None:
         run.metrics["sliding_window"] = window
     run.metrics["start_token"] = decision.summary()
-    used = {corpus for split in calibration.splits().values() for corpus in split.corpora}
-    files = (DATA / corpus / f"{split}.jsonl" for corpus in sorted(used) for split in SPLITS)
+    files = (folders[corpus] / f"{split}.jsonl" for corpus in used for split in SPLITS)
     if conversations := sum(count_conversations(read_documents(path)) for path in files):
         run.metrics["chat_template"] = f"the tokenizer's, for {conversations} conversations"
 

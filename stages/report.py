@@ -113,7 +113,14 @@ def find_revision() -> str | None:
 
 def read_costs(params: Params) -> dict[str, dict[str, float]]:
     """Return stage -> its seconds and memory, in the order of the pipeline."""
-    names = ["model", *(f"corpora/{name}" for name in params.corpora), "calibration", "rotation", "prefix_search"]
+    names = [
+        "model",
+        *(f"corpora/{name}" for name in params.corpora),
+        "generation",
+        "calibration",
+        "rotation",
+        "prefix_search",
+    ]
     names += ["prefix_training", "quantizer_init", "finetuning", "export"]
     names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
     keys = ("seconds", "peak_rss_gib")  # Windows gives no peak

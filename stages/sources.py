@@ -27,7 +27,7 @@ from pipeline.runtime.sources import (
     read_json,
 )
 from pipeline.text.hub import HUB_CORPORA
-from pipeline.text.params import PACKAGED_CORPORA
+from pipeline.text.params import GENERATED, PACKAGED_CORPORA
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,15 @@ def describe_model(model: ModelParams, hashes: FileHashes) -> dict[str, Any]:
 
 
 def describe_corpus(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
+    if source == GENERATED:
+        return {}
     if source in PACKAGES:
         return describe_package(key, source, PACKAGES[source])
     if source in HUB_CORPORA:
         corpus = HUB_CORPORA[source]
         return {"repository": corpus.repository, "config": corpus.config, "revision": corpus.revision}
     if not as_path(source).exists():
-        known = ", ".join([*HUB_CORPORA, *PACKAGED_CORPORA])
+        known = ", ".join([*HUB_CORPORA, *PACKAGED_CORPORA, GENERATED])
         raise SourceError(f"{key}={source!r}: no such file or folder, and not one of {known}")
     return describe_local(key, source, hashes)
 

@@ -162,7 +162,7 @@ def test_runtime_settings_rerun_nothing(repository):
 def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository):
     shutil.copyfile(repository / "prose.txt", repository / "other.txt")
     change(repository, "corpora", other={"source": str(repository / "other.txt")})
-    assert repro(repository) == ALWAYS_RUN | {"corpora@other", "calibration", "report"}
+    assert repro(repository) == ALWAYS_RUN | {"corpora@other", "generation", "calibration", "report"}
 
 
 def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
@@ -187,7 +187,8 @@ def test_the_graph_has_rotation_and_prefix_search_side_by_side(repository):
     assert ("model", "rotation") in edges
     assert ("model", "prefix_search") in edges
     assert not edges & {("rotation", "prefix_search"), ("prefix_search", "rotation")}
-    assert ("corpora@prose", "calibration") in edges
+    assert {("corpora@prose", "calibration"), ("model", "generation"), ("generation", "calibration")} <= edges
+    assert ("model", "corpora@prose") not in edges
     assert ("quantizer_init", "evaluation@quantizer_init") in edges
     assert {
         ("rotation", "finetuning"),

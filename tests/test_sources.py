@@ -35,10 +35,13 @@ def test_each_source_has_a_file_of_its_own_that_changes_with_it_alone(project):
     (project / "tasks/own.yaml").write_text("task: own")
     change(project, "corpora.c4", {"source": "c4", "max_documents": 9})
     change(project, "corpora.news", {"source": "packaged:news"})
+    change(project, "corpora.mine", {"source": "generated"})
     change(project, "evaluation.task_folder", "tasks")
     run()
     first = written(project)
-    assert first.keys() == {"model.json", "corpora/prose.json", "corpora/c4.json", "corpora/news.json", "tasks.json"}
+    corpora = {f"corpora/{name}.json" for name in ("prose", "c4", "news", "mine")}
+    assert first.keys() == {"model.json", *corpora, "tasks.json"}
+    assert read_json(project / "artifacts/sources/corpora/mine.json") == {}
     assert read_json(project / "artifacts/sources/corpora/c4.json")["repository"] == "allenai/c4"
     assert read_json(project / "artifacts/sources/corpora/news.json") == {"package": "gensim", "version": "4.4.0"}
     assert {"config.json", "model.safetensors"} <= set(read_json(project / "artifacts/sources/model.json")["sha256"])

@@ -29,7 +29,15 @@ from pipeline.training.streamed import TrainedBlocks
 from tests.conftest import ROOT, WINDOW, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
-BEFORE_QUANTIZER = ("model", "corpora prose", "calibration", "rotation", "prefix_search", "prefix_training")
+BEFORE_QUANTIZER = (
+    "model",
+    "corpora prose",
+    "generation",
+    "calibration",
+    "rotation",
+    "prefix_search",
+    "prefix_training",
+)
 ALL = (
     *BEFORE_QUANTIZER,
     "quantizer_init",
@@ -102,6 +110,35 @@ def test_the_whole_pipeline_and_its_repetition(project, monkeypatch):
         found.pop("report/report.html")  # it says what the run cost
     assert second == first
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in first)
+
+
+def test_a_generated_corpus_is_sampled_once_and_feeds_calibration(project, monkeypatch):
+    """With it, the project needs no text at all. Another corpus leaves it alone; other settings sample it again."""
+    generation = {"tokens": 3000, "length": 64, "batch_size": 16}
+    change(project, "corpora.mine", {"source": "generated", "generation": generation})
+    for split in ("search", "train", "end_to_end", "validation", "evaluation"):
+        change(project, f"calibration.{split}.corpora", ["mine"])
+    run("model", "corpora mine", "generation", "calibration", monkeypatch=monkeypatch)
+    metrics = read_json(project / "metrics/generation.json")["mine"]
+    assert metrics["tokens"] >= 3000
+    assert metrics["tokens_per_second"] > 0
+    assert set(metrics["dropped"]) == {"short", "loop", "near_duplicate"}
+    assert read_json(project / "metrics/calibration.json")["train_tokens"] > 0
+    first = contents(project / "artifacts/generation")
+    assert {"report.json", "mine/train.jsonl", "mine/artifact.json"} <= first.keys()
+    change(project, "corpora.other", {"source": str(project / "prose.txt")})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.inference.sampling.Sampler.sample_batch", None)  # calling it would fail
+        run("generation", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts/generation") == first
+    change(project, "corpora.mine.generation.seed", 1)
+    run("generation", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts/generation")["mine/train.jsonl"] != first["mine/train.jsonl"]
+    for split in ("search", "train", "end_to_end", "validation", "evaluation"):
+        change(project, f"calibration.{split}.corpora", ["prose"])
+    change(project, "corpora", {"prose": {"source": str(project / "prose.txt")}})
+    run("generation", monkeypatch=monkeypatch)
+    assert contents(project / "artifacts/generation").keys() == {"report.json"}
 
 
 def test_what_became_of_rows_is_in_the_metrics(project, monkeypatch):

@@ -18,7 +18,7 @@ chat template.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ def cut_calibration_windows(
     windows: int,
     length: int,
     seed: int,
-    data: Path,
+    folders: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_id: str,
 ) -> Windows:
@@ -111,7 +111,8 @@ def cut_calibration_windows(
 
     Args:
         split: `search`, `train`, `end_to_end` or `validation`; see the module's docstring.
-        corpora: names of folders below `data`. A list gives equal parts, a mapping its proportions (`split_windows`).
+        corpora: names of corpora. A list gives equal parts, a mapping its proportions (`split_windows`).
+        folders: name of a corpus -> the folder with its splits.
         windows: how many.
         length: tokens of a window.
         seed: seed of the order of documents.
@@ -125,13 +126,13 @@ def cut_calibration_windows(
     parts, conversations = [], 0
     for corpus, count in split_windows(windows, corpora).items():
         purpose = f"calibration.{split} from {corpus}"
-        documents = read_documents(data / corpus / f"{source}.jsonl")
+        documents = read_documents(folders[corpus] / f"{source}.jsonl")
         conversations += count_conversations(documents)
         texts = _choose_texts(split, _shuffle(render_documents(documents, tokenizer, purpose), seed))
         parts.append(_cut(_tokenize(texts, tokenizer), count, length, purpose))
     values = {
         "tokenizer": _identify(tokenizer, tokenizer_id, conversations),
-        "corpora": {corpus: fingerprint_file(data / corpus / f"{source}.jsonl") for corpus in corpora},
+        "corpora": {corpus: fingerprint_file(folders[corpus] / f"{source}.jsonl") for corpus in corpora},
         "order": list(corpora.items()) if isinstance(corpora, dict) else corpora,
         "seed": seed,
         "split": split,
@@ -146,16 +147,19 @@ def cut_evaluation_windows(
     *,
     windows: int | None,
     length: int,
-    data: Path,
+    folders: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_id: str,
 ) -> Windows:
     """Return the first `windows` (None: all) consecutive windows of a corpus's test split, without its shorter rest.
 
+    Args:
+        folders: name of a corpus -> the folder with its splits.
+
     Raises:
         WindowsError: the split has too few tokens.
     """
-    path = data / corpus / "test.jsonl"
+    path = folders[corpus] / "test.jsonl"
     documents = read_documents(path)
     token_ids = cut_documents(documents, windows, length, tokenizer, f"calibration.evaluation from {corpus}")
     values = {

@@ -28,6 +28,7 @@ from pipeline.runtime.sources import as_path
 from pipeline.text.conversations import Conversation
 from pipeline.text.data_files import find_split, list_data_files
 from pipeline.text.hub import HUB_CORPORA, HubCorpus
+from pipeline.text.params import GENERATED
 from pipeline.text.rows import FORMATS, CorpusError, Document, count_characters, find_reader, read_file
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ _DEALING += ("test", "validation", "test") + ("train",) * 3 + ("test",)
 # An article has thousands of references. Removing them before the parser builds its tree is far faster.
 _REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _LEFT_OUT = re.compile(r"\s*(file|image|category):", re.IGNORECASE)  # links
+_GENERATED_NOTE = "The stage `generation` writes the documents of this corpus: artifacts/generation/NAME/.\n"
 _MINIMUM_ARTICLE = 200  # characters; shorter ones are stubs that hold only markup
 
 
@@ -48,19 +50,24 @@ def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `folder`, which must exist.
 
     Args:
-        source: a name in `HUB_CORPORA`, `packaged:wikipedia`, `packaged:news`, or a path: a .txt (documents separated
-            by blank lines), .jsonl, .json, .csv or .parquet file, or a folder of such files and folders. A folder whose
-            files are named after splits (`train-00000-of-00002.parquet`, `test.txt`) keeps those splits.
+        source: a name in `HUB_CORPORA`, `packaged:wikipedia`, `packaged:news`, `generated`, or a path: a .txt
+            (documents separated by blank lines), .jsonl, .json, .csv or .parquet file, or a folder of such files and
+            folders. A folder whose files are named after splits (`train-00000-of-00002.parquet`, `test.txt`) keeps
+            those splits.
         max_documents: the maximum number of documents taken from each split of the source; None takes all.
         text_field: the field that holds the text, in local files with fields.
 
     Returns:
-        {split: {"documents": count, "characters": count}}. Where there are any, also `skipped_rows`, which hold
-        nothing, and `conversations`, documents that are lists of messages.
+        {split: {"documents": count, "characters": count}}; {} for `generated`, which the stage `generation` samples
+        with the model. Where there are any, also `skipped_rows`, which hold nothing, and `conversations`, documents
+        that are lists of messages.
 
     Raises:
         CorpusError: the source does not exist or cannot be read or reached, lacks the field, or has too few documents.
     """
+    if source == GENERATED:
+        (folder / "README.txt").write_text(_GENERATED_NOTE, encoding="utf-8")
+        return {}
     skipped = 0
     if source in HUB_CORPORA:
         fetched = _read_hub(source, max_documents)
@@ -69,18 +76,37 @@ def fetch_corpus(source: str, max_documents: int | None, text_field: str, folder
     else:
         fetched, skipped = _read_path(source, text_field, max_documents)
     splits = _deal(source, fetched)
+    counts: dict[str, Any] = write_splits(splits, folder)
+    conversations = sum(not isinstance(document, str) for documents in splits.values() for document in documents)
+    more = {"skipped_rows": skipped, "conversations": conversations}
+    return counts | {name: count for name, count in more.items() if count}
+
+
+def deal_documents(source: str, documents: list[Document]) -> dict[str, list[Document]]:
+    """Return the documents of each split, dealt from one list by the fixed pattern.
+
+    Raises:
+        CorpusError: they are too few; names `source`.
+    """
+    return _deal(source, {"train": documents})
+
+
+def write_splits(splits: dict[str, list[Document]], folder: Path) -> dict[str, Any]:
+    """Write SPLIT.jsonl for each split into `folder`; return {split: {"documents": count, "characters": count}}."""
     for split in SPLITS:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for document in splits[split]:
                 row = {"text": document} if isinstance(document, str) else document.to_row()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    counts: dict[str, Any] = {
+    return {
         split: {"documents": len(documents), "characters": sum(map(count_characters, documents))}
         for split, documents in sorted(splits.items())
     }
-    conversations = sum(not isinstance(document, str) for documents in splits.values() for document in documents)
-    more = {"skipped_rows": skipped, "conversations": conversations}
-    return counts | {name: count for name, count in more.items() if count}
+
+
+def find_corpus(name: str, data: Path, generated: Path) -> Path:
+    """Return the folder with the splits of corpus `name`: below `generated` where the model wrote it, else `data`."""
+    return generated / name if (generated / name).is_dir() else data / name
 
 
 def read_documents(path: Path) -> list[Document]:
@@ -89,7 +115,9 @@ def read_documents(path: Path) -> list[Document]:
     Raises:
         CorpusError: the file is missing or damaged.
     """
-    remedy = f"Rerun the stage that makes it: dvc repro corpora@{path.parent.name}"
+    is_generated = path.parent.parent.name == "generation"
+    stage = "generation" if is_generated else f"corpora@{path.parent.name}"
+    remedy = f"Rerun the stage that makes it: dvc repro {stage}"
     if not path.is_file():
         raise CorpusError(f"{path} is missing. {remedy}")
     with (
@@ -200,7 +228,7 @@ def _read_path(source: str, text_field: str, max_documents: int | None) -> tuple
     elif path.exists():
         files = [path] if find_reader(path) else []
     else:
-        known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news"])
+        known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news", GENERATED])
         raise CorpusError(f"corpus {source!r}: no such file or folder, and not one of {known}")
     if not files:
         raise CorpusError(f"corpus {source!r}: {path.name}: nothing to read. Allowed are files ending in {FORMATS}")

@@ -4,16 +4,30 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from pipeline.runtime.params import LARGEST, Group, check_packaged
+from pipeline.runtime.params import LARGEST, Group, Number, check_packaged
 
+GENERATED = "generated"  # the source of a corpus that the model samples
 PACKAGED_CORPORA = ("packaged:wikipedia", "packaged:news")
 SPLIT_GROUPS = ("search", "train", "end_to_end", "validation", "evaluation")  # the groups in `calibration`
+
+
+class GenerationParams(Group):
+    """Sampling of a corpus whose source is `generated`."""
+
+    tokens: Annotated[int, Field(ge=1)] = 262144
+    length: Annotated[int, Field(ge=16)] = 1024
+    temperature: Annotated[Number, Field(gt=0, le=10)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    beginning: Literal["end_of_text", "chat_template"] = "end_of_text"
+    batch_size: Annotated[int, Field(ge=1)] = 32
 
 
 class CorpusParams(Group):
     source: Annotated[str, Field(min_length=1)]
     max_documents: Annotated[int, Field(ge=3)] | None = None
     text_field: str = "text"
+    generation: GenerationParams | None = None
 
 
 _EqualParts = Annotated[list[str], Field(min_length=1)]
@@ -96,6 +110,16 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
                 f"corpora.{name} is not a folder name. Use letters, digits, `-` and `_` (it becomes data/<name>/)"
             )
         problems += check_packaged(f"corpora.{name}.source", group.source, PACKAGED_CORPORA)
+        if group.source != GENERATED and group.generation is not None:
+            problems.append(
+                f"corpora.{name}.generation belongs to source: {GENERATED}, and the source is {group.source!r}. "
+                "Remove it, or change the source"
+            )
+        if group.source == GENERATED and group.max_documents is not None:
+            problems.append(
+                f"corpora.{name}.max_documents={group.max_documents} does not apply to source: {GENERATED}. "
+                f"Set corpora.{name}.generation.tokens"
+            )
     return problems
 
 

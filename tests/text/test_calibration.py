@@ -23,9 +23,16 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 DOCUMENTS = [f"Document {number} speaks of the number {number} and of nothing else." for number in range(60)]
 
 
+class Folders(dict):
+    """Every corpus in a folder of its name below `data`."""
+
+    def __init__(self, data):
+        super().__init__({path.name: path for path in data.iterdir()})
+
+
 def cut_evaluation(corpus, windows, length, data, tokenizer):
     return cut_evaluation_windows(
-        corpus, windows=windows, length=length, data=data, tokenizer=tokenizer, tokenizer_id="id"
+        corpus, windows=windows, length=length, folders=Folders(data), tokenizer=tokenizer, tokenizer_id="id"
     )
 
 
@@ -48,7 +55,7 @@ def cut(data, split, corpora_names=("a",), windows=4, length=16, seed=0, tokeniz
         windows=windows,
         length=length,
         seed=seed,
-        data=data,
+        folders=Folders(data),
         tokenizer=tokenizer or make_tokenizer(),
         tokenizer_id="id",
     )
