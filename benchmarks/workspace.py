@@ -70,11 +70,11 @@ class Workspace:
         return folder
 
     def metrics(self, stage: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Run a stage and return its metrics."""
+        """Run a stage and return its metrics, with its seconds and memory."""
         folder = self.run(stage, params)
-        name, _, key = stage.partition("@")
-        return json.loads(
-            (folder / "metrics" / f"{name}/{key}.json" if key else folder / f"metrics/{name}.json").read_text()
+        file = f"{stage.replace('@', '/')}.json"
+        return json.loads((folder / "metrics" / file).read_text()) | json.loads(
+            (folder / "metrics/runtime" / file).read_text()
         )
 
     def plan(self, stage: str, params: dict[str, Any]) -> float:

@@ -32,6 +32,7 @@ from stages.launcher import join_ranks, start_ranks
 
 PARAMS = Path("params.yaml")
 METRICS = Path("metrics")
+COSTS = METRICS / "runtime"  # seconds and memory, which are not in git
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def open_stage(
     """Run a stage as its command line says; see the module's docstring.
 
     Args:
-        name: name of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json.
+        name: name of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json, and its
+            cost to the same place in metrics/runtime/.
         variants: those it has, or what says so of params.yaml; then one is asked for on the command line.
         shared: whether `runtime.processes` of them share the work.
         work: folder of unfinished work, where a killed run continues.
@@ -111,7 +113,7 @@ def _open_stage(
     title, file = (f"{name}@{variant}", f"{name}/{variant}.json") if variant else (name, f"{name}.json")
     with (
         join_ranks(params.runtime) as (ranks, device),
-        run_stage(title, METRICS / file, params.runtime) as metrics,
+        run_stage(title, METRICS / file, COSTS / file, params.runtime) as metrics,
         nullcontext() if work is None else open_work_folder(work, ranks),
     ):
         main(Run(params, device, variant, ranks, metrics))

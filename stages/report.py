@@ -1,9 +1,10 @@
 """Write one page about the run, and the numbers by which runs are compared.
 
-Reads   metrics/ of all stages, artifacts/activation_plots/, losses and quantizers of artifacts/finetuning/, how well
-        ranges fit (artifacts/quantizer_init/), samples of artifacts/evaluation/; with experts also the reports of
-        quantizer_init and prefix_search, and the routing in artifacts/evaluation/
-Writes  artifacts/report/ (report.html, which needs nothing else, and its pictures), metrics/report.json
+Reads   metrics/ and metrics/runtime/ of all stages, artifacts/activation_plots/, losses and quantizers of
+        artifacts/finetuning/, how well ranges fit (artifacts/quantizer_init/), samples of artifacts/evaluation/; with
+        experts also the reports of quantizer_init and prefix_search, and the routing in artifacts/evaluation/
+Writes  artifacts/report/ (report.html, which needs nothing else, and its pictures), metrics/report.json; minutes and
+        peak memory of the run in metrics/runtime/report.json
 Packaged model: about 10 seconds.
 """
 
@@ -26,7 +27,7 @@ from pipeline.pictures.experts import ExpertLists, draw_expert_tokens, list_agre
 from pipeline.pictures.plots import Measured, draw_all, draw_site_quality, find_levels, read_measured
 from pipeline.pictures.report import Heading, build_page, draw_curves, list_changes, read_rows, summarise_run
 from pipeline.runtime.artifacts import load_json, replacing_folder
-from stages.opening import METRICS, Run, open_stage
+from stages.opening import COSTS, METRICS, Run, open_stage
 
 FINETUNING = Path("artifacts/finetuning")
 SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
@@ -123,8 +124,7 @@ def read_costs(params: Params) -> dict[str, dict[str, float]]:
     ]
     names += ["prefix_training", "quantizer_init", "finetuning", "export"]
     names += [f"evaluation/{name}" for name in VARIANTS] + [f"activation_plots/{name}" for name in ACTIVATIONS]
-    keys = ("seconds", "peak_rss_gib")  # Windows gives no peak
-    return {name: {key: value for key, value in read_metrics(name).items() if key in keys} for name in names}
+    return {name: load_json(COSTS / f"{name}.json", name.replace("/", "@")) for name in names}
 
 
 def read_settings(params: Params) -> dict[str, Any]:

@@ -103,15 +103,15 @@ def test_stage_depends_on_the_fingerprint_of_its_code_and_on_no_source_file(name
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stage_has_a_description_an_uncached_metrics_file_and_no_runtime_setting(name):
+def test_stage_has_a_description_metrics_in_git_its_cost_in_dvc_and_no_runtime_setting(name):
     stage = STAGES[name].get("do", STAGES[name])
     assert stage["desc"]
     assert stage["cmd"].startswith(f"python -m stages.{name}")
-    assert ("metrics" not in stage) == (name in ALWAYS_RUN)
-    for metrics in stage.get("metrics", []):
-        ((path, options),) = metrics.items()
-        assert path.startswith(f"metrics/{name}")
-        assert options == {"cache": False}
+    file = f"{name}/${{key}}.json" if "foreach" in STAGES[name] else f"{name}.json"
+    written = [out for out in stage["outs"] + stage.get("metrics", []) if "metrics/" in str(out)]
+    expected = [{f"metrics/{file}": {"cache": False}}, f"metrics/runtime/{file}"]
+    assert written == ([] if name in ALWAYS_RUN else expected)
+    assert ("metrics" in stage) == (name == "report")  # `dvc exp show` has a column for each figure
     assert not any("runtime" in str(group) for group in stage.get("params", []))
 
 

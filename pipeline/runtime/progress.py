@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 LINE_SECONDS = 60.0  # between two lines of progress
+COSTS = ("seconds", "peak_rss_gib", "peak_gpu_gib", "minutes", "gib")  # figures that differ between machines
 _HIDDEN = "_hidden_by_prefixquant"
 _bars: list[tqdm] = []
 _walks: list["_Walk"] = []  # the outermost first; one for each bar
@@ -46,12 +47,14 @@ class DeviceError(PipelineError):
 
 
 @contextmanager
-def run_stage(name: str, metrics_path: Path, runtime: "RuntimeParams", seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Seed the generators, set the threads, time the body and write the metrics file.
+def run_stage(
+    name: str, metrics_path: Path, cost_path: Path, runtime: "RuntimeParams", seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Seed the generators, set the threads, time the body, and write the metrics file and the file of its cost.
 
-    The body puts its measurements into the yielded dict. Added at the end: `seconds`, `peak_rss_gib` where the platform
-    gives it, and `peak_gpu_gib` (the most that tensors took of GPU memory) where a GPU was used. The file is written
-    only if the body succeeds. Among several ranks, only the first one writes and logs.
+    The body puts its measurements into the yielded dict. The cost is `seconds`, `peak_rss_gib` where the platform gives
+    it, `peak_gpu_gib` (the most that tensors took of GPU memory) where a GPU was used, and the measurements named in
+    `COSTS`. The files are written only if the body succeeds. Among several ranks, only the first one writes and logs.
     """
     first = is_first_rank()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
@@ -78,7 +81,8 @@ def run_stage(name: str, metrics_path: Path, runtime: "RuntimeParams", seed: int
         metrics["peak_rss_gib"] = round(peak, 3)
     if torch.cuda.is_initialized():
         metrics["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    write_json(metrics_path, metrics)
+    write_json(metrics_path, {key: value for key, value in metrics.items() if key not in COSTS})
+    write_json(cost_path, {key: value for key, value in metrics.items() if key in COSTS})
     logger.info("%s: %s", title, describe_end(name, metrics))
 
 
@@ -87,7 +91,7 @@ def _describe_place(name: str) -> tuple[str, str]:
     stages = [stage.name for stage in read_stages(Path())]
     if name not in stages:
         return name, ""
-    left = estimate_run(stages, name, Path("metrics"))
+    left = estimate_run(stages, name, Path("metrics/runtime"))
     after = "" if left is None else f", about {format_duration(left)} for the stages after it"
     return f"{name} {stages.index(name) + 1}/{len(stages)}", after
 

@@ -1,4 +1,4 @@
-"""The progress bar, the metrics file, and platforms that lack what Linux gives."""
+"""The progress bar, the files of metrics and cost, and platforms that lack what Linux gives."""
 
 import io
 import json
@@ -112,7 +112,7 @@ def test_without_a_terminal_there_are_lines_at_both_ends_and_in_between(tmp_path
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     monkeypatch.chdir(tmp_path)  # which is no project
     caplog.set_level("INFO")
-    with progress.run_stage("rotation", tmp_path / "metrics.json", RUNTIME):
+    with progress.run_stage("rotation", tmp_path / "metrics.json", tmp_path / "cost.json", RUNTIME):
         for _ in progress.show_progress(range(1), 1, "rotating blocks"):
             time.sleep(0.2)
     first, *between, last = [record.getMessage() for record in caplog.records]
@@ -128,8 +128,9 @@ def test_a_stage_of_a_project_is_shown_with_its_place(monkeypatch, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     count = len(read_stages(tmp_path))
     caplog.set_level("INFO")
-    progress.write_json(tmp_path / "metrics/quantizer_init.json", {"seconds": 412})
-    with progress.run_stage("finetuning", tmp_path / "metrics/finetuning.json", RUNTIME):
+    costs = tmp_path / "metrics/runtime"
+    progress.write_json(costs / "quantizer_init.json", {"seconds": 412})
+    with progress.run_stage("finetuning", tmp_path / "metrics/finetuning.json", costs / "finetuning.json", RUNTIME):
         pass
     place = [stage.name for stage in read_stages(tmp_path)].index("finetuning") + 1
     lines = [record.getMessage() for record in caplog.records]
@@ -161,7 +162,7 @@ def test_every_elementwise_function_is_called_on_one_number_before_a_stage_begin
         return lambda x: calls.append((function.__name__, x.dtype, x.numel())) or function(x)
 
     monkeypatch.setattr(progress, "_MKL_FUNCTIONS", [spy(function) for function in progress._MKL_FUNCTIONS])
-    with progress.run_stage("model", tmp_path / "metrics.json", RUNTIME) as metrics:
+    with progress.run_stage("model", tmp_path / "metrics.json", tmp_path / "cost.json", RUNTIME) as metrics:
         metrics["calls"] = len(calls)
     for name in ("cos", "sin", "exp", "log", "sqrt", "tanh", "erf"):
         for dtype in (torch.float32, torch.float64):
@@ -186,15 +187,22 @@ def test_one_process_works_with_a_torch_that_was_built_without_distributed():
     run_python(WITHOUT_DISTRIBUTED)
 
 
-def test_metrics_leave_out_a_peak_that_the_platform_does_not_give(tmp_path, monkeypatch):
+def test_figures_that_differ_between_machines_are_in_a_file_of_their_own(tmp_path):
+    with progress.run_stage("report", tmp_path / "metrics.json", tmp_path / "cost.json", RUNTIME) as metrics:
+        metrics |= {"mib": 106.6, "minutes": 16.7, "gib": 4.13}
+    cost = read_json(tmp_path / "cost.json")
+    assert read_json(tmp_path / "metrics.json") == {"mib": 106.6}
+    assert cost.keys() >= {"seconds", "minutes", "gib"}
+    assert (cost["minutes"], cost["gib"]) == (16.7, 4.13)
+
+
+def test_the_cost_leaves_out_a_peak_that_the_platform_does_not_give(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "_STATUS", tmp_path / "no such file")
     monkeypatch.setitem(sys.modules, "resource", None)
-    with progress.run_stage("model", tmp_path / "metrics.json", RUNTIME) as metrics:
+    with progress.run_stage("model", tmp_path / "metrics.json", tmp_path / "cost.json", RUNTIME) as metrics:
         metrics["value"] = 1
-    written = read_json(tmp_path / "metrics.json")
-    assert written["value"] == 1
-    assert "seconds" in written
-    assert "peak_rss_gib" not in written
+    assert read_json(tmp_path / "metrics.json") == {"value": 1}
+    assert read_json(tmp_path / "cost.json").keys() == {"seconds"}
     assert progress.current_rss_gib() == 0
 
 
