@@ -41,7 +41,7 @@ def format_summary(folder: Path) -> str:
         parts.append("\n".join(["Loss on the same windows, difference ± standard error, nats per token:", *steps]))
     prefix = json.loads((folder / "metrics/prefix_search.json").read_text(encoding="utf-8"))
     title = "Prefix found (outdated)" if "prefix_search" in outdated else "Prefix found"
-    parts.append(f"{title}: {prefix['prefix_texts']} (ids {prefix['prefix_token_ids']}). All metrics: dvc metrics show")
+    parts.append(f"{title}: {prefix['prefix_texts']} (ids {prefix['prefix_token_ids']}). All figures: metrics/")
     return "\n\n".join(parts)
 
 
