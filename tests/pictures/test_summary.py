@@ -46,7 +46,7 @@ def test_the_summary_shows_rows_steps_and_prefix(tmp_path):
         "| quantizer_init | 4.00 | 2.00 |\n| finetuning | 3.00 | 1.50 |",
         "Loss on the same windows, difference ± standard error, nats per token:\n"
         "  finetuning - quantizer_init: prose -0.6250 ± 0.1250",
-        "Prefix found: [' the'] (ids [260]). All metrics: dvc metrics show",
+        "Prefix found: [' the'] (ids [260]). All figures: metrics/",
     ]
 
 
