@@ -4,6 +4,7 @@ Reads   artifacts/rotation/, artifacts/prefix_training/prefix.safetensors, artif
 Writes  artifacts/quantizer_init/ (a checkpoint of integers and scales, with the prefix in use, report.json
         and plots/saturation.json for dvc plots),
         metrics/quantizer_init.json
+With quantizer_init.budget, the bits of every site and block are chosen first, which takes about three times as long.
 Finished blocks are kept in .work/quantizer_init/ until the end: a killed run continues where it was.
 arXiv:2410.05265, §5. Packaged model: about 1.5 minutes for 16 windows of 512 tokens, 1 GiB.
 """
@@ -16,6 +17,7 @@ from pipeline.params import check_against_model
 from pipeline.planning.need import Need
 from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.prefix.candidates import load_prefix
+from pipeline.quantization.bit_budget import choose_bits
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import check_same_origin, make_header
 from pipeline.text.windows import find_text_start_token, load_windows
@@ -37,22 +39,37 @@ def main(run: Run) -> None:
     check_same_origin(checkpoint.header, candidate.header, "model")
     header = make_header(
         "quantizer_init",
-        quantizer_init.model_dump() | {"prefix": prefix.model_dump()},
+        quantizer_init.describe() | {"prefix": prefix.model_dump()},
         {"rotation": checkpoint.header, "prefix_training": candidate.header, "windows": windows.header},
     )
+    runner = run.runner(checkpoint)
+    text_start_token_id = find_text_start_token(windows.text_start_token_id, candidate.initial_token_ids)
+    choice = choose_bits(
+        checkpoint,
+        params=quantizer_init,
+        prefix_embeddings=candidate.embeddings,
+        token_ids=windows.token_ids,
+        runner=runner,
+        work_folder=WORK,
+        header=header,
+        ranks=run.ranks,
+        text_start_token_id=text_start_token_id,
+    )
+    run.metrics.update(choice.metrics)
     run.metrics.update(
         init_quantizers(
             checkpoint,
             QUANTIZER_INIT,
-            params=quantizer_init,
+            params=choice.params,
+            bits=choice.report,
             prefix_token_ids=candidate.token_ids,
             prefix_embeddings=candidate.embeddings,
             token_ids=windows.token_ids,
-            runner=run.runner(checkpoint),
+            runner=runner,
             work_folder=WORK,
             header=header,
             ranks=run.ranks,
-            text_start_token_id=find_text_start_token(windows.text_start_token_id, candidate.initial_token_ids),
+            text_start_token_id=text_start_token_id,
         )
     )
 

@@ -17,6 +17,14 @@ ActivationRange = Literal["max", "percentile", "tensor", "layer", "block"]
 Rounding = Literal["rtn", "gptq"]
 # Written out for type checkers; tests/models/test_sites.py compares it with the table of sites.
 EqualizedSite = Literal["attention_input", "key", "value", "mlp_input", "mlp_hidden"]
+BudgetBits = Literal[2, 3, 4, 5, 6, 7, 8]
+# Bound of a budget -> the groups whose bits it chooses.
+BUDGETED_GROUPS: dict[str, tuple[QuantizerGroup, ...]] = {
+    "weights": ("weights",),
+    "activations": ("activations",),
+    "kv_cache": ("keys", "values"),
+    "time": ("activations",),
+}
 
 
 class QuantizerParams(Group):
@@ -65,6 +73,22 @@ class OverrideParams(Group):
         return self.model_dump(exclude={"sites", "blocks"}, exclude_none=True)
 
 
+class BudgetParams(Group):
+    """Bounds within which bits are chosen for each site and block; null: no bound, bits as asked."""
+
+    weights: Annotated[Number, Field(ge=2, le=16)] | None = None
+    activations: Annotated[Number, Field(ge=2, le=16)] | None = None
+    kv_cache: Annotated[Number, Field(ge=2, le=16)] | None = None
+    time: Annotated[Number, Field(gt=0, le=16)] | None = None
+    choices: Annotated[list[BudgetBits], Field(min_length=2)] = Field(default_factory=lambda: [4, 8])
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are set, by their keys."""
+        values = {name: getattr(self, name) for name in BUDGETED_GROUPS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class QuantizerInitParams(Group):
     weights: WeightParams = WeightParams()
     activations: ActivationParams = ActivationParams()
@@ -74,6 +98,11 @@ class QuantizerInitParams(Group):
     equalize: list[EqualizedSite] = Field(default_factory=lambda: list(get_args(EqualizedSite)))
     mse_samples: Annotated[int, Field(ge=1)] = 4
     embedding_dtype: FloatDtype = "bfloat16"
+    budget: BudgetParams = BudgetParams()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the values that determine a result, for headers: without `budget` where it has no bound."""
+        return self.model_dump(exclude=set() if self.budget.bounds else {"budget"})
 
 
 @dataclass(frozen=True)
@@ -152,9 +181,32 @@ def _find_format_problems(key: str, site: str, values: dict[str, Any]) -> list[s
     return problems
 
 
+def _find_budget_problems(params: QuantizerInitParams) -> list[str]:
+    """Return a line for each bound under which no bits can be chosen."""
+    budget, key, problems = params.budget, "quantizer_init.budget", []
+    if len(set(budget.choices)) < len(budget.choices):
+        problems.append(f"{key}.choices={budget.choices}: names a number twice. Name each once.")
+    if {"activations", "time"} <= budget.bounds.keys():
+        problems.append(f"{key}.time={budget.time}: `activations` has a bound already. Empty one of the two.")
+    for bound in budget.bounds:
+        for group in BUDGETED_GROUPS[bound]:
+            values: QuantizerParams = getattr(params, group)
+            if values.format != INT:
+                problems.append(
+                    f"{key}.{bound}: quantizer_init.{group}.format={values.format!r} has {values.bits} bits and no "
+                    "others. Set format: int, or remove the bound."
+                )
+            elif values.bits not in budget.choices:
+                problems.append(
+                    f"{key}.{bound}: quantizer_init.{group}.bits={values.bits} is not one of choices={budget.choices}. "
+                    "Add it to them, or remove the bound."
+                )
+    return problems
+
+
 def find_contradictions(params: QuantizerInitParams) -> list[str]:
     """Return a line for each combination of settings that contradicts itself, whatever the model."""
-    problems = []
+    problems = _find_budget_problems(params)
     sizes = {f"quantizer_init.{group}": getattr(params, group).group_size for group in REPRESENTATIVES}
     sizes |= {_override_key(number): override.group_size for number, override in enumerate(params.overrides)}
     for key, size in sizes.items():

@@ -107,6 +107,7 @@ def init_quantizers(
     header: Header,
     ranks: Ranks = ALONE,
     text_start_token_id: int | None = None,
+    bits: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Turn a rotated model into a quantized one.
 
@@ -120,14 +121,13 @@ def init_quantizers(
         ranks: each runs its own windows. Choices are made from all windows, and the first rank writes.
         text_start_token_id: put between this prefix and every text and kept with the prefix, or None. It is quantized
             like any other token.
+        bits: how a budget was spent, for report.json.
 
     Returns:
         The stage's metrics: mean errors of the blocks' outputs and of each kind of site, saturation, prefix length.
     """
     prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix_embeddings, runner)
-    rank_windows = prepend_start_token(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
-    embedding_dtype = getattr(torch, params.embedding_dtype)
-    hidden = checkpoint.embed(rank_windows).to(embedding_dtype).to(checkpoint.dtype)
+    hidden = embed_windows(checkpoint, token_ids, params=params, ranks=ranks, text_start_token_id=text_start_token_id)
     report = init_blocks(
         checkpoint,
         hidden,
@@ -142,13 +142,35 @@ def init_quantizers(
     prefix |= pack_start_token(text_start_token_id)
     if ranks.first:
         _write_checkpoint(
-            checkpoint, folder, params=params, prefix=prefix, report=report, work_folder=work_folder, header=header
+            checkpoint,
+            folder,
+            params=params,
+            prefix=prefix,
+            report={"blocks": report} | ({"bits": bits} if bits else {}),
+            work_folder=work_folder,
+            header=header,
         )
         shutil.rmtree(work_folder)
     ranks.wait()
     saturation = {block["block"]: block["saturation"] for block in report}
     metrics = {"prefix_tokens": len(prefix_embeddings)} | _summarise(report)
     return metrics | summarise_saturation({"calibration": saturation})
+
+
+def embed_windows(
+    checkpoint: Checkpoint,
+    token_ids: torch.Tensor,
+    *,
+    params: QuantizerInitParams,
+    ranks: Ranks,
+    text_start_token_id: int | None,
+) -> torch.Tensor:
+    """Return this rank's calibration windows [n, T, D] before block 0, from all windows' token ids [N, T].
+
+    Embeddings are rounded as they are stored, and the text start token comes before each window.
+    """
+    rank_windows = prepend_start_token(token_ids[ranks.slice_windows(len(token_ids))], text_start_token_id)
+    return checkpoint.embed(rank_windows).to(getattr(torch, params.embedding_dtype)).to(checkpoint.dtype)
 
 
 def init_blocks(
@@ -161,12 +183,14 @@ def init_blocks(
     work_folder: Path,
     header: Header,
     ranks: Ranks = ALONE,
+    channels: list[dict[str, torch.Tensor]] | None = None,
 ) -> list[BlockReport]:
     """Quantize all blocks into `work_folder`, and continue there if a run with the same header was cut short.
 
     Args:
         hidden: [N, T, D] embedded calibration windows, this rank's; overwritten.
         prefix_kv: [L, 2, kv_heads, P, d] or None.
+        channels: the result of `measure_channels`; None: it is measured.
 
     Returns:
         For each block: {"block": its index, "block_error": the error of its output on the sampled windows, relative to
@@ -178,16 +202,17 @@ def init_blocks(
         EqualizationError: scaling the channels of a block changes its output.
     """
     work_folder.mkdir(parents=True, exist_ok=True)
-    channels = measure_channels(
-        checkpoint,
-        hidden,
-        prefix_kv,
-        params=params,
-        runner=runner,
-        work_folder=work_folder,
-        header=header,
-        ranks=ranks,
-    )
+    if channels is None:
+        channels = measure_channels(
+            checkpoint,
+            hidden,
+            prefix_kv,
+            params=params,
+            runner=runner,
+            work_folder=work_folder,
+            header=header,
+            ranks=ranks,
+        )
     start, saved = load_generation(work_folder, header, ranks)
     if start:
         hidden.copy_(saved["hidden"])
@@ -345,7 +370,7 @@ def _write_checkpoint(
     *,
     params: QuantizerInitParams,
     prefix: dict[str, torch.Tensor],
-    report: list[BlockReport],
+    report: dict[str, Any],
     work_folder: Path,
     header: Header,
 ) -> None:
@@ -354,7 +379,7 @@ def _write_checkpoint(
     Args:
         prefix: token_ids [P], start_token [1] if texts have one, and kv [L, 2, kv_heads, P, d] of the rotated model if
             P > 0. The KV is written scaled like the keys and values of each block.
-        report: from `init_blocks`.
+        report: for report.json; its blocks are from `init_blocks`.
     """
     architecture, indices = checkpoint.architecture, range(checkpoint.block_count)
     scales: dict[str, torch.Tensor] = {}
@@ -385,7 +410,7 @@ def _write_checkpoint(
         settings=[resolve_settings(params, checkpoint, index)[0] for index in indices],
         embeddings=embeddings,
         prefix=prefix,
-        report={"blocks": report},
+        report=report,
         header=header,
         write_extras=write_scales,
     )
