@@ -4,7 +4,7 @@ Reads   artifacts/rotation/, artifacts/prefix_training/prefix.safetensors, artif
 Writes  artifacts/quantizer_init/ (a checkpoint of integers and scales, with the prefix in use, report.json
         and plots/saturation.json for dvc plots),
         metrics/quantizer_init.json
-With quantizer_init.budget, the bits of every site and block are chosen first, which takes about three times as long.
+With quantizer_init.budget, all blocks are quantized once before for each number of bits to choose from.
 Finished blocks are kept in .work/quantizer_init/ until the end: a killed run continues where it was.
 arXiv:2410.05265, §5. Packaged model: about 1.5 minutes for 16 windows of 512 tokens, 1 GiB.
 """

@@ -30,6 +30,7 @@ from pipeline.runtime.artifacts import load_json, replacing_folder
 from stages.opening import COSTS, METRICS, Run, open_stage
 
 FINETUNING = Path("artifacts/finetuning")
+QUANTIZER_INIT = Path("artifacts/quantizer_init/report.json")
 SATURATION = Path("artifacts/quantizer_init/plots/saturation.json")
 ACTIVATIONS = {
     name: Path("artifacts/activation_plots") / name for name in ("original", "rotated", "prefixed", "quantized")
@@ -70,6 +71,7 @@ def main(run: Run) -> None:
         pictures = draw_all(measured, partial, read_levels(checkpoint, measured["quantized"]))
         pictures = [*pictures[:1], quality, *pictures[1:], *draw_losses(partial, saturation)]
         pictures += draw_experts(checkpoint, partial)
+        pictures += draw_budget(partial)
         page = build_page(
             run.metrics,
             heading=heading,
@@ -208,6 +210,22 @@ def draw_losses(folder: Path, saturation: list[dict[str, Any]]) -> list[Path]:
         },
     }
     return [path for name, curve in curves.items() if draw_curves(path := folder / f"{name}.png", **curve)]
+
+
+def draw_budget(folder: Path) -> list[Path]:
+    """Draw the estimated divergence over each bound of `quantizer_init.budget`, if any, and return the files."""
+    paths = []
+    for bound, spent in load_json(QUANTIZER_INIT, "quantizer_init").get("bits", {}).items():
+        paths.append(folder / f"budget_{bound}.png")
+        draw_curves(
+            paths[-1],
+            spent["curve"],
+            x="value",
+            columns=("nats",),
+            title=f"Budget of {bound}: the choice at {spent['value']}, and others",
+            y_label="estimated KL, nats",
+        )
+    return paths
 
 
 if __name__ == "__main__":

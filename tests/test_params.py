@@ -441,7 +441,7 @@ def test_one_override_changes_one_line(group, tmp_path):
 def test_overrides_of_lists_keep_every_comment(tmp_path):
     comments = [line for line in TEXT.splitlines() if line.lstrip().startswith("#")]
     lists = [key for key, value in list_leaves(DEFAULT) if isinstance(value, list)]
-    assert len(lists) == 9
+    assert len(lists) == 10
     for key in lists:
         changed_text = override_text(tmp_path / "params.yaml", f"{key}=[news]")
         assert [line for line in changed_text.splitlines() if line.lstrip().startswith("#")] == comments, key

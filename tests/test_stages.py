@@ -450,6 +450,7 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
     """Started as a user starts it, with torch's launcher; hidden states in files."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "quantizer_init.activations.range", "percentile")
+    change(project, "quantizer_init.budget.kv_cache", 6.0)
     change(project, "calibration.validation.windows", 2)
     change(project, "prefix_training.enabled", True)
     change(project, "prefix_training.simulate", False)  # else a scale is of all windows of a batch
@@ -459,6 +460,7 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
     alone = {stage: read_json(project / f"metrics/{stage.replace(' ', '/')}.json") for stage in shared}
     prefix = contents(project / "artifacts/prefix_search")
     first, _ = load_tensors(project / "artifacts/quantizer_init/block-00000.safetensors", "quantizer_init")
+    chosen = read_json(project / "artifacts/quantizer_init/report.json")["bits"]["kv_cache"]["overrides"]
     change(project, "runtime.processes", 2)
     change(project, "runtime.offload", "always")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -468,6 +470,8 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if stage == "quantizer_init":
+            report = read_json(project / "artifacts/quantizer_init/report.json")
+            assert report["bits"]["kv_cache"]["overrides"] == chosen
             second, _ = load_tensors(project / "artifacts/quantizer_init/block-00000.safetensors", "quantizer_init")
             for name, tensor in first.items():
                 # A percentile is one of bfloat16's numbers; an integer on the edge of two may go either way.

@@ -60,6 +60,8 @@ _CAPTIONS = {  # beginning of a file's name -> what to look for
     "router_agreement": "A token with other experts is computed by other weights. The curve of the quantized model "
     "should fall slowly, and no block should stand out.",
     "expert_tokens": "Dark cells are experts that few tokens reach. They need more calibration text.",
+    "budget": "The estimate for the best bits of all sites at each value of the bound. Where the curve is steep, a "
+    "larger budget helps most.",
     "sqnr": "The curves of the heat map above, for exact values.",
 }
 

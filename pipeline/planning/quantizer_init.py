@@ -22,6 +22,7 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     """Plan the choice of quantizers.
 
     Phases: measure channels to equalize them; record a block's statistics; round its weights; round the embeddings.
+    With a budget, all blocks are quantized for every number of bits before, and these are kept on disk.
 
     Args:
         checkpoint: the rotated model.
@@ -45,6 +46,14 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     factorising = FACTORISED_ON_GPU * largest_gram if on_gpu else 0
     rounding = largest_gram + max(largest_gram + GPTQ_COPIES * largest_weight, factorising)
     compute: float = sizes.block + samples + max(recording, rounding)
+    candidates = len(params.budget.choices) if params.budget.bounds else 0
+    if candidates:
+        # A block in full precision is scaled in float64 and differentiated next to its quantized copies.
+        quantized = candidates * (sizes.block + sizes.weights)
+        scaling = 8 * sizes.weights
+        compute = max(
+            compute, equalizing + quantized, sizes.blocks * sizes.hidden_states(sampled) + scaling + quantized
+        )
     if params.equalize:
         # The scaled block is compared with a copy in float64, while tensors of one weight are scaled.
         checking = 2 * sizes.block + 8 * sizes.weights + 2 * 8 * sizes.hidden * sizes.inner
@@ -55,12 +64,13 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
         compute = max(compute, sizes.table + tables)
     rounded_tables = tables + (sizes.table if sizes.itemsize == 4 else 0)
     generations = 2 if workload.processes == 1 else 3  # hidden states after a block; the older ones go at the end
+    blocks = count_quantized_blocks(checkpoint, params).total
     return make_need(
         on_gpu=on_gpu,
         compute=compute,
         next_block=sizes.next_block,
         hidden_states=sizes.hidden_states(workload.tokens),
         through_host=max(BLOCK_BYTES_THROUGH_HOST * sizes.weights, rounded_tables),
-        artifact=count_quantized_blocks(checkpoint, params).total + tables + measure_companions(checkpoint),
-        work_files=generations * sizes.hidden_states(workload.all_tokens),
+        artifact=blocks + tables + measure_companions(checkpoint),
+        work_files=(1 + candidates) * generations * sizes.hidden_states(workload.all_tokens) + candidates * blocks,
     )

@@ -348,4 +348,6 @@ def _list_overrides(params: QuantizerInitParams, chosen: dict[tuple[str, int], i
     for (site, block), bits in chosen.items():
         if resolve_site(params, site, block).bits != bits:
             blocks.setdefault((site, bits), []).append(block)
-    return [OverrideParams(sites=[site], blocks=indices, bits=cast(Bits, bits)) for (site, bits), indices in blocks.items()]
+    return [
+        OverrideParams(sites=[site], blocks=indices, bits=cast(Bits, bits)) for (site, bits), indices in blocks.items()
+    ]
