@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
+import yaml
 
 from pipeline.quantization import bit_budget
 from pipeline.quantization.bit_budget import BlockSizes, BudgetError, choose_bits, measure_sizes, spend_budget
-from pipeline.quantization.params import resolve_site
+from pipeline.quantization.params import find_contradictions, resolve_site
 from pipeline.quantization.quantizer_init import init_quantizers, resolve_settings
 from pipeline.runtime.artifacts import make_header
+from prefixquant.recipes import make_params, parse_setting
 from tests.conftest import init_params
 from tests.rotation.test_merging import rotate
 
@@ -234,3 +237,28 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_measurement(rotated, 
     with pytest.raises(BudgetError, match=r"the smallest possible value is 4.0 "):
         quantize(checkpoint, runner, token_ids, tmp_path, init_params({"budget.kv_cache": 3.0}))
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget.activations": 5.0, "budget.time": 1.5}, r"budget\.time=1\.5: `activations` has a bound already"),
+        (
+            {"budget.kv_cache": 5.0, "keys.bits": 3},
+            r"budget\.kv_cache: quantizer_init\.keys\.bits=3 is not one of choices",
+        ),
+        (
+            {"budget.weights": 5.0, "weights.format": "nvfp4"},
+            r"budget\.weights: quantizer_init\.weights\.format='nvfp4' has 4 bits and no others",
+        ),
+        ({"budget.weights": 5.0, "budget.choices": [4, 4]}, r"budget\.choices=\[4, 4\]: names a number twice"),
+    ],
+)
+def test_bounds_that_contradict_the_settings_are_refused_by_name(changes, message):
+    problems = find_contradictions(init_params(changes))
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+def test_recipes_take_a_budget_as_any_other_setting():
+    text = make_params("m", settings=dict([parse_setting("quantizer_init.budget.activations=4.4")]))
+    assert yaml.safe_load(text)["quantizer_init"]["budget"]["activations"] == 4.4
