@@ -29,7 +29,7 @@ import torch
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import SparseArchitecture
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sites import CACHE_SITES, base_site, site_group
+from pipeline.models.sites import CACHE_SITES, base_site
 from pipeline.quantization.bit_costs import BlockCosts, Candidate, measure_costs
 from pipeline.quantization.knapsack import Knapsack, Option
 from pipeline.quantization.params import BUDGETED_GROUPS, OverrideParams, QuantizerInitParams, resolve_site
@@ -202,9 +202,12 @@ def measure_sizes(checkpoint: Checkpoint, index: int) -> BlockSizes:
 
 @dataclass(frozen=True)
 class _Item:
-    """One site or linear of one block, the bits it can have, and its size in the unit of the bound for each."""
+    """Sites or linears of one block that get the same bits, the bits to choose from, and their size for each.
 
-    site: str
+    Sizes are in the unit of the bound. Linears that read the same input are one item, because engines fuse them.
+    """
+
+    sites: list[str]
     block: int
     bits: list[int]
     sizes: list[int]
@@ -217,19 +220,25 @@ def _list_items(
     variants = [set_bits(params, bits) for bits in params.budget.choices]
     items, whole = [], 0
     for index, block in enumerate(sizes):
-        for site in _list_sites(bound, block):
-            bits = list(dict.fromkeys(resolve_site(variant, site, index).bits for variant in variants))
-            measure = _measure_bits(params, bound, site=site, index=index, block=block)
-            items.append(_Item(site, index, bits, [measure(number) for number in bits]))
-            if bound == "time":
+        for group in _list_groups(bound, block):
+            by_bits: dict[tuple[int, ...], list[str]] = {}  # overrides may fix the bits of some
+            for site in group:
+                bits = tuple(dict.fromkeys(resolve_site(variant, site, index).bits for variant in variants))
+                by_bits.setdefault(bits, []).append(site)
                 measure = _measure_bits(asked, bound, site=site, index=index, block=block)
-            whole += measure(resolve_site(asked, site, index).bits if bound == "time" else 1)
+                whole += measure(resolve_site(asked, site, index).bits if bound == "time" else 1)
+            for bits, sites in by_bits.items():
+                measures = [_measure_bits(params, bound, site=site, index=index, block=block) for site in sites]
+                total = [sum(measure(number) for measure in measures) for number in bits]
+                items.append(_Item(sites, index, list(bits), total))
     return items, whole
 
 
-def _list_sites(bound: str, block: BlockSizes) -> list[str]:
-    sites = block.entries if bound == "weights" else block.widths if bound == "kv_cache" else block.readers
-    return [site for site in sites if site_group(site) in BUDGETED_GROUPS[bound]]
+def _list_groups(bound: str, block: BlockSizes) -> list[list[str]]:
+    """Return the sites or linears of a block that a bound counts, those that are to get the same bits together."""
+    if bound == "weights":
+        return list(block.readers.values())
+    return [[site] for site in (block.widths if bound == "kv_cache" else block.readers)]
 
 
 def _measure_bits(
@@ -262,10 +271,9 @@ def _solve(
     items, whole = _list_items(params, bound, sizes, asked)
     choices, options = params.budget.choices, []
     for item in items:
-        # An override that fixes the bits gives a site the same cost in every candidate.
-        measured = [0.0] * len(choices) if costs is None else costs[item.block].get(item.site, [0.0] * len(choices))
-        numbers = range(len(choices)) if len(item.bits) > 1 else range(1)
-        options.append([Option(size, measured[number]) for size, number in zip(item.sizes, numbers, strict=True)])
+        # Bits that an override fixes cost the same in every candidate.
+        sums = [0.0] * len(choices) if costs is None else _add_costs(item, costs)
+        options.append([Option(size, cost) for size, cost in zip(item.sizes, sums[: len(item.sizes)], strict=True)])
     knapsack, value = Knapsack(options), params.budget.bounds[bound]
     if _to_size(value, whole) < knapsack.least:
         least = math.ceil(knapsack.least / whole * 10**4) / 10**4
@@ -274,6 +282,11 @@ def _solve(
             "overrides. Use that or more, or add a smaller number to choices."
         )
     return items, whole, knapsack
+
+
+def _add_costs(item: _Item, costs: Sequence[BlockCosts]) -> list[float]:
+    """Return the cost of an item's sites together, for each of `budget.choices`."""
+    return [sum(values) for values in zip(*(costs[item.block][site] for site in item.sites), strict=True)]
 
 
 def _to_size(value: float, whole: int) -> int:
@@ -307,15 +320,16 @@ def spend_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes], costs
         items, whole, knapsack = _solve(chosen_params, bound, sizes, costs, params)
         size = _to_size(params.budget.bounds[bound], whole)
         picked = knapsack.choose(size)
-        chosen = {(item.site, item.block): item.bits[number] for item, number in zip(items, picked, strict=True)}
-        value = sum(item.sizes[number] for item, number in zip(items, picked, strict=True)) / whole
+        pairs = list(zip(items, picked, strict=True))
+        chosen = {(site, item.block): item.bits[number] for item, number in pairs for site in item.sites}
+        value = sum(item.sizes[number] for item, number in pairs) / whole
         overrides = _list_overrides(params, chosen)
         chosen_params = chosen_params.model_copy(update={"overrides": [*overrides, *chosen_params.overrides]})
         report[bound] = {
             "value": round(value, 4),
             "overrides": [override.model_dump(exclude_none=True) for override in overrides],
             "costs": [
-                {"block": item.block, "site": item.site, "bits": item.bits, "nats": costs[item.block][item.site]}
+                {"block": item.block, "sites": item.sites, "bits": item.bits, "nats": _add_costs(item, costs)}
                 for item in items
                 if len(item.bits) > 1
             ],
@@ -348,6 +362,10 @@ def _list_overrides(params: QuantizerInitParams, chosen: dict[tuple[str, int], i
     for (site, block), bits in chosen.items():
         if resolve_site(params, site, block).bits != bits:
             blocks.setdefault((site, bits), []).append(block)
+    sites: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    for (site, bits), indices in blocks.items():
+        sites.setdefault((tuple(indices), bits), []).append(site)
     return [
-        OverrideParams(sites=[site], blocks=indices, bits=cast(Bits, bits)) for (site, bits), indices in blocks.items()
+        OverrideParams(sites=names, blocks=[*indices], bits=cast(Bits, bits))
+        for (indices, bits), names in sites.items()
     ]

@@ -131,6 +131,17 @@ def test_time_counts_the_weights_that_were_chosen():
     assert {bits[block, "mlp_hidden"] for block in range(2)} == {8}
 
 
+def test_linears_that_read_the_same_input_get_the_same_bits():
+    """Engines fuse them, and read one setting for all. One whose bits an override fixes is left out."""
+    costs = make_costs()
+    costs[0]["k_proj"] = [9.0, 0.1]
+    choice = spend({"weights": 4.5}, costs)
+    assert {resolve_site(choice.params, f"{name}_proj", 0).bits for name in "qkv"} == {8}
+    assert {"sites": ["q_proj", "k_proj", "v_proj"], "blocks": [0], "bits": 8} in choice.report["weights"]["overrides"]
+    fixed = spend({"weights": 5.5}, costs, overrides=[{"sites": ["v_proj"], "bits": 16}])
+    assert [resolve_site(fixed.params, f"{name}_proj", 0).bits for name in "qkv"] == [8, 8, 16]
+
+
 def test_three_choices_give_sensitive_sites_more_and_others_less():
     costs = [{name: [values[0] * 16, *values] for name, values in block.items()} for block in make_costs()]
     costs[0]["mlp_input"] = [1e-6, 1e-7, 1e-8]
