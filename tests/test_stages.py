@@ -26,6 +26,7 @@ from pipeline.runtime.unfinished import describe_code
 from pipeline.text.start_token import find_added_token
 from pipeline.text.windows import load_windows
 from pipeline.training.streamed import TrainedBlocks
+from stages.report import QUANTIZER_INIT, draw_budget
 from tests.conftest import ROOT, WINDOW, read_json, write_params
 from tests.evaluation.test_harness import local_task
 
@@ -926,3 +927,17 @@ def test_an_import_that_transformers_does_not_agree_with_leaves_nothing(project,
     monkeypatch.setattr("pipeline.inspection.import_gate.IMPORT_TOLERANCE", -1.0)
     assert "Nothing was written" in fails("model", monkeypatch)
     assert not (project / "artifacts").exists() or not list((project / "artifacts").iterdir())
+
+
+def test_the_report_draws_a_curve_for_each_bound_of_a_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = tmp_path / QUANTIZER_INIT
+    written.parent.mkdir(parents=True)
+    written.write_text(json.dumps({"blocks": []}), encoding="utf-8")
+    assert draw_budget(tmp_path) == []
+    curve = [{"value": 4.0, "nats": 0.3}, {"value": 8.0, "nats": 0.01}]
+    bits = {bound: {"value": 4.4, "curve": curve} for bound in ("weights", "time")}
+    written.write_text(json.dumps({"blocks": [], "bits": bits}), encoding="utf-8")
+    pictures = draw_budget(tmp_path)
+    assert [path.name for path in pictures] == ["budget_weights.png", "budget_time.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
