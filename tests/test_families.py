@@ -13,6 +13,8 @@ from pipeline.inference.prefixed_model import assemble_model
 from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
+from pipeline.quantization import quantizer_init
+from pipeline.quantization.block_init import choose_quantizers_
 from pipeline.runtime.artifacts import load_tensors
 from pipeline.text.params import SPLIT_GROUPS
 from pipeline.text.windows import load_windows
@@ -26,7 +28,7 @@ from tests.conftest import (
     tiny_params,
     write_params,
 )
-from tests.test_stages import ALL, run
+from tests.test_stages import ALL, contents, run
 
 pytestmark = pytest.mark.families
 # A block of Qwen2-0.5B's widths: 896 = 28 x 32 and 4864 = 76 x 64.
@@ -128,3 +130,25 @@ def test_fine_tuning_brings_the_quantized_model_nearer_to_the_original(family):
     metrics = read_json(folder / "metrics/finetuning.json")
     assert metrics["validation_ratio"] <= 1
     assert metrics["end_to_end"]["kl_after"] <= metrics["end_to_end"]["kl_before"]
+
+
+def test_an_interrupted_quantizer_init_ends_with_the_same_bytes(family, monkeypatch):
+    original, folder = family
+    undisturbed = contents(folder / "artifacts/quantizer_init")
+    monkeypatch.chdir(folder)
+    last = original.config.num_hidden_layers - 1
+    finished = []
+
+    def interrupt_last(*args, **options):
+        if len(finished) == last:
+            raise KeyboardInterrupt
+        finished.append(args)
+        return choose_quantizers_(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer_init, "choose_quantizers_", interrupt_last)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run("quantizer_init", monkeypatch=monkeypatch)
+    assert len(list((folder / ".work/quantizer_init").glob("block-*.safetensors"))) == last
+    run("quantizer_init", monkeypatch=monkeypatch)
+    assert contents(folder / "artifacts/quantizer_init") == undisturbed

@@ -153,7 +153,7 @@ def init_quantizers(
         shutil.rmtree(work_folder)
     ranks.wait()
     saturation = {block["block"]: block["saturation"] for block in report}
-    metrics = {"prefix_tokens": len(prefix_embeddings)} | _summarise(report)
+    metrics = {"prefix_tokens": len(prefix_embeddings)} | summarise_blocks(report)
     return metrics | summarise_saturation({"calibration": saturation})
 
 
@@ -416,7 +416,7 @@ def _write_checkpoint(
     )
 
 
-def _summarise(report: list[BlockReport]) -> dict[str, Any]:
+def summarise_blocks(report: list[BlockReport]) -> dict[str, Any]:
     """Average errors over blocks by kind of site, all linears being one kind; warn of optima at the grid's edge."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for block in report:
