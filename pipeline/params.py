@@ -161,6 +161,19 @@ def _contradictions(params: Params) -> list[str]:
         problems.append(
             f"prefix.use={params.prefix.use!r} needs a trained prefix; set prefix_training.enabled: true, or use found"
         )
+    together = params.finetuning.end_to_end
+    if together.enabled and together.weights != "fixed":
+        key = f"finetuning.end_to_end.weights={together.weights!r}"
+        if not params.quantizer_init.keep_unrounded:
+            problems.append(
+                f"{key} starts from the weights before rounding; set quantizer_init.keep_unrounded: true, or use fixed"
+            )
+        blocks = params.finetuning.blocks
+        if params.finetuning.start == "full_precision" or (blocks.enabled and blocks.weight_lr > 0):
+            problems.append(
+                f"{key} starts from the integers of quantizer_init, and finetuning.blocks would train others; set "
+                "finetuning.start: quantizer_init and finetuning.blocks.weight_lr: 0"
+            )
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
     others = [name for name in params.export.formats if name != "peft"]

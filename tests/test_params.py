@@ -62,6 +62,25 @@ def test_keys_with_a_default_are_not_left_out_of_a_file(key):
         parse_params(params)
 
 
+def test_a_generated_corpus_has_tokens_and_no_number_of_documents():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["corpora"]["mine"] = {"source": "generated", "max_documents": 9}
+    with pytest.raises(ParamsError, match=r"corpora\.mine\.max_documents=9 .* Set corpora\.mine\.generation\.tokens"):
+        parse_params(params)
+
+
+def test_integers_are_trained_from_those_of_quantizer_init_only():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["quantizer_init"]["keep_unrounded"] = True
+    params["finetuning"]["end_to_end"]["weights"] = "straight_through"
+    parse_params(params)
+    params["finetuning"]["start"] = "full_precision"
+    with pytest.raises(
+        ParamsError, match=r"weights='straight_through' starts .* set finetuning\.start: quantizer_init"
+    ):
+        parse_params(params)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -69,7 +88,9 @@ def test_keys_with_a_default_are_not_left_out_of_a_file(key):
         ("quantizer_init.keys.rnge", "max", r"quantizer_init\.keys\.rnge: unknown key; did you mean 'range'"),
         ("quantizer_init.weights.mode", "static", r"quantizer_init\.weights\.mode: unknown key"),
         ("quantizer_init.values.range", "minmax", r"values\.range='minmax': allowed are 'max', 'percentile', 'tensor'"),
+        ("finetuning.end_to_end.weights", "soft_rounding", r"weights='soft_rounding' starts .*keep_unrounded: true"),
         ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* set rotation\.r3: identity"),
+        ("corpora.news.generation", {}, r"corpora\.news\.generation belongs to source: generated, .* Remove it, or"),
         ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key; did you mean 'source'"),
         ("bits", 4, r"bits: unknown key; remove it \(known here: activation_plots, calibration, corpora"),
         ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"),

@@ -102,6 +102,8 @@ class QuantizedLinear(KeepsDtype):
         weight_scale: float32 [out, G] once quantized.
         weight_zero_point: float32 [out, G] holding integers, once quantized asymmetrically.
         unfrozen: its scales are being trained, so that its dequantized weight changes from step to step.
+        levels_are_trained: its integers are being trained. Then `weight` holds them as floats, which may lie between
+            two integers.
         fired: whether it has multiplied by a quantized weight.
         bias: float [out] or None; never quantized. For a centered weight it includes the correction of the mean error.
     """
@@ -130,7 +132,7 @@ class QuantizedLinear(KeepsDtype):
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        self.unfrozen = False
+        self.unfrozen = self.levels_are_trained = False
         self.fired = False
         self._dequantized: _Dequantized | None = None
 
@@ -171,6 +173,11 @@ class QuantizedLinear(KeepsDtype):
         if self.weight_scale is None:
             return self.weight
         self.fired = True
+        if self.levels_are_trained:
+            levels = self.weight.unflatten(-1, (self.scales.shape[1], -1))
+            if self.weight_zero_point is not None:
+                levels = levels - self.weight_zero_point.unsqueeze(-1)
+            return (levels * self.scales.unsqueeze(-1)).flatten(-2).to(dtype)
         if self.weight.is_floating_point():  # being trained, to be rounded
             zero_point = None if self.weight_zero_point is None else self.weight_zero_point.unsqueeze(-1)
             grouped = group(self.weight, self.spec.group_size)
@@ -226,7 +233,7 @@ class QuantizedLinear(KeepsDtype):
         return nn.functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def _has_one_scale_per_output(self) -> bool:
-        return not self.weight.is_floating_point() and self.scales.shape[1] == 1
+        return not self.levels_are_trained and not self.weight.is_floating_point() and self.scales.shape[1] == 1
 
 
 class _MultiplyScaled(torch.autograd.Function):

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.numerics.grids import Grid, StoredGrid, as_stored_grid
-from pipeline.numerics.quantizer import dequantize, quantize
+from pipeline.numerics.quantizer import dequantize, dequantize_weight, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,37 @@ def round_gptq(
     result = torch.empty_like(rounding.codes)
     result[factor.order] = rounding.codes
     return result.T.contiguous()
+
+
+def measure_offsets(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    grid: Grid | int,
+    factor: InverseFactor | None = None,
+) -> torch.Tensor:
+    """Return the value that each weight had right before it was rounded, less the value it was rounded to, in steps.
+
+    Args:
+        weight: [out, in] float32, before any rounding.
+        codes: [out, in], as `round_gptq` returns them.
+        scale, zero_point: [out, G] float32; the zero point is None if symmetric.
+        grid: the values that were rounded to.
+        factor: the factor that `round_gptq` used; None: each weight was rounded by itself.
+
+    Returns:
+        [out, in] float32. Within half a step of zero, except for values beyond the range.
+    """
+    stored = as_stored_grid(grid, zero_point is None)
+    change = dequantize_weight(codes, scale, zero_point, stored).sub_(weight)
+    correction: torch.Tensor | float = 0.0
+    if factor is not None:
+        moved = factor.upper.triu(1).T @ change.T[factor.order]
+        correction = torch.empty_like(moved)
+        correction[factor.order] = moved
+        correction = correction.T
+    return (change + correction).neg_().reshape(*scale.shape, -1).div_(scale.unsqueeze(-1)).reshape(weight.shape)
 
 
 class _Rounding:

@@ -36,6 +36,8 @@ from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Keeping
 from pipeline.training.reference import PART_BYTES
 
+# theta, its gradient, two moments and the best state, in float32; the lower neighbours of soft rounding, in int16.
+_TRAINED_INTEGER_BYTES = 5 * 4 + 2
 _WAYS = (Keeping(recompute=False), Keeping(recompute=True), Keeping(recompute=True, stream=True))
 
 
@@ -70,6 +72,8 @@ def plan_finetuning(
     ways: Sequence[Keeping] = _WAYS
     if not params.end_to_end.enabled:
         ways = _WAYS[:1]  # they differ end to end only
+    elif params.end_to_end.weights != "fixed":
+        ways = _WAYS[1:2] if runtime.offload == "always" else _WAYS[:2]  # weights under training are not streamed
     elif runtime.offload == "always":
         ways = _WAYS[1:]  # this setting asks for little memory
     for way in ways[:-1]:
@@ -177,6 +181,8 @@ class _Plan:
         else:  # all integers, and a block's dequantized weights with temporaries
             weights = model * TRAINED_MODEL_BYTES + sizes.weights * 4 * 3
             next_block = sizes.next_block
+        if self.params.end_to_end.weights != "fixed":
+            weights += model * _TRAINED_INTEGER_BYTES
         return weights + graph + heads + (next_block if on_gpu else 0)
 
     def _count_between_blocks(self, way: Keeping) -> float:
@@ -206,5 +212,7 @@ class _Plan:
             return hidden_states
         state = 2 * 4 * self.block_files.quantizers  # now, best, two moments; the new file and the old one
         is_cached = self.params.end_to_end.reference == "cached"
+        if self.params.end_to_end.weights != "fixed":
+            state += 2 * 16 * self.sizes.blocks * self.sizes.weights
         reference = self.sizes.hidden_states(self.end_to_end.all_tokens) if is_cached else 0.0
         return hidden_states + self.block_files.total + state + reference

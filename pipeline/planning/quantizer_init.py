@@ -63,6 +63,7 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
     if not on_gpu:
         compute = max(compute, sizes.table + tables)
     rounded_tables = tables + (sizes.table if sizes.itemsize == 4 else 0)
+    unrounded = 2 * sizes.blocks * sizes.weights if params.keep_unrounded else 0
     generations = 2 if workload.processes == 1 else 3  # hidden states after a block; the older ones go at the end
     blocks = count_quantized_blocks(checkpoint, params).total
     return make_need(
@@ -71,6 +72,9 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
         next_block=sizes.next_block,
         hidden_states=sizes.hidden_states(workload.tokens),
         through_host=max(BLOCK_BYTES_THROUGH_HOST * sizes.weights, rounded_tables),
-        artifact=blocks + tables + measure_companions(checkpoint),
-        work_files=(1 + candidates) * generations * sizes.hidden_states(workload.all_tokens) + candidates * blocks,
+        artifact=blocks + tables + measure_companions(checkpoint) + unrounded,
+        # The values before rounding are copied at the end.
+        work_files=(1 + candidates) * generations * sizes.hidden_states(workload.all_tokens)
+        + candidates * blocks
+        + unrounded,
     )

@@ -12,6 +12,8 @@ from pipeline.inspection.saturation import SATURATION, write_saturation
 from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json
 
+UNROUNDED = "unrounded-{index:05d}.safetensors"  # of a block: for each linear, `gptq.measure_offsets`
+
 
 def assemble_checkpoint(
     source: Checkpoint,

@@ -17,7 +17,7 @@ from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, find_sliding_window
 from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import INPUT_SITES, Site, base_site
-from pipeline.numerics.gptq import InverseFactor, factor_inverse, round_gptq
+from pipeline.numerics.gptq import InverseFactor, factor_inverse, measure_offsets, round_gptq
 from pipeline.numerics.quantizer import dequantize_weight, group, measure_range, quantize_weight
 from pipeline.quantization.params import SiteSettings
 from pipeline.quantization.scale_search import (
@@ -52,6 +52,7 @@ def choose_quantizers_(
     prefix_kv: torch.Tensor | None,
     site_settings: dict[str, SiteSettings],
     runner: BlockRunner,
+    offsets: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, SiteReport]:
     """Calibrate every quantizer of `block` in place and replace its weights by integers.
 
@@ -60,6 +61,7 @@ def choose_quantizers_(
         statistics: the block's; Gram matrices are used up.
         prefix_kv: [2, kv_heads, P, d] or None.
         site_settings: for each site and linear that is to be quantized.
+        offsets: filled with `measure_offsets` of each linear [out, in] float16, by its name; None: not computed.
 
     Returns:
         Site or linear -> {"clip_factor": the mean factor, "relative_error": the error relative to the signal, in the
@@ -74,6 +76,7 @@ def choose_quantizers_(
         prefix_kv=prefix_kv,
         site_settings=site_settings,
         runner=runner,
+        offsets=offsets,
     )
     report = {}
     for site, quantizer in chooser.quantizers.items():
@@ -97,6 +100,7 @@ class _Chooser:
     prefix_kv: torch.Tensor | None
     site_settings: dict[str, SiteSettings]
     runner: BlockRunner
+    offsets: dict[str, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.quantizers = find_site_quantizers(self.block, self.architecture)
@@ -200,7 +204,7 @@ class _Chooser:
             search = keep_range(objective)
         else:
             search = search_factors(objective, two_sided=not spec.symmetric)
-        damping = {}
+        damping, factor = {}, None
         if settings.rounding == "gptq":
             scale, zero_point = candidate.find_parameters(search.factor)
             factor = self._find_inverse_factor(site, spec.centered, settings.damping)
@@ -208,6 +212,11 @@ class _Chooser:
             damping["damping"] = factor.damping
         else:
             apply(search.factor)
+        if self.offsets is not None:
+            codes = torch.cat([linear.weight for linear in linears])
+            scale, zero_point = candidate.find_parameters(search.factor)
+            offsets = measure_offsets(weight, codes, scale, zero_point, spec.grid, factor).to(torch.float16)
+            self.offsets |= {name: part.clone() for name, part in zip(names, offsets.split(sizes), strict=True)}
         reports = {}
         searches = [search] if not linears[1:] else search.split([size * low.shape[1] for size in sizes])
         rows_each = max(1, _ROWS // len(linears))

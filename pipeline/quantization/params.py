@@ -99,10 +99,12 @@ class QuantizerInitParams(Group):
     mse_samples: Annotated[int, Field(ge=1)] = 4
     embedding_dtype: FloatDtype = "bfloat16"
     budget: BudgetParams = BudgetParams()
+    keep_unrounded: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Return the values that determine a result, for headers: without `budget` where it has no bound."""
-        return self.model_dump(exclude=set() if self.budget.bounds else {"budget"})
+        """Return the values that determine a result, for headers: without `budget` and `keep_unrounded` where off."""
+        off = {"budget"} if not self.budget.bounds else set[str]()
+        return self.model_dump(exclude=off if self.keep_unrounded else off | {"keep_unrounded"})
 
 
 @dataclass(frozen=True)

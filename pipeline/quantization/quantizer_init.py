@@ -33,7 +33,7 @@ from pipeline.models.checkpoint import Checkpoint, save_block_file
 from pipeline.models.layers import DecoderLayer
 from pipeline.models.sites import Site, base_site, site_group
 from pipeline.numerics.quantizer import QuantizerSpec
-from pipeline.quantization.assembly import assemble_checkpoint
+from pipeline.quantization.assembly import UNROUNDED, assemble_checkpoint
 from pipeline.quantization.block_init import choose_quantizers_, measure_block_error
 from pipeline.quantization.equalization import EQUALIZATION, Equalizer, scale_prefix, select_block
 from pipeline.quantization.equalization_check import check_equalization
@@ -243,6 +243,7 @@ def init_blocks(
             prefix_kv=block_prefix,
             runner=exact_runner,
         )
+        offsets: dict[str, torch.Tensor] | None = {} if params.keep_unrounded else None
         report = _init_block_(
             checkpoint,
             index,
@@ -253,9 +254,12 @@ def init_blocks(
             site_settings=site_settings,
             runner=runner,
             ranks=ranks,
+            offsets=offsets,
         )
         tensors = block.state_dict()
         if ranks.first:
+            if offsets:
+                save_tensors(work_folder / UNROUNDED.format(index=index), offsets, header)
             if scales:
                 save_tensors(work_folder / _SCALES.format(index=index), scales, header)
             write_json(work_folder / _REPORT.format(index=index), {"block": index} | report)
@@ -314,6 +318,7 @@ def _init_block_(
     site_settings: dict[str, SiteSettings],
     runner: BlockRunner,
     ranks: Ranks,
+    offsets: dict[str, torch.Tensor] | None,
 ) -> BlockReport:
     """Quantize one equalized block, move `hidden` through it, and return its report."""
     architecture = checkpoint.architecture
@@ -329,7 +334,13 @@ def _init_block_(
             ranks=ranks,
         )
         sites = choose_quantizers_(
-            block, architecture, statistics, prefix_kv=prefix_kv, site_settings=site_settings, runner=runner
+            block,
+            architecture,
+            statistics,
+            prefix_kv=prefix_kv,
+            site_settings=site_settings,
+            runner=runner,
+            offsets=offsets,
         )
     except NumericalError as error:
         raise NumericalError(f"block {index}: {error}") from None
@@ -402,6 +413,8 @@ def _write_checkpoint(
     def write_scales(unfinished: Path) -> None:
         if scales:
             save_tensors(unfinished / EQUALIZATION, scales, header)
+        for index in indices if params.keep_unrounded else ():
+            shutil.copyfile(work_folder / UNROUNDED.format(index=index), unfinished / UNROUNDED.format(index=index))
 
     assemble_checkpoint(
         checkpoint,

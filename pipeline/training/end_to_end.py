@@ -1,9 +1,9 @@
 """End-to-end fine-tuning: train scales, zero points and clip factors through the whole quantized model.
 
-Norm weights and the prefix's keys and values are trained too where their rate is above 0. The integers of the weights
-do not change. The loss is KL(reference ‖ quantized) in nats, on calibration windows. The reference of this phase is the
-original model, neither rotated nor quantized, without a prefix. So an error counts by its effect on the predictions,
-not by its size.
+Norm weights and the prefix's keys and values are trained too where their rate is above 0, and the integers of the
+weights where `weights` is not `fixed` (`trainables.py`). The loss is KL(reference ‖ quantized) in nats, on calibration
+windows. The reference of this phase is the original model, neither rotated nor quantized, without a prefix. So an error
+counts by its effect on the predictions, not by its size.
 
 Windows are read from disk as they are trained on, so memory does not grow with their number. `reference.py` says where
 the original's hidden states come from.
@@ -21,14 +21,17 @@ from torch import nn
 
 from pipeline.blocks.quantized import block_settings, fill_block
 from pipeline.models.checkpoint import Checkpoint, load_block_file, save_block_file
+from pipeline.quantization.assembly import UNROUNDED
+from pipeline.runtime.artifacts import load_tensors
 from pipeline.runtime.streams import Stream
 from pipeline.text.windows import TokenRows, prepend_start_token
 from pipeline.training.divergence import mean_divergence
 from pipeline.training.params import EndToEndParams
 from pipeline.training.place import Place
 from pipeline.training.reference import Reference
+from pipeline.training.state import TrainingError
 from pipeline.training.streamed import TrainedBlocks
-from pipeline.training.trainables import freeze_, unfreeze_
+from pipeline.training.trainables import LearnedIntegers, freeze_, lower_temperature_, unfreeze_
 from pipeline.training.trainer import Rows, Trainer, decay_along_cosine
 
 _STATE = "end-to-end.safetensors"
@@ -99,14 +102,18 @@ class EndToEndTrainer(Trainer[ModelData]):
         self.initial, self.runner, self.place = initial, place.runner, place
         architecture, device = initial.architecture, self.runner.device
         self.blocks = TrainedBlocks(architecture, self._load_tensors, device, place.keeping, place.offload)
+        self._check_weights(params)
         quantizers: list[nn.Parameter] = []
         norms: list[nn.Parameter] = []
+        integers: list[nn.Parameter] = []
         for index in range(initial.block_count):
             block = fill_block(initial, index, self._load_tensors(index), block_settings(initial, index), device=device)
-            trainables = unfreeze_(block, architecture, norms=params.norm_lr > 0)
+            learned = self._load_learned(index, params)
+            trainables = unfreeze_(block, architecture, norms=params.norm_lr > 0, integers=learned)
             quantizers += trainables.quantizers
             norms += trainables.norms
-            self.blocks.append(block, (*trainables.quantizers, *trainables.norms))
+            integers += trainables.integers
+            self.blocks.append(block, (*trainables.quantizers, *trainables.norms, *trainables.integers))
         self.prefix_kv = None if prefix_kv is None else nn.Parameter(prefix_kv.to(device, torch.float32).clone())
         self.norm = initial.load_final_norm().to(device).requires_grad_(False)
         self.lm_head = initial.load_lm_head().to(device)
@@ -116,6 +123,7 @@ class EndToEndTrainer(Trainer[ModelData]):
                 (quantizers, params.quant_lr),
                 (norms, params.norm_lr),
                 ([] if self.prefix_kv is None else [self.prefix_kv], params.prefix_lr),
+                (integers, params.weight_lr),
             ],
             schedule=params,
             weight_decay=0.0,
@@ -125,6 +133,32 @@ class EndToEndTrainer(Trainer[ModelData]):
         )
         self.min_lr_factor, self.validate_every = params.min_lr_factor, params.validate_every
         self.resume_(place.work_folder / _STATE, place.header)
+
+    def _check_weights(self, params: EndToEndParams) -> None:
+        """Raise TrainingError where weights are to be trained and cannot be."""
+        if params.weights == "fixed":
+            return
+        if self.place.keeping.stream:
+            raise TrainingError(
+                f"finetuning.end_to_end.weights={params.weights}: the weights under training do not fit into "
+                "runtime.max_memory. Raise it, or set weights: fixed"
+            )
+        if not (self.initial.folder / UNROUNDED.format(index=0)).is_file():
+            raise TrainingError(
+                f"finetuning.end_to_end.weights={params.weights}: {self.initial.folder} lacks the weights before "
+                "rounding. Set quantizer_init.keep_unrounded: true, and rerun quantizer_init"
+            )
+
+    def _load_learned(self, index: int, params: EndToEndParams) -> LearnedIntegers | None:
+        if params.weights == "fixed":
+            return None
+        offsets, _ = load_tensors(self.initial.folder / UNROUNDED.format(index=index), self.initial.stage)
+        return LearnedIntegers(params.weights, offsets)
+
+    def step(self, data: ModelData, windows: torch.Tensor, step_index: int, step_count: int) -> float | None:
+        for index in range(len(self.blocks)):
+            lower_temperature_(self.blocks[index], step_index / step_count)
+        return super().step(data, windows, step_index, step_count)
 
     def learning_rate(self, highest: float, step_index: int, step_count: int) -> float:
         return decay_along_cosine(highest, step_index / step_count, self.min_lr_factor)

@@ -37,6 +37,8 @@ class EndToEndParams(Group):
     early_stop: Annotated[int, Field(ge=1)] = 2
     reference: Literal["cached", "alongside"] = "cached"
     validate_every: Annotated[int, Field(ge=1)] | None = None
+    weights: Literal["fixed", "straight_through", "soft_rounding"] = "fixed"
+    weight_lr: Annotated[Number, Field(ge=0)] = 1e-3
 
 
 class FinetuningParams(Group):
@@ -50,7 +52,7 @@ class FinetuningParams(Group):
 
 
 # Keys of `end_to_end` that are younger than artifacts which must keep their fingerprint.
-_YOUNGER_KEYS = ("reference", "validate_every")
+_YOUNGER_KEYS = ("reference", "validate_every", "weights", "weight_lr")
 
 
 def list_values(params: FinetuningParams) -> dict[str, Any]:

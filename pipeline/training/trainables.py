@@ -6,6 +6,14 @@ Quantizer parameters and norms are trained relative to their values at the start
     gain of a norm       initial * exp(theta); norms carry the scales of equalized channels
     zero point           round(initial + (qmax - qmin) * theta), clamped to the range
 
+Integers are trained, where they are, by a parameter theta in steps (`LearnedIntegers`). Its start is the value that
+GPTQ had before rounding, so the first steps need not undo that rounding:
+
+    straight_through     round(theta), clamped to the range; the gradient is 1 inside the range
+    soft_rounding        lower neighbour + sigmoid(theta / temperature) with gradients; without, as in evaluation,
+                         lower neighbour + (theta >= 0). The temperature falls, so the two meet (compare
+                         arXiv:2004.10568)
+
 So one learning rate suits a scale of 0.001 and a scale of 10, and no step makes a scale negative: a step of 0.001 is a
 thousandth of the scale, or of the range. All trained parameters are float32, whatever dtype the block computes in.
 Values that are rounded in the end are rounded in training too, so the block under training computes the same as the
@@ -13,7 +21,7 @@ frozen one.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,8 +30,26 @@ from torch.nn.utils import parametrize
 from pipeline.blocks.quantized import QuantizedLinear, find_quantized_linear, find_site_quantizers
 from pipeline.models.architectures import Architecture
 from pipeline.models.layers import DecoderLayer, as_norm
+from pipeline.numerics.formats import INT
 from pipeline.numerics.grids import Grid
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range, quantize_weight, round_through
+from pipeline.training.state import TrainingError
+
+_ALMOST_HALF = 0.49  # of a step: an offset within it rounds back to its integer
+Method = Literal["straight_through", "soft_rounding"]
+
+
+@dataclass(frozen=True)
+class LearnedIntegers:
+    """How the integers of a block's linears are trained.
+
+    Attributes:
+        method: see the module's docstring.
+        offsets: linear -> [out, in], the value before rounding less the integer, in steps (`gptq.measure_offsets`).
+    """
+
+    method: Method
+    offsets: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -34,11 +60,13 @@ class Trainables:
         quantizers: thetas of scales, zero points and clip factors.
         weights: weights [out, in] and biases [out].
         norms: thetas of the gains of norms, [D].
+        integers: thetas of integers [out, in].
     """
 
     quantizers: list[nn.Parameter] = field(default_factory=list)
     weights: list[nn.Parameter] = field(default_factory=list)
     norms: list[nn.Parameter] = field(default_factory=list)
+    integers: list[nn.Parameter] = field(default_factory=list)
 
 
 class _Cast(nn.Module):
@@ -96,11 +124,67 @@ class _RelativeZeroPoint(_Relative):
         return moved.clamp(self.qmin, self.qmax)
 
 
+class StraightThrough(nn.Module):
+    """Gives a linear integers, held as floats: theta rounded and clamped to the range."""
+
+    def __init__(self, codes: torch.Tensor, offset: torch.Tensor, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.start = codes.float() + offset.float().clamp(-_ALMOST_HALF, _ALMOST_HALF)
+
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        return round_through(theta).clamp(self.low, self.high)
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        start, self.start = self.start, value.new_empty(0)  # the parameter holds it from here on
+        return start
+
+
+class SoftRounding(nn.Module):
+    """Gives a linear values between two neighbouring integers, held as floats.
+
+    Attributes:
+        temperature: of the sigmoid; the lower, the closer to integers.
+    """
+
+    lower: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, offset: torch.Tensor, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high, self.temperature = low, high, HIGHEST_TEMPERATURE
+        offset = offset.float().clamp(-_ALMOST_HALF, _ALMOST_HALF)
+        self.register_buffer("lower", codes.to(torch.int16) - (offset < 0).to(torch.int16))
+        self.start = torch.where(offset < 0, offset + 0.5, offset - 0.5)
+
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        upward = (theta / self.temperature).sigmoid() if torch.is_grad_enabled() else (theta >= 0).float()
+        return (self.lower + upward).clamp(self.low, self.high)
+
+    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
+        start, self.start = self.start, value.new_empty(0)
+        return start
+
+
+HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE = 0.2, 0.02
+_METHODS: dict[Method, type[StraightThrough] | type[SoftRounding]] = {
+    "straight_through": StraightThrough,
+    "soft_rounding": SoftRounding,
+}
+
+
+def lower_temperature_(block: nn.Module, progress: float) -> None:
+    """Set the temperature of soft rounding at `progress` from 0 to 1; it falls geometrically."""
+    for module in block.modules():
+        if isinstance(module, SoftRounding):
+            module.temperature = HIGHEST_TEMPERATURE * (LOWEST_TEMPERATURE / HIGHEST_TEMPERATURE) ** progress
+
+
 def unfreeze_(
     block: DecoderLayer,
     architecture: Architecture,
     weights: dict[str, torch.Tensor] | None = None,
     norms: bool = False,
+    integers: LearnedIntegers | None = None,
 ) -> Trainables:
     """Turn scales, zero points, clip factors, and weights and norms if asked for, into parameters, in place.
 
@@ -109,6 +193,10 @@ def unfreeze_(
         weights: linear -> float weight [out, in] to start from, rounded with the linear's scales; None: the integers
             do not change.
         norms: whether the weights of the norms are trained.
+        integers: how integers are trained; None: they are not. Excludes `weights`.
+
+    Raises:
+        TrainingError: integers are to be trained, and a linear has another format.
     """
     trainables, architecture = Trainables(), architecture.of_block(block)
     for name in architecture.linears:
@@ -121,6 +209,8 @@ def unfreeze_(
             trainables.weights.append(_make_parameter_(linear, "weight", dtype))
             if linear.bias is not None:
                 trainables.weights.append(_make_parameter_(linear, "bias", linear.bias.dtype))
+        if integers is not None and linear.spec.enabled:
+            trainables.integers.append(_make_integers_(linear, integers, name))
         if linear.spec.enabled:
             trainables.quantizers.append(_make_relative_(linear, "weight_scale", _Relative, linear.spec.grid))
             if linear.weight_zero_point is not None:
@@ -160,7 +250,9 @@ def freeze_(block: DecoderLayer) -> None:
             module.unfrozen = False
         if isinstance(module, QuantizedLinear) and module.weight_scale is not None:
             integers, scale, zero_point = module.weight, module.weight_scale, module.weight_zero_point
-            if integers.is_floating_point():
+            if module.levels_are_trained:
+                integers, module.levels_are_trained = module.spec.stored_grid.encode(integers), False
+            elif integers.is_floating_point():
                 integers = quantize_weight(integers, scale, module.spec.grid, zero_point)
             module.set_integers_(integers, scale, zero_point)
 
@@ -193,6 +285,24 @@ def _make_parameter_(module: nn.Module, name: str, dtype: torch.dtype | None = N
         return getattr(module, name)
     parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
     return _read_original(module, name)
+
+
+def _make_integers_(linear: QuantizedLinear, integers: LearnedIntegers, name: str) -> nn.Parameter:
+    """Replace the codes of a linear by theta; the linear reads its integers of it, as floats."""
+    spec, codes = linear.spec, linear.weight
+    if spec.format != INT:
+        raise TrainingError(
+            f"finetuning.end_to_end.weights={integers.method}: {name} has format {spec.format}, and only integers are "
+            "trained. Set weights: fixed, or quantizer_init.weights.format: int"
+        )
+    low, high = integer_range(spec.bits, spec.symmetric)
+    offset = integers.offsets[name].to(codes.device)
+    parametrization = _METHODS[integers.method](codes, offset, low, high)
+    del linear._buffers["weight"]
+    linear.weight = nn.Parameter(codes.float())
+    parametrize.register_parametrization(linear, "weight", parametrization, unsafe=True)
+    linear.levels_are_trained = True
+    return _read_original(linear, "weight")
 
 
 def _make_relative_(module: nn.Module, name: str, kind: type[_Relative], *options: Any) -> nn.Parameter:

@@ -47,7 +47,7 @@ def quantized(imported, tmp_path_factory):
     rotated, runner, _ = rotate(imported["llama_tied"], root / "rotated", r1="online", online_signs=True)
     token_ids = torch.randint(0, 320, (6, 16), generator=torch.Generator().manual_seed(1))
     init = yaml.safe_load((ROOT / "params.yaml").read_text())["quantizer_init"]
-    init = QuantizerInitParams.model_validate(init | {"mse_samples": 2})
+    init = QuantizerInitParams.model_validate(init | {"mse_samples": 2, "keep_unrounded": True})
     original, _ = open_model(imported["llama_tied"])
     init_quantizers(
         rotated,

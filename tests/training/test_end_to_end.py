@@ -10,10 +10,15 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.models.checkpoint import BLOCK, Checkpoint
 from pipeline.runtime.artifacts import load_tensors
+from pipeline.training.divergence import mean_divergence
+from pipeline.training.end_to_end import EndToEndTrainer
 from pipeline.training.params import EndToEndParams
+from pipeline.training.reference import run_original
+from pipeline.training.state import TrainingError
 from tests.conftest import make_model
 from tests.training.setup import (
     ALL_MOVE,
+    KEEPINGS,
     MEASURED,
     make_end_to_end_trainer,
     read_bytes,
@@ -100,3 +105,79 @@ def test_only_the_group_with_a_rate_above_zero_moves(rate, quantized, tmp_path):
     expected = {"quant_lr": {"scale", "weight_scale"}, "norm_lr": {"weight"}, "prefix_lr": set()}
     assert moved == expected[rate]
     assert moved_kv == (rate == "prefix_lr")
+
+
+WEIGHTS = ("straight_through", "soft_rounding")
+
+
+def read_integers(checkpoint):
+    blocks = map(checkpoint.load_block_tensors, range(checkpoint.block_count))
+    return torch.cat([t.flatten() for block in blocks for t in block.values() if t.dtype == torch.int8])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_are_trained_from_the_values_before_rounding(weights, quantized, tmp_path):
+    """The start equals that of fixed weights, the training loss falls below theirs, and what is written is that."""
+    models, train, _ = quantized
+    same = models, train, train
+    rates = {"quant_lr": 0.003, "norm_lr": 0.003, "prefix_lr": 0.003, "early_stop": 9}
+    end = {"enabled": True, "epochs": 6, **rates}
+    fixed, _ = run_whole(same, tmp_path / "fixed", blocks=MEASURED, end_to_end=end)
+    learned = end | {"weights": weights, "weight_lr": 0.02}
+    metrics, checkpoint = run_whole(same, tmp_path / weights, blocks=MEASURED, end_to_end=learned)
+    before, after = (metrics["end_to_end"][name] for name in ("kl_before", "kl_after"))
+    assert before == fixed["end_to_end"]["kl_before"]
+    assert after < fixed["end_to_end"]["kl_after"]
+    integers, initial = read_integers(checkpoint), read_integers(models.initial)
+    assert 0 < (integers != initial).float().mean() < 0.5
+    assert -8 <= integers.min() < integers.max() <= 7
+    runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
+    prefix_kv = load_prefix_kv(checkpoint.folder, "finetuning")
+    hidden = compute_final_hidden(checkpoint, {"x": train}, runner, prefix_kv).hidden
+    reference = run_original(models.original, train, runner)
+    heads = checkpoint.load_lm_head(), models.original.load_lm_head()
+    written = torch.stack([mean_divergence(*pair, *heads) for pair in zip(hidden["x"], reference, strict=True)]).mean()
+    assert written.item() == pytest.approx(after, abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_rate_of_zero_leaves_all_integers_as_they_are(weights, quantized, tmp_path):
+    models, _, _ = quantized
+    end = ALL_MOVE | {"epochs": 1, "weights": weights, "weight_lr": 0.0}
+    _, checkpoint = run_whole(quantized, tmp_path, blocks=MEASURED, end_to_end=end)
+    assert torch.equal(read_integers(checkpoint), read_integers(models.initial))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_killed_run_that_trains_weights_ends_with_the_same_bytes(weights, quantized, tmp_path, monkeypatch):
+    models, train, _ = quantized
+    windows = torch.cat([train] * 5)  # ten steps an epoch, of which the eighth is saved
+    end = {"end_to_end": ALL_MOVE | {"epochs": 1, "weights": weights, "validate_every": 9}, "blocks": MEASURED}
+    run_whole((models, train, train), tmp_path / "a", together=windows, **end)
+    step, calls = EndToEndTrainer.step, []
+
+    def fail_in_the_ninth(trainer, *arguments):
+        calls.append(arguments[2])
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEndTrainer, "step", fail_in_the_ninth)
+        with pytest.raises(KeyboardInterrupt):
+            run_whole((models, train, train), tmp_path / "b", together=windows, **end)
+        run_whole((models, train, train), tmp_path / "b", together=windows, **end)
+    assert calls == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9]
+    assert read_bytes(tmp_path / "b/out") == read_bytes(tmp_path / "a/out")
+
+
+def test_weights_that_cannot_be_trained_are_refused(quantized, tmp_path, monkeypatch):
+    run_blocks(quantized, tmp_path, blocks=MEASURED)
+    params = EndToEndParams(weights="straight_through")
+    with pytest.raises(TrainingError, match=r"weights=straight_through: .* do not fit into runtime.max_memory"):
+        make_end_to_end_trainer(quantized, tmp_path, params, keeping=KEEPINGS["streamed"])
+    monkeypatch.setattr("pipeline.training.end_to_end.UNROUNDED", "missing-{index}.safetensors")
+    with pytest.raises(
+        TrainingError, match=r"lacks the weights before rounding. Set quantizer_init.keep_unrounded: true"
+    ):
+        make_end_to_end_trainer(quantized, tmp_path, params)

@@ -8,8 +8,16 @@ from torch import nn
 
 from pipeline.blocks.quantized import QuantizedLinear
 from pipeline.blocks.walk import BlockRunner
-from pipeline.numerics.quantizer import QuantizerSpec, dequantize_weight, quantize_weight
-from pipeline.training.trainables import freeze_, unfreeze_
+from pipeline.numerics.quantizer import QuantizerSpec, dequantize_weight, integer_range, quantize_weight
+from pipeline.training.state import TrainingError
+from pipeline.training.trainables import (
+    HIGHEST_TEMPERATURE,
+    LearnedIntegers,
+    _make_integers_,
+    freeze_,
+    lower_temperature_,
+    unfreeze_,
+)
 from tests.blocks.test_quantized import quantized_block, settings_of
 from tests.conftest import open_model
 
@@ -160,3 +168,108 @@ def test_norms_are_trained_relative_to_their_gain(family, offset, imported):
         trainables.norms[0].fill_(math.log(2))
     freeze_(block)
     assert torch.allclose(block.input_layernorm.weight + offset, 2 * (before + offset), rtol=1e-5)
+
+
+METHODS = ("straight_through", "soft_rounding")
+
+
+def draw_offsets(checkpoint, block, spread=0.45):
+    generator = torch.Generator().manual_seed(2)
+    shapes = {name: block.get_submodule(name).weight.shape for name in checkpoint.architecture.linears}
+    return {name: spread * (2 * torch.rand(shape, generator=generator) - 1) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_integers_under_training_compute_the_same_until_they_move(method, block):
+    """Without gradients, as in evaluation; straight through also with them. Offsets of up to half a step do nothing."""
+    checkpoint, block = block
+    tensors, expected = {name: t.clone() for name, t in block.state_dict().items()}, run(checkpoint, block)
+    learned = LearnedIntegers(method, draw_offsets(checkpoint, block, spread=0.7))
+    trainables = unfreeze_(block, checkpoint.architecture, norms=True, integers=learned)
+    assert len(trainables.integers) == len(checkpoint.architecture.linears)
+    with torch.no_grad():
+        assert torch.equal(run(checkpoint, block), expected)
+    with torch.enable_grad():
+        assert torch.equal(run(checkpoint, block), expected) == (method == "straight_through")
+    freeze_(block)
+    for name, tensor in block.state_dict().items():
+        assert tensor.dtype == tensors[name].dtype, name
+        assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_integers_stay_in_range_and_the_frozen_block_computes_what_was_evaluated(method, block):
+    checkpoint, block = block
+    before = {name: block.get_submodule(name).weight.int() for name in checkpoint.architecture.linears}
+    learned = LearnedIntegers(method, draw_offsets(checkpoint, block))
+    trainables = unfreeze_(block, checkpoint.architecture, integers=learned)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for theta in trainables.integers:
+            theta += 3 * torch.randn(theta.shape, generator=generator)
+        for theta in trainables.quantizers:
+            theta += 0.05 * torch.randn(theta.shape, generator=generator)
+        expected = run(checkpoint, block)
+    freeze_(block)
+    assert torch.equal(run(checkpoint, block), expected)
+    for name, integers in before.items():
+        linear = block.get_submodule(name)
+        low, high = integer_range(4, linear.spec.symmetric)
+        moved = linear.weight.int() - integers
+        assert low <= linear.weight.min() < linear.weight.max() <= high
+        assert moved.abs().max() == 1 if method == "soft_rounding" else moved.abs().max() > 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_integers_and_scales_get_the_gradients_of_the_formula(method, symmetric):
+    """Against autograd of the formulas in float64, without this module's code."""
+    generator = torch.Generator().manual_seed(8)
+    spec = QuantizerSpec(bits=4, symmetric=symmetric, group_size=4)
+    low, high = integer_range(4, symmetric)
+    codes = torch.randint(low, high + 1, (6, 8), generator=generator).to(torch.int8 if symmetric else torch.uint8)
+    scale = torch.rand(6, 2, generator=generator) + 0.5
+    zero_point = None if symmetric else torch.full((6, 2), 7.0)
+    offset = 0.9 * torch.rand(6, 8, generator=generator) - 0.45
+    x, upstream = (torch.randn(5, width, generator=generator) for width in (8, 6))
+    linear = QuantizedLinear(nn.Linear(8, 6, bias=False), spec, False, None)
+    linear.set_integers_(codes, scale, zero_point)
+    theta = _make_integers_(linear, LearnedIntegers(method, {"q": offset}), "q")
+    linear.weight_scale = nn.Parameter(scale.clone())
+    linear(x).backward(upstream)
+
+    wide, s = theta.detach().double().requires_grad_(), scale.double().requires_grad_()
+    if method == "straight_through":
+        levels = (wide + (wide.round() - wide).detach()).clamp(low, high)
+    else:
+        lower = torch.where(offset < 0, codes.double() - 1, codes.double())
+        levels = (lower + 1 / (1 + torch.exp(-wide / HIGHEST_TEMPERATURE))).clamp(low, high)
+    shifted = levels if zero_point is None else levels - 7
+    weight = shifted * s.repeat_interleave(4, 1)
+    (x.double() @ weight.T).backward(upstream.double())
+    # Largest difference measured: 3e-6.
+    torch.testing.assert_close(theta.grad, wide.grad.float(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(linear.weight_scale.grad, s.grad.float(), atol=2e-5, rtol=1e-5)
+    assert theta.grad.abs().max() > 0.1
+
+
+def test_soft_rounding_meets_its_integers_as_the_temperature_falls(imported):
+    checkpoint, _ = open_model(imported["llama_tied"])
+    block = quantized_block(checkpoint, settings_of(weights=4, activations=16, key=16, value=16))
+    learned = LearnedIntegers("soft_rounding", draw_offsets(checkpoint, block))
+    unfreeze_(block, checkpoint.architecture, integers=learned)
+    with torch.no_grad():
+        hard = run(checkpoint, block)
+    distances = []
+    for progress in (0.0, 0.5, 1.0):
+        lower_temperature_(block, progress)
+        with torch.enable_grad():
+            distances.append((run(checkpoint, block) - hard).norm().item() / hard.norm().item())
+    assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
+
+
+def test_integers_of_other_formats_are_refused():
+    linear = QuantizedLinear(nn.Linear(8, 6), QuantizerSpec(bits=8, format="fp8_e4m3"), False, None)
+    linear.set_integers_(torch.zeros(6, 8, dtype=torch.uint8), torch.ones(6, 1))
+    with pytest.raises(TrainingError, match=r"weights=soft_rounding: q has format fp8_e4m3, .* Set weights: fixed"):
+        _make_integers_(linear, LearnedIntegers("soft_rounding", {"q": torch.zeros(6, 8)}), "q")
