@@ -49,6 +49,9 @@ def find_gguf_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings
     elif config.rope_parameters.get("rope_type", "default") != "default":
         rope_type = config.rope_parameters["rope_type"]
         problems[f"export.formats: gguf cannot hold rope_type={rope_type!r}. Remove gguf."] = None
+    elif config.hidden_act != "silu":
+        activation = config.hidden_act
+        problems[f"export.formats: gguf takes hidden_act=silu for granted, not {activation}. Remove gguf."] = None
     for settings in all_settings:
         for linear in checkpoint.architecture.linear_names:
             misfit = _find_misfit(settings.spec(linear))

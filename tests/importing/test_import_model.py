@@ -8,15 +8,15 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM
+from transformers import ApertusConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM
 
 from pipeline.importing import import_model as model_import
 from pipeline.importing.import_model import ModelImportError, import_model
 from pipeline.inspection.import_gate import check_import
-from pipeline.models.architectures import UnsupportedModelError
+from pipeline.models.architectures import ARCHITECTURES, Architecture, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.runtime.artifacts import read_header
-from tests.conftest import FAMILIES, WINDOW, make_model
+from tests.conftest import FAMILIES, SIZES, WINDOW, make_model, make_tokenizer, randomize_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,6 +43,25 @@ def test_fused_projections_are_split_and_long_positions_kept(model_folders, tmp_
         for ids in (token_ids, token_ids[:, :10]):  # beyond and within the original positions
             assert torch.equal(loaded(ids).logits, original(ids).logits)
     assert loaded.config.sliding_window == 64
+
+
+def test_buffers_that_are_state_are_imported(tmp_path, monkeypatch):
+    """Apertus keeps two numbers of its activation in buffers. No family with buffers is supported yet."""
+    norms = {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
+    monkeypatch.setitem(ARCHITECTURES, "apertus", Architecture(mlp_readers=("mlp.up_proj",), heads_first=True, **norms))
+    torch.manual_seed(0)
+    model = randomize_(
+        AutoModelForCausalLM.from_config(
+            ApertusConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+        )
+    )
+    model.model.layers[1].mlp.act_fn.beta.fill_(0.25)
+    model.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    gate = functools.partial(check_import, limit=8 << 30)
+    import_model(str(tmp_path / "source"), None, torch.float32, tmp_path / "out", check_result=gate)
+    block = Checkpoint(tmp_path / "out", "model").load_block_tensors(1)
+    assert block["mlp.act_fn.beta"].item() == 0.25
 
 
 def test_imports_are_byte_identical_without_paths_and_versions(model_folders, imported, tmp_path):

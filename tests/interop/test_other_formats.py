@@ -103,6 +103,15 @@ def test_compressed_tensors_computes_the_same_logits(imported, tmp_path, family,
     assert torch.equal(loaded.generate(TEXT, **options), model.generate(TEXT, **options))
 
 
+@pytest.mark.parametrize("family", ["exaone4", "glm4", "ministral3", "phi3_partial", "vaultgemma"])
+@torch.no_grad()
+def test_compressed_tensors_holds_near_families(imported, tmp_path, family):
+    model, folder, _ = write(imported, tmp_path, family, {}, r1="identity")
+    expected = model(TEXT).logits
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "compressed-tensors")
+    assert (loaded(TEXT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @torch.no_grad()
 def test_llama_keeps_biases_of_centered_weights(imported, tmp_path):
     changes = {"weights.centered": True, "activations.bits": 8}

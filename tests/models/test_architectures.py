@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.importing.import_model import import_model
@@ -19,6 +20,8 @@ from pipeline.models.architectures import (
     find_sliding_window,
 )
 from pipeline.models.sites import RESIDUAL_SITES
+from pipeline.quantization import statistics
+from pipeline.rotation import gate
 from tests.blocks.test_walk import assert_close, walked_logits
 from tests.conftest import FAMILIES, SLIDING, WINDOW, make_model, open_model
 
@@ -125,6 +128,18 @@ def test_sliding_windows_are_found_in_the_layers_that_slide():
         assert windows <= {WINDOW, None}
         if config.model_type in ("qwen2", "gemma2", "gemma3_text"):
             assert windows == {WINDOW, None}
+
+
+@pytest.mark.parametrize("attend", [gate._attend, statistics._make_recording(sdpa_attention_forward)])
+def test_attention_without_a_term_is_refused(attend):
+    """gpt_oss passes its learned sinks as s_aux. Functions that accept any argument would leave them out."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    q = torch.ones(1, 2, 3, 4)
+    harmless = {"position_ids": torch.arange(3), "sliding_window": 2, "s_aux": None}
+    assert attend(module, q, q, q, None, scaling=1.0, **harmless)[0].shape == (1, 3, 2, 4)
+    with pytest.raises(UnsupportedModelError, match=r"attention gets s_aux, .*\(s_aux are learned attention sinks\)"):
+        attend(module, q, q, q, None, scaling=1.0, **harmless | {"s_aux": torch.ones(2)})
 
 
 def test_a_family_that_is_not_supported_is_refused_with_those_that_are():

@@ -114,6 +114,16 @@ def test_merged_rotations_alone_load_in_transformers(family, imported, tmp_path,
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight)) == folds
 
 
+@pytest.mark.parametrize("family", ["gemma", "vaultgemma"])
+def test_a_final_norm_that_adds_one_is_folded(family, imported, tmp_path, token_ids):
+    rotate(imported[family], tmp_path / "out", r3="identity", r4="identity")
+    kernel = "eager" if family == "vaultgemma" else None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation=kernel).eval()
+    with torch.no_grad():
+        assert_close(model(token_ids).logits, make_model(family)(token_ids).logits)
+    assert (model.model.norm.weight == 0).all()
+
+
 @pytest.mark.parametrize("family", POST_NORMS)
 @pytest.mark.parametrize("mode", ["hadamard", "random"])
 def test_merging_r1_into_a_family_with_post_norms_is_refused(family, mode, imported, tmp_path):
