@@ -737,6 +737,22 @@ def test_keys_before_rope_from_end_to_end(project, monkeypatch):
     assert read_json(project / "artifacts/quantizer_init/config.json")["prefixquant"]["block"]["key_before_rope"]
 
 
+def test_weights_trained_end_to_end_are_exported_as_they_were_evaluated(project, monkeypatch):
+    change(project, "quantizer_init.keep_unrounded", True)
+    change(project, "finetuning.end_to_end.weights", "soft_rounding")
+    change(project, "finetuning.end_to_end.weight_lr", 0.1)
+    change(project, "finetuning.end_to_end.reference", "alongside")
+    run(*COMPUTED, monkeypatch=monkeypatch)
+    assert read_json(project / "metrics/evaluation/export.json")["largest_difference_to_finetuning"] == 0
+    assert not list((project / "artifacts/finetuning").glob("unrounded-*"))
+    assert not list((project / "artifacts/export").glob("unrounded-*"))
+    before, _ = load_tensors(project / "artifacts/quantizer_init/block-00000.safetensors", "quantizer_init")
+    offsets, _ = load_tensors(project / "artifacts/quantizer_init/unrounded-00000.safetensors", "quantizer_init")
+    names = {name.partition("layers.0.")[2].removesuffix(".weight") for name in before if before[name].ndim == 2}
+    assert offsets.keys() <= names
+    assert {offset.dtype for offset in offsets.values()} == {torch.float16}
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_changes_no_scale_beyond_summation_order(batch_size, project, monkeypatch):
     run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
