@@ -6,8 +6,7 @@ Pictures and style are inside the file, so it can be sent around alone. It follo
 import base64
 import html
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,9 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.samples import find_first_difference
 from pipeline.pictures.experts import ExpertLists
+from pipeline.pictures.page import format_cell, format_page, format_table
 
 _WORST = 10
-# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box.
-_STYLE = """
-:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --box: #f5f5f5; --accent: #2166ac;
-        --mark: #ffd9a8; }
-@media (prefers-color-scheme: dark) { :root { --text: #ddd; --page: #16181b; --line: #3a3d42; --box: #22252a;
-        --accent: #7fb2e5; --mark: #7a4a12; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em; color: var(--text);
-       background: var(--page); overflow-wrap: break-word; }
-a { color: var(--accent); }
-h2 { margin-top: 2em; border-bottom: 2px solid var(--accent); }
-.table, pre { max-width: 100%; overflow-x: auto; margin: 1em 0; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .25em .6em; }
-th:first-child { text-align: left; } td + td, th + th { text-align: right; } th, pre { background: var(--box); }
-.facts td + td { text-align: left; }
-img { display: block; max-width: 100%; height: auto; margin: .6em 0; background: #fff; } pre { padding: 1em; }
-figure { margin: 1.5em 0; } figcaption, .note { opacity: .8; }
-mark { background: var(--mark); color: inherit; }
-.sample { border-left: 3px solid var(--line); padding-left: .8em; margin: .5em 0 1.2em; white-space: pre-wrap; }
-@media (max-width: 650px) { body { font-size: 13px; } td, th { padding: .25em .4em; } }
-"""
 _CAPTIONS = {  # beginning of a file's name -> what to look for
     "token_maxima_inputs": "One line far above the others means that single tokens set the range of a quantizer. After "
     "the prefix, the lines should be close together.",
@@ -156,7 +135,7 @@ def build_page(
     shown = {variant: rows for variant, rows in samples.items() if rows}
     sections = {
         "Results": [
-            _table(["", *evaluations], _results(evaluations)),
+            format_table(["", *evaluations], _results(evaluations)),
             f"<p>Held-out windows: {counted}, {windows['targets_per_window']} targets each; special tokens: "
             f"{windows['special_tokens']}. ± is one standard error, from the spread between windows. "
             "Ratios, KL divergence and agreement are to the original.</p>",
@@ -174,12 +153,12 @@ def build_page(
         ],
         "Worst sites": [
             "<p>Lowest signal-to-quantization-noise ratios of quantizer_init on calibration text.</p>",
-            _table(["site", "SQNR, dB", "beyond the range"], _worst_sites(saturation)),
+            format_table(["site", "SQNR, dB", "beyond the range"], _worst_sites(saturation)),
         ],
         "Experts": [] if experts is None else _experts(experts),
         "Pictures": list(map(_picture, pictures)),
         "Cost": [
-            _table(
+            format_table(
                 ["stage", "seconds", "peak memory, GiB"],
                 [
                     [name, f"{cost['seconds']:.1f}", f"{cost['peak_rss_gib']:.2f}" if "peak_rss_gib" in cost else ""]
@@ -194,9 +173,7 @@ def build_page(
     parts = [f"<h1>{title}</h1>", _facts(heading), f"<p>{contents}</p>"]
     for name, content in sections.items():
         parts += [f'<h2 id="{_anchor(name)}">{name}</h2>', *content]
-    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    opening = f'<!doctype html><meta charset="utf-8">{viewport}<title>{title}</title><style>{_STYLE}</style>'
-    return "\n".join([opening, *parts, ""])
+    return format_page(title, parts)
 
 
 def list_changes(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -283,7 +260,7 @@ def _experts(experts: ExpertLists) -> list[str]:
     parts = [
         "<p>Experts with the largest outputs. A prefix that fits takes the massive activations of super experts "
         "away.</p>",
-        _table(
+        format_table(
             ["expert", "largest output", "after the prefix"],
             [[name, _number(peak), _number(with_prefix)] for name, peak, with_prefix in experts.super_experts],
         ),
@@ -296,7 +273,7 @@ def _experts(experts: ExpertLists) -> list[str]:
         *parts,
         "<p>Experts with few calibration tokens. Their scales and Hessians are also of the tokens that came next in "
         "the routing score. More calibration text makes them better.</p>",
-        _table(columns, rows),
+        format_table(columns, rows),
     ]
 
 
@@ -312,7 +289,7 @@ def _facts(heading: Heading) -> str:
         "weights": f"{heading.size_mib} MiB; the original's {heading.original_mib} MiB",
         "corpora": corpora,
     }
-    rows = "".join(f"<tr><td>{name}</td><td>{_cell(text)}</td></tr>" for name, text in facts.items())
+    rows = "".join(f"<tr><td>{name}</td><td>{format_cell(text)}</td></tr>" for name, text in facts.items())
     return f'<div class="table"><table class="facts">{rows}</table></div>'
 
 
@@ -327,7 +304,7 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             pieces = [html.escape(piece) for piece in row["pieces"]]
             if place is not None:
                 pieces[place : place + 1] = [f"<mark>{pieces[place] if place < len(pieces) else '(end)'}</mark>"]
-            parts.append(f'<div>{_cell(variant)}</div><div class="sample">{"".join(pieces)}</div>')
+            parts.append(f'<div>{format_cell(variant)}</div><div class="sample">{"".join(pieces)}</div>')
     return "\n".join(parts)
 
 
@@ -343,7 +320,7 @@ def _changes(changes: Mapping[str, tuple[Any, Any]] | None) -> list[str]:
     if not changes:
         return ["<p>All settings are the defaults.</p>"]
     rows = [[key, _yaml(default), _yaml(value)] for key, (default, value) in changes.items()]
-    return [_table(["key", "default", "this run"], rows)]
+    return [format_table(["key", "default", "this run"], rows)]
 
 
 def _anchor(name: str) -> str:
@@ -355,17 +332,6 @@ def _yaml(value: Any) -> str:
     if isinstance(value, Mapping):
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     return json.dumps(value, ensure_ascii=False)
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{_cell(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _cell(text: str) -> str:
-    """Return an escaped text whose names may break after `_` and `/` in a narrow window."""
-    return re.sub(r"(?<=\w)([_/])(?=\w)", r"\1<wbr>", html.escape(text))
 
 
 def _number(value: float | None) -> str:
