@@ -14,10 +14,12 @@ from pathlib import Path
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.params import check_against_model
+from pipeline.planning.disk import count_export
 from pipeline.planning.need import Need
 from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.prefix.candidates import load_prefix
-from pipeline.quantization.bit_budget import choose_bits
+from pipeline.quantization.bit_budget import choose_bits, count_integers
+from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import init_quantizers
 from pipeline.runtime.artifacts import check_same_origin, make_header
 from pipeline.text.windows import find_text_start_token, load_windows
@@ -54,6 +56,7 @@ def main(run: Run) -> None:
         header=header,
         ranks=run.ranks,
         text_start_token_id=text_start_token_id,
+        other_bytes=count_other_bytes(checkpoint, quantizer_init, len(candidate.embeddings)),
     )
     run.metrics.update(choice.metrics)
     run.metrics.update(
@@ -72,6 +75,13 @@ def main(run: Run) -> None:
             text_start_token_id=text_start_token_id,
         )
     )
+
+
+def count_other_bytes(checkpoint: Checkpoint, settings: QuantizerInitParams, prefix_tokens: int) -> int:
+    """Return the bytes of the export without the integers of its linears, if a bound needs them, otherwise 0."""
+    if settings.budget.size_mib is None:
+        return 0
+    return count_export(checkpoint, settings, prefix_tokens) - count_integers(checkpoint, settings)
 
 
 def plan(run: Run) -> Need:

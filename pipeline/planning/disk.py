@@ -75,6 +75,19 @@ def count_quantized_blocks(rotated: Checkpoint, params: QuantizerInitParams) -> 
     return count_blocks(rotated, lambda index: resolve_settings(params, rotated, index)[0])
 
 
+def count_export(rotated: Checkpoint, params: QuantizerInitParams, prefix_tokens: int) -> int:
+    """Return the bytes of the tensors that an export has, from the rotated checkpoint that it is made of."""
+    blocks = count_blocks(rotated, lambda index: resolve_settings(params, rotated, index)[0], packed=True).total
+    sizes, config = Sizes.of(rotated), rotated.config
+    names = rotated.architecture.embedding, rotated.architecture.lm_head
+    with open_tensors(rotated.folder / EMBEDDINGS, rotated.stage) as (file, _):
+        embedding, lm_head = (file.get_slice(name)[:_COMPARED_ROWS] for name in names)
+    tables = sizes.table_entries * (1 if torch.equal(embedding, lm_head) else 2)
+    head_dim = rotated.build_block(0).self_attn.head_dim
+    prefix = sizes.blocks * 2 * config.num_key_value_heads * head_dim * prefix_tokens
+    return blocks + tables * getattr(torch, params.embedding_dtype).itemsize + 4 * prefix  # exported in float32
+
+
 def count_tables(sizes: Sizes, dtype: torch.dtype) -> int:
     """Return the bytes of embedding and lm_head, stored apart."""
     return 2 * sizes.table_entries * dtype.itemsize

@@ -8,6 +8,7 @@ The choice has the form of `overrides`, which `init_quantizers` and everything a
 come after it and win. A bound counts all sites of its groups, also those that overrides fix:
 
     weights       sum of entries · bits / sum of entries, over the linears of all blocks
+    size_mib      bytes of the export's tensors / 2^20; all but the integers of the linears count as they are
     activations   sum of products · bits / sum of products; products are the multiplications that read the site
     kv_cache      sum of width · bits / sum of width, over keys and values
     time          sum of products · max(bits of weight, bits of input), relative to the same sum without a budget
@@ -96,10 +97,12 @@ def choose_bits(
     header: Header,
     ranks: Ranks = ALONE,
     text_start_token_id: int | None = None,
+    other_bytes: int = 0,
 ) -> Choice:
     """Choose bits within `params.budget`. Without a bound, nothing is measured or chosen.
 
-    Arguments are those of `init_quantizers`, which finds the measured channels in the same `work_folder`.
+    Arguments are those of `init_quantizers`, which finds the measured channels in the same `work_folder`. `other_bytes`
+    are those of the export without the integers of the linears; only `size_mib` needs them.
 
     Raises:
         BudgetError: a bound cannot be met.
@@ -107,7 +110,7 @@ def choose_bits(
     if not params.budget.bounds:
         return Choice(params)
     sizes = [measure_sizes(checkpoint, index) for index in range(checkpoint.block_count)]
-    check_budget(params, sizes)
+    check_budget(params, sizes, other_bytes)
     work_folder.mkdir(parents=True, exist_ok=True)
     prefix_kv = compute_rotated_prefix_kv(checkpoint, prefix_embeddings, runner)
     hidden = embed_windows(checkpoint, token_ids, params=params, ranks=ranks, text_start_token_id=text_start_token_id)
@@ -165,7 +168,7 @@ def choose_bits(
     for name, values in stored.items():
         index, _, site = name.partition(".")
         costs[int(index)][site] = values.tolist()
-    return spend_budget(params, sizes, costs)
+    return spend_budget(params, sizes, costs, other_bytes)
 
 
 def set_bits(params: QuantizerInitParams, bits: int) -> QuantizerInitParams:
@@ -200,6 +203,15 @@ def measure_sizes(checkpoint: Checkpoint, index: int) -> BlockSizes:
     return BlockSizes(entries, products, readers, {str(site): width for site in CACHE_SITES})
 
 
+def count_integers(checkpoint: Checkpoint, params: QuantizerInitParams) -> int:
+    """Return the bytes of the packed weights of all linears, or of their 16-bit values where they are not quantized."""
+    bits = 0
+    for index in range(checkpoint.block_count):
+        for linear, entries in measure_sizes(checkpoint, index).entries.items():
+            bits += entries * resolve_site(params, linear, index).bits
+    return bits // 8
+
+
 @dataclass(frozen=True)
 class _Item:
     """Sites or linears of one block that get the same bits, the bits to choose from, and their size for each.
@@ -216,7 +228,10 @@ class _Item:
 def _list_items(
     params: QuantizerInitParams, bound: str, sizes: Sequence[BlockSizes], asked: QuantizerInitParams
 ) -> tuple[list[_Item], int]:
-    """Return the items of a bound, and the size that its value 1 means. Time is relative to that of `asked`."""
+    """Return the items of a bound, and the size that its value 1 means. Time is relative to that of `asked`.
+
+    Sizes of `weights` and `size_mib` are in bits.
+    """
     variants = [set_bits(params, bits) for bits in params.budget.choices]
     items, whole = [], 0
     for index, block in enumerate(sizes):
@@ -231,12 +246,12 @@ def _list_items(
                 measures = [_measure_bits(params, bound, site=site, index=index, block=block) for site in sites]
                 total = [sum(measure(number) for measure in measures) for number in bits]
                 items.append(_Item(sites, index, list(bits), total))
-    return items, whole
+    return items, 8 * 2**20 if bound == "size_mib" else whole
 
 
 def _list_groups(bound: str, block: BlockSizes) -> list[list[str]]:
     """Return the sites or linears of a block that a bound counts, those that are to get the same bits together."""
-    if bound == "weights":
+    if BUDGETED_GROUPS[bound] == ("weights",):
         return list(block.readers.values())
     return [[site] for site in (block.widths if bound == "kv_cache" else block.readers)]
 
@@ -245,7 +260,7 @@ def _measure_bits(
     params: QuantizerInitParams, bound: str, *, site: str, index: int, block: BlockSizes
 ) -> Callable[[int], int]:
     """Return the function from a site's bits to its size in the unit of a bound."""
-    if bound == "weights":
+    if BUDGETED_GROUPS[bound] == ("weights",):
         return lambda bits: block.entries[site] * bits
     if bound == "kv_cache":
         return lambda bits: block.widths[site] * bits
@@ -256,14 +271,42 @@ def _measure_bits(
     return lambda bits: sum(block.products[reader] * max(bits, widths[reader]) for reader in readers)
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """The items of a bound and their knapsack. Its sizes are the bound's value times `whole`, minus `offset`."""
+
+    items: list[_Item]
+    knapsack: Knapsack
+    whole: int
+    offset: int
+
+    def to_size(self, value: float) -> int:
+        """Return a bound's value as a size; the margin covers the rounding of decimal fractions."""
+        return math.floor(value * self.whole * (1 + 1e-12) + 1e-6) - self.offset
+
+    def to_value(self, size: int) -> float:
+        """Return a size as a value of the bound."""
+        return (size + self.offset) / self.whole
+
+    def draw_curve(self) -> list[dict[str, float]]:
+        """Return points {"value", "nats"} of the least cost for values of the bound from the least to the largest."""
+        knapsack, points = self.knapsack, []
+        for number in range(_POINTS):
+            size = knapsack.least + (knapsack.largest - knapsack.least) * number // (_POINTS - 1)
+            points.append({"value": round(self.to_value(size), 4), "nats": round(knapsack.cost(size), 6)})
+        return points
+
+
 def _solve(
     params: QuantizerInitParams,
     bound: str,
+    *,
     sizes: Sequence[BlockSizes],
     costs: Sequence[BlockCosts] | None,
     asked: QuantizerInitParams,
-) -> tuple[list[_Item], int, Knapsack]:
-    """Return the items of a bound, the size of its value 1, and the solved knapsack; without costs, all costs are 0.
+    other_bytes: int,
+) -> _Solved:
+    """Return the solved knapsack of a bound; without costs, all costs are 0.
 
     Raises:
         BudgetError: the bound is below the smallest possible value.
@@ -274,14 +317,15 @@ def _solve(
         # Bits that an override fixes cost the same in every candidate.
         sums = [0.0] * len(choices) if costs is None else _add_costs(item, costs)
         options.append([Option(size, cost) for size, cost in zip(item.sizes, sums[: len(item.sizes)], strict=True)])
-    knapsack, value = Knapsack(options), params.budget.bounds[bound]
-    if _to_size(value, whole) < knapsack.least:
-        least = math.ceil(knapsack.least / whole * 10**4) / 10**4
+    solved = _Solved(items, Knapsack(options), whole, 8 * other_bytes if bound == "size_mib" else 0)
+    value = params.budget.bounds[bound]
+    if solved.to_size(value) < solved.knapsack.least:
+        least = math.ceil(solved.to_value(solved.knapsack.least) * 10**4) / 10**4
         raise BudgetError(
             f"{_KEY}.{bound}={value}: the smallest possible value is {least} with choices={choices} and these "
             "overrides. Use that or more, or add a smaller number to choices."
         )
-    return items, whole, knapsack
+    return solved
 
 
 def _add_costs(item: _Item, costs: Sequence[BlockCosts]) -> list[float]:
@@ -289,40 +333,37 @@ def _add_costs(item: _Item, costs: Sequence[BlockCosts]) -> list[float]:
     return [sum(values) for values in zip(*(costs[item.block][site] for site in item.sites), strict=True)]
 
 
-def _to_size(value: float, whole: int) -> int:
-    """Return a bound's value as a size; the margin covers the rounding of decimal fractions."""
-    return math.floor(value * whole * (1 + 1e-12) + 1e-6)
-
-
-def check_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes]) -> None:
+def check_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes], other_bytes: int = 0) -> None:
     """Raise BudgetError, before any measurement, if a bound cannot be met whatever is chosen."""
     # Time depends on the weights that will be chosen, at best the narrowest.
     narrow = params
-    if params.budget.weights is not None:
+    if any(BUDGETED_GROUPS[bound] == ("weights",) for bound in params.budget.bounds):
         weights = params.weights.model_copy(update={"bits": min(params.budget.choices)})
         narrow = params.model_copy(update={"weights": weights})
     for bound in params.budget.bounds:
-        _solve(narrow, bound, sizes, None, params)
+        _solve(narrow, bound, sizes=sizes, costs=None, asked=params, other_bytes=other_bytes)
 
 
-def spend_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes], costs: Sequence[BlockCosts]) -> Choice:
+def spend_budget(
+    params: QuantizerInitParams, sizes: Sequence[BlockSizes], costs: Sequence[BlockCosts], other_bytes: int = 0
+) -> Choice:
     """Choose the bits with the least cost within every bound.
 
     Args:
         sizes: of each block.
         costs: of each block: site or linear -> nats per token for each of `budget.choices`.
+        other_bytes: see `choose_bits`.
 
     Raises:
         BudgetError: a bound cannot be met.
     """
     chosen_params, report, metrics = params, {}, {}
     for bound in (name for name in BUDGETED_GROUPS if name in params.budget.bounds):  # weights come first
-        items, whole, knapsack = _solve(chosen_params, bound, sizes, costs, params)
-        size = _to_size(params.budget.bounds[bound], whole)
-        picked = knapsack.choose(size)
-        pairs = list(zip(items, picked, strict=True))
+        solved = _solve(chosen_params, bound, sizes=sizes, costs=costs, asked=params, other_bytes=other_bytes)
+        items, knapsack, size = solved.items, solved.knapsack, solved.to_size(params.budget.bounds[bound])
+        pairs = list(zip(items, knapsack.choose(size), strict=True))
         chosen = {(site, item.block): item.bits[number] for item, number in pairs for site in item.sites}
-        value = sum(item.sizes[number] for item, number in pairs) / whole
+        value = solved.to_value(sum(item.sizes[number] for item, number in pairs))
         overrides = _list_overrides(params, chosen)
         chosen_params = chosen_params.model_copy(update={"overrides": [*overrides, *chosen_params.overrides]})
         report[bound] = {
@@ -333,7 +374,7 @@ def spend_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes], costs
                 for item in items
                 if len(item.bits) > 1
             ],
-            "curve": draw_curve(knapsack, whole),
+            "curve": solved.draw_curve(),
         }
         metrics[bound] = {
             "value": round(value, 4),
@@ -345,15 +386,6 @@ def spend_budget(params: QuantizerInitParams, sizes: Sequence[BlockSizes], costs
         }
         logger.info("%s: %.4f, with these overrides: %s", bound, value, json.dumps(report[bound]["overrides"]))
     return Choice(chosen_params, report, {"bits": metrics})
-
-
-def draw_curve(knapsack: Knapsack, whole: int) -> list[dict[str, float]]:
-    """Return points {"value", "nats"} of the least cost for values of the bound from the least to the largest."""
-    points = []
-    for number in range(_POINTS):
-        size = knapsack.least + (knapsack.largest - knapsack.least) * number // (_POINTS - 1)
-        points.append({"value": round(size / whole, 4), "nats": round(knapsack.cost(size), 6)})
-    return points
 
 
 def _list_overrides(params: QuantizerInitParams, chosen: dict[tuple[str, int], int]) -> list[OverrideParams]:

@@ -21,6 +21,7 @@ BudgetBits = Literal[2, 3, 4, 5, 6, 7, 8]
 # Bound of a budget -> the groups whose bits it chooses.
 BUDGETED_GROUPS: dict[str, tuple[QuantizerGroup, ...]] = {
     "weights": ("weights",),
+    "size_mib": ("weights",),
     "activations": ("activations",),
     "kv_cache": ("keys", "values"),
     "time": ("activations",),
@@ -77,6 +78,7 @@ class BudgetParams(Group):
     """Bounds within which bits are chosen for each site and block; null: no bound, bits as asked."""
 
     weights: Annotated[Number, Field(ge=2, le=16)] | None = None
+    size_mib: Annotated[Number, Field(gt=0)] | None = None
     activations: Annotated[Number, Field(ge=2, le=16)] | None = None
     kv_cache: Annotated[Number, Field(ge=2, le=16)] | None = None
     time: Annotated[Number, Field(gt=0, le=16)] | None = None
@@ -188,8 +190,11 @@ def _find_budget_problems(params: QuantizerInitParams) -> list[str]:
     budget, key, problems = params.budget, "quantizer_init.budget", []
     if len(set(budget.choices)) < len(budget.choices):
         problems.append(f"{key}.choices={budget.choices}: names a number twice. Name each once.")
-    if {"activations", "time"} <= budget.bounds.keys():
-        problems.append(f"{key}.time={budget.time}: `activations` has a bound already. Empty one of the two.")
+    for first, second in (("weights", "size_mib"), ("activations", "time")):
+        if {first, second} <= budget.bounds.keys():
+            problems.append(
+                f"{key}.{second}={budget.bounds[second]}: `{first}` has a bound already. Empty one of them."
+            )
     for bound in budget.bounds:
         for group in BUDGETED_GROUPS[bound]:
             values: QuantizerParams = getattr(params, group)

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.models.checkpoint import Checkpoint, list_companions
 from pipeline.params import load_params
-from pipeline.planning.disk import OtherFiles, count_blocks
+from pipeline.planning.disk import OtherFiles, count_blocks, count_export
 from pipeline.quantization.equalization import EQUALIZATION
 from pipeline.runtime import artifacts
+from pipeline.runtime.artifacts import load_tensors
 from stages.opening import Run
-from tests.conftest import open_model
+from tests.conftest import open_model, read_json
 from tests.test_stages import BEFORE_QUANTIZER, change, run
 
 UPSTREAM = (*BEFORE_QUANTIZER, "quantizer_init", "finetuning", "evaluation original", "evaluation finetuning", "export")
@@ -73,6 +74,10 @@ def test_plans_announce_the_files_that_stages_leave(project, monkeypatch, bits):
     folder = project / "artifacts"
     for stage in ("rotation", "quantizer_init", "finetuning", "export"):
         assert plan(stage).artifact == pytest.approx(count_artifact(folder / stage), rel=0.02), stage
+    rotated, params = Checkpoint(folder / "rotation", "rotation"), load_params(project / "params.yaml").quantizer_init
+    prefix = len(load_tensors(folder / "quantizer_init/prefix.safetensors", "quantizer_init")[0]["token_ids"])
+    exported = read_json(project / "metrics/export.json")["size_mib"]
+    assert count_export(rotated, params, prefix) / 2**20 == pytest.approx(exported, abs=0.03)  # MiB; headers of files
     announced = plan("evaluation original").artifact + plan("evaluation finetuning").artifact
     assert announced == pytest.approx(count_tensors(folder / "evaluation"), rel=0.01)
 

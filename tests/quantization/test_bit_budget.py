@@ -41,10 +41,10 @@ def make_costs(blocks=2, seed=0):
     return costs
 
 
-def spend(budget, costs=None, overrides=()):
+def spend(budget, costs=None, overrides=(), other_bytes=0):
     costs = make_costs() if costs is None else costs
     params = init_params({f"budget.{key}": value for key, value in budget.items()} | {"overrides": [*overrides]})
-    return spend_budget(params, [SIZES] * len(costs), costs)
+    return spend_budget(params, [SIZES] * len(costs), costs, other_bytes)
 
 
 def list_bits(params, blocks=2, sites=tuple(SIZES.readers)):
@@ -140,6 +140,20 @@ def test_linears_that_read_the_same_input_get_the_same_bits():
     assert {"sites": ["q_proj", "k_proj", "v_proj"], "blocks": [0], "bits": 8} in choice.report["weights"]["overrides"]
     fixed = spend({"weights": 5.5}, costs, overrides=[{"sites": ["v_proj"], "bits": 16}])
     assert [resolve_site(fixed.params, f"{name}_proj", 0).bits for name in "qkv"] == [8, 8, 16]
+
+
+def test_a_size_counts_all_other_tensors_too():
+    entries = 2 * sum(ENTRIES.values())
+    other = 10_000
+    bytes_at = {bits: other + entries * bits / 8 for bits in (4, 5, 8)}
+    by_size = spend({"size_mib": bytes_at[5] / 2**20}, other_bytes=other)
+    assert by_size.params.overrides == spend({"weights": 5.0}).params.overrides
+    assert by_size.metrics["bits"]["size_mib"]["value"] * 2**20 <= bytes_at[5] + 60  # four decimals
+    curve = by_size.report["size_mib"]["curve"]
+    assert curve[0]["value"] == round(bytes_at[4] / 2**20, 4)
+    assert curve[-1]["value"] == round(bytes_at[8] / 2**20, 4)
+    with pytest.raises(BudgetError, match=r"budget.size_mib=0.005: the smallest possible value is 0.0101 "):
+        spend({"size_mib": 0.005}, other_bytes=other)
 
 
 def test_three_choices_give_sensitive_sites_more_and_others_less():
@@ -262,6 +276,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_measurement(rotated, 
             {"budget.weights": 5.0, "weights.format": "nvfp4"},
             r"budget\.weights: quantizer_init\.weights\.format='nvfp4' has 4 bits and no others",
         ),
+        ({"budget.weights": 5.0, "budget.size_mib": 80.0}, r"budget\.size_mib=80\.0: `weights` has a bound already"),
         ({"budget.weights": 5.0, "budget.choices": [4, 4]}, r"budget\.choices=\[4, 4\]: names a number twice"),
     ],
 )
