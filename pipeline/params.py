@@ -176,7 +176,9 @@ def _contradictions(params: Params) -> list[str]:
             )
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
-    others = [name for name in params.export.formats if name != "peft"]
+    problems += export.find_contradictions(params.export)
+    has_matrices = params.export.onnx.widest_rotation > 0  # then online rotations may be in the graph
+    others = [name for name in params.export.formats if name != "peft" and not (name == "onnx" and has_matrices)]
     chosen = params.rotation
     for name, acts, instead in (
         ("r1", chosen.r1 == "online", "hadamard"),

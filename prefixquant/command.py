@@ -72,6 +72,12 @@ def run_lm_eval() -> None:
     run_command_line()
 
 
+def run_onnx_generate() -> None:
+    from pipeline.interop.onnx_command import main
+
+    main()
+
+
 def run_explain() -> None:
     from pipeline.explain import main
 
@@ -87,6 +93,7 @@ SUBCOMMANDS = {
     "report": Subcommand("print the path of the report of a run", run_report),
     "compare": Subcommand("compare runs: their results, and the settings in which they differ", run_compare),
     "explain": Subcommand("say whether a model can be quantized, and why not, without its weights", run_explain),
+    "onnx-generate": Subcommand("continue a text with an exported ONNX folder, in ONNX Runtime", run_onnx_generate),
     "lm-eval": Subcommand("lm-eval's own command line, with the model type prefixquant", run_lm_eval),
 }
 

@@ -47,6 +47,7 @@ def main(run: Run) -> None:
         header=header,
         text_start_token_id=unpack_start_token(prefix),
         prefix_token_ids=prefix["token_ids"].tolist(),
+        onnx=settings.onnx,
     )
     metrics = export_model(
         checkpoint,

@@ -260,6 +260,46 @@ def test_formats_of_others_and_online_rotations_are_refused_at_once(name, value,
         parse_params(raw)
 
 
+def test_static_sizes_of_a_graph_are_two_or_none():
+    raw = changed("export.onnx.sequence_length", 16)
+    message = r"export\.onnx\.cache_length: a graph has static sizes for both lengths, or for none\. Set it"
+    with pytest.raises(ParamsError, match=message):
+        parse_params(raw)
+    raw["export"]["onnx"]["cache_length"] = 128
+    assert parse_params(raw).export.onnx.cache_length == 128
+
+
+def test_onnx_carries_online_rotations_only_as_matrices():
+    raw = changed("export.formats", ["onnx"])
+    with pytest.raises(ParamsError, match=r"onnx cannot carry rotation\.r1='online', which acts online"):
+        parse_params(raw)
+    raw["export"]["onnx"]["widest_rotation"] = 1536
+    parse_params(raw)
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "message"),
+    [
+        ("weights", {"bits": 16}, r"quantizer_init\.weights\.format='int16': only activations have it"),
+        ("keys", {"bits": 16}, r"quantizer_init\.keys\.format='int16': only activations have it"),
+        ("activations", {"bits": 8}, r"quantizer_init\.activations\.bits=8: int16 has 16 bits"),
+        ("activations", {"bits": 16, "mode": "dynamic"}, r"mode='dynamic': int16 has static scales only"),
+    ],
+)
+def test_int16_is_for_static_activations_of_16_bits(group, changes, message):
+    raw = changed(f"quantizer_init.{group}.format", "int16")
+    raw["quantizer_init"][group] |= changes
+    with pytest.raises(ParamsError, match=message):
+        parse_params(raw)
+
+
+def test_int16_quantizes_and_16_bits_alone_do_not():
+    raw = changed("quantizer_init.activations.bits", 16)
+    assert not resolve_site(parse_params(raw).quantizer_init, "mlp_input", 0).quantized
+    raw["quantizer_init"]["activations"] |= {"format": "int16", "symmetric": False}
+    assert resolve_site(parse_params(raw).quantizer_init, "mlp_input", 0).quantized
+
+
 def test_signs_in_front_of_nothing_are_refused():
     raw = changed("rotation.online_signs", True)
     parse_params(raw)

@@ -18,6 +18,7 @@ later.
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ ROTATIONS = {
     "block": dict.fromkeys(_NAMES, "block_hadamard") | {"r3": "identity", "r5": "identity"},
     "global": dict.fromkeys(_NAMES, "hadamard"),
 }
+MERGED = dict.fromkeys(_NAMES, "identity") | {"r1": "hadamard", "r2": "hadamard"}  # nothing acts online
 ROWS = [
     f"{name}/{rotation}/{prefix}"
     for name in FORMATS
@@ -126,10 +128,27 @@ class Bench:
         """Return the perplexity of a row for each corpus."""
         name, rotation, use = row.split("/")
         _, block, changes = FORMATS[name]
+        quantized, start_token = self.quantize(rotation, block, use, changes, searches_weights=name in SEARCHED)
+        metrics = self.evaluate(quantized, start_token)
+        shutil.rmtree(quantized.folder.parent)
+        return metrics["perplexity"]
+
+    def quantize(
+        self, rotation: str, block: int, use: str, changes: dict[str, object], *, searches_weights: bool
+    ) -> tuple[Checkpoint, int | None]:
+        """Return a quantized model and the start token between its prefix and every text, or None.
+
+        Args:
+            rotation: a name in `ROTATIONS`, or merged.
+            block: see `rotate`.
+            use: prefix.use.
+            changes: to `quantizer_init`, by dotted key.
+            searches_weights: whether ranges of weights are searched in the values; otherwise they are the maxima.
+        """
         rotated = self.rotate(rotation, block)
         runner = BlockRunner(rotated, self.device, 4)
         cheap = {"weights.rounding": "rtn", "mse_samples": 2} | {f"{group}.range": "tensor" for group in GROUPS}
-        cheap |= {} if name in SEARCHED else {"weights.range": "max"}
+        cheap |= {} if searches_weights else {"weights.range": "max"}
         params = QuantizerInitParams.model_validate(override(read_params()["quantizer_init"], cheap | changes))
         prefix = load_prefix(self.artifacts / "prefix_training" / "prefix.safetensors", use)
         train = load_windows(self.artifacts / "calibration" / "train.safetensors")
@@ -149,15 +168,23 @@ class Bench:
             header=make_header("quantizer_init", {}),
             text_start_token_id=start_token,
         )
-        quantized = Checkpoint(folder / "model", "quantizer_init")
-        held_out = {
+        return Checkpoint(folder / "model", "quantizer_init"), start_token
+
+    def load_held_out(self) -> dict[str, torch.Tensor]:
+        """Return corpus -> token ids [N, T]."""
+        return {
             path.stem: load_windows(path).token_ids[: self.windows, : self.length]
             for path in sorted((self.artifacts / "calibration" / "evaluation").glob("*.safetensors"))
         }
+
+    def evaluate(self, quantized: Checkpoint, start_token: int | None) -> dict[str, Any]:
+        """Return the metrics of a quantized model on the held-out windows."""
         kv = load_prefix_kv(quantized.folder, quantized.stage)
-        metrics, _, _ = evaluate_windows(quantized, held_out, runner, prefix_kv=kv, text_start_token_id=start_token)
-        shutil.rmtree(folder)
-        return metrics["perplexity"]
+        runner = BlockRunner(quantized, self.device, 4)
+        metrics, _, _ = evaluate_windows(
+            quantized, self.load_held_out(), runner, prefix_kv=kv, text_start_token_id=start_token
+        )
+        return metrics
 
     def rotate(self, rotation: str, block: int) -> Checkpoint:
         """Return the rotated model. `block`: number of channels per block of the rotation "block"."""
@@ -170,7 +197,7 @@ class Bench:
             rotate_model(
                 model,
                 folder,
-                **ROTATIONS[rotation],
+                **(MERGED if rotation == "merged" else ROTATIONS[rotation]),
                 seed=0,
                 dtype=torch.float32,
                 device=self.device,

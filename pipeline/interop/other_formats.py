@@ -4,11 +4,12 @@
                          transformers and by serving engines that have the compressed-tensors library.
     peft                 the prefix as a PEFT prefix-tuning adapter for the compressed-tensors folder.
     gguf                 weights only, for llama.cpp (`gguf_writer.py`).
+    onnx                 all of it, for ONNX Runtime and compilers of NPUs (`onnx_folder.py`).
 
-No format holds everything. `compare_formats` compares the parts of the model with those that a format computes exactly.
-It raises an error unless `drop` names every part that would be lost. Parts that the model cannot do without (R4, biases
-that the family's class has no place for) are always refused. manifest.json lists the parts that each folder keeps and
-drops.
+No format but onnx holds everything. `compare_formats` compares the parts of the model with those that a format computes
+exactly. It raises an error unless `drop` names every part that would be lost. Parts that the model cannot do without
+(R4, biases that the family's class has no place for) are always refused. manifest.json lists the parts that each folder
+keeps and drops.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 
 from pipeline.blocks.quantized import BlockSettings, require_settings
 from pipeline.export.folder import save_tokenizer
-from pipeline.export.params import find_misfits
+from pipeline.export.params import OnnxParams, find_misfits
 from pipeline.interop.compressed_tensors import (
     METHOD,
     find_expert_obstacles,
@@ -30,6 +31,7 @@ from pipeline.interop.compressed_tensors import (
     write_compressed_tensors,
 )
 from pipeline.interop.gguf_writer import FILE, find_gguf_obstacles, write_gguf
+from pipeline.interop.onnx_folder import find_onnx_obstacles, write_onnx
 from pipeline.models.architectures import find_narrowest_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 from pipeline.models.layers import list_layers
@@ -37,7 +39,7 @@ from pipeline.models.sites import Site, site_group
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.errors import PipelineError
 
-COMPRESSED_TENSORS, PEFT, GGUF = METHOD, "peft", "gguf"
+COMPRESSED_TENSORS, PEFT, GGUF, ONNX = METHOD, "peft", "gguf", "onnx"
 MANIFEST = "manifest.json"
 SITES = {group: {site for site in Site if site_group(site) == group} for group in ("activations", "keys", "values")}
 _LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
@@ -49,6 +51,7 @@ _LOAD_ASYMMETRIC = (
 )
 _LOAD_VLLM = "vllm.LLM(folder)"  # transformers has no quantized inputs of experts
 _LOAD_GGUF = "llama.cpp, or AutoModelForCausalLM.from_pretrained(folder, gguf_file='model.gguf')"
+_LOAD_ONNX = "prefixquant onnx-generate folder TEXT, or onnxruntime.InferenceSession('model.onnx')"
 _LOAD_ADAPTER = "PeftModel.from_pretrained(model, folder), model loaded from ../compressed-tensors"
 
 
@@ -83,6 +86,7 @@ def write_formats(
     header: Header,
     text_start_token_id: int | None = None,
     prefix_token_ids: Sequence[int] = (),
+    onnx: OnnxParams | None = None,
 ) -> dict[str, FormatContents]:
     """Replace `folder` by one subfolder per format and manifest.json, and return format -> its contents.
 
@@ -92,14 +96,16 @@ def write_formats(
         drop: parts that may be lost: activations, keys, values, prefix.
         text_start_token_id: the start token between the prefix and every text, or None.
         prefix_token_ids: [P], empty for a continuous prefix.
+        onnx: the graph of the format onnx; None: the defaults.
 
     Raises:
         FormatError: lists everything that a format cannot hold.
     """
-    contents = compare_formats(checkpoint, prefix_kv is not None, formats, drop)
+    onnx = OnnxParams() if onnx is None else onnx
+    contents = compare_formats(checkpoint, prefix_kv is not None, formats, drop, onnx)
     if prefix_kv is not None and PEFT not in contents and prefix_token_ids:
         prefix = {"token_ids": list(prefix_token_ids), "text": checkpoint.tokenizer.decode(prefix_token_ids)}
-        contents = {name: replace(parts, prefix=prefix) for name, parts in contents.items()}
+        contents = {name: replace(parts, prefix=prefix) if name != ONNX else parts for name, parts in contents.items()}
     with replacing_folder(folder) as partial:
         for name in contents:
             (partial / name).mkdir()
@@ -110,6 +116,16 @@ def write_formats(
                 save_tokenizer(checkpoint, subfolder, text_start_token_id)
         if GGUF in contents:
             write_gguf(checkpoint, partial / GGUF / FILE)
+        if ONNX in contents:
+            write_onnx(
+                checkpoint,
+                prefix_kv,
+                partial / ONNX,
+                params=onnx,
+                header=header,
+                text_start_token_id=text_start_token_id,
+                prefix_token_ids=prefix_token_ids,
+            )
         if prefix_kv is not None and PEFT in contents:
             _write_adapter(prefix_kv, partial / PEFT, header)
         write_json(partial / MANIFEST, {name: vars(parts) for name, parts in contents.items()})
@@ -118,7 +134,11 @@ def write_formats(
 
 
 def compare_formats(
-    checkpoint: Checkpoint, has_prefix: bool, formats: Sequence[str], drop: Sequence[str]
+    checkpoint: Checkpoint,
+    has_prefix: bool,
+    formats: Sequence[str],
+    drop: Sequence[str],
+    onnx: OnnxParams | None = None,
 ) -> dict[str, FormatContents]:
     """Return the parts of the model that each format keeps and drops.
 
@@ -135,7 +155,10 @@ def compare_formats(
             "model."
         )
     all_settings = [require_settings(checkpoint, index) for index in range(checkpoint.block_count)]
-    problems = _find_obstacles(checkpoint, all_settings)
+    others = [name for name in formats if name != ONNX]
+    problems = _find_obstacles(checkpoint, all_settings) if others else []
+    if ONNX in formats:
+        problems += find_onnx_obstacles(checkpoint, all_settings, OnnxParams() if onnx is None else onnx)
     window = find_narrowest_window(checkpoint.config, list_layers(build_skeleton(checkpoint.config)))
     problems += find_misfits(formats, window)
     enabled = {site for settings in all_settings for site, spec in settings.sites.items() if spec.enabled}
@@ -145,9 +168,10 @@ def compare_formats(
         lost["activations"] = "gguf holds weights only" if enabled & SITES["activations"] else ""
     if COMPRESSED_TENSORS in formats:
         lost["activations"] = find_lost_activations(checkpoint, all_settings) or lost["activations"]
-    for part in ("keys", "values"):
+    for part in ("keys", "values") if others else ():
         lost[part] = "the format has no quantized cache that computes the same values" if enabled & SITES[part] else ""
-    lost["prefix"] = f"{formats[0]} has no place for it (compressed-tensors with peft has)" if has_prefix else ""
+    if others and has_prefix:
+        lost["prefix"] = f"{others[0]} has no place for it (compressed-tensors with peft has)"
     if PEFT in formats:
         lost["prefix"] = "gguf has no place for it" if GGUF in formats and has_prefix else ""
         if not has_prefix:
@@ -168,6 +192,8 @@ def compare_formats(
         contents[COMPRESSED_TENSORS] = FormatContents(keeps, drops, _choose_loading(checkpoint, all_settings, keeps))
     if GGUF in formats:
         contents[GGUF] = FormatContents(["weights"], parts[1:], _LOAD_GGUF)
+    if ONNX in formats:
+        contents[ONNX] = FormatContents(parts, [], _LOAD_ONNX)
     if PEFT in formats:
         contents[PEFT] = FormatContents(["prefix"], [], _LOAD_ADAPTER)
     return contents

@@ -37,7 +37,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.numerics.formats import INT
+from pipeline.numerics.formats import INT, is_quantized
 from pipeline.numerics.grids import Grid, StoredGrid, as_grid, as_stored_grid, find_grid
 from pipeline.numerics.grids import integer_range as integer_range  # may be imported from here, too
 from pipeline.numerics.grids import round_through as round_through
@@ -49,7 +49,7 @@ class QuantizerSpec:
     """The settings of one quantizer.
 
     Attributes:
-        bits: 2 to 8, or 16 for "not quantized".
+        bits: 2 to 8, or 16 for "not quantized". The format int16 has 16 and is quantized.
         symmetric: whether there is no zero point.
         group_size: number of consecutive channels that share a scale; -1: the whole last dimension.
         dynamic: whether the range is measured anew on every token (activations, keys and values only).
@@ -69,7 +69,7 @@ class QuantizerSpec:
     @property
     def enabled(self) -> bool:
         """Whether anything is quantized."""
-        return self.bits < 16
+        return is_quantized(self.format, self.bits)
 
     @property
     def grid(self) -> Grid:

@@ -24,8 +24,11 @@ def plan_export(checkpoint: Checkpoint, other_files: OtherFiles, params: ExportP
     tables = 2 * sizes.table_entries * 2  # in bfloat16
     packed = sizes.blocks * sizes.weights // 2 + tables  # weights of 4 bits
     shard = min(packed, max(parse_size(params.max_shard_size), tables))
+    compute = shard + sizes.weights
+    if "onnx" in params.formats:  # the exporter holds the whole model: integers in bytes, tables in float32
+        compute = max(compute, sizes.blocks * sizes.weights + 2 * sizes.table_entries * 4)
     artifact = _count_folders(checkpoint, other_files, params.formats)
-    return make_need(on_gpu=False, compute=shard + sizes.weights, artifact=artifact)
+    return make_need(on_gpu=False, compute=compute, artifact=artifact)
 
 
 def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: Collection[str]) -> float:
@@ -37,6 +40,8 @@ def _count_folders(checkpoint: Checkpoint, other_files: OtherFiles, formats: Col
         total += packed + other_files.tables + other_files.companions
     if "peft" in formats:
         total += prefix
+    if "onnx" in formats:  # tables in float32, the prefix twice
+        total += packed + 2 * other_files.tables + 2 * prefix + other_files.companions
     if "gguf" in formats:
         total += _count_gguf_blocks(checkpoint) + other_files.tables + other_files.companions
     return total

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from pipeline.models.sites import REPRESENTATIVES, QuantizerGroup, base_site, site_group
-from pipeline.numerics.formats import FORMATS, INT
+from pipeline.numerics.formats import FORMATS, INT, INT16, is_quantized
 from pipeline.runtime.params import Bits, FloatDtype, Group, Number
 
-FormatName = Literal["int", "fp8_e4m3", "mxfp4", "nvfp4"]
+FormatName = Literal["int", "int16", "fp8_e4m3", "mxfp4", "nvfp4"]
 Mode = Literal["static", "dynamic"]
 WeightRange = Literal["max", "tensor", "layer", "block"]
 ActivationRange = Literal["max", "percentile", "tensor", "layer", "block"]
@@ -130,6 +130,11 @@ class SiteSettings:
     damping: float = 0.0
 
     @property
+    def quantized(self) -> bool:
+        """Whether anything is quantized."""
+        return is_quantized(self.format, self.bits)
+
+    @property
     def dynamic(self) -> bool:
         """Whether the range is measured on every token."""
         return self.mode == "dynamic"
@@ -165,15 +170,19 @@ def _read_group(params: QuantizerInitParams, site: str) -> dict[str, Any]:
 def _find_format_problems(key: str, site: str, values: dict[str, Any]) -> list[str]:
     """Return a line for each setting of a site that its number format does not have."""
     name = values["format"]
-    if name == INT or values["bits"] == 16:
+    if name == INT or (values["bits"] == 16 and name != INT16):
         return []
     number_format, problems = FORMATS[name], []
+    if name == INT16 and (site_group(base_site(site)) if site not in REPRESENTATIVES else site) != "activations":
+        return [f"{key}.format='int16': only activations have it ({site}). Use int."]
+    if name == INT16 and values.get("mode") == "dynamic":
+        problems.append(f"{key}.mode='dynamic': int16 has static scales only ({site}). Set mode: static.")
     if values["bits"] != number_format.bits:
         problems.append(
             f"{key}.bits={values['bits']}: {name} has {number_format.bits} bits ({site}). Set bits: "
             f"{number_format.bits}."
         )
-    if not values["symmetric"]:
+    if not values["symmetric"] and name != INT16:
         problems.append(f"{key}.symmetric=false: {name} has no zero point ({site}). Set symmetric: true.")
     if number_format.block is not None and values["group_size"] not in (-1, number_format.block):
         problems.append(
@@ -280,7 +289,7 @@ def find_misfits(params: QuantizerInitParams, widths: dict[str, int], blocks: in
                     "whole rows."
                 )
         resolved = [resolve_site(params, site, index) for index in range(blocks)]
-        for name in dict.fromkeys(settings.format for settings in resolved if settings.bits < 16):
+        for name in dict.fromkeys(settings.format for settings in resolved if settings.quantized):
             block = FORMATS[name].block
             if block is not None and width % block:
                 problems.append(

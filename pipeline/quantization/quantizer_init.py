@@ -79,7 +79,7 @@ def resolve_settings(
             "and percentiles are not counted in them. Use max, tensor, layer or block for mlp_hidden "
             "(quantizer_init.overrides)."
         )
-    site_settings = {site: settings for site, settings in resolved.items() if settings.bits < 16}
+    site_settings = {site: settings for site, settings in resolved.items() if settings.quantized}
     specs = {
         site: QuantizerSpec(
             bits=settings.bits,

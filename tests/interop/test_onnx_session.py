@@ -1,0 +1,206 @@
+"""The ONNX folder in ONNX Runtime computes the logits of the quantized model: all at once, by token, padded, static.
+
+Values differ by the order of float sums, about 1e-6. Where a value lies that close to the middle between two integers,
+it gets the next integer, and logits of later positions move by the effect of one step.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from pipeline.blocks.prefix_kv import load_prefix_kv
+from pipeline.export.params import OnnxParams
+from pipeline.importing.import_model import import_model
+from pipeline.inference.prefixed_model import assemble_model
+from pipeline.interop.other_formats import write_formats
+from pipeline.runtime.artifacts import make_header
+from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
+from tests.inference.test_prefixed_model import make_quantized
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+from pipeline.interop.onnx_session import OnnxFolderError, OnnxModel  # noqa: E402  (needs onnxruntime)
+
+SMALL = SIZES | {"num_hidden_layers": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SMALL, head_dim=20, sliding_window=8),
+    "qwen2": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+}
+EIGHT = {f"{group}.bits": 8 for group in ("weights", "activations", "keys", "values")} | {
+    "activations.symmetric": False
+}
+MERGED = {"r3": "identity", "r4": "identity", "r5": "identity"}
+STATIC = OnnxParams(sequence_length=4, cache_length=24)
+# Kind -> family, changes to quantizer_init, rotation, export.onnx.
+KINDS = {
+    "W8A8": ("llama", EIGHT, MERGED, OnnxParams()),
+    "W8A8 static sizes": ("llama", EIGHT, MERGED, STATIC),
+    "W8A8 rotated": ("llama", EIGHT, {"r1": "online"}, OnnxParams(widest_rotation=96)),
+    "W4A8": (
+        "mistral",
+        EIGHT | {"weights.bits": 4, "weights.group_size": 16, "keys.bits": 16, "values.bits": 16},
+        MERGED,
+        OnnxParams(),
+    ),
+    "W8A16": (
+        "qwen2",
+        EIGHT | {"activations.format": "int16", "activations.bits": 16, "weights.symmetric": False},
+        MERGED,
+        OnnxParams(),
+    ),
+    "W8A8 integers in the past": (
+        "qwen3",
+        EIGHT | {"activations.symmetric": True, "activations.centered": False, "keys.centered": False},
+        MERGED,
+        OnnxParams(cache="integer"),
+    ),
+}
+TEXTS = torch.randint(2, 320, (8, 14), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    for family, config in CONFIGS.items():
+        torch.manual_seed(0)
+        randomize_(AutoModelForCausalLM.from_config(config)).save_pretrained(root / "source" / family)
+        make_tokenizer().save_pretrained(root / "source" / family)
+        import_model(str(root / "source" / family), None, torch.float32, root / family)
+    return {family: root / family for family in CONFIGS}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, sources, tmp_path_factory):
+    """The quantized model in memory, the same in ONNX Runtime, and its folder."""
+    family, changes, rotation, params = KINDS[request.param]
+    folder = tmp_path_factory.mktemp("exported")
+    checkpoint, _ = make_quantized(sources, folder, family, changes, (7, 9, 0), **rotation)
+    kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
+    logging.disable(logging.DEBUG)  # pytest would format the exporter's traces, which takes a minute
+    write_formats(
+        checkpoint,
+        kv,
+        folder / "formats",
+        formats=["onnx"],
+        drop=[],
+        max_shard_size="5GB",
+        header=make_header("export", {}),
+        prefix_token_ids=[7, 9, 0],
+        onnx=params,
+    )
+    logging.disable(logging.NOTSET)
+    return (
+        assemble_model(checkpoint, kv),
+        OnnxModel(folder / "formats" / "onnx", threads=1),
+        folder / "formats" / "onnx",
+    )
+
+
+def assert_same(logits, expected):
+    """Most positions are equal but for the order of sums; the others differ by the effect of one integer step."""
+    largest = np.abs(expected).max()
+    differences = np.abs(logits - expected).max(-1) / largest
+    assert (differences < 1e-3).mean() >= SAME
+    assert differences.max() < STEP
+
+
+SAME = 0.75
+STEP = 0.1
+
+
+@torch.no_grad()
+def test_a_whole_text_has_the_logits_of_the_quantized_model(exported):
+    model, session, _ = exported
+    if session.step is None:
+        assert_same(session.read(TEXTS.numpy())[0], model(TEXTS).logits.numpy())
+        return
+    for text in TEXTS:
+        assert_same(session.read(text[None].numpy())[0], model(text[None]).logits.numpy())
+
+
+@torch.no_grad()
+def test_reading_by_token_gives_the_same_logits(exported):
+    model, session, _ = exported
+    expected = model(TEXTS[:1]).logits.numpy()
+    logits, state = session.read(TEXTS[:1, :5].numpy())
+    parts = [logits]
+    for token in TEXTS[0, 5:].tolist():
+        logits, state = session.read([[token]], state)
+        parts.append(logits)
+    assert_same(np.concatenate(parts, 1), expected)
+    assert state.lengths.tolist() == [14]
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_no_text(exported):
+    model, session, _ = exported
+    mask = np.ones((3, 14), np.int64)
+    mask[1, :6] = mask[2, :11] = 0
+    if session.step is not None:
+        with pytest.raises(OnnxFolderError, match="3 texts with padding=True: a graph with static sizes reads one"):
+            session.read(TEXTS[:3].numpy(), mask=mask)
+        return
+    logits, state = session.read(TEXTS[:3].numpy(), mask=mask)
+    for row, start in enumerate((0, 6, 11)):
+        assert_same(logits[row, start:], model(TEXTS[row : row + 1, start:]).logits[0].numpy())
+    after, _ = session.read(TEXTS[3:6, :1].numpy(), state)
+    for row, start in enumerate((0, 6, 11)):
+        whole = torch.cat((TEXTS[row, start:], TEXTS[3 + row, :1]))
+        assert_same(after[row], model(whole[None]).logits[0, -1:].numpy())
+
+
+def test_the_graph_is_valid_and_says_that_it_holds_no_prefix(exported):
+    _, session, folder = exported
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 21)]
+    assert {node.domain for node in graph.graph.node} == {""}
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert metadata["prefixquant.prefix"] == "not in this file; 3 positions, the past of the first call"
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["prefix"]["token_ids"] == [7, 9, 0]
+    assert manifest["prefix"]["in_the_graph"] is False
+    with np.load(folder / "past.npz") as arrays:
+        assert {array.shape[2] for array in arrays.values()} == {3}
+        assert session._prefix.keys() == set(arrays)
+
+
+def test_every_site_has_a_pair_of_the_dtype_that_the_settings_ask_for(exported):
+    _, session, folder = exported
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    dtypes = {entry.name: onnx.TensorProto.DataType.Name(entry.data_type) for entry in graph.initializer}
+    pairs = [dtypes[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    weights = [
+        dtypes[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in dtypes
+    ]
+    spec = session.manifest["blocks"]["block"]["sites"]
+    caches = 2 * sum(spec.get(site, {}).get("bits", 16) == 8 for site in ("key", "value"))
+    kind = {8: "UINT8", 16: "UINT16"}[spec["mlp_input"]["bits"]]
+    kind = "INT8" if spec["mlp_input"]["symmetric"] else kind
+    assert len(pairs) == 2 * 4 + caches
+    assert pairs.count(kind) == 2 * 4 + (caches if kind == "INT8" else 0)
+    signed = "INT" if spec["q_proj"]["symmetric"] else "UINT"
+    assert weights == [f"{signed}{spec['q_proj']['bits']}"] * 14
+
+
+def test_texts_that_do_not_fit_static_sizes_are_refused(sources, exported):
+    _, session, _ = exported
+    if session.step is None:
+        assert len(session.generate(TEXTS[0].tolist(), 3)) == 3
+        with pytest.raises(OnnxFolderError, match="the prompt is empty"):
+            session.generate([], 3)
+        return
+    with pytest.raises(OnnxFolderError, match=r"export\.onnx\.cache_length=24: 22 tokens do not fit, 21 do"):
+        session.read([[5] * 22])
+
+
+def test_another_folder_is_refused(tmp_path):
+    with pytest.raises(OnnxFolderError, match=r"there is no manifest\.json\. Use a folder that `export\.formats"):
+        OnnxModel(tmp_path)
