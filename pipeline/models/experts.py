@@ -38,11 +38,11 @@ class UnsupportedExpertsError(PipelineError):
 class Expert(nn.Module):
     """The three linears of one expert, without biases: gate_proj and up_proj [I, D], down_proj [D, I]."""
 
-    def __init__(self, hidden: int, inner: int) -> None:
+    def __init__(self, hidden: int, inner: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
 
 
 class _FusedExperts(nn.Module):
@@ -64,7 +64,7 @@ class RoutedExperts(nn.Module):
     """
 
     def __init__(self, experts: nn.Module) -> None:
-        """Take the place of transformers' experts, with uninitialised linears on the same device.
+        """Take the place of transformers' experts, with uninitialised linears of the same dtype on the same device.
 
         Raises:
             UnsupportedExpertsError: these experts are not plain gated MLPs.
@@ -75,7 +75,7 @@ class RoutedExperts(nn.Module):
         count, double, hidden = fused.gate_up_proj.shape
         with torch.device(fused.gate_up_proj.device):
             for index in range(count):
-                self.add_module(str(index), Expert(hidden, double // 2))
+                self.add_module(str(index), Expert(hidden, double // 2, fused.gate_up_proj.dtype))
         self.activate = fused.act_fn
         self.hits = [0] * count
         self.watchers: list[Callable[[int, torch.Tensor, torch.Tensor], None]] = []

@@ -36,6 +36,12 @@ def test_routed_experts_compute_the_same_as_transformers(family, token_ids):
     assert all(sum(experts.hits) == token_ids.numel() * top_k for experts in sparse)
 
 
+def test_experts_have_the_dtype_of_the_model():
+    """Once, biases of experts were float32 in a bfloat16 model, and its first quantized block could not be run."""
+    experts = RoutedExperts(make_model("olmoe").bfloat16().model.layers[0].mlp.experts)
+    assert {parameter.dtype for parameter in experts.parameters()} == {torch.bfloat16}
+
+
 def test_tokens_are_grouped_by_expert():
     groups = [
         (e, tokens.tolist(), places.tolist()) for e, tokens, places in group_tokens(torch.tensor([[1, 0], [1, 3]]), 4)
