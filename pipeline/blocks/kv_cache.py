@@ -23,7 +23,7 @@ quantizes on the way to the cache.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,13 +34,16 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # as in every family: blocks/rope.py checks
 
 from pipeline.blocks.sliding import find_first_visible
+from pipeline.kernels.packed_states import fits_kernels, pack_states, takes_matrix, unpack_states_
 from pipeline.models.layers import Attention
-from pipeline.numerics.hadamard import hadamard_transform
+from pipeline.numerics.hadamard import find_single_matrix, hadamard_transform
 from pipeline.numerics.kept_dtype import KeepsDtype
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
 # The name of the argument that transformers passes a cache as, and of the output it returns it as; `cache` since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+_TABLE_STEP = 256  # rows by which tables of cosines and sines grow
 
 Positions = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [B or 1, T, d] each
 
@@ -85,17 +88,30 @@ class KeyQuantizer(KeepsDtype):
         """Quantize keys. `positions` are those of the keys; only a quantizer with a `mean` needs them."""
         if not self.quantizer.spec.enabled:
             return keys
-        varying, constant = keys, None
-        if self.mean_taken_out:
-            assert positions is not None, "a centered key quantizer needs the positions of the keys"
-            constant = self.turn_mean(*positions)
-            varying = keys.float() - constant
-        quantized = self.quantizer(self.to_basis(varying))
+        varying, constant = self.split(keys, positions)
+        quantized = self.quantizer(varying)
         if not self.quantizer.calibrated:  # the call above was for hooks on the quantizer
             return keys
+        return self.join(quantized, constant, keys.dtype)
+
+    def split(self, keys: torch.Tensor, positions: Positions | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the part of keys that is quantized, in its basis, and RoPE(mean), or None if no mean is taken out."""
+        if not self.mean_taken_out:
+            return self.to_basis(keys), None
+        assert positions is not None, "a centered key quantizer needs the positions of the keys"
+        constant = self.turn_mean(*positions)
+        return self.to_basis(keys.float() - constant), constant
+
+    def join(self, quantized: torch.Tensor, constant: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Undo `split`, for keys of this dtype."""
         if self.rotate:
             quantized = self.transform(quantized, True)
-        return quantized if constant is None else (quantized + constant).to(keys.dtype)
+        return quantized if constant is None else (quantized + constant).to(dtype)
+
+    @property
+    def stores_codes(self) -> bool:
+        """Whether a cache can store its keys as codes. Before RoPE it acts before the cache."""
+        return self.quantizer.stores_codes and not self.before_rope
 
     def to_basis(self, x: torch.Tensor) -> torch.Tensor:
         """Return queries or keys [..., d] in the basis in which keys are quantized."""
@@ -146,6 +162,57 @@ class CachingAttention(Attention):
     value_quantizer: ActivationQuantizer
 
 
+@dataclass(frozen=True)
+class NewStates:
+    """The keys or values of the tokens of one call, on their way to a cache of codes.
+
+    Attributes:
+        states: [B, heads, T, d], as attention reads them.
+        codes: uint8 [B, heads, T, bytes], as they are stored; `states` if this layer stores no codes.
+        decode_: (out [B, heads, N, d], first, codes, places): writes the states of stored codes to `out`, from position
+            `first` on. `places` are those that the cache stored with them.
+    """
+
+    states: torch.Tensor
+    codes: torch.Tensor
+    decode_: Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor | None], None]
+
+
+class CountingCache(Cache):
+    """The cache that the model itself reads during one call. Its lengths count the prefix.
+
+    Attributes:
+        positions: int32 [B or 1, T], of the tokens of the call, the prefix counted.
+        turns: kind of RoPE -> float32 [positions, d], cosines and then sines of all positions read so far, d / 2 each.
+            They belong to the `PrefixCache`.
+    """
+
+    def __init__(self, layers: list[Any], positions: torch.Tensor, turns: dict[str | None, torch.Tensor]) -> None:
+        super().__init__(layers=layers)
+        self.positions, self.turns = positions.to(torch.int32), turns
+        self._noted: set[str | None] = set()
+
+    def note_turns_(self, kind: str | None, tables: Positions) -> torch.Tensor:
+        """Add the cosines and sines of this call's positions to `turns`, once, and return all of this kind."""
+        if kind not in self._noted:
+            half = tables[0].shape[-1] // 2
+            rows = torch.cat([table.detach()[..., :half].float() for table in tables], dim=-1)
+            batch = max(len(rows), len(self.positions))
+            positions = self.positions.to(rows.device).long().expand(batch, -1)
+            table, needed = self.turns.get(kind), int(positions.max()) + 1
+            if table is None or len(table) < needed:
+                longer = rows.new_zeros(-(-needed // _TABLE_STEP) * _TABLE_STEP, 2 * half)
+                if table is not None:
+                    longer[: len(table)] = table
+                table = longer
+            elif table.is_inference() and not torch.is_inference_mode_enabled():
+                table = table.clone()  # one that was made in inference mode cannot be changed outside of it
+            table[positions] = rows.expand(batch, -1, -1)
+            self.turns[kind] = table
+            self._noted.add(kind)
+        return self.turns[kind]
+
+
 class QuantizingCache:
     """The cache that one call of an attention module writes to: quantizes, then appends to the cache it was given."""
 
@@ -156,11 +223,92 @@ class QuantizingCache:
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys (after RoPE) and values [B, heads, T, d] to a layer, and return all that it then holds."""
+        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
         quantizer = getattr(self.attention, "key_quantizer", None)
+        if isinstance(layer, PrefixLayer) and layer.packed:
+            assert isinstance(self.cache, CountingCache)
+            assert quantizer is not None
+            return self._store(self.cache, layer, quantizer, key_states, value_states)
         if quantizer is not None and not quantizer.before_rope:
             key_states = quantizer(key_states, self.positions)
         value_states = self.attention.value_quantizer(value_states)
         return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _store(
+        self,
+        cache: CountingCache,
+        layer: "PrefixLayer",
+        quantizer: KeyQuantizer,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to a layer of codes. Codes and states come from the same numbers."""
+        table = places = None
+        if not quantizer.stores_codes:
+            keys = key_states if quantizer.before_rope else quantizer(key_states, self.positions)
+            new_keys = NewStates(keys, keys.detach(), _copy_)
+        else:
+            varying, constant = quantizer.split(key_states, self.positions)
+            keys = quantizer.join(quantizer.quantizer(varying), constant, key_states.dtype)
+            if quantizer.mean_taken_out and quantizer.turns:
+                kind = getattr(self.attention, "layer_type", None) or getattr(self.attention, "attention_type", None)
+                table, places = cache.note_turns_(kind, self.positions), cache.positions
+            decode_ = functools.partial(decode_keys_, quantizer, table)
+            new_keys = NewStates(keys, pack_states(quantizer.quantizer, varying), decode_)
+        values = self.attention.value_quantizer(value_states)
+        if self.attention.value_quantizer.stores_codes:
+            codes = pack_states(self.attention.value_quantizer, value_states)
+            new_values = NewStates(values, codes, functools.partial(decode_values_, self.attention.value_quantizer))
+        else:
+            new_values = NewStates(values, values.detach(), _copy_)
+        return layer.append_(new_keys, new_values, places)
+
+
+def _copy_(out: torch.Tensor, first: int, states: torch.Tensor, places: torch.Tensor | None) -> None:
+    out[:, :, first : first + states.shape[2]] = states
+
+
+def decode_values_(
+    quantizer: ActivationQuantizer, out: torch.Tensor, first: int, codes: torch.Tensor, places: torch.Tensor | None
+) -> None:
+    """Write the values of stored codes to `out`, as `NewStates.decode_` does."""
+    if fits_kernels(quantizer, out):
+        unpack_states_(out, codes, first, quantizer)
+    else:
+        out[:, :, first : first + codes.shape[2]] = quantizer.decode(codes, out.shape[-1], out.dtype)
+
+
+def decode_keys_(
+    quantizer: KeyQuantizer,
+    table: torch.Tensor | None,
+    out: torch.Tensor,
+    first: int,
+    codes: torch.Tensor,
+    places: torch.Tensor | None,
+) -> None:
+    """Write the keys of stored codes to `out`, as `NewStates.decode_` does.
+
+    Args:
+        table: float32 [positions, d], cosines and sines, where RoPE turns a mean.
+    """
+    inner, width = quantizer.quantizer, out.shape[-1]
+    turned = None if table is None else table.to(out.device)
+    wide = quantizer.mean_taken_out or out.dtype == torch.float32
+    matrix = find_single_matrix(width, True) if quantizer.rotate and takes_matrix(width) else None
+    if fits_kernels(inner, out) and (not quantizer.rotate or (matrix is not None and wide)):
+        mean = quantizer.mean if quantizer.mean_taken_out else None
+        unpack_states_(out, codes, first, inner, matrix=matrix, mean=mean, places=places, table=turned)
+        return
+    constant = None
+    if quantizer.mean_taken_out:
+        nothing = torch.empty(0)
+        tables = (nothing, nothing)
+        if turned is not None and places is not None:
+            cos, sin = turned[places.long()].chunk(2, dim=-1)
+            tables = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        constant = quantizer.turn_mean(*tables)
+    values = inner.decode(codes, width, torch.float32 if quantizer.mean_taken_out else out.dtype)
+    out[:, :, first : first + codes.shape[2]] = quantizer.join(values, constant, out.dtype)
 
 
 def quantize_cache_(attention: Attention) -> None:
@@ -227,11 +375,22 @@ class PrefixLayer(DynamicLayer):
 
     Args:
         prefix_kv: [2, heads, P, d] keys (after RoPE) and values, or None for no prefix.
+
+    Attributes:
+        packed: whether it stores codes, which only `append_` can add.
     """
+
+    packed = False
 
     def __init__(self, prefix_kv: torch.Tensor | None = None) -> None:
         super().__init__()
         self.prefix_kv = prefix_kv
+
+    def append_(
+        self, keys: NewStates, values: NewStates, places: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to a layer of codes (`packed_layers.py`)."""
+        raise NotImplementedError("this layer stores states, not codes: call update")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -257,9 +416,18 @@ class PrefixLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Return how many positions were read, the prefix among them."""
+        return self.count_kept()
+
+    def count_kept(self) -> int:
+        """Return how many positions the layer holds, the prefix among them."""
         if not self.is_initialized and self.prefix_kv is not None:
             return self.prefix_kv.shape[-2]
         return super().get_seq_length()
+
+    def forget_(self, count: int) -> None:
+        """Forget the first `count` positions that the layer holds."""
+        keys, values = self.read()
+        self.keys, self.values = keys[..., count:, :].clone(), values[..., count:, :].clone()
 
 
 class SlidingLayer(PrefixLayer):
@@ -287,14 +455,12 @@ class SlidingLayer(PrefixLayer):
     def drop_(self, first: int) -> None:
         """Forget all positions before `first`."""
         if self.is_initialized and first > self.dropped:
-            start = first - self.dropped
             self.complete_from = self.get_seq_length()
-            keys, values = self.read()
-            self.keys, self.values = keys[..., start:, :].clone(), values[..., start:, :].clone()
+            self.forget_(first - self.dropped)
             self.dropped = first
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + self.dropped
+        return self.count_kept() + self.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys `query_length` new tokens will meet, and the position of the first one."""
@@ -319,20 +485,29 @@ class SlidingLayer(PrefixLayer):
 
 
 class PrefixCache(Cache):
-    """The cache of a whole model: a `PrefixLayer` per block. Its lengths count the text alone."""
+    """The cache of a whole model: a `PrefixLayer` per block. Its lengths count the text alone.
+
+    Attributes:
+        turns: cosines and sines of the positions that were read, see `CountingCache`.
+    """
 
     def __init__(self, layers: list[PrefixLayer]) -> None:
         super().__init__(layers=[*layers])
         prefix_kv = layers[0].prefix_kv
         self.prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
         self._was_cropped = False
+        self.turns: dict[str | None, torch.Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx) - self.prefix_tokens
 
-    def count_prefix(self) -> Cache:
-        """Return a cache of the same layers, whose lengths count the prefix: the one that the model itself reads."""
-        return Cache(layers=self.layers)
+    def count_prefix(self, positions: torch.Tensor | None = None) -> CountingCache:
+        """Return a cache of the same layers, whose lengths count the prefix, for one call of the model.
+
+        Args:
+            positions: [B or 1, T], of the tokens of the call, the prefix counted. A cache of codes needs them.
+        """
+        return CountingCache(self.layers, torch.empty(0) if positions is None else positions, self.turns)
 
     def begin_call_(self, mask: torch.Tensor | None) -> None:
         """Make room before a call: forget the positions that tokens which were taken back had kept in memory.

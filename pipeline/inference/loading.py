@@ -39,6 +39,7 @@ def load(
     arithmetic: Arithmetic = "float",
     *,
     unpacked: bool | None = None,
+    packed_cache: bool = False,
     **options: Any,
 ) -> tuple[PrefixedModel, PreTrainedTokenizerBase]:
     """Load an exported model and its tokenizer.
@@ -49,6 +50,8 @@ def load(
             only, see `packed_block.py`.
         unpacked: True: the weights are kept unpacked between calls | False: they are unpacked in every call, which
             takes the least memory | None: kept where they take at most half of the free memory. For `float` only.
+        packed_cache: True: caches store keys and values with static ranges as codes (blocks/packed_layers.py), which
+            takes less memory and more time | False: they store states. The numbers are the same.
         options: passed to `from_pretrained` (device_map, dtype, …).
 
     Raises:
@@ -67,6 +70,7 @@ def load(
     if device is not None:
         cast(Movable, model).to(device)
     model.keep_unpacked_(unpacked)
+    model.packs_cache = packed_cache
     if arithmetic == "integer":
         use_integers_(model)
     return model, tokenizer

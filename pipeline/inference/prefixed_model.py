@@ -28,6 +28,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
 from pipeline.blocks.kv_cache import CACHE, PrefixCache, SlidingLayer, make_layer
+from pipeline.blocks.packed_layers import has_codes, make_packed_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.sliding import count_places, make_mask
 from pipeline.inference.packed_block import keep_unpacked_
@@ -53,12 +54,14 @@ class PrefixedModel(PreTrainedModel):
         start_token_id: the start token that a text must not begin with, because the prefix ends in it, or None.
         text_start_token_id: the start token that belongs at the beginning of every text, or None.
         unpacked: whether the weights of an exported model are kept unpacked; None for a choice by free memory.
+        packs_cache: whether new caches store keys and values with static ranges as codes (`packed_layers.py`).
     """
 
     model: Body
     lm_head: nn.Linear
     _hf_hook: OffloadHook
     unpacked: bool | None = None
+    packs_cache: bool = False
     prefix_kv: torch.Tensor | None
     start_token_id: int | None
     text_start_token_id: int | None
@@ -105,12 +108,20 @@ class PrefixedModel(PreTrainedModel):
         cast(Movable, self).to(torch.float32)
         return self
 
-    def make_cache(self) -> PrefixCache:
-        """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix."""
+    def make_cache(self, packed: bool | None = None) -> PrefixCache:
+        """Return an empty cache, to be passed as `past_key_values` (`cache`). It begins with the prefix.
+
+        Args:
+            packed: whether keys and values with static ranges are stored as codes; None: as `packs_cache` says.
+        """
         blocks, prefix_kv = list_layers(self), self._read_prefix()
         prefixes = [None] * len(blocks) if prefix_kv is None else prefix_kv.clone()
-        windows = [find_sliding_window(self.config, block) for block in blocks]
-        return PrefixCache([make_layer(*each) for each in zip(prefixes, windows, strict=True)])
+        packed = self.packs_cache if packed is None else packed
+        layers = []
+        for block, prefix in zip(blocks, prefixes, strict=True):
+            make = make_packed_layer if packed and has_codes(block.self_attn) else make_layer
+            layers.append(make(prefix, find_sliding_window(self.config, block)))
+        return PrefixCache(layers)
 
     def _read_prefix(self) -> torch.Tensor | None:
         """Return `prefix_kv`, also from where accelerate holds it between calls when it offloads the whole model."""
@@ -150,7 +161,8 @@ class PrefixedModel(PreTrainedModel):
                 "keys and values. Switch it off."
             )
         passed = _choose_cache(past_key_values, cache)
-        cache = self.make_cache() if passed is None else passed
+        keeps_cache = passed is not None or (self.config.use_cache if use_cache is None else use_cache)
+        cache = self.make_cache(None if keeps_cache else False) if passed is None else passed
         if not isinstance(cache, PrefixCache):
             raise ValueError(
                 f"{CACHE} is a {type(cache).__name__}, which holds no prefix and quantizes nothing. Pass None, "
@@ -163,7 +175,6 @@ class PrefixedModel(PreTrainedModel):
         length = shape[1]
         if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
             check_rope(self.config, prefix + past + length)
-        keeps_cache = passed is not None or (self.config.use_cache if use_cache is None else use_cache)
         whole_mask = None
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor):
@@ -193,7 +204,10 @@ class PrefixedModel(PreTrainedModel):
         if position_ids is not None:
             position_ids = position_ids + prefix
         cache.begin_call_(None if whole_mask is None else whole_mask[:, : prefix + past])
-        counting = cache.count_prefix()
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(prefix + past, prefix + past + length, device=tokens.device).unsqueeze(0)
+        counting = cache.count_prefix(positions)
         mask = self._make_mask(shape, whole_mask, texts, cache=counting, prefix=prefix, device=tokens.device)
         output = super().forward(
             input_ids=input_ids,

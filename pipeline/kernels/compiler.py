@@ -20,6 +20,8 @@ import torch
 from filelock import FileLock
 from torch.utils import cpp_extension
 
+from pipeline.numerics.packing import packed_width
+
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16)  # of activations, for input and output
@@ -125,6 +127,10 @@ def _describe_operators() -> None:
     descriptions = {
         "rotated_codes": lambda x, *rest: x.new_empty(x.shape, dtype=torch.uint8),
         "cached_keys": lambda keys, *rest: keys.new_empty(keys.shape),
+        "pack_states": lambda x, bits, *rest: x.new_empty(
+            (*x.shape[:-1], packed_width(x.shape[-1], bits)), dtype=torch.uint8
+        ),
+        "unpack_states": lambda *arguments: None,
         "nibble_product": describe_product,
         "served_product": describe_product,
     }

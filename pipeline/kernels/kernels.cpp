@@ -294,6 +294,209 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
   return result;
 }
 
+// ---- A cache of codes -----------------------------------------------------------------------------------------------
+
+// A product and the sum after it are rounded separately in functions marked so, as torch does it.
+#if defined(__clang__)
+#define UNFUSED
+#define UNFUSED_BODY _Pragma("clang fp contract(off)")
+#else
+#define UNFUSED __attribute__((noinline, optimize("fp-contract=off")))
+#define UNFUSED_BODY
+#endif
+
+// How the states of one head are stored: value = (code + lowest - zero) * scale + shift[i].
+struct Grid {
+  int64_t bits, width;
+  float lowest, highest, zero, scale;
+  const float* shift;  // [width], or null
+};
+
+// Codes lie end to end, the first one in the lowest bits (pipeline/numerics/packing.py).
+void unpack_row(const uint8_t* from, const Grid& grid, float* to) {
+  const int64_t bits = grid.bits, width = grid.width;
+  if (bits == 8) {
+    for (int64_t i = 0; i < width; ++i) to[i] = from[i];
+  } else if (bits == 4) {
+    for (int64_t j = 0; j < width / 2; ++j) {
+      to[2 * j] = static_cast<float>(from[j] & 15);
+      to[2 * j + 1] = static_cast<float>(from[j] >> 4);
+    }
+    if (width % 2) to[width - 1] = static_cast<float>(from[width / 2] & 15);
+  } else {
+    const int64_t bytes = (width * bits + 7) / 8;
+    for (int64_t i = 0; i < width; i += 8) {  // eight codes fill `bits` bytes
+      uint64_t word = 0;
+      std::memcpy(&word, from + i / 8 * bits, std::min(bits, bytes - i / 8 * bits));
+      for (int64_t k = 0; k < std::min<int64_t>(8, width - i); ++k)
+        to[i + k] = static_cast<float>((word >> (k * bits)) & ((1u << bits) - 1));
+    }
+  }
+}
+
+void pack_row(const uint8_t* codes, const Grid& grid, uint8_t* to) {
+  const int64_t bits = grid.bits, width = grid.width, bytes = (width * bits + 7) / 8;
+  for (int64_t i = 0; i < width; i += 8) {
+    uint64_t word = 0;
+    for (int64_t k = 0; k < std::min<int64_t>(8, width - i); ++k) word |= static_cast<uint64_t>(codes[i + k]) << (k * bits);
+    std::memcpy(to + i / 8 * bits, &word, std::min(bits, bytes - i / 8 * bits));
+  }
+}
+
+UNFUSED void scale_row(const Grid& grid, float* values) {
+  UNFUSED_BODY
+  const float offset = grid.lowest - grid.zero;
+  for (int64_t i = 0; i < grid.width; ++i) values[i] = (values[i] + offset) * grid.scale;
+  if (grid.shift)
+    for (int64_t i = 0; i < grid.width; ++i) values[i] += grid.shift[i];
+}
+
+// Add RoPE(mean): mean[width] of keys before RoPE, turned by the cosines and sines of a position, [width / 2] each.
+UNFUSED void add_turned(const float* mean, const float* cosine, const float* sine, int64_t half, float* values) {
+  UNFUSED_BODY
+  for (int64_t i = 0; i < half; ++i) {
+    values[i] += mean[i] * cosine[i] - mean[half + i] * sine[i];
+    values[half + i] += mean[half + i] * cosine[i] + mean[i] * sine[i];
+  }
+}
+
+// Compute to[r, j] = sum over i of rows[r, i] matrix[i, j], one term after the other, for COLUMNS * LANES columns.
+template <int ROWS, int COLUMNS>
+void multiply_matrix(const float* rows, const float* matrix, int64_t width, int64_t column, float* to) {
+  Lanes sums[ROWS][COLUMNS] = {};
+  for (int64_t i = 0; i < width; ++i) {
+    Lanes entries[COLUMNS];
+    for (int c = 0; c < COLUMNS; ++c) entries[c] = load(matrix + i * width + column + c * LANES);
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += rows[r * width + i] * entries[c];
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLUMNS; ++c) store(to + r * width + column + c * LANES, sums[r][c]);
+}
+
+constexpr int64_t TOGETHER_ROWS = 4;  // rows that are multiplied by a matrix together
+
+void multiply_matrix_rows(const float* rows, const float* matrix, int64_t width, float* to) {
+  int64_t column = 0;
+  for (; column + 4 * LANES <= width; column += 4 * LANES)
+    multiply_matrix<TOGETHER_ROWS, 4>(rows, matrix, width, column, to);
+  for (; column < width; column += LANES) multiply_matrix<TOGETHER_ROWS, 1>(rows, matrix, width, column, to);
+}
+
+std::vector<Grid> read_grids(int64_t heads, int64_t width, int64_t bits, int64_t lowest, const at::Tensor& scale,
+                             const std::optional<at::Tensor>& zero_point, const std::optional<at::Tensor>& shift) {
+  TORCH_CHECK(bits >= 2 && bits <= 8, "bits=", bits, " is not in 2 … 8");
+  const float* scales = read_values(scale, heads, "scale");
+  const float* zeros = zero_point ? read_values(*zero_point, heads, "zero_point") : nullptr;
+  const float* shifts = shift ? read_values(*shift, heads * width, "shift") : nullptr;
+  std::vector<Grid> grids;
+  for (int64_t head = 0; head < heads; ++head)
+    grids.push_back({bits, width, static_cast<float>(lowest), static_cast<float>(lowest + (1 << bits) - 1),
+                     zeros ? zeros[head] : 0.f, scales[head], shifts ? shifts + head * width : nullptr});
+  return grids;
+}
+
+at::Tensor pack_states(const at::Tensor& x, int64_t bits, int64_t lowest, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero_point, const std::optional<at::Tensor>& shift) {
+  check_values(x);
+  TORCH_CHECK(x.dim() == 4, "expected states [B, heads, T, d]");
+  const at::Tensor input = x.contiguous();
+  const int64_t heads = input.size(1), length = input.size(2), width = input.size(3);
+  const int64_t rows = input.size(0) * heads * length, bytes = (width * bits + 7) / 8;
+  const std::vector<Grid> grids = read_grids(heads, width, bits, lowest, scale, zero_point, shift);
+  at::Tensor packed = at::empty({input.size(0), heads, length, bytes}, input.options().dtype(at::kByte));
+  uint8_t* to = packed.data_ptr<uint8_t>();
+  auto run = [&](const auto* from) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / width), [&](int64_t first, int64_t last) {
+      std::vector<uint8_t> codes(width);
+      for (int64_t row = first; row < last; ++row) {
+        const Grid& grid = grids[row / length % heads];
+        for (int64_t i = 0; i < width; ++i) {
+          const float value = static_cast<float>(from[row * width + i]) - (grid.shift ? grid.shift[i] : 0.f);
+          const float code = std::nearbyint(value / grid.scale) + grid.zero;
+          codes[i] = static_cast<uint8_t>(
+              static_cast<int32_t>(std::min(std::max(code, grid.lowest), grid.highest) - grid.lowest));
+        }
+        pack_row(codes.data(), grid, to + row * bytes);
+      }
+    });
+  };
+  if (input.scalar_type() == at::kBFloat16)
+    run(input.const_data_ptr<at::BFloat16>());
+  else
+    run(input.const_data_ptr<float>());
+  return packed;
+}
+
+void unpack_states(at::Tensor& out, const at::Tensor& packed, int64_t first_place, int64_t bits, int64_t lowest,
+                   const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
+                   const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& matrix,
+                   const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& places,
+                   const std::optional<at::Tensor>& table) {
+  check_values(out);
+  TORCH_CHECK(out.dim() == 4 && packed.dim() == 4 && out.is_contiguous(), "expected out [B, heads, N, d], contiguous");
+  const int64_t batch = out.size(0), heads = out.size(1), total = out.size(2), width = out.size(3);
+  const at::Tensor input = packed.contiguous();
+  const int64_t length = input.size(2), bytes = input.size(3), rows = batch * heads * length;
+  TORCH_CHECK(input.size(0) == batch && input.size(1) == heads && bytes == (width * bits + 7) / 8 && first_place >= 0 &&
+                  first_place + length <= total,
+              "codes ", input.sizes(), " do not fit states ", out.sizes(), " from ", first_place);
+  const std::vector<Grid> grids = read_grids(heads, width, bits, lowest, scale, zero_point, shift);
+  const float* entries = matrix ? read_values(*matrix, width * width, "matrix") : nullptr;
+  TORCH_CHECK(!entries || width % LANES == 0, "a matrix needs a width that is a multiple of ", LANES);
+  const float* means = mean ? read_values(*mean, heads * width, "mean") : nullptr;
+  const bool turns = means && places;
+  TORCH_CHECK(!turns || table, "places need a table of cosines and sines");
+  const at::Tensor row_places = turns ? places->contiguous() : input, turned = turns ? table->contiguous() : input;
+  const int32_t* place = turns ? row_places.const_data_ptr<int32_t>() : nullptr;
+  const float* cosines = turns ? turned.const_data_ptr<float>() : nullptr;
+  int64_t place_rows = 1;
+  if (turns) {
+    TORCH_CHECK(turned.dim() == 2 && turned.size(1) == width && width % 2 == 0, "the table needs [positions, head_dim]");
+    TORCH_CHECK(row_places.dim() == 2 && row_places.size(1) == length, "expected one place per position");
+    place_rows = row_places.size(0);
+    TORCH_CHECK(place_rows == 1 || place_rows == batch, "expected places of one row, or of all rows");
+    for (int64_t i = 0; i < row_places.numel(); ++i)
+      TORCH_CHECK(place[i] >= 0 && place[i] < turned.size(0), "place ", place[i], " is outside a table of ",
+                  turned.size(0));
+  }
+  const uint8_t* from = input.const_data_ptr<uint8_t>();
+  auto run = [&](auto* to) {
+    at::parallel_for(0, rows, std::max<int64_t>(TOGETHER_ROWS, GRAIN / width), [&](int64_t first, int64_t last) {
+      std::vector<float> buffer(2 * TOGETHER_ROWS * width);
+      for (int64_t start = first; start < last; start += TOGETHER_ROWS) {
+        const int64_t count = std::min(TOGETHER_ROWS, last - start);
+        float* values = buffer.data();
+        for (int64_t r = 0; r < count; ++r) {
+          const Grid& grid = grids[(start + r) / length % heads];
+          unpack_row(from + (start + r) * bytes, grid, values + r * width);
+          scale_row(grid, values + r * width);
+        }
+        if (entries) {
+          multiply_matrix_rows(values, entries, width, values + TOGETHER_ROWS * width);
+          values += TOGETHER_ROWS * width;
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t row = start + r, pair = row / length, t = row % length;
+          float* value = values + r * width;
+          if (turns) {
+            const float* cosine = cosines + place[(place_rows == 1 ? 0 : pair / heads) * length + t] * width;
+            add_turned(means + pair % heads * width, cosine, cosine + width / 2, width / 2, value);
+          } else if (means) {
+            for (int64_t i = 0; i < width; ++i) value[i] += means[pair % heads * width + i];
+          }
+          auto* target = to + (pair * total + first_place + t) * width;
+          for (int64_t i = 0; i < width; ++i) round_to(value[i], target + i);
+        }
+      }
+    });
+  };
+  if (out.scalar_type() == at::kBFloat16)
+    run(out.data_ptr<at::BFloat16>());
+  else
+    run(out.data_ptr<float>());
+}
+
 // ---- Products -------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -488,6 +691,11 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
       "cached_keys(Tensor keys, Tensor positions, Tensor? table, Tensor? mean, Tensor scale, Tensor? zero_point, "
       "int sylvester, int lowest, int highest) -> Tensor");
   library.def(
+      "pack_states(Tensor x, int bits, int lowest, Tensor scale, Tensor? zero_point, Tensor? shift) -> Tensor");
+  library.def(
+      "unpack_states(Tensor(a!) out, Tensor packed, int first, int bits, int lowest, Tensor scale, Tensor? zero_point, "
+      "Tensor? shift, Tensor? matrix, Tensor? mean, Tensor? places, Tensor? table) -> ()");
+  library.def(
       "nibble_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype) "
       "-> Tensor");
   library.def(
@@ -498,6 +706,8 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
 TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {
   library.impl("rotated_codes", &rotated_codes);
   library.impl("cached_keys", &cached_keys);
+  library.impl("pack_states", &pack_states);
+  library.impl("unpack_states", &unpack_states);
   library.impl("nibble_product", &nibble_product);
   library.impl("served_product", &served_product);
 }

@@ -161,6 +161,17 @@ def hadamard_transform(x: torch.Tensor, inverse: bool = False, block_size: int =
         return _multiply_matrices(x, factors, matrices, inverse, _has_kernel(x))
 
 
+@functools.cache
+def find_single_matrix(n: int, inverse: bool = False) -> torch.Tensor | None:
+    """Return the matrix [n, n], float32 on the CPU, of a transform that is one product; None if it is several."""
+    factors = factor_hadamard(n)
+    orders = list_matrix_orders(factors, False)
+    if factors.order != n or len(orders) != 1:
+        return None
+    matrix = _build_matrix(*orders[0], torch.float32, CPU)
+    return matrix.mT.contiguous() if factors.paley and inverse else matrix
+
+
 class HadamardTransform(nn.Module):
     """`hadamard_transform` for one width, dtype and device.
 

@@ -35,7 +35,11 @@ def pack_integers(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.T
         raise ValueError(
             f"integers from {integers.min()} to {integers.max()} do not fit {bits} bits ({qmin} to {qmax})"
         )
-    codes = (integers.to(torch.int16) - qmin).to(torch.uint8)
+    return pack_codes((integers.to(torch.int16) - qmin).to(torch.uint8), bits)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes uint8 [..., n] that are below 2^bits: uint8 [..., packed_width(n, bits)]."""
     if bits == 8:
         return codes
     per_byte = 8 // bits
@@ -45,26 +49,31 @@ def pack_integers(integers: torch.Tensor, bits: int, symmetric: bool) -> torch.T
         for place in range(1, per_byte):
             packed |= codes[..., place] << (place * bits)
         return packed
-    flags = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    flags = (codes.unsqueeze(-1) >> places[:bits]) & 1
     flags = _pad(flags.flatten(-2), 8).unflatten(-1, (-1, 8))
-    return (flags << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    return (flags << places).sum(-1).to(torch.uint8)
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, symmetric: bool, width: int) -> torch.Tensor:
     """Undo `pack_integers`: uint8 [..., packed_width(width, bits)] -> [..., width], int8 if symmetric, else uint8."""
     qmin, _ = integer_range(bits, symmetric)
+    codes = unpack_codes(packed, bits, width)
+    return (codes.to(torch.int16) + qmin).to(torch.int8) if symmetric else codes
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Undo `pack_codes`: uint8 [..., packed_width(width, bits)] -> uint8 [..., width]."""
     per_byte = 8 // bits
     if per_byte * bits == 8:
         codes = torch.empty(*packed.shape, per_byte, dtype=torch.uint8, device=packed.device)
         for place in range(per_byte):
             codes[..., place] = packed >> (place * bits)
         codes = codes.flatten(-2)[..., :width]
-        codes = codes & ((1 << bits) - 1) if bits < 8 else codes
-    else:
-        places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-        flags = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : width * bits].unflatten(-1, (width, bits))
-        codes = (flags << places[:bits]).sum(-1).to(torch.uint8)
-    return (codes.to(torch.int16) + qmin).to(torch.int8) if symmetric else codes
+        return codes & ((1 << bits) - 1) if bits < 8 else codes
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    flags = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : width * bits].unflatten(-1, (width, bits))
+    return (flags << places[:bits]).sum(-1).to(torch.uint8)
 
 
 def _pad(values: torch.Tensor, multiple: int) -> torch.Tensor:

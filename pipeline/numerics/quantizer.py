@@ -42,6 +42,7 @@ from pipeline.numerics.grids import Grid, StoredGrid, as_grid, as_stored_grid, f
 from pipeline.numerics.grids import integer_range as integer_range  # may be imported from here, too
 from pipeline.numerics.grids import round_through as round_through
 from pipeline.numerics.kept_dtype import KeepsDtype
+from pipeline.numerics.packing import pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,37 @@ class ActivationQuantizer(KeepsDtype):
         assert self.code_of_zero is not None, "call emit_codes_ first"
         values = (codes.float() - self.code_of_zero) * self.scale
         return values + self.shift if self.spec.centered else values
+
+    @property
+    def stores_codes(self) -> bool:
+        """Whether its values can be stored as codes (`encode`): the ranges are known before the values."""
+        spec = self.spec
+        return spec.enabled and self.calibrated and not spec.dynamic and isinstance(spec.grid, StoredGrid)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the codes of x [..., d], packed: uint8 [..., packed_width(d, bits)]. No gradients.
+
+        Only if it `stores_codes`. `decode` then gives what `forward` gives, bit for bit.
+        """
+        grid = self.spec.stored_grid
+        grouped = group(self.center(x.detach()), self.spec.group_size)
+        grouped = grouped if grouped.dtype == torch.float64 else grouped.float()
+        scale, zero_point = self.find_parameters(grouped)
+        codes = grid.encode(quantize(grouped, scale, grid, zero_point)).flatten(-2)
+        lowest, _ = integer_range(self.spec.bits, grid.signed)
+        return pack_codes((codes.to(torch.int16) - lowest).to(torch.uint8) if grid.signed else codes, self.spec.bits)
+
+    def decode(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Undo `encode`: return the fake-quantized values [..., d]. `dtype` is that of the values encoded."""
+        grid = self.spec.stored_grid
+        codes = unpack_codes(packed, self.spec.bits, width)
+        if grid.signed:
+            lowest, _ = integer_range(self.spec.bits, True)
+            codes = (codes.to(torch.int16) + lowest).to(torch.int8)
+        grouped = group(grid.decode(codes), self.spec.group_size)
+        grouped = grouped.double() if dtype == torch.float64 else grouped
+        values = dequantize(grouped, *self.find_parameters(grouped)).flatten(-2)
+        return (values + self.shift).to(dtype) if self.spec.centered else values.to(dtype)
 
     def center(self, x: torch.Tensor) -> torch.Tensor:
         """Return x - shift, in float32 at least, or x itself if the quantizer is not centered."""

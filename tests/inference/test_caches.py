@@ -25,6 +25,7 @@ def quantized(request, imported, tmp_path_factory):
     checkpoint, _ = make_quantized(imported, tmp_path_factory.mktemp(request.param), request.param, changes)
     model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
     assert all(block.self_attn.key_quantizer.mean_taken_out for block in model.model.layers)
+    model.packs_cache = request.param != FAMILIES[0]
     for block in model.model.layers:  # a mean that counts
         mean = block.self_attn.key_quantizer.mean
         block.self_attn.key_quantizer.mean = mean + 8 * torch.randn(mean.shape, generator=GENERATOR)
@@ -171,6 +172,39 @@ def test_calls_leave_nothing_on_modules(quantized):
     before = describe()
     quantized.generate(TEXTS[0], **GREEDY)
     assert describe() == before
+
+
+@torch.no_grad()
+def test_packed_caches_give_the_tokens_of_plain_ones(quantized):
+    """Padded batches, beams, tokens that are taken back, a conversation that goes on: through both kinds of caches."""
+    model = copy.deepcopy(quantized)
+    token_ids, mask = pad([text[0].tolist() for text in TEXTS], "left")
+    repeated = torch.cat([TEXTS[0]] * 4, dim=1)
+    outputs = []
+    for packed in (True, False):
+        model.packs_cache = packed
+        cache = model.make_cache()
+        assert all(layer.packed == packed for layer in cache.layers)
+        first = model.generate(TEXTS[1], past_key_values=cache, **GREEDY)
+        outputs.append(
+            [
+                model.generate(token_ids, attention_mask=mask, pad_token_id=1, **GREEDY),
+                model.generate(token_ids, attention_mask=mask, pad_token_id=1, num_beams=3, **GREEDY),
+                model.generate(repeated, prompt_lookup_num_tokens=3, **GREEDY),
+                model.generate(torch.cat((first, TEXTS[3]), dim=1), past_key_values=cache, **GREEDY),
+            ]
+        )
+    for found, expected in zip(*outputs, strict=True):
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_a_call_without_a_cache_packs_nothing(quantized, monkeypatch):
+    monkeypatch.setattr(quantized, "packs_cache", True)
+    monkeypatch.setattr("pipeline.blocks.kv_cache.pack_states", None)
+    expected = quantized(TEXTS[1], use_cache=False).logits
+    monkeypatch.undo()
+    assert torch.equal(quantized(TEXTS[1], past_key_values=quantized.make_cache(packed=True)).logits, expected)
 
 
 @torch.no_grad()
