@@ -119,6 +119,7 @@ class PrefixQuantizer(HfQuantizer):
             model.set_attn_implementation(find_architecture(model.config).kernel)
         files = checkpoint_files or []
         check_depth(model.config, files)
+        check_function(model.config, files)
         build_packed_(model, self.quantization_config)
         check_complete(model, files)
 
@@ -147,6 +148,16 @@ class PrefixQuantizer(HfQuantizer):
         return True
 
 
+_FUNCTION_KEYS = (
+    "rms_norm_eps",
+    "hidden_act",
+    "hidden_activation",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "num_experts_per_tok",
+)
+
 # Assigned, because transformers' `register_quantization_config` refuses to replace the placeholder of `prefixquant`.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PrefixQuantConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = PrefixQuantizer
@@ -166,6 +177,24 @@ def check_depth(config: PreTrainedConfig, files: list[str]) -> None:
             f"num_hidden_layers={config.num_hidden_layers}: the folder holds {max(indices) + 1} blocks, and its prefix "
             "and its quantizers belong to all of them. Leave num_hidden_layers out, or export a model of that depth."
         )
+
+
+def check_function(config: PreTrainedConfig, files: list[str]) -> None:
+    """Raise ExportError if a key that changes the function of a block differs from config.json next to `files`.
+
+    Quantizers belong to the function that they were calibrated for.
+    """
+    path = Path(files[0]).with_name("config.json") if files else None
+    if path is None or not path.is_file():
+        return
+    stored = type(config).from_dict(json.loads(path.read_text(encoding="utf-8")))
+    for key in _FUNCTION_KEYS:
+        value, expected = getattr(config, key, None), getattr(stored, key, None)
+        if value != expected:
+            raise ExportError(
+                f"{key}={value!r}: the folder was exported with {expected!r}, and its quantizers belong to that. Leave "
+                f"{key} out, or export a model with that value."
+            )
 
 
 def check_complete(model: PreTrainedModel, files: list[str]) -> None:

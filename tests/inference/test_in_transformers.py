@@ -334,11 +334,13 @@ def test_a_tokenizer_saved_alone_says_what_to_do(exported):
         ({"num_hidden_layers": 2}, r"num_hidden_layers=2: the folder holds 3 blocks.*Leave num_hidden_layers out"),
         ({"num_hidden_layers": 4}, r"num_hidden_layers=4: the folder holds 3 blocks"),
         ({"hidden_size": 24}, r"has shape .* in the folder and .* by its config.*such as hidden_size"),
+        ({"rms_norm_eps": 0.1}, r"rms_norm_eps=0\.1: the folder was exported with 1e-0\d.*Leave rms_norm_eps out"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu': the folder was exported with 'silu'"),
         ({"num_key_value_heads": 1}, r"has shape .* in the folder and .* by its config"),
         ({"vocab_size": 400, "ignore_mismatched_sizes": True}, r"has shape \[320, 48\] in the folder and \[400, 48\]"),
     ],
 )
-def test_other_depths_and_sizes_are_refused(exported, options, message):
+def test_other_depths_sizes_and_functions_are_refused(exported, options, message):
     for loader in (load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ExportError, match=message):
             loader(exported[0], **options)
