@@ -43,6 +43,7 @@ from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 # The name of the argument that transformers passes a cache as, and of the output it returns it as; `cache` since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
+_LEAST_ROWS = 16  # per thread
 _TABLE_STEP = 256  # rows by which tables of cosines and sines grow
 
 Positions = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [B or 1, T, d] each
@@ -104,8 +105,7 @@ class KeyQuantizer(KeepsDtype):
 
     def join(self, quantized: torch.Tensor, constant: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Undo `split`, for keys of this dtype."""
-        if self.rotate:
-            quantized = self.transform(quantized, True)
+        quantized = self.from_basis(quantized)
         return quantized if constant is None else (quantized + constant).to(dtype)
 
     @property
@@ -116,6 +116,20 @@ class KeyQuantizer(KeepsDtype):
     def to_basis(self, x: torch.Tensor) -> torch.Tensor:
         """Return queries or keys [..., d] in the basis in which keys are quantized."""
         return self.transform(x) if self.rotate else x
+
+    def from_basis(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo `to_basis`.
+
+        Libraries of a CPU add the terms of a product with few rows in another order. With zeros as further rows, a key
+        is the same in a long call, in a short one, and when a cache decodes it with all others.
+        """
+        if not self.rotate:
+            return x
+        rows, least = x.shape[:-1].numel(), _LEAST_ROWS * torch.get_num_threads()
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or rows >= least:
+            return self.transform(x, True)
+        padded = torch.nn.functional.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, least - rows))
+        return self.transform(padded, True)[:rows].reshape(x.shape)
 
     def turn_mean(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return RoPE(mean), float32 [B or 1, heads, T, d], at positions cos and sin [B or 1, T, d].

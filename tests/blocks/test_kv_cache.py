@@ -143,6 +143,19 @@ def test_a_cache_holds_no_module():
         assert cache.get_seq_length() == 7
 
 
+@pytest.mark.parametrize("width", [12, 16, 20, 64, 96, 128])
+def test_a_key_is_the_same_alone_and_with_others(width):
+    """Some products with R3 add in another order where there are few rows."""
+    quantizer = KeyQuantizer(QuantizerSpec(4), 1, width, rotate=True, before_rope=False)
+    keys = torch.randn(1, 1, 300, width, generator=torch.Generator().manual_seed(width))
+    whole = quantizer.from_basis(keys)
+    for count in (1, 2, 3, 5, 7, 9, 15, 16, 17, 100):
+        for start in range(0, 300 - count, 60):
+            part = slice(start, start + count)
+            assert torch.equal(quantizer.from_basis(keys[:, :, part]), whole[:, :, part])
+    assert torch.allclose(quantizer.to_basis(whole), keys, atol=1e-5)
+
+
 # --- calls that share a block, whose key quantizer takes out a mean that turns with the position
 
 
