@@ -108,10 +108,11 @@ def test_stage_has_a_description_metrics_in_git_its_cost_in_dvc_and_no_runtime_s
     assert stage["desc"]
     assert stage["cmd"].startswith(f"python -m stages.{name}")
     file = f"{name}/${{key}}.json" if "foreach" in STAGES[name] else f"{name}.json"
-    written = [out for out in stage["outs"] + stage.get("metrics", []) if "metrics/" in str(out)]
-    expected = [{f"metrics/{file}": {"cache": False}}, f"metrics/runtime/{file}"]
-    assert written == ([] if name in ALWAYS_RUN else expected)
-    assert ("metrics" in stage) == (name == "report")  # `dvc exp show` has a column for each figure
+    results = stage.get("metrics", [])[:1]  # DVC saves no run of a stage that has other files in git than metrics
+    cost = [out for out in stage["outs"] + stage.get("metrics", []) if "metrics/runtime/" in str(out)]
+    assert results == ([] if name in ALWAYS_RUN else [{f"metrics/{file}": {"cache": False}}])
+    assert cost == ([] if name in ALWAYS_RUN else [f"metrics/runtime/{file}"])
+    assert not any(isinstance(out, dict) and "cache" in str(out) for out in stage["outs"])
     assert not any("runtime" in str(group) for group in stage.get("params", []))
 
 

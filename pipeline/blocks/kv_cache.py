@@ -125,8 +125,10 @@ class KeyQuantizer(KeepsDtype):
         """
         if not self.rotate:
             return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # exported graphs have no fixed number of rows
+            return self.transform(x, True)
         rows, least = x.shape[:-1].numel(), _LEAST_ROWS * torch.get_num_threads()
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or rows >= least:
+        if rows >= least:
             return self.transform(x, True)
         padded = torch.nn.functional.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, least - rows))
         return self.transform(padded, True)[:rows].reshape(x.shape)

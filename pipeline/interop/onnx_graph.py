@@ -249,7 +249,10 @@ class GraphCache:
 
     Attributes:
         present: keys and values of each block with the new ones appended, as the graph returns them.
+        layers: empty; a `PrefixCache` has its layers of codes here.
     """
+
+    layers: tuple[()] = ()
 
     def __init__(
         self,

@@ -188,7 +188,7 @@ def test_a_task_that_cannot_be_asked_gives_one_message(change, shots, message, i
 def test_an_error_of_the_model_is_not_blamed_on_lm_eval(imported, tmp_path, monkeypatch):
     model, _, _ = prefixed(imported)
     local_task(tmp_path, "colours")
-    monkeypatch.setattr(model, "make_cache", lambda: 1 / 0)
+    monkeypatch.setattr(model, "make_cache", lambda *args: 1 / 0)
     tokenizer = open_model(imported["llama_tied"])[0].tokenizer
     with pytest.raises(ZeroDivisionError):
         run_tasks(model, tokenizer, open_tasks({"colours": TaskParams(limit=2)}, str(tmp_path)), 2)
