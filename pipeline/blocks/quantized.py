@@ -192,12 +192,12 @@ class QuantizedLinear(KeepsDtype):
         if torch.compiler.is_compiling():  # a compiled graph computes it from its sources
             return self._dequantize().to(dtype)
         versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in sources]
-        kept = self._dequantized  # read once: another thread may ask for another dtype meanwhile
-        if kept is None or not kept.is_current(dtype, sources, versions):
+        held = self._dequantized  # read once: another thread may ask for another dtype meanwhile
+        if held is None or not held.is_current(dtype, sources, versions):
             with torch.inference_mode(False):  # a backward pass cannot use inference tensors
                 weight = self._dequantize().to(dtype)
-            kept = self._dequantized = _Dequantized(weight, sources, versions)
-        return kept.weight
+            held = self._dequantized = _Dequantized(weight, sources, versions)
+        return held.weight
 
     @property
     def scales(self) -> torch.Tensor:

@@ -95,7 +95,8 @@ def measure_costs(
         sums = make_sums(block, checkpoint.architecture, len(candidates), runner.device)
         for rows in batches(len(hidden), runner.batch_size):
             x = block_inputs[index][rows].to(runner.device)
-            recorded = record_slopes(block, checkpoint.architecture, x, gradient[rows].to(x), block_prefix, runner)
+            slope = gradient[rows].to(x)
+            recorded = record_slopes(block, checkpoint.architecture, x, slope, prefix_kv=block_prefix, runner=runner)
             for number, other in enumerate(quantized):
                 add_errors_(sums, number, other, checkpoint.architecture, recorded)
             gradient[rows] = recorded.before.to(gradient)
@@ -132,6 +133,7 @@ def record_slopes(
     architecture: Architecture,
     hidden: torch.Tensor,
     gradient: torch.Tensor,
+    *,
     prefix_kv: torch.Tensor | None,
     runner: BlockRunner,
 ) -> Recorded:
