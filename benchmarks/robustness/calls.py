@@ -76,7 +76,7 @@ def _read(model: Any, pieces: Pieces, cache: Any) -> torch.Tensor:
 
 
 def read_in_pieces(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """One text after the other."""
+    """Read one text after the other."""
     for pieces in _list_pieces(rng, texts):
         yield _read(model, pieces, model.make_cache())
 
@@ -97,7 +97,7 @@ def read_with(transform: Callable[[Any], Any]) -> Callable[..., Iterator[torch.T
 
 
 def read_interleaved(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """A piece of each text in turn."""
+    """Read a piece of each text in turn."""
     every = _list_pieces(rng, texts)
     caches, logits = [model.make_cache() for _ in texts], [[] for _ in texts]
     for turn in range(max(map(len, every))):
@@ -108,7 +108,7 @@ def read_interleaved(rng: random.Random, model: Any, texts: Texts) -> Iterator[t
 
 
 def read_in_threads(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """A thread for each text."""
+    """Read each text in a thread of its own."""
     logits: dict[int, torch.Tensor] = {}
 
     def read(number: int, pieces: Pieces) -> None:
@@ -136,7 +136,7 @@ def read_cropped(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch
 
 
 def read_padded(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """All texts in one batch, padded on the left or on the right."""
+    """Read all texts in one batch, padded on the left or on the right."""
     width, left = max(text.shape[1] for text in texts), rng.random() < 0.5
     token_ids, mask = torch.zeros(2, len(texts), width, dtype=torch.int64)
     places = [slice(width - text.shape[1], width) if left else slice(text.shape[1]) for text in texts]
@@ -147,7 +147,7 @@ def read_padded(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.
 
 
 def read_packed(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """All texts in one row, with positions that restart. The call with a cache is refused."""
+    """Read all texts in one row, with positions that restart. The call with a cache is refused."""
     lengths = [text.shape[1] for text in texts]
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     try:
@@ -160,7 +160,7 @@ def read_packed(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.
 
 
 def read_with_positions(rng: random.Random, model: Any, texts: Texts) -> Iterator[torch.Tensor]:
-    """Positions, a mask, embeddings or a tuple instead of the plain call."""
+    """Pass positions, a mask or embeddings, or ask for a tuple."""
     for text in texts:
         positions, mask = torch.arange(text.shape[1]).unsqueeze(0), torch.ones_like(text)
         yield rng.choice(

@@ -209,13 +209,23 @@ class CountingCache(Cache):
         self._noted: set[str | None] = set()
 
     def note_turns_(self, kind: str | None, tables: Positions) -> torch.Tensor:
-        """Add the cosines and sines of this call's positions to `turns`, once, and return all of this kind."""
+        """Add the cosines and sines of this call's positions to `turns`, once, and return all of this kind.
+
+        Raises:
+            ValueError: a position is negative.
+        """
         if kind not in self._noted:
             half = tables[0].shape[-1] // 2
             rows = torch.cat([table.detach()[..., :half].float() for table in tables], dim=-1)
             batch = max(len(rows), len(self.positions))
             positions = self.positions.to(rows.device).long().expand(batch, -1)
-            table, needed = self.turns.get(kind), int(positions.max()) + 1
+            lowest, highest = (int(bound) for bound in positions.aminmax())
+            if lowest < 0:
+                raise ValueError(
+                    f"position_ids={lowest}: a packed cache has a table of positions, which begins at 0. Pass "
+                    "positions from 0 on, or packed_cache=False to load()."
+                )
+            table, needed = self.turns.get(kind), highest + 1
             if table is None or len(table) < needed:
                 longer = rows.new_zeros(-(-needed // _TABLE_STEP) * _TABLE_STEP, 2 * half)
                 if table is not None:

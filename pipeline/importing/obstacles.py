@@ -96,7 +96,7 @@ def find_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> list[
 
 
 def explain_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> str:
-    """Return a sentence that says why a model is not supported, and one that says what it would need."""
+    """Return a sentence that says why a model is not supported, and one that names the change that it would need."""
     values = find_text_level(raw)
     outer, family = raw.get("model_type"), values.get("model_type")
     title = f"model_type={outer!r}" if family in (None, outer) else f"model_type={outer!r} (text model {family!r})"

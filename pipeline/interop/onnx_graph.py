@@ -358,7 +358,7 @@ class GraphDecoder(nn.Module):
         return (self.lm_head(hidden), *cache.present)
 
     def make_mask(self, mask: torch.Tensor, length: int, past: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return what is added to attention scores, float32 [B, 1, T, past + T]: 0, or the lowest number.
+        """Return the values that are added to attention scores, float32 [B, 1, T, past + T]: 0, or the lowest number.
 
         Args:
             mask: [B, past + T], 0 for padding.

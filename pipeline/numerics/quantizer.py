@@ -347,7 +347,7 @@ class ActivationQuantizer(KeepsDtype):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of x [..., d], packed: uint8 [..., packed_width(d, bits)]. No gradients.
 
-        Only if it `stores_codes`. `decode` then gives what `forward` gives, bit for bit.
+        Call it only if it `stores_codes`. `decode` then returns the values of `forward`, bit for bit.
         """
         grid = self.spec.stored_grid
         grouped = group(self.center(x.detach()), self.spec.group_size)

@@ -22,7 +22,7 @@ from torch import nn
 
 from pipeline.blocks.kv_cache import Positions, as_quantized_attention
 from pipeline.blocks.quantized import QuantizedLinear, fill_block, find_quantized_linear, find_site_quantizers
-from pipeline.blocks.walk import BlockRunner, batches, load_blocks
+from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint, load_block_file
 from pipeline.models.layers import DecoderLayer
@@ -30,7 +30,7 @@ from pipeline.models.sites import Site, base_site
 from pipeline.quantization.equalization import Equalizer, scale_prefix
 from pipeline.quantization.params import QuantizerInitParams
 from pipeline.quantization.quantizer_init import resolve_settings
-from pipeline.quantization.sensitivity import differentiate_predictions
+from pipeline.quantization.sensitivity import differentiate_predictions, keep_inputs_
 from pipeline.rotation.matrices import load_rotation
 from pipeline.runtime.progress import show_progress
 from pipeline.runtime.ranks import ALONE, Ranks
@@ -70,11 +70,7 @@ def measure_costs(
         stage: the stage in the headers of the candidates' files.
     """
     tokens = max(1, ranks.count(hidden.shape[0] * hidden.shape[1]))
-    block_inputs: list[torch.Tensor] = []
-    for index, block in enumerate(load_blocks(checkpoint, runner.device)):
-        block_inputs.append(hidden.clone())
-        runner.advance_(block, hidden, runner.take_prefix(prefix_kv, index))
-        del block
+    block_inputs = keep_inputs_(checkpoint, hidden, prefix_kv, runner)
     gradient = differentiate_predictions(checkpoint, hidden, numbers, runner.device)
     r2, params, costs = load_rotation(checkpoint.folder, "r2"), candidates[0].params, []
     for index in show_progress(range(checkpoint.block_count - 1, -1, -1), checkpoint.block_count, "costs of bits"):

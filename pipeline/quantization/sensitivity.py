@@ -44,11 +44,7 @@ def measure_sensitivity(
         numbers: the windows' numbers among the windows of all ranks. A number decides the labels of its window.
     """
     tokens = ranks.count(hidden.shape[0] * hidden.shape[1])
-    block_inputs: list[torch.Tensor] = []
-    for index, block in enumerate(load_blocks(checkpoint, runner.device)):
-        block_inputs.append(hidden.clone())
-        runner.advance_(block, hidden, runner.take_prefix(prefix_kv, index))
-        del block
+    block_inputs = keep_inputs_(checkpoint, hidden, prefix_kv, runner)
     gradient = differentiate_predictions(checkpoint, hidden, numbers, runner.device)
     channels: list[dict[str, torch.Tensor]] = []
     indices = range(checkpoint.block_count - 1, -1, -1)
@@ -65,6 +61,18 @@ def measure_sensitivity(
         channels.append(equalizer.average(sums, tokens, ranks))
         del equalizer
     return channels[::-1]
+
+
+def keep_inputs_(
+    checkpoint: Checkpoint, hidden: torch.Tensor, prefix_kv: torch.Tensor | None, runner: BlockRunner
+) -> list[torch.Tensor]:
+    """Walk through all blocks and return the hidden states [n, T, D] before each; `hidden` ends after the last."""
+    block_inputs: list[torch.Tensor] = []
+    for index, block in enumerate(load_blocks(checkpoint, runner.device)):
+        block_inputs.append(hidden.clone())
+        runner.advance_(block, hidden, runner.take_prefix(prefix_kv, index))
+        del block
+    return block_inputs
 
 
 def differentiate_predictions(

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from pipeline.blocks.kv_cache import KeyQuantizer, PrefixCache, QuantizingCache, make_layer
+from pipeline.blocks.kv_cache import CountingCache, KeyQuantizer, PrefixCache, QuantizingCache, make_layer
 from pipeline.blocks.packed_layers import has_codes, make_packed_layer
 from pipeline.numerics.packing import packed_width
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
@@ -187,3 +187,10 @@ def test_gradients_reach_the_tokens_of_the_call():
         gradients.append(new.grad)
     assert torch.equal(*gradients)
     assert gradients[0].abs().sum() > 0
+
+
+def test_negative_positions_are_refused():
+    """They would count from the end of the table, and overwrite the cosines of other positions."""
+    cache = CountingCache([], torch.tensor([[-1, 0]]), {})
+    with pytest.raises(ValueError, match=r"position_ids=-1: a packed cache has a table"):
+        cache.note_turns_(None, (torch.ones(1, 2, 4), torch.ones(1, 2, 4)))
