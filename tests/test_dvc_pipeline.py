@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,17 @@ def _outs(stage):
     keys = list(stage.get("foreach", [""]))
     outs = [out for entry in stage.get("do", stage)["outs"] for out in ([entry] if isinstance(entry, str) else entry)]
     return [(out, key) for out in outs for key in keys]
+
+
+def test_git_tracks_no_output_that_dvc_keeps():
+    """DVC refuses to run a stage one of whose cached outputs is in git."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    tracked = subprocess.run(
+        ["git", "ls-files", "artifacts", "data", "metrics"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = tracked.stdout.split()
+    assert "metrics/model.json" in files
+    assert not [
+        file for file in files if file.startswith("metrics/runtime/") or (file.count("/") > 1 and "artifacts" in file)
+    ]
