@@ -147,13 +147,13 @@ def test_modules_exist(page):
 @PAGE
 def test_files_and_functions_exist(page):
     """Paths in backticks, such as `stages/NAME.py`, `metrics/export.json`, `pipeline/hf.py`, `file.py:function`."""
-    for reference in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[^`\s]*)`", PAGES[page]):
+    for reference in re.findall(rf"`(?!metrics/runtime/)((?:{'|'.join(FOLDERS)})/[^`\s]*)`", PAGES[page]):
         path = reference.partition(":")[0]
         assert list(ROOT.glob(PLACEHOLDER.sub("*", path).rstrip("/"))), reference
         if ":" in reference:
             assert find_source(reference), reference
     outs = {out for stage in expand_stages(read_params()).values() for out in list_outs(stage)}
-    for path in re.findall(r"`((?:artifacts|data)/[^`\s]+)`", PAGES[page]):
+    for path in re.findall(r"`((?:artifacts|data|metrics/runtime)/[^`\s]*)`", PAGES[page]):
         pattern = re.compile(PLACEHOLDER.sub(r"[^/]+", path.rstrip("/")))
         written = any(path.startswith(f"{out}/") or pattern.fullmatch(out) for out in outs)
         assert written or any(out.startswith(path) for out in outs), path
