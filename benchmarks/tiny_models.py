@@ -20,6 +20,7 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     GraniteMoeHybridConfig,
     HeliumConfig,
     HyperCLOVAXConfig,
@@ -138,6 +139,9 @@ NEAR_FAMILIES |= {
         layer_types=["full_attention"] * 3,
         position_embedding_type="rope",
         mamba_n_heads=2,
+    ),
+    "granitemoe": GraniteMoeConfig(
+        **SIZES | _MULTIPLIERS, logits_scaling=6.0, num_local_experts=4, num_experts_per_tok=2
     ),
     "hyperclovax": HyperCLOVAXConfig(**SIZES, **_MULTIPLIERS, logits_scaling=0.2, head_dim=12, attention_bias=True),
     "helium": HeliumConfig(**SIZES, head_dim=12),

@@ -1,10 +1,12 @@
 """Join the tensors of experts at import, so that the model is written as transformers holds it.
 
-Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own:
+Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own, which
+may be transposed:
 
     model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe
     model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral (w1, w3, w2: gate, up, down)
     model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]             as transformers saves it
+    model.language_model.layers.0.mlp.experts.gate_up_proj         the same [E, D, 2I]: qwen3_vl_moe
 """
 
 import re
@@ -56,6 +58,18 @@ def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: R
             stored = [projections[part] for part in parts]
             joined[f"{block}.experts.{fused}"] = lambda stored=stored: _join(read, stored)
     return set(joined), lambda name: joined[name]()
+
+
+def turn_experts(name: str, tensor: torch.Tensor, hidden: int) -> torch.Tensor:
+    """Return the joined experts of a multimodal checkpoint as [E, out, in]; other tensors are returned unchanged.
+
+    As in transformers, experts whose shape fits already are not transposed. `hidden` is the width of the stream.
+    """
+    fused = name.rpartition(".experts.")[2]
+    if tensor.dim() != 3 or fused not in _FUSED:
+        return tensor
+    fits = tensor.shape[1 if fused == "down_proj" else 2] == hidden
+    return tensor if fits else tensor.transpose(1, 2).contiguous()
 
 
 def name_in_checkpoint(model_type: str, name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from pipeline.importing.expert_tensors import turn_experts
 from pipeline.importing.obstacles import explain_obstacles
 from pipeline.importing.source import (
     Dropped,
@@ -82,7 +83,8 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
         places, dropped = _find_text(source, text, shards)
 
     def read(name: str) -> torch.Tensor:
-        return shards[places[name]].get_tensor(places[name])
+        tensor = shards[places[name]].get_tensor(places[name])
+        return tensor if text is None else turn_experts(name, tensor, config.hidden_size)
 
     def find_dtype(name: str) -> str:
         return str(shards[places[name]].get_slice(places[name]).get_dtype())

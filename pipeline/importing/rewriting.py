@@ -7,6 +7,7 @@
     ernie4_5         RoPE on neighbouring channels                         -> llama
     granite          four multipliers                                      -> llama
     granitemoehybrid the same, with a fused MLP, neither experts nor mamba -> llama
+    granitemoe       four multipliers, other names of experts and router   -> mixtral
     hyperclovax      four multipliers, maybe norms after attention and MLP -> llama, hyperclovax without multipliers
 
 **Fused linears** are split by rows. **RoPE** of Llama turns channels (i, i + d/2) of a head. Where a family turns
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import HyperCLOVAXConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import HyperCLOVAXConfig, LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.importing.obstacles import explain_obstacles
@@ -60,10 +61,19 @@ _COPIED = (
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _FINAL_NORM = "model.norm.weight"
 _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+_GRANITE_EXPERTS = {  # as the hub has them, and as transformers holds them
+    "block_sparse_moe.input_linear.weight": "mlp.experts.gate_up_proj",
+    "block_sparse_moe.output_linear.weight": "mlp.experts.down_proj",
+    "block_sparse_moe.router.layer.weight": "mlp.gate.weight",
+    "block_sparse_moe.router.weight": "mlp.gate.weight",
+    "block_sparse_moe.experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "block_sparse_moe.experts.down_proj": "mlp.experts.down_proj",
+}
 _POST_NORMS = {"post_self_attn_layernorm": "post_norm1", "post_mlp_layernorm": "post_norm2"}  # glm4 -> hyperclovax
 _LARGEST_EXPONENT = 38  # of a float32
 _UNTURNED = 1e30  # a factor of LongRoPE that divides a frequency to 0
 _NAME = re.compile(r"(?P<block>model\.layers\.\d+\.)(?P<module>.+)\.(?P<kind>weight|bias)")
+_TENSOR = re.compile(r"(?P<block>model\.layers\.\d+\.)(?P<tensor>.+)")
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,8 @@ class _Plan:
         modules: module in a block -> its parts in the plain family, with their rows; one part None: all rows.
         channels: of each head of q and k, as indices into the stored ones, [d].
         channel_factors: of each head of q and k, [d] float64.
-        factors: module in a block of the plain family -> factor of weight and bias.
+        tensors: tensor in a block -> its name in the plain family; looked up before `modules`.
+        factors: module (or tensor of `tensors`) in a block of the plain family -> factor of weight and bias.
         final_norm: factor of the final norm.
         zero_biases: linears of the plain family that need a bias which the source lacks -> their size.
     """
@@ -102,6 +113,7 @@ class _Plan:
     config: Any
     changes: list[str] = field(default_factory=list)
     modules: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
     channels: list[int] | None = None
     channel_factors: torch.Tensor | None = None
     factors: dict[str, float] = field(default_factory=dict)
@@ -157,6 +169,12 @@ def _list_parts(plan: _Plan, names: set[str]) -> dict[str, _Part]:
         "self_attn.k_proj": config.num_key_value_heads or config.num_attention_heads,
     }
     for name in names:
+        whole = _TENSOR.fullmatch(name)
+        if whole is not None and whole["tensor"] in plan.tensors:
+            renamed = plan.tensors[whole["tensor"]]
+            factor = plan.factors.get(renamed, 1.0)
+            parts[f"{whole['block']}{renamed}"] = _Part(name, factors=None if factor == 1 else _as_factors(factor))
+            continue
         match = _NAME.fullmatch(name)
         if match is None:
             factor = plan.final_norm if name == _FINAL_NORM else 1.0
@@ -396,6 +414,27 @@ def _plan_granite_hybrid(config: Any) -> _Plan:
     return plan
 
 
+def _plan_granite_moe(config: Any) -> _Plan:
+    """Plan a granitemoe as a mixtral: a softmax over the chosen logits is one over all that is made to sum to one."""
+    plain = _copy_config(
+        MixtralConfig,
+        config,
+        head_dim=_find_head_width(config),
+        num_local_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        sliding_window=None,
+    )
+    if config.attention_bias:
+        raise UnsupportedModelError(
+            "model_type='granitemoe' with attention_bias=true is not supported: Mixtral, as which it is imported, has "
+            "no biases in attention"
+        )
+    plan = _Plan(plain, ["tensors of experts and routers are renamed"], tensors=dict(_GRANITE_EXPERTS))
+    _fold_multipliers_(plan, config, divide_logits=True)
+    plan.factors["mlp.experts.down_proj"] = plan.factors.pop("mlp.down_proj")
+    return plan
+
+
 def _plan_hyperclovax(config: Any) -> _Plan:
     biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     biases |= {"head_dim": config.head_dim}
@@ -417,5 +456,6 @@ _PLANNERS: dict[str, Callable[[Any], _Plan]] = {
     "ernie4_5": _plan_ernie,
     "granite": _plan_granite,
     "granitemoehybrid": _plan_granite_hybrid,
+    "granitemoe": _plan_granite_moe,
     "hyperclovax": _plan_hyperclovax,
 }

@@ -67,10 +67,19 @@ WRAPPERS: dict[str, Wrapper] = {
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "smolvlm": _SMOLVLM,
 }
 # The model_type of a wrapper's own text config -> the family that computes the same on text.
-_TEXT_FAMILIES = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+_TEXT_FAMILIES = {
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+# Settings that a text model has always, and the family of its own only if they are stated.
+_FIXED: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+_WITHOUT_DEFAULT = {"qwen3_moe": {"head_dim"}}  # settings that a family reads, and its config does not list
 # Settings of the text model that some checkpoints state only for the wrapper.
 _SHARED = ("vocab_size", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _MULTIMODAL_ROPE = ("type", "mrope_section", "mrope_interleaved")
@@ -83,6 +92,7 @@ _TINY: dict[str, int | None] = {
     "num_key_value_heads": 1,
 }
 _TINY |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_TINY |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 _TINY_WINDOW, _TINY_LENGTH = 12, 40
 
 
@@ -156,11 +166,12 @@ def check_text_family(source: str, raw: dict[str, Any]) -> None:
 def _make_family_config(family: str, text_config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the plain family with all settings of the text config that this family has."""
     config_class = CONFIG_MAPPING[family]
-    known = set(config_class().to_dict())
+    known = set(config_class().to_dict()) | _WITHOUT_DEFAULT.get(family, set())
     values = {key: value for key, value in text_config.to_dict().items() if key in known and key != "model_type"}
     rope = values.get("rope_parameters")
     if rope:
         values["rope_parameters"] = {key: value for key, value in rope.items() if key not in _MULTIMODAL_ROPE}
+    values |= _FIXED.get(text_config.model_type, {})
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
     return config_class.from_dict(values)
 

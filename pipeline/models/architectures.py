@@ -377,6 +377,7 @@ IMPORTED_AS = {
     "ernie4_5": "llama",
     "granite": "llama",
     "granitemoehybrid": "llama",
+    "granitemoe": "mixtral",
 }
 
 

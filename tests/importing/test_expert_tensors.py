@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny_models import MOE_FAMILIES
+from pipeline.importing.expert_tensors import turn_experts
 from pipeline.importing.import_model import import_model
 from pipeline.importing.source import ModelImportError
 from pipeline.inspection.import_gate import _compare_blocks, check_import
@@ -74,3 +75,12 @@ def test_clipped_keys_are_refused_by_name(model_folders, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_qkv": 8.0}))
     with pytest.raises(UnsupportedModelError, match=r"clip_qkv=8\.0 in its config"):
         import_model(str(tmp_path / "clipped"), None, torch.float32, tmp_path / "model")
+
+
+def test_transposed_experts_of_multimodal_checkpoints_are_turned():
+    gate_up, down = torch.arange(2 * 6 * 4.0).view(2, 4, 6), torch.arange(2 * 3 * 4.0).view(2, 3, 4)  # D = 4, I = 3
+    name = "model.layers.0.mlp.experts"
+    assert torch.equal(turn_experts(f"{name}.gate_up_proj", gate_up, 4), gate_up.mT)
+    assert torch.equal(turn_experts(f"{name}.down_proj", down, 4), down.mT)
+    assert turn_experts(f"{name}.gate_up_proj", gate_up.mT, 4).shape == (2, 6, 4)
+    assert torch.equal(turn_experts("model.layers.0.mlp.gate.weight", down[0], 5), down[0])

@@ -46,6 +46,12 @@ CONFIGS = {
         "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         "tie_word_embeddings": True,
     },
+    "qwen3_vl_moe": {
+        "text_config": TEXT
+        | {"rope_parameters": MROPE | {"mrope_interleaved": True}}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+        "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
     "qwen2_5_vl": {
         "text_config": SIZES | {"rms_norm_eps": 1e-3, "rope_parameters": MROPE | {"mrope_section": [2, 2, 2]}},
         "vision_config": QWEN_VISION | {"fullatt_block_indexes": [1]},
