@@ -1,26 +1,29 @@
-"""Router agreement of a quantized mixture of experts, against the same routers on a quantized dense model.
+"""Perplexity and router agreement of a quantized mixture of experts, against a dense model of the same function.
 
     python -m benchmarks.quality.routing --dense FOLDER --text wiki.txt --text c4.jsonl    # artifacts/ of this folder
 
-Both runs must be of the same function: the experts of one were made from the MLPs of the other, so that every expert
-computes the dense MLP and the router changes nothing in full precision. Then three choices of experts are compared
-with those of the original mixture, as the share of tokens with the same set:
+The experts must be made from the MLPs of the dense model. In full precision each of them computes the dense MLP, so the
+router changes nothing, and the quality to reach is that of the dense model, quantized with the same settings.
+
+For each variant, the table has the perplexity of both models and the share of tokens with the same set of experts as in
+the original mixture:
 
     experts    the routers of the quantized mixture, which read its own hidden states
     dense      the original routers on the hidden states of the dense model, quantized in the same way
-    exact      the original routers on the hidden states of the dense model in full precision (1, up to rounding)
+    exact      the original routers on the hidden states of the dense model in full precision (100 %, up to rounding)
 
 The dense run needs `rotation.r1: online` or `identity`, because a merged R1 also turns the hidden states.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.quality.positions import cut_texts
+from benchmarks.quality.positions import Losses, cut_texts, score_windows
 from benchmarks.workspace import find_device
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
 from pipeline.blocks.quantized import load_block
@@ -38,6 +41,15 @@ from pipeline.text.windows import load_start_token, load_windows, prepend_start_
 
 Windows = dict[str, torch.Tensor]  # text -> token ids [N, T]
 Chosen = dict[str, torch.Tensor]  # text -> sorted numbers of the chosen experts, [N, T, L, k]
+VARIANTS = ("quantizer_init", "finetuning")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on all texts: -log p of every target in nats, [N, T - 1] each, and the experts that were chosen."""
+
+    losses: Losses
+    chosen: Chosen
 
 
 def main() -> None:
@@ -49,23 +61,17 @@ def main() -> None:
     parser.add_argument("--length", type=whole(2), default=2048, help="tokens of a window")
     parser.add_argument("--windows", type=whole(1), default=4, help="of each text")
     arguments = parser.parse_args()
-    sparse, dense = arguments.run / "artifacts", arguments.dense / "artifacts"
-    original = Checkpoint(sparse / "model", "model")
+    original = Checkpoint(arguments.run / "artifacts/model", "model")
     windows = cut_texts(arguments.text, arguments.windows, arguments.length, original)
-    start_token = load_windows(sparse / "calibration/train.safetensors").text_start_token_id
     routers = load_routers(original)
-    expected = choose_experts(original, windows, None, start_token)
-    exact = choose_for_dense(Checkpoint(dense / "model", "model"), windows, routers, None, start_token, {})
-    print(format_table("dense, exact", exact, expected))
-    for variant in arguments.variant or ("quantizer_init", "finetuning"):
-        folder, other = sparse / variant, dense / variant
-        tokens = load_start_token(folder / PREFIX, variant), load_start_token(other / PREFIX, variant)
-        chosen = choose_experts(Checkpoint(folder, variant), windows, load_prefix_kv(folder, variant), tokens[0])
-        print(format_table(f"experts, {variant}", chosen, expected))
-        scales, _ = load_tensors(dense / "quantizer_init" / EQUALIZATION, "quantizer_init")
-        kv = load_prefix_kv(other, variant)
-        bar = choose_for_dense(Checkpoint(other, variant), windows, routers, kv, tokens[1], scales)
-        print(format_table(f"dense, {variant}", bar, expected))
+    exact = measure_experts(arguments.run, "model", windows)
+    rows = {"dense, exact": measure_dense(arguments.dense, "model", windows, routers)}
+    for variant in arguments.variant or VARIANTS:
+        rows[f"dense, {variant}"] = measure_dense(arguments.dense, variant, windows, routers)
+        rows[f"experts, {variant}"] = measure_experts(arguments.run, variant, windows)
+    print(format_table(exact, rows))
+    print()
+    print(format_blocks(exact, rows))
 
 
 def load_routers(original: Checkpoint) -> list[nn.Module]:
@@ -74,31 +80,36 @@ def load_routers(original: Checkpoint) -> list[nn.Module]:
     return [load_block(original, index).get_submodule(name) for index in range(original.block_count)]
 
 
-def choose_experts(
-    checkpoint: Checkpoint, windows: Windows, prefix_kv: torch.Tensor | None, start_token: int | None
-) -> Chosen:
-    """Return the experts that a mixture's own routers choose."""
-    run = compute_final_hidden(checkpoint, windows, BlockRunner(checkpoint, find_device(), 1), prefix_kv, start_token)
-    chosen = {text: choices for text, choices in run.choices.items() if choices is not None}
-    if chosen.keys() != windows.keys():
-        raise ValueError(f"{checkpoint.folder}: the model has no experts. Name the dense model by --dense.")
-    return chosen
+def find_prefix(run: Path, variant: str) -> tuple[torch.Tensor | None, int | None]:
+    """Return the prefix's keys and values of a variant, and the start token after it; the original has no prefix."""
+    folder = run / "artifacts" / variant
+    if variant == "model":
+        return None, load_windows(run / "artifacts/calibration/train.safetensors").text_start_token_id
+    return load_prefix_kv(folder, variant), load_start_token(folder / PREFIX, variant)
 
 
 @torch.no_grad()
-def choose_for_dense(
-    checkpoint: Checkpoint,
-    windows: Windows,
-    routers: list[nn.Module],
-    prefix_kv: torch.Tensor | None,
-    start_token: int | None,
-    scales: dict[str, torch.Tensor],
-) -> Chosen:
-    """Return the experts that `routers`, one for each block, choose on the hidden states of a dense model.
+def measure_experts(run: Path, variant: str, windows: Windows) -> Measured:
+    """Measure a mixture of experts, whose own routers choose."""
+    checkpoint = Checkpoint(run / "artifacts" / variant, variant)
+    prefix_kv, start_token = find_prefix(run, variant)
+    result = compute_final_hidden(
+        checkpoint, windows, BlockRunner(checkpoint, find_device(), 1), prefix_kv, start_token
+    )
+    chosen = {text: choices for text, choices in result.choices.items() if choices is not None}
+    if chosen.keys() != windows.keys():
+        raise ValueError(f"{checkpoint.folder}: the model has no experts. Name the dense model by --dense.")
+    return Measured(_score(checkpoint, result.hidden, windows), chosen)
 
-    Args:
-        scales: "INDEX.SITE" -> the scales of equalized channels, which are taken out of the MLP's input.
-    """
+
+@torch.no_grad()
+def measure_dense(run: Path, variant: str, windows: Windows, routers: list[nn.Module]) -> Measured:
+    """Measure a dense model, for whose hidden states `routers` choose, one for each block."""
+    checkpoint = Checkpoint(run / "artifacts" / variant, variant)
+    prefix_kv, start_token = find_prefix(run, variant)
+    # The scales of equalized channels are taken out of the input of the MLP.
+    path = run / "artifacts/quantizer_init" / EQUALIZATION
+    scales = load_tensors(path, "quantizer_init")[0] if variant != "model" and path.is_file() else {}
     runner = BlockRunner(checkpoint, find_device(), 1)
     hidden = {text: checkpoint.embed(prepend_start_token(ids, start_token)) for text, ids in windows.items()}
     chosen: dict[str, list[torch.Tensor | None]] = {text: [] for text in windows}
@@ -112,8 +123,18 @@ def choose_for_dense(
             x = x if s is None else x / s
             choices = router(x.flatten(0, 1))[2].sort(-1).values.to(torch.int32)
             chosen[text].append(choices.unflatten(0, x.shape[:2]))
+    hidden = {text: states[:, -windows[text].shape[1] :] for text, states in hidden.items()}
+    for states in hidden.values():
+        checkpoint.apply_final_norm_(states)
     stacked = {text: stack_choices(by_block) for text, by_block in chosen.items()}
-    return {text: choices for text, choices in stacked.items() if choices is not None}
+    return Measured(
+        _score(checkpoint, hidden, windows), {text: choices for text, choices in stacked.items() if choices is not None}
+    )
+
+
+def _score(checkpoint: Checkpoint, hidden: dict[str, torch.Tensor], windows: Windows) -> Losses:
+    lm_head = checkpoint.load_lm_head()
+    return {text: score_windows(hidden[text], ids, lm_head) for text, ids in windows.items()}
 
 
 @contextmanager
@@ -127,13 +148,27 @@ def recording_mlp_input(block: nn.Module, architecture: Architecture, parts: lis
         handle.remove()
 
 
-def format_table(name: str, chosen: Chosen, expected: Chosen) -> str:
-    """Return a line for each text: the average, then the share of tokens with the same experts by block, in percent."""
-    lines = []
-    for text, choices in chosen.items():
-        shares = measure_agreement(choices, expected[text])
-        by_block = " ".join("-" if share is None else f"{100 * share:.1f}" for share in shares)
-        lines.append(f"| {name} | {text} | {100 * average_agreement(shares):.2f} | {by_block} |")
+def format_table(exact: Measured, rows: dict[str, Measured]) -> str:
+    """Return a Markdown table: perplexity, its ratio to the original's, and router agreement in percent."""
+    lines = ["| text | | perplexity | ratio | same experts, % |", "| --- | --- | ---: | ---: | ---: |"]
+    for text, reference in exact.losses.items():
+        lines.append(f"| {text} | experts, exact | {reference.mean().exp():.3f} | 1.0000 | 100.00 |")
+        for name, row in rows.items():
+            loss = row.losses[text].mean()
+            agreement = average_agreement(measure_agreement(row.chosen[text], exact.chosen[text]))
+            ratio = (loss - reference.mean()).exp()
+            lines.append(f"| {text} | {name} | {loss.exp():.3f} | {ratio:.4f} | {100 * agreement:.2f} |")
+    return "\n".join(lines)
+
+
+def format_blocks(exact: Measured, rows: dict[str, Measured]) -> str:
+    """Return a Markdown table of the router agreement by block in percent, over all texts."""
+    expected = torch.cat(list(exact.chosen.values()))
+    shares = {name: measure_agreement(torch.cat(list(row.chosen.values())), expected) for name, row in rows.items()}
+    lines = [f"| block | {' | '.join(shares)} |", f"| ---: |{' ---: |' * len(shares)}"]
+    for index, by_row in enumerate(zip(*shares.values(), strict=True)):
+        cells = ("-" if share is None else f"{100 * share:.1f}" for share in by_row)
+        lines.append(f"| {index} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -95,6 +95,7 @@ def import_model(
         expected = skeleton.state_dict()  # buffers as well: some families keep state in them
         if config.tie_word_embeddings:
             expected.pop(architecture.lm_head, None)
+        parameters = sum(expected[name].numel() for name, _ in skeleton.named_parameters() if name in expected)
         for name, part in check_names(source, set(expected), plain.names, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = [as_decoder_layer(layer) for layer in skeleton.get_submodule("model.layers").children()]
@@ -140,7 +141,7 @@ def import_model(
             writer.finish(portable, settings={})
             gate_metrics = check_result(opened, partial)
     return {
-        "parameters": sum(expected[name].numel() for name, _ in skeleton.named_parameters() if name in expected),
+        "parameters": parameters,
         "blocks": config.num_hidden_layers,
         "tied_embeddings": bool(config.tie_word_embeddings),
         **_count_dropped(opened),

@@ -38,6 +38,10 @@ def test_import_equals_transformers_reading_of_one_tensor_per_expert(family, mod
     metrics = import_model(str(model_folders[family]), None, torch.float32, tmp_path / "model", check_result=check)
     assert metrics["max_logit_deviation"] == 0  # the same operations on the same numbers
     assert by_block == [0]
+    tied = metrics["tied_embeddings"]
+    assert metrics["parameters"] == sum(
+        t.numel() for name, t in names.items() if not (tied and name == "lm_head.weight")
+    )
 
 
 def test_three_dimensional_tensors_give_the_same_checkpoint(model_folders, imported, tmp_path):
