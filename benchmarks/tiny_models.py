@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     CwmConfig,
     Ernie4_5Config,
@@ -23,6 +25,7 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     HeliumConfig,
+    HunYuanDenseV1Config,
     HyperCLOVAXConfig,
     LlamaConfig,
     Ministral3Config,
@@ -118,6 +121,15 @@ NEAR_FAMILIES = {
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
     ),
+    # A norm of keys after RoPE; MLPs without a gate.
+    "hunyuan_v1_dense": HunYuanDenseV1Config(
+        **SIZES,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
+    ),
+    "arcee": ArceeConfig(**SIZES, head_dim=12, attention_bias=True, mlp_bias=True),
+    "apertus": ApertusConfig(**SIZES, dtype="float32"),
 }
 _MULTIPLIERS = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
 _LONG_ROPE = {  # of 16 channels of a head, 12 are turned

@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # as 
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.kernels.packed_states import fits_kernels, pack_states, takes_matrix, unpack_states_
+from pipeline.models.architectures import find_architecture
 from pipeline.models.layers import Attention
 from pipeline.numerics.hadamard import find_single_matrix, hadamard_transform
 from pipeline.numerics.kept_dtype import KeepsDtype
@@ -142,10 +143,10 @@ class KeyQuantizer(KeepsDtype):
         return turn_keys(mean, cos.float(), sin.float()) if self.turns else mean
 
     def hook_before_rope_(self, attention: Attention, heads_first: bool) -> None:
-        """Apply it to the output of k_norm where the family has one, of k_proj otherwise.
+        """Apply it to the output of the key norm where the family has one, of k_proj otherwise.
 
         Args:
-            heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
+            heads_first: the key norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
         """
         hook_keys_(attention, heads_first, self)
 
@@ -356,8 +357,9 @@ def _wrap_cache(
 
 
 def find_key_source(attention: Attention) -> nn.Module:
-    """Return the module whose output RoPE turns into keys."""
-    return attention.get_submodule("k_norm" if hasattr(attention, "k_norm") else "k_proj")
+    """Return the module whose output RoPE turns into keys, or whose output is the keys where `uses_rope` says no."""
+    name = find_architecture(attention.config).key_norm
+    return attention.get_submodule(name if hasattr(attention, name) else "k_proj")
 
 
 def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -371,7 +373,7 @@ def hook_keys_(
     """Replace the keys before RoPE, [B, heads, T, d], by hook(keys) whenever an attention module runs.
 
     Args:
-        heads_first: k_norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
+        heads_first: the key norm gives [B, heads, T, d], not [B, T, heads * d] or [B, T, heads, d].
 
     Returns:
         A handle that removes the hook.

@@ -203,7 +203,7 @@ def read_raw_config(source: str, folder: Path) -> dict[str, Any]:
     raw = read_json_object(source, folder / CONFIG)
     # Before transformers parses the config: it cannot explain an unknown model_type.
     try:
-        if raw.get("model_type") in WRAPPERS:
+        if str(raw.get("model_type")) in WRAPPERS:
             check_text_family(source, raw)
         else:
             find_family(str(raw.get("model_type")))

@@ -1,12 +1,18 @@
 """Say why a model cannot be imported: which feature, stated by which key, in which layers, and what it would need.
 
 Only config.json and the names of tensors are read, so this works for families that neither this project nor the
-installed transformers knows. Keys are those of transformers' configs and of the remote code of 2023 to 2026.
+installed transformers knows. Keys are those of transformers' configs and of the remote code of 2023 to 2026. Where
+transformers has the family, the modules of its layers are looked at as well (`layer_structure.py`).
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pipeline.importing.layer_structure import describe_structure, list_layer_kinds
+from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS
 
 _TEXT_LEVELS = ("text_config", "llm_config", "language_config", "thinker_config")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -19,31 +25,42 @@ _EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num
 _RECURRENT_TYPES = ("linear_attention", "recurrent", "mamba", "mamba2", "conv", "linear", "hybrid", "ssm", "kda")
 _RECURRENT_KEYS = (
     *("linear_num_key_heads", "mamba_d_state", "mamba_num_heads", "ssm_state_size", "state_size", "conv_L_cache"),
-    *("hybrid_override_pattern", "block_types", "attn_type_list", "linear_attn_config", "lru_width"),
+    *(
+        "hybrid_override_pattern",
+        "block_types",
+        "attn_type_list",
+        "linear_attn_config",
+        "lru_width",
+        "layer_group_size",
+    ),
 )
 _MULTIPLIERS = (
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale"),
     *("scale_emb", "scale_depth", "lm_head_multiplier"),
 )
+_WIDTH_KEYS = (("head_dim",), ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads"))
 # Features that no key of the config states.
 _BY_FAMILY = {
     "gpt_oss": "attention sinks (a learned logit per head) in all layers",
-    "cohere": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
-    "cohere2": "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+    "bloom": "ALiBi in place of RoPE in all layers",
+    "cohere": "RoPE that pairs channels 2i and 2i + 1 in all layers",
+    "cohere2": "RoPE that pairs channels 2i and 2i + 1 in all layers",
     "ernie4_5_moe": "RoPE that pairs channels 2i and 2i + 1, and experts chosen with a correction bias, in all layers",
     "glm4_moe": "experts chosen with a correction bias in all layers",
     "minimax_m2": "experts chosen with a correction bias in all layers",
-    "arcee": "an MLP without a gate (relu2) in all layers",
-    "apertus": "an MLP without a gate (xIELU) in all layers",
-    "nemotron": "an MLP without a gate (relu2) in all layers",
+    "rwkv": "layers with a recurrent state in place of attention",
+    "rwkv7": "layers with a recurrent state in place of attention",
     "gemma4_text": "a factor on the output of each layer (layer_scalar), and a norm of values",
     "gemma4": "a factor on the output of each layer (layer_scalar), and a norm of values",
-    "starcoder2": "an MLP without a gate in all layers",
-    "nanochat": "norms without weights in all layers",
     "llama4_text": "complex RoPE with an L2 norm after it, and chunked attention",
     "bitnet": "norms inside attention and MLP, which prevent merging R2 and R4, in all layers",
-    "hunyuan_v1_dense": "a key norm after RoPE in all layers",
+    "hunyuan_v1_moe": "a key norm after RoPE in all layers",
 }
+# They have an RMSNorm, and call its eps that of a LayerNorm.
+_RMS_FAMILIES = ("exaone", "mamba", "mamba2", "nemotron_h", "qwen")
+# Features that decide by themselves; the modules of layers add nothing.
+_DECISIVE = ("latent attention", "layers with a recurrent state", "experts", "several residual", "an encoder")
+_PARALLEL = "attention and MLP in parallel"
 # The beginning of an obstacle -> the change that would remove it.
 _NEEDS = {
     "latent attention": "a prefix of latents and rotary keys, and quantizers for them",
@@ -58,9 +75,17 @@ _NEEDS = {
     "attention sinks": "sinks in every attention function of this project",
     "attention within chunks": "a prefix at the start of each chunk",
     "clipped queries": "rotations and scales that leave the clipped values alone",
-    "LayerNorm": "weights centred at import, so that an RMSNorm computes the same",
-    "an MLP without a gate": "scales of mlp_hidden that follow its activation",
-    "a key norm after RoPE": "centered keys and scales that act after RoPE",
+    "LayerNorm": "weights centred at import, and a bias of lm_head where the final norm has one",
+    "an MLP without a gate": "an entry whose mlp_readers hold one linear, as for arcee",
+    _PARALLEL: "a norm whose output both attention and MLP read",
+    "q, k and v fused": "these linears split at import, as for phi3 (pipeline/importing/rewriting.py)",
+    "learned positions": "a walk that adds their embeddings, and a prefix that takes up positions",
+    "ALiBi": "attention functions with its bias",
+    "no attention": "a state in place of the cache",
+    "norms without weights": "a weight of ones, written at import",
+    "a bias of lm_head": "a bias in LmHead (pipeline/models/lm_head.py)",
+    "weights that": "a place for them in rotation and quantization",
+    "a key norm after RoPE": "norms_follow_rope in its entry, as for hunyuan_v1_dense",
     "RoPE on a part": "q and k permuted at import, as for glm (pipeline/importing/rewriting.py)",
     "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py)",
     "multipliers": "multipliers folded at import, as for granite (pipeline/importing/rewriting.py)",
@@ -86,7 +111,15 @@ def find_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> list[
         names: of the tensors; may be empty.
     """
     values = find_text_level(raw)
+    if not values.get("layer_types") and len(set(kinds := list_layer_kinds(values))) > 1:
+        values["layer_types"] = kinds
     obstacles = [text for rule in _RULES if (text := rule(values, names)) is not None]
+    if not any(text.startswith(_DECISIVE) for text in obstacles):
+        structure = describe_structure(values)
+        if structure is not None:
+            obstacles = [text for text in obstacles if not text.startswith("LayerNorm")]
+            parallel = any(text.startswith(_PARALLEL) for text in obstacles)
+            obstacles += [text for text in structure if not (parallel and text.startswith(_PARALLEL))]
     family = _BY_FAMILY.get(str(values.get("model_type")))
     if family is not None:
         obstacles.append(family)
@@ -101,18 +134,32 @@ def explain_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> st
     """Return a sentence that says why a model is not supported, and one that names the change that it would need."""
     values = find_text_level(raw)
     outer, family = raw.get("model_type"), values.get("model_type")
+    if not isinstance(outer, str):
+        return (
+            f"model_type={outer!r} is not supported: config.json names no family. Get the config.json of a checkpoint "
+            "in the format of transformers."
+        )
     title = f"model_type={outer!r}" if family in (None, outer) else f"model_type={outer!r} (text model {family!r})"
     obstacles = find_obstacles(raw, names)
     if obstacles:
         needs = [need for obstacle in obstacles for start, need in _NEEDS.items() if obstacle.startswith(start)]
         needed = f" It would need {'; '.join(dict.fromkeys(needs))}." if needs else ""
         return f"{title} is not supported, because it has {'; '.join(obstacles)}.{needed}"
+    if family != outer and _is_supported(family):
+        return (
+            f"{title} is not supported: its text model is, but the names of the parts around it are not listed "
+            "(WRAPPERS in pipeline/importing/wrappers.py). Save the text model alone with transformers, and import it."
+        )
     if raw.get("auto_map"):
         return f"{title} is not supported: its classes are code from the hub (auto_map), which is never run."
     return (
         f"{title} is not supported: no feature in its config forbids it, but nobody has listed and tested this family. "
         "See docs/new_family.md."
     )
+
+
+def _is_supported(family: Any) -> bool:
+    return family in ARCHITECTURES or family in IMPORTED_AS
 
 
 Rule = Callable[[Mapping[str, Any], Collection[str]], str | None]
@@ -129,6 +176,8 @@ def _find_layers(names: Collection[str], part: str) -> str:
 
 
 def _state_experts(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    nested = values.get("ffn_config")
+    values = {**nested, **values} if isinstance(nested, dict) else values
     key = next((key for key in _EXPERT_KEYS if _is_more_than(values.get(key), 1)), None)
     if key is None or values.get("enable_moe_block") is False:
         return None
@@ -203,7 +252,16 @@ def _state_partial_rope(values: Mapping[str, Any], names: Collection[str]) -> st
             share = level.get(key)
             if isinstance(share, int | float) and share != 1:
                 return f"RoPE on a part of each head ({key}={share}) in all layers"
+    turned, width = values.get("rotary_dim"), _find_head_width(values)
+    if isinstance(turned, int) and width is not None and turned < width:
+        return f"RoPE on a part of each head (rotary_dim={turned}, of {width} channels) in all layers"
     return None
+
+
+def _find_head_width(values: Mapping[str, Any]) -> int | None:
+    sizes = [next((values[key] for key in keys if isinstance(values.get(key), int)), 0) for keys in _WIDTH_KEYS]
+    head_dim, hidden, heads = sizes
+    return head_dim or (hidden // heads if heads else None)
 
 
 def _state_multipliers(values: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -213,9 +271,27 @@ def _state_multipliers(values: Mapping[str, Any], names: Collection[str]) -> str
 
 def _state_layer_norm(values: Mapping[str, Any], names: Collection[str]) -> str | None:
     key = next((key for key in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon") if key in values), None)
-    if key is None or "rms_norm_eps" in values:
+    if key is None or "rms_norm_eps" in values or values.get("model_type") in _RMS_FAMILIES:
         return None
     return f"LayerNorm instead of RMSNorm ({key}) in all layers"
+
+
+def _state_encoder(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    if not isinstance(values.get("model_type"), str) or values["model_type"] not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return None
+    return "an encoder, whose attention reads later positions; only decoders are imported"
+
+
+def _state_alibi(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    attention = values.get("attn_config")
+    nested = isinstance(attention, dict) and attention.get("alibi")
+    return "ALiBi in place of RoPE (alibi=True) in all layers" if values.get("alibi") is True or nested else None
+
+
+def _state_parallel(values: Mapping[str, Any], names: Collection[str]) -> str | None:
+    keys = ("parallel_attn", "use_parallel_residual", "use_parallel_block", "parallel_residual")
+    key = next((key for key in keys if values.get(key) is True), None)
+    return None if key is None else f"{_PARALLEL} ({key}=True) in all layers"
 
 
 def _make_key_rule(text: str, *keys: str) -> Rule:
@@ -232,6 +308,7 @@ def _shorten(value: Any) -> str:
 
 
 _RULES: tuple[Rule, ...] = (
+    _state_encoder,
     _make_key_rule("an encoder ({setting}); only decoders are imported", "is_encoder_decoder"),
     _make_key_rule("attention that selects tokens with an indexer ({setting})", "index_topk", "index_n_heads"),
     _make_key_rule("several residual streams ({setting}) between all layers", "hc_mult", "altup_num_inputs"),
@@ -246,6 +323,8 @@ _RULES: tuple[Rule, ...] = (
     _make_key_rule("attention sinks ({setting})", "add_swa_attention_sink_bias", "add_full_attention_sink_bias"),
     _make_key_rule("attention within chunks of text ({setting})", "attention_chunk_size"),
     _make_key_rule("clipped queries, keys and values ({setting}) in all layers", "clip_qkv"),
+    _state_alibi,
+    _state_parallel,
     _state_partial_rope,
     _state_multipliers,
     _state_layer_norm,

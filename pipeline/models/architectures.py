@@ -1,7 +1,7 @@
 """The differences between model families, as data.
 
-A family can be listed if its decoder layers have the shape of Llama's: separate q, k and v projections, a gated MLP,
-and RMSNorms before attention and MLP, after them, or both. Names are as in the checkpoint.
+A family can be listed if its decoder layers have the shape of Llama's: separate q, k and v projections, an MLP with or
+without a gate, and RMSNorms before attention and MLP, after them, or both. Names are as in the checkpoint.
 """
 
 import functools
@@ -35,9 +35,13 @@ class Architecture:
         attention_output, mlp_output: the linears that write to the residual stream, or to a post-norm.
         value: the linear whose output R2 rotates, head by head.
         kernel: transformers' attention implementation; eager if scores are capped, which the others cannot do.
-        heads_first: whether k_norm reads keys as [B, heads, T, d] and not as [B, T, …].
+        query_norm, key_norm: the norms of queries and keys inside attention, in families that have them.
+        norms_follow_rope: whether these norms act on queries and keys that RoPE has turned, and write to the cache.
+        heads_first: whether the key norm reads keys as [B, heads, T, d] and not as [B, T, …].
         norm_offset: a constant that norms add to their weight before they multiply by it (1 in Gemma).
         nope_without_window: whether layers without a sliding window have no RoPE, where others have a window.
+        hidden_degree: multiplying up_proj by t multiplies the input of down_proj by t ** hidden_degree: 1 with a gate,
+            2 for relu squared; None if no power does.
         slides_throughout: whether `sliding_window` applies to all blocks, and not only to those in config.layer_types.
         experts, shared_expert: in blocks with a mixture of experts, the module of the routed experts, and the MLP that
             every token passes as well; None in dense families, and where there is no shared expert.
@@ -56,8 +60,12 @@ class Architecture:
     mlp_output: str = "mlp.down_proj"
     value: str = "self_attn.v_proj"
     kernel: str = "sdpa"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    norms_follow_rope: bool = False
     heads_first: bool = False
     norm_offset: float = 0.0
+    hidden_degree: int | None = 1
     slides_throughout: bool = False
     nope_without_window: bool = False
     experts: str | None = None
@@ -357,6 +365,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ministral": _LLAMA,
     "ministral3": Architecture(slides_throughout=True),
     "smollm3": _LLAMA,
+    "hunyuan_v1_dense": Architecture(
+        query_norm="query_layernorm", key_norm="key_layernorm", norms_follow_rope=True, heads_first=True
+    ),
+    "arcee": Architecture(mlp_readers=("mlp.up_proj",), hidden_degree=2),
+    "apertus": Architecture(
+        attention_norm="attention_layernorm",
+        mlp_norm="feedforward_layernorm",
+        mlp_readers=("mlp.up_proj",),
+        hidden_degree=None,
+        heads_first=True,
+    ),
     "cwm": _LLAMA,
     "gemma": Architecture(norm_offset=1.0),
     "hyperclovax": Architecture(post_norms=("post_norm1", "post_norm2")),
@@ -417,9 +436,14 @@ def find_sliding_window(config: PreTrainedConfig, block: DecoderLayer) -> int | 
 
 
 def uses_rope(config: PreTrainedConfig, block: DecoderLayer) -> bool:
-    """Return whether a decoder layer turns its queries and keys by RoPE. Some families leave it out in some layers."""
-    attention = block.self_attn
-    if find_architecture(config).nope_without_window:
+    """Return whether RoPE lies between the module that writes a layer's keys (`find_key_source`) and the cache.
+
+    Some families have no RoPE in some layers. In others a norm follows RoPE, and this norm writes the keys.
+    """
+    attention, architecture = block.self_attn, find_architecture(config)
+    if architecture.norms_follow_rope:
+        return False
+    if architecture.nope_without_window:
         return config.sliding_window is None or find_sliding_window(config, block) is not None
     return bool(getattr(attention, "use_rope", True))
 

@@ -19,7 +19,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The attention of a decoder layer. `q_norm` and `k_norm` exist in some families only."""
+    """The attention of a decoder layer. Norms of queries and keys have names of their own (`Architecture.key_norm`)."""
 
     config: PretrainedConfig
     head_dim: int
@@ -29,8 +29,6 @@ class Attention(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
-    q_norm: Norm
-    k_norm: Norm
 
 
 class DecoderLayer(nn.Module):

@@ -96,6 +96,8 @@ def explain_source(source: str, revision: str | None = None) -> Explanation:
 def _is_listed(raw: dict[str, Any]) -> bool:
     """Return whether the family in a config.json, or that of its text model, is supported."""
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        return False
     family = find_text_family(raw) if model_type in WRAPPERS else model_type
     try:
         find_family(family)

@@ -5,9 +5,12 @@ be multiplied by any s > 0 and the readers divided by it. In full precision noth
 provided that the prefix's keys and values are scaled like the block's own. Five sites of a block can be scaled:
 
     attention_input, mlp_input   the norm's weight · s       / s in the readers     only where R1 is online
-    key                          k_proj, or k_norm, · s      / s in q_proj, or q_norm
+    key                          k_proj, or its norm, · s    / s in q_proj, or its norm
     value                        v_proj · s                  / s in o_proj
     mlp_hidden                   up_proj · s                 / s in down_proj
+
+An MLP without a gate multiplies mlp_hidden by s where up_proj is multiplied by s^(1 / p), if its activation is a power:
+p = 2 for relu squared. For others, mlp_hidden is not scaled (`Architecture.hidden_degree`).
 
 In a mixture of experts, one s of mlp_input serves all experts and the router, and each expert has its own mlp_hidden.
 
@@ -104,7 +107,7 @@ class Equalizer:
         norms = {site: self.architecture.input_norm(site) for site in RESIDUAL_SITES}
         scalable = {site for site, norm in norms.items() if norm is not None and self.settings.online_r1}
         self.sites = tuple(site for site in self.sites if site not in norms or site in scalable)
-        hidden_sites = tuple(self.architecture.mlps)
+        hidden_sites = () if self.architecture.hidden_degree is None else tuple(self.architecture.mlps)
         self.sites = tuple(
             name for site in self.sites for name in (hidden_sites if site == Site.MLP_HIDDEN else (site,))
         )
@@ -208,9 +211,9 @@ class Equalizer:
 
         Returns:
             Site -> s, float32: [D] for attention_input and mlp_input, [F] for mlp_hidden, [kv_heads, d] for value.
-            For key, s of each pair of channels (i, i + d/2): [kv_heads, d / 2], or [1, d / 2] where k_norm has one
-            weight for all heads. Where RoPE turns other channels together, or none, s of each channel: d in place of
-            d / 2.
+            For key, s of each pair of channels (i, i + d/2): [kv_heads, d / 2], or [1, d / 2] where the key norm has
+            one weight for all heads. Where RoPE turns other channels together, or none, s of each channel: d in place
+            of d / 2.
         """
         scales = {}
         groups = find_rope_groups(self.block, runner) if Site.KEY in self.sites else None
@@ -231,7 +234,7 @@ class Equalizer:
         return scales
 
     def _sum_groups(self, x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        """Sum [kv_heads, d] over channels that share a scale: groups [d], and all heads where k_norm has one weight.
+        """Sum [kv_heads, d] over channels that share a scale: groups [d], and all heads where one norm scales them.
 
         Returns:
             [kv_heads or 1, number of groups].
@@ -240,7 +243,7 @@ class Equalizer:
             sums = x.unflatten(-1, (2, -1)).sum(-2)
         else:
             sums = x.new_zeros(len(x), int(groups.max()) + 1).index_add_(1, groups.to(x.device), x)
-        norm = getattr(self.block.self_attn, "k_norm", None)
+        norm = getattr(self.block.self_attn, self.architecture.key_norm, None)
         return sums.sum(0, keepdim=True) if norm is not None and norm.weight.numel() == self.head_dim else sums
 
     @torch.no_grad()
@@ -257,7 +260,7 @@ class Equalizer:
                     _divide_inputs_(self.block.get_submodule(name), s)  # they read the norm's output before R1
             elif site in architecture.mlps:
                 _, up, down = architecture.mlps[site]
-                _scale_rows_(find(up), s)
+                _scale_rows_(find(up), self._take_root(s))
                 _scale_columns_(find(down), 1 / s, self._find_basis(site))
             elif site == Site.VALUE:
                 output = find(architecture.attention_output)
@@ -267,6 +270,12 @@ class Equalizer:
                 _scale_columns_(output, 1 / for_output, self._find_basis(Site.ATTENTION_OUTPUT))
             else:
                 self._scale_keys_(s)
+
+    def _take_root(self, s: torch.Tensor) -> torch.Tensor:
+        """Return the factors of up_proj that multiply `mlp_hidden` by s."""
+        degree = self.architecture.hidden_degree
+        assert degree is not None, "mlp_hidden cannot be scaled in this family"
+        return s if degree == 1 else s ** (1 / degree)
 
     def _find_norm(self, site: str) -> Norm:
         """Return the norm that writes a site. `sites` holds no site without one."""
@@ -307,13 +316,16 @@ class Equalizer:
         s = _spread_pairs(pairs, self.head_dim)
         heads = attention.q_proj.out_features // (self.head_dim * self.kv_heads)
         for_queries = s.repeat_interleave(heads, dim=0)
-        if not hasattr(attention, "k_norm"):
+        key_norm, query_norm = (
+            getattr(attention, name, None) for name in (self.architecture.key_norm, self.architecture.query_norm)
+        )
+        if key_norm is None or query_norm is None:
             _scale_rows_(find_quantized_linear(attention, "k_proj"), s.flatten())
             _scale_rows_(find_quantized_linear(attention, "q_proj"), 1 / for_queries.flatten())
             return
         offset = self.architecture.norm_offset
-        _scale_norm_(attention.k_norm, s.flatten(), offset)
-        _scale_norm_(attention.q_norm, 1 / (s if len(s) == 1 else for_queries).flatten(), offset)
+        _scale_norm_(key_norm, s.flatten(), offset)
+        _scale_norm_(query_norm, 1 / (s if len(s) == 1 else for_queries).flatten(), offset)
 
 
 def _measured_site(site: str) -> str:

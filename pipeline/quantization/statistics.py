@@ -18,11 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
-from pipeline.blocks.kv_cache import as_quantized_attention, find_key_source
+from pipeline.blocks.kv_cache import as_quantized_attention, find_key_source, turn_keys
 from pipeline.blocks.quantized import find_quantized_linear, find_site_quantizers, read_input
 from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture, check_attention_arguments
-from pipeline.models.layers import Attention, DecoderLayer
+from pipeline.models.layers import Attention, DecoderLayer, as_norm
 from pipeline.models.sites import CACHE_SITES, Site
 from pipeline.numerics.quantizer import group
 from pipeline.quantization.expert_statistics import ExpertRecorder, ExpertUse
@@ -192,7 +192,8 @@ def record_block(
         statistics.histogram.update(grouped.flatten(1, -2))
 
     attention = cast(RecordedAttention, block.self_attn)
-    measure_key_mean_(block, architecture, hidden, runner, ranks)
+    prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[-2]
+    measure_key_mean_(block, architecture, hidden, runner, prefix_tokens=prefix_tokens, ranks=ranks)
     attention.config._attn_implementation = _RECORDING + architecture.kernel
     routed = nullcontext() if recorder is None else recorder.recording()
     with _hooking({site: quantizers[site] for site in sites if site not in expert_sites}, record), routed:
@@ -232,9 +233,18 @@ def record_block(
 
 @torch.no_grad()
 def measure_key_mean_(
-    block: DecoderLayer, architecture: Architecture, hidden: Stream, runner: BlockRunner, ranks: Ranks = ALONE
+    block: DecoderLayer,
+    architecture: Architecture,
+    hidden: Stream,
+    runner: BlockRunner,
+    *,
+    prefix_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Give the key quantizer the mean of the keys before RoPE over all windows [N, T, D], if it takes the mean out."""
+    """Give the key quantizer the mean of its keys over all windows [N, T, D], if it takes the mean out.
+
+    They are those that `find_key_source` writes: before RoPE, except in families whose norms follow it.
+    """
     attention = as_quantized_attention(block.self_attn)
     quantizer, source = attention.key_quantizer, find_key_source(attention)
     if not quantizer.mean_taken_out:
@@ -243,8 +253,12 @@ def measure_key_mean_(
     for rows in batches(len(hidden), runner.batch_size):
         x = read_input(block, architecture, Site.ATTENTION_INPUT, hidden[rows].to(runner.device))
         keys = attention.k_proj(x)
-        if source is not attention.k_proj:  # k_norm, which normalises each head, or all heads together
-            keys = source(keys.unflatten(-1, (-1, attention.k_norm.weight.numel())))
+        if source is not attention.k_proj:  # a norm, which normalises each head, or all heads together
+            keys = keys.unflatten(-1, (-1, as_norm(source).weight.numel()))
+            if architecture.norms_follow_rope:
+                tables = runner.rotary_tables(block, x, prefix_tokens)
+                keys = turn_keys(keys.transpose(1, 2), *tables).transpose(1, 2)
+            keys = source(keys)
         total += keys.reshape(-1, *quantizer.mean.shape).double().sum(0)
     count = torch.tensor(hidden.shape[0] * hidden.shape[1], dtype=torch.float64, device=total.device)
     ranks.sum_(total, count)

@@ -29,10 +29,19 @@ def test_the_text_level_is_found_below_several_wrappers():
         ({"clip_qkv": None}, None),
         ({"index_topk": 2048}, "attention that selects tokens with an indexer (index_topk=2048)"),
         ({"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6}, None),
+        ({"model_type": "cohere2"}, "RoPE that pairs channels 2i and 2i + 1 in all layers"),
+        ({"model_type": "cohere2"}, "attention and MLP in parallel, after one norm (input_layernorm) in all layers"),
+        ({"alibi": True}, "ALiBi in place of RoPE (alibi=True) in all layers"),
+        ({"attn_config": {"alibi": True}}, "ALiBi in place of RoPE (alibi=True) in all layers"),
+        ({"ffn_config": {"moe_num_experts": 16}}, "experts (moe_num_experts=16) in its layers"),
+        ({"parallel_attn": True}, "attention and MLP in parallel (parallel_attn=True) in all layers"),
         (
-            {"model_type": "cohere2"},
-            "RoPE that pairs channels 2i and 2i + 1, and attention parallel to the MLP, in all layers",
+            {"rotary_dim": 64, "n_embd": 4096, "n_head": 16},
+            "RoPE on a part of each head (rotary_dim=64, of 256 channels) in all layers",
         ),
+        ({"rotary_dim": 64, "head_dim": 64}, None),
+        ({"model_type": "bert"}, "an encoder, whose attention reads later positions; only decoders are imported"),
+        ({"model_type": "exaone", "layer_norm_epsilon": 1e-5}, None),  # an RMSNorm all the same
     ],
 )
 def test_each_feature_is_named_with_its_key(values, obstacle):
@@ -71,9 +80,6 @@ GROUP_6 = {
     "nemotron_h": {"hybrid_override_pattern": "M-M*"},
     "falcon_h1": {"mamba_d_state": 256},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 8},
-    "hunyuan_v1_dense": {},
-    "arcee": {},
-    "apertus": {},
     "starcoder2": {"norm_epsilon": 1e-5},
     "stablelm": {"layer_norm_eps": 1e-5},
     "nemotron": {"norm_eps": 1e-5},
@@ -88,6 +94,24 @@ def test_refused_families_have_a_reason_and_what_they_would_need(family):
     reason, _, need = sentence.partition(". It would need ")
     assert reason.startswith(f"model_type={family!r} is not supported, because it has ")
     assert need
+
+
+def test_a_pattern_of_layers_is_read_by_the_class_of_the_config():
+    """Jamba states a period and an offset, Qwen3-Next an interval."""
+    jamba = {"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 1}
+    assert "3 of 4 layers, first layer 0" in find_obstacles(jamba)[0]
+    following = {"model_type": "qwen3_next", "num_hidden_layers": 8, "full_attention_interval": 4}
+    assert "6 of 8 layers, first layer 0" in find_obstacles(following)[0]
+
+
+@pytest.mark.parametrize("model_type", [None, 5, ["llama"]])
+def test_a_config_without_a_family_gets_an_answer(model_type):
+    assert "config.json names no family" in explain_obstacles({"model_type": model_type})
+
+
+def test_a_wrapper_that_is_not_listed_around_a_supported_text_model():
+    sentence = explain_obstacles({"model_type": "voxtral", "text_config": {"model_type": "llama"}})
+    assert "(text model 'llama') is not supported: its text model is, but" in sentence
 
 
 def test_a_dense_model_of_a_hybrid_family_has_no_state():

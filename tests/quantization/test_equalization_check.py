@@ -32,7 +32,9 @@ def check(checkpoint, runner, rows=8, **changes):
     )
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize(
+    "family", ["llama_untied_biases", "gemma3_text", "olmo2", "hunyuan_v1_dense", "arcee", "apertus"]
+)
 def test_scaling_that_cancels_passes(family, imported, tmp_path):
     checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1="online")
     assert check(checkpoint, runner) < 1e-10  # measured: 1e-13
@@ -44,8 +46,8 @@ def test_channels_of_a_pair_with_different_scales_are_refused(imported, tmp_path
         check(checkpoint, runner, key=torch.linspace(0.5, 2, 24).view(2, 12))
 
 
-def test_an_mlp_without_a_gate_is_refused(tmp_path, monkeypatch):
-    """relu squared squares the scale of up_proj; the import of such a model is right."""
+def test_an_mlp_without_a_gate_needs_its_degree(tmp_path, monkeypatch):
+    """relu squared squares the scale of up_proj; the import of an entry without `hidden_degree` is right."""
     monkeypatch.setitem(ARCHITECTURES, "arcee", Architecture(mlp_readers=("mlp.up_proj",)))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(transformers.ArceeConfig(**SIZES)))
