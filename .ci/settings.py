@@ -144,7 +144,8 @@ def _render_group(
 def _render_key(key: str, allowed: str, value: Any, lines: list[str]) -> Iterator[str]:
     example = [line for line in lines if line.startswith("  ")]
     text = " ".join(line for line in lines if not line.startswith("  "))
-    text = text.removeprefix(allowed.strip("`") + ". ")  # params.yaml repeats the choices
+    # params.yaml repeats the type
+    text = text.removeprefix(allowed.strip("`") + ". ").removesuffix(f" An {allowed}.")
     yield _fill(f"- **`{key}`** ({allowed}; default {_show(value)}). {_link(text)}".strip(), "    ") + "\n"
     if example:
         yield "\n    ```\n" + textwrap.indent(textwrap.dedent("\n".join(example)), "    ") + "\n    ```\n\n"

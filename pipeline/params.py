@@ -154,7 +154,7 @@ def _contradictions(params: Params) -> list[str]:
     keys = params.quantizer_init.keys
     if keys.before_rope and params.rotation.r3 != "identity" and keys.bits < 16:
         problems.append(
-            "quantizer_init.keys.before_rope=true: R3 acts on keys behind RoPE and would do nothing; "
+            "quantizer_init.keys.before_rope=true: R3 acts on keys after RoPE and would do nothing. "
             "set rotation.r3: identity"
         )
     if params.prefix.use in ("trained", "discretised") and not params.prefix_training.enabled:

@@ -84,7 +84,7 @@ def main(run: Run) -> None:
         check_token_ids(cut.token_ids, checkpoint.config.vocab_size, tokenizer, f"calibration.{name}")
     token_ids = cuts["train"].token_ids
     decision = decide_start_token(calibration.start_token, checkpoint, token_ids, run.runner(checkpoint))
-    logger.info("start token in front of every window: %s (%s)", decision.token, decision.why)
+    logger.info("start token before every window: %s (%s)", decision.token, decision.why)
     if decision.token is not None:
         problems = find_misfits(calibration, max_positions, tokens_before=1)
         if problems:

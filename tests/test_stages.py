@@ -223,7 +223,7 @@ def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, proj
     change(project, "prefix.use", use)
     run(*COMPUTED, monkeypatch=monkeypatch)
     found = {name: read_json(project / f"metrics/evaluation/{name}.json") for name in EVALUATED}
-    start, nothing = "start token (id 0) in front of each window", "none added"
+    start, nothing = "start token (id 0) before each window", "none added"
     front = {name: metrics["settings"]["special_tokens"] for name, metrics in found.items()}
     own = start if use == "none" else nothing
     assert front == dict.fromkeys(EVALUATED, own) | {"original": start}
@@ -246,7 +246,7 @@ def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, proj
 
 
 def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(project, monkeypatch):
-    """The original reads it in front of each window, the quantized model once: the same function, to the last stage."""
+    """The original reads it before each window, the quantized model once: the same function, to the last stage."""
     change(project, "calibration.start_token", "always")
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "prefix.length", 1)
@@ -270,7 +270,7 @@ def test_auto_is_measured_and_said(project, monkeypatch, caplog):
     decision = read_json(project / "metrics/calibration.json")["start_token"]
     assert decision.keys() == {"id", "why", "loss_without", "loss_with", "standard_error"}
     assert decision["why"].startswith("auto: loss with BOS '<s>' ")
-    assert f"start token in front of every window: {decision['id']} ({decision['why']})" in caplog.text
+    assert f"start token before every window: {decision['id']} ({decision['why']})" in caplog.text
     cut = load_windows(project / "artifacts/calibration/train.safetensors")
     assert cut.text_start_token_id == decision["id"]
     assert cut.token_ids.shape == (3, 32)

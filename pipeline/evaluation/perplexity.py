@@ -210,7 +210,7 @@ def _describe_settings(
     """Return the entry `settings` of the metrics."""
     special_tokens = "none added"
     if text_start_token_id is not None:
-        special_tokens = f"start token (id {text_start_token_id}) in front of each window"
+        special_tokens = f"start token (id {text_start_token_id}) before each window"
     return {
         "prefix_tokens": 0 if prefix_kv is None else prefix_kv.shape[-2],
         "windows": {corpus: len(ids) for corpus, ids in windows.items()},

@@ -54,7 +54,7 @@ def test_a_start_token_is_read_but_is_not_a_target(family, imported, token_ids):
     assert torch.equal(tensors["token_ids.a"], token_ids)
     assert metrics["settings"]["targets_per_window"] == plain["settings"]["targets_per_window"] == 23
     assert plain["settings"]["special_tokens"] == "none added"
-    assert metrics["settings"]["special_tokens"] == "start token (id 0) in front of each window"
+    assert metrics["settings"]["special_tokens"] == "start token (id 0) before each window"
 
 
 def test_a_prefix_of_the_start_token_equals_the_original_reading_it(imported, token_ids, tmp_path):

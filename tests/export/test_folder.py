@@ -258,7 +258,7 @@ def test_folder_records_that_texts_begin_with_a_start_token(imported, tmp_path, 
     labels[:, :2] = -100
     assert metrics["perplexity"]["a"] == pytest.approx(evaluated(ids, labels=labels).loss.exp().item(), rel=1e-5)
     assert tensors["hidden.a"].shape == (3, 20, 48)
-    assert metrics["settings"]["special_tokens"] == "start token (id 0) in front of each window"
+    assert metrics["settings"]["special_tokens"] == "start token (id 0) before each window"
     # The folder that transformers saves records it too.
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").text_start_token_id == 0
