@@ -50,7 +50,7 @@ def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | Pi
     """Return the need of each stage, or the error that says why the settings do not fit the model.
 
     Args:
-        config: of the imported model, see `Explanation`.
+        config: config of the imported model, see `Explanation`.
     """
     with tempfile.TemporaryDirectory() as folder:
         values = config.to_dict() | {"dtype": params.model.dtype}

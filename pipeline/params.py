@@ -66,7 +66,7 @@ def load_params(path: Path) -> Params:
             of range or contradictions; all of them are listed.
     """
     if not Path(path).is_file():
-        raise ParamsError(f"{path} does not exist; run from the project's root, or restore it from git")
+        raise ParamsError(f"{path} does not exist. Run this in the project's root, or restore the file from git.")
     with reading(lambda why: ParamsError(f"{path} is not valid YAML: {why}")):
         raw, problems = read_strict_yaml(Path(path).read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
@@ -99,7 +99,7 @@ _UNQUOTED = {
     datetime.date: "a date",
     datetime.datetime: "a date",
 }
-_MISSING = "missing; add it (see the commented params.yaml in git)"
+_MISSING = "missing. Add it (see the commented params.yaml in git)."
 _UNKNOWN_PREFIX = 8  # tokens to leave room for while the prefix is still to be found
 
 
@@ -129,7 +129,7 @@ def check_against_model(
     for key, indices in named.items():
         for index in indices or ():
             if index >= blocks:
-                problems.append(f"{key}={index}: the model has blocks 0 to {blocks - 1}; remove it")
+                problems.append(f"{key}={index}: the model has blocks 0 to {blocks - 1}. Remove it.")
     problems += text.find_misfits(params.calibration, max_positions, count_prefix_positions(params))
     problems += export.find_misfits(params.export.formats, sliding_window)
     if problems:
@@ -155,27 +155,27 @@ def _contradictions(params: Params) -> list[str]:
     if keys.before_rope and params.rotation.r3 != "identity" and keys.bits < 16:
         problems.append(
             "quantizer_init.keys.before_rope=true: R3 acts on keys after RoPE and would do nothing. "
-            "set rotation.r3: identity"
+            "Set rotation.r3: identity."
         )
     if params.prefix.use in ("trained", "discretised") and not params.prefix_training.enabled:
         problems.append(
-            f"prefix.use={params.prefix.use!r} needs a trained prefix; set prefix_training.enabled: true, or use found"
+            f"prefix.use={params.prefix.use!r}: no prefix is trained. Set prefix_training.enabled: true, or use found."
         )
     together = params.finetuning.end_to_end
     if together.enabled and together.weights != "fixed":
         key = f"finetuning.end_to_end.weights={together.weights!r}"
         if not params.quantizer_init.keep_unrounded:
             problems.append(
-                f"{key} starts from the weights before rounding; set quantizer_init.keep_unrounded: true, or use fixed"
+                f"{key}: needs the weights before rounding. Set quantizer_init.keep_unrounded: true, or use fixed."
             )
         blocks = params.finetuning.blocks
         if params.finetuning.start == "full_precision" or (blocks.enabled and blocks.weight_lr > 0):
             problems.append(
-                f"{key} starts from the integers of quantizer_init, and finetuning.blocks would train others; set "
-                "finetuning.start: quantizer_init and finetuning.blocks.weight_lr: 0"
+                f"{key}: starts from the integers of quantizer_init, and finetuning.blocks would train others. Set "
+                "finetuning.start: quantizer_init and finetuning.blocks.weight_lr: 0."
             )
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
-        problems.append("export.formats: the peft adapter belongs on the compressed-tensors folder; add that, too")
+        problems.append("export.formats: peft is an adapter of the compressed-tensors folder. Add compressed-tensors.")
     problems += export.find_contradictions(params.export)
     has_matrices = params.export.onnx.widest_rotation > 0  # then online rotations may be in the graph
     others = [name for name in params.export.formats if name != "peft" and not (name == "onnx" and has_matrices)]
@@ -188,7 +188,7 @@ def _contradictions(params: Params) -> list[str]:
         if others and acts:
             problems.append(
                 f"export.formats: {others[0]} cannot carry rotation.{name}={getattr(chosen, name)!r}, which acts "
-                f"online; set rotation.{name}: {instead}"
+                f"online. Set rotation.{name}: {instead}."
             )
     return problems
 
@@ -208,18 +208,18 @@ def _list_missing(group: type[Group], raw: dict[str, Any], path: tuple[str, ...]
 
 
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
-    """Return one pydantic error as `key=value: allowed values; remedy`."""
+    """Return one pydantic error as `key=value: allowed values. Remedy.`"""
     # A union's member names end up in the location (`…, 'constrained-int'`): keep what is a path into the file.
     kind = problem["type"]
     location = _path_in(raw, problem["loc"], missing=kind == "missing")
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden" and key in RENAMED_KEYS:
-        return f"{key}: renamed; use {RENAMED_KEYS[key]}"
+        return f"{key}: renamed. Use {RENAMED_KEYS[key]}."
     if kind == "extra_forbidden":
         known = list_known_keys(location[:-1])
         close = difflib.get_close_matches(_show(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "remove it"
-        return f"{_show(key)}: unknown key; {hint} (known here: {', '.join(known)})"
+        hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
+        return f"{_show(key)}: unknown key. {hint} Known here: {', '.join(known)}."
     if kind == "missing":
         return f"{key}: {_MISSING}"
     value = problem["input"]
@@ -228,8 +228,8 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
         close = difflib.get_close_matches(
             _show(value), [c.strip(" '") for c in choices.replace(" or ", ",").split(",")]
         )
-        hint = f"; did you mean {close[0]!r}?" if close else "; pick one of those"
-        return f"{key}={_show(repr(value))}: allowed are {choices}{hint}"
+        hint = f"Did you mean {close[0]!r}?" if close else "Use one of them."
+        return f"{key}={_show(repr(value))}: allowed are {choices}. {hint}"
     if kind in ("model_type", "dict_type"):
         keys = ", ".join(list_known_keys(location)) or "names that you choose"
         if value is None:
@@ -240,7 +240,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
             f"{key}={_show(repr(value))}: expected text, but YAML reads this as {_UNQUOTED[type(value)]}. "
             'Put it in quotes, for example "no" or "12".'
         )
-    return f"{key}={_show(repr(value))} ({type(value).__name__}): {problem['msg'].lower()}; change the value"
+    return f"{key}={_show(repr(value))} ({type(value).__name__}): {problem['msg'].lower()}. Change the value."
 
 
 def _show(value: Any) -> str:

@@ -73,7 +73,7 @@ def quantize(
         out: a new or empty folder, or an exported one, which is replaced at the end.
         texts: files or folders of text for calibration and evaluation. Without any, the packaged corpora are used.
         recipe: a preset that names no model; `prefixquant quantize --help` lists them.
-        bits: bits of weights, activations and KV cache, such as "W4A8KV4"; None: those of the recipe.
+        bits: bits of weights, activations and KV cache, such as "W4A8KV4"; None: the bits of the recipe.
         finetune: none: no training | short: the default | long: the same on four times as much text. None: as the
             recipe.
         settings: keys of params.yaml with dots -> value, such as {"calibration.train.windows": 64}. They override all

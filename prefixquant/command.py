@@ -3,7 +3,7 @@
     prefixquant quantize MODEL --out DIR      write a quantized model
     prefixquant generate DIR "Once upon a time"
 
-This module imports nothing that is slow, so that `prefixquant --help` answers at once. A subcommand imports what it
+This module imports only fast modules, so that `prefixquant --help` answers at once. A subcommand imports what it
 needs. `prefixquant SUBCOMMAND --help` lists its arguments.
 """
 

@@ -74,7 +74,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_experiments() -> list[RunRecord]:
-    """Return the present results of the project in this folder, and those of its experiments since the last commit.
+    """Return the present results of the project in this folder, and its experiments since the last commit.
 
     Raises:
         PipelineError: there are none.
@@ -167,7 +167,7 @@ def _list_corpora(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _name_folders(places: Sequence[Path]) -> list[str]:
-    """Return a name for each run: that of its folder, or its path where names are not unique."""
+    """Return a name for each run: the name of its folder, or its path where names are not unique."""
     names = [place.name for place in places]
     return [name if names.count(name) == 1 else str(place) for name, place in zip(names, places, strict=True)]
 

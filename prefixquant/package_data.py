@@ -1,4 +1,4 @@
-"""The files of a project that are no modules: params.yaml, dvc.yaml, presets and the template of plots.
+"""The files of a project that are not modules: params.yaml, dvc.yaml, presets and the template of plots.
 
 In a source tree they are where `dvc repro` reads them. The build copies them into the package (`setup.py`).
 """

@@ -3,7 +3,7 @@
     prefixquant plan MODEL
     prefixquant plan MODEL --recipe w4a8kv4 --text my.txt --set calibration.train.windows=64
 
-The arguments are those of `prefixquant quantize`. Nothing is written. Exit code 0: every stage fits the model. 1: the
+It takes the arguments of `prefixquant quantize`. Nothing is written. Exit code 0: every stage fits the model. 1: the
 model is not supported, or a setting does not fit it.
 """
 

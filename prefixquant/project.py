@@ -118,7 +118,7 @@ def choose_params(request: Request) -> str:
                 f"--text {text}: a file or folder is expected. For this corpus use --set corpora.NAME.source={text}."
             )
         if not as_path(text).exists():
-            raise ArgumentError(f"--text {text}: there is no such file or folder.")
+            raise ArgumentError(f"--text {text}: there is no such file or folder. Correct the path.")
         texts.append(str(as_path(text).resolve()))
     params = make_params(
         source,

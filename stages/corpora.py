@@ -1,6 +1,6 @@
 """Fetch one corpus, as raw documents: `python -m stages.corpora NAME`, NAME being a key of `corpora:` in params.yaml.
 
-Reads   what corpora.NAME.source names
+Reads   the source in corpora.NAME.source
 Writes  data/NAME/{train,validation,test}.jsonl, metrics/corpora/NAME.json
 packaged:wikipedia: about 10 seconds.
 """

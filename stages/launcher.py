@@ -34,7 +34,7 @@ def start_ranks(processes: int) -> bool:
     if processes == 1 or "RANK" in os.environ:
         return False
     if processes > _PER_CORE * (cores := os.cpu_count() or 1):
-        raise RankError(f"runtime.processes={processes} on a machine with {cores} cores; lower it")
+        raise RankError(f"runtime.processes={processes}: the machine has {cores} cores. Lower it.")
     spec = sys.modules["__main__"].__spec__
     if spec is None:
         raise RankError(
@@ -45,7 +45,9 @@ def start_ranks(processes: int) -> bool:
         run_launcher(["--standalone", f"--nproc-per-node={processes}", "-m", module, *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RankError(f"rank {rank} of {processes} ended with exit code {failure.exitcode}; see above") from None
+        raise RankError(
+            f"rank {rank} of {processes} ended with exit code {failure.exitcode}. Its message is above."
+        ) from None
     return True
 
 
@@ -65,7 +67,7 @@ def join_ranks(runtime: RuntimeParams) -> Iterator[tuple[Ranks, torch.device]]:
         count = torch.cuda.device_count()
         if here > count:
             raise DeviceError(
-                f"{here} processes on a machine with {count} GPUs; lower runtime.processes, or device: cpu"
+                f"runtime.processes={here}: the machine has {count} GPUs. Lower it, or set runtime.device: cpu."
             )
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)

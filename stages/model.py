@@ -1,8 +1,8 @@
 """Import the model: a hub id, a local folder, a GGUF file or the packaged one, as a plain checkpoint folder.
 
-Reads   what model.source names
+Reads   the source in model.source
 Writes  artifacts/model/, metrics/model.json
-First checks that the data of all evaluation tasks is available, and last that transformers reads the source alike.
+First checks that the data of all evaluation tasks is available, and last that transformers reads the same model.
 Packaged model: about 25 seconds and 0.65 GiB.
 """
 

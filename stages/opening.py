@@ -103,7 +103,7 @@ def _open_stage(
     variant = getattr(arguments, "variant", "")
     params = load_params(PARAMS)
     if callable(variants) and variant not in variants(params):
-        raise ParamsError(f"{variant!r} is not under `{name}:` in {PARAMS}; there are: {', '.join(variants(params))}")
+        raise ParamsError(f"{variant!r} is not under `{name}:` in {PARAMS}. Use one of {', '.join(variants(params))}.")
     if plan is not None and arguments.plan:
         print(plan(Run(params, select_device(params.runtime), variant)).describe())
         return

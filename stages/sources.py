@@ -1,6 +1,6 @@
 """Fingerprint every source in params.yaml, so that a changed file reruns the stages that read it.
 
-Reads   what model.source, corpora.NAME.source and evaluation.task_folder name: files, packages, the hub
+Reads   the sources in model.source, corpora.NAME.source and evaluation.task_folder: files, packages, the hub
 Writes  artifacts/sources/model.json, corpora/NAME.json and tasks.json: a hash of each file, a package's version, a hub
         id's commit; .work/sources/hashes.json, which stays, so that a file is read once
 Runs with every `dvc repro`, so it must be quick: stages/opening.py, and torch with it, would take seconds to import. It
@@ -73,20 +73,20 @@ def describe_corpus(key: str, source: str, hashes: FileHashes) -> dict[str, Any]
         return {"repository": corpus.repository, "config": corpus.config, "revision": corpus.revision}
     if not as_path(source).exists():
         known = ", ".join([*HUB_CORPORA, *PACKAGED_CORPORA, GENERATED])
-        raise SourceError(f"{key}={source!r}: no such file or folder, and not one of {known}")
+        raise SourceError(f"{key}={source!r}: no such file or folder. Correct the path, or use one of {known}.")
     return describe_local(key, source, hashes)
 
 
 def describe_tasks(folder: str | None, hashes: FileHashes) -> dict[str, Any]:
     key = "evaluation.task_folder"
     if folder is not None and not as_path(folder).is_dir():
-        raise SourceError(f"{key}={folder!r}: there is no such folder")
+        raise SourceError(f"{key}={folder!r}: there is no such folder. Correct the path.")
     return {} if folder is None else describe_local(key, folder, hashes)
 
 
 def describe_local(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
     if Path.cwd().is_relative_to(as_path(source).resolve()):  # what every run writes would be another change
-        raise SourceError(f"{key}={source!r} holds this project itself; use a folder with nothing else in it")
+        raise SourceError(f"{key}={source!r}: holds this project itself. Use a folder without it.")
     return describe_files(key, source, hashes)
 
 

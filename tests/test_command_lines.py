@@ -94,7 +94,7 @@ def test_conversations_are_evaluated_as_the_template_has_them(folder, tmp_path, 
         (("The house", "--temperature", "nan"), "argument --temperature: 'nan' is not a number of 0 or more"),
         (("The house", "--seed", -1), "argument --seed: '-1'"),
         (("The house", "--max-new-tokens", 300), "and 300 new ones exceed the 256 positions of this model"),
-        (("The house", "--chat"), "--chat: this model's tokenizer has no chat template; leave it out"),
+        (("The house", "--chat"), "--chat: this model's tokenizer has no chat template. Leave it out"),
         (("\udcff",), "argument prompt: the text is not encoded in UTF-8"),
     ],
 )
@@ -308,7 +308,7 @@ def test_more_processes_than_a_machine_can_have_are_refused(project, monkeypatch
     write_params(project, params)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     message = call(lambda: runpy.run_module("stages.prefix_search", run_name="__main__"), monkeypatch=monkeypatch)
-    assert message == "error: runtime.processes=1024 on a machine with 8 cores; lower it"
+    assert message == "error: runtime.processes=1024: the machine has 8 cores. Lower it."
 
 
 def test_a_config_of_the_pipelines_own_that_is_no_object_is_refused(project, imported, monkeypatch):

@@ -58,7 +58,7 @@ def test_keys_with_a_default_are_not_left_out_of_a_file(key):
     for name in path:
         group = group[name]
     del group[last]
-    with pytest.raises(ParamsError, match=rf"1 problem\s+{re.escape(key)}: missing; add it"):
+    with pytest.raises(ParamsError, match=rf"1 problem\s+{re.escape(key)}: missing. Add it"):
         parse_params(params)
 
 
@@ -84,16 +84,16 @@ def test_integers_are_trained_from_those_of_quantizer_init_only():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("quantizer_init.mse_sample", 4, r"quantizer_init\.mse_sample: unknown key; did you mean 'mse_samples'"),
-        ("quantizer_init.keys.rnge", "max", r"quantizer_init\.keys\.rnge: unknown key; did you mean 'range'"),
+        ("quantizer_init.mse_sample", 4, r"quantizer_init\.mse_sample: unknown key. Did you mean 'mse_samples'"),
+        ("quantizer_init.keys.rnge", "max", r"quantizer_init\.keys\.rnge: unknown key. Did you mean 'range'"),
         ("quantizer_init.weights.mode", "static", r"quantizer_init\.weights\.mode: unknown key"),
         ("quantizer_init.values.range", "minmax", r"values\.range='minmax': allowed are 'max', 'percentile', 'tensor'"),
         ("finetuning.end_to_end.weights", "soft_rounding", r"weights='soft_rounding' starts .*keep_unrounded: true"),
-        ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* set rotation\.r3: identity"),
+        ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* Set rotation\.r3: identity"),
         ("corpora.news.generation", {}, r"corpora\.news\.generation belongs to source: generated, .* Remove it, or"),
-        ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key; did you mean 'source'"),
-        ("bits", 4, r"bits: unknown key; remove it \(known here: activation_plots, calibration, corpora"),
-        ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"),
+        ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key. Did you mean 'source'"),
+        ("bits", 4, r"bits: unknown key. Remove it. Known here: activation_plots, calibration, corpora"),
+        ("rotation.r1", "hadamrd", r"rotation\.r1='hadamrd': allowed are .*Did you mean 'hadamard'"),
         ("prefix.use", "nothing", r"prefix\.use='nothing': allowed are 'none', 'found', 'trained'"),
         ("quantizer_init.weights.bits", 9, r"weights\.bits=9: allowed are 2, 3, 4, 5, 6, 7, 8 or 16"),
         ("quantizer_init.weights.bits", "four", r"weights\.bits='four': allowed are 2, 3"),
@@ -105,7 +105,7 @@ def test_integers_are_trained_from_those_of_quantizer_init_only():
         ("corpora.news.max_documents", "all", r"corpora\.news\.max_documents='all'"),
         ("calibration.train.corpora", ["wikipdia"], r"calibration\.train\.corpora='wikipdia' is not among the corpora"),
         ("calibration.train.corpora", ["news", "news"], "names a corpus twice"),
-        ("calibration.end_to_end.window", 8, r"calibration\.end_to_end\.window: unknown key; did you mean 'windows'"),
+        ("calibration.end_to_end.window", 8, r"calibration\.end_to_end\.window: unknown key. Did you mean 'windows'"),
         (
             "calibration.train.corpora",
             {"wikipdia": 1},
@@ -120,7 +120,7 @@ def test_integers_are_trained_from_those_of_quantizer_init_only():
         ),
         ("calibration.evaluation.corpora", {"news": 1}, r"calibration\.evaluation\.corpora=.*list"),
         ("quantizer_init.weights.group_size", 0, r"group_size=0: allowed are -1"),
-        ("prefix.use", "trained", r"prefix\.use='trained' needs a trained prefix; set prefix_training\.enabled: true"),
+        ("prefix.use", "trained", r"prefix\.use='trained': no prefix is trained. Set prefix_training\.enabled: true"),
         ("prefix_training.loss_type", "l1", r"loss_type='l1': allowed are 'quantization', 'outlier', 'l2' or 'var'"),
         ("prefix_training.learning_rate", 0, r"learning_rate=0 .*greater than 0"),
         ("model.source", "packaged:llama", r"model\.source='packaged:llama' is not packaged; packaged are"),
@@ -151,7 +151,7 @@ def test_bad_values_name_key_value_and_what_is_allowed(key, value, message):
     ],
 )
 def test_old_keys_are_refused_with_their_new_names(key, value, names):
-    with pytest.raises(ParamsError, match=re.escape(f"  {key}: renamed; use {names}") + "$"):
+    with pytest.raises(ParamsError, match=re.escape(f"  {key}: renamed. Use {names}.") + "$"):
         parse_params(changed(key, value))
 
 
@@ -164,9 +164,9 @@ def test_a_group_of_old_keys_is_refused_with_every_new_name():
         parse_params(params)
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == len(blocks) + 1
-    assert "  finetuning.blocks: missing; add it (see the commented params.yaml in git)" in lines
+    assert "  finetuning.blocks: missing. Add it (see the commented params.yaml in git)." in lines
     for key in blocks:
-        assert any(line.startswith(f"  finetuning.{key}: renamed; use finetuning.blocks.{key}") for line in lines)
+        assert any(line.startswith(f"  finetuning.{key}: renamed. Use finetuning.blocks.{key}") for line in lines)
 
 
 def test_all_problems_are_reported_at_once():
@@ -255,7 +255,7 @@ def test_formats_of_others_and_online_rotations_are_refused_at_once(name, value,
     raw["rotation"] |= {"r1": "hadamard", "r4": "identity", "r5": "identity"}
     parse_params(raw)
     raw["rotation"][name] = value
-    message = rf"gguf cannot carry rotation\.{name}='{value}', which acts online; set rotation\.{name}: {instead}"
+    message = rf"gguf cannot carry rotation\.{name}='{value}', which acts online. Set rotation\.{name}: {instead}"
     with pytest.raises(ParamsError, match=message):
         parse_params(raw)
 

@@ -111,7 +111,7 @@ def test_a_mapping_of_settings_is_merged_and_one_of_names_is_replaced():
 def test_errors_of_a_preset_name_it_and_the_key():
     with pytest.raises(ParamsError, match=r"params\.yaml with mine: 1 problem\s+quantizer_init\.keys\.bit: unknown"):
         merge_preset(PARAMS, "quantizer_init: {keys: {bit: 4}}", "mine")
-    with pytest.raises(ParamsError, match=r"rotation\.r1='hadamrd': allowed are .*did you mean 'hadamard'"):
+    with pytest.raises(ParamsError, match=r"rotation\.r1='hadamrd': allowed are .*Did you mean 'hadamard'"):
         merge_preset(PARAMS, "rotation: {r1: hadamrd}", "mine")
     with pytest.raises(ParamsError, match="mine is not valid YAML"):
         merge_preset(PARAMS, "rotation: [", "mine")

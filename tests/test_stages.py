@@ -722,7 +722,7 @@ def test_a_trained_prefix_from_end_to_end(use, project, monkeypatch):
 def test_a_trained_prefix_that_is_not_there_is_an_error(project, monkeypatch):
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     change(project, "prefix.use", "trained")
-    assert "prefix.use='trained' needs a trained prefix; set prefix_training.enabled: true" in fails(
+    assert "prefix.use='trained': no prefix is trained. Set prefix_training.enabled: true" in fails(
         "quantizer_init", monkeypatch
     )
     change(project, "prefix_training.enabled", True)
@@ -769,8 +769,8 @@ def test_batch_size_changes_no_scale_beyond_summation_order(batch_size, project,
 @pytest.mark.parametrize(
     ("key", "value", "stage", "message"),
     [
-        ("quantizer_init.wieghts", {}, "model", "unknown key; did you mean 'weights'"),
-        ("rotation.r1", "hadamrd", "rotation", "did you mean 'hadamard'"),
+        ("quantizer_init.wieghts", {}, "model", "unknown key. Did you mean 'weights'"),
+        ("rotation.r1", "hadamrd", "rotation", "Did you mean 'hadamard'"),
         ("calibration.train.windows", 9999, "calibration", r"needs 9999 windows of 32 = 319968 tokens, the corpus has"),
         ("quantizer_init.weights.group_size", 7, "model", "group_size=7: does not divide 48, the width of q_proj"),
         (

@@ -158,7 +158,7 @@ def main() -> None:
     names = arguments.rows or list(table)
     unknown = set(names) - set(table)
     if unknown:
-        parser.error(f"unknown rows {sorted(unknown)}; there are: {', '.join(table)}")
+        parser.error(f"unknown rows {sorted(unknown)}. There are: {', '.join(table)}")
     workspace = Workspace(arguments.work)
     base = override(read_params(), SIZES[arguments.size])
     rows = read_rows(arguments.json)

@@ -170,7 +170,7 @@ def compute_log_p(model: PreTrainedModel, text: list[int], noise: float = 0.0) -
 
 @torch.no_grad()
 def compare_blocks(model: PreTrainedModel, llm: Any, text: list[int]) -> torch.Tensor:
-    """Return the relative distance of vLLM's outputs from those of transformers on vLLM's inputs, [blocks * T]."""
+    """Return the relative distance of vLLM's outputs from transformers' outputs for vLLM's inputs, [blocks * T]."""
     from vllm import SamplingParams
 
     recorded: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -42,8 +42,8 @@ class Row:
     """A model and how it runs.
 
     Attributes:
-        arithmetic: that of `load`; None: transformers' own loading.
-        unpacked: that of `load`.
+        arithmetic: argument of `load`; None: transformers' own loading.
+        unpacked: argument of `load`.
     """
 
     engine: str

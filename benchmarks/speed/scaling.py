@@ -294,7 +294,7 @@ class Work:
 
 
 def count_pass(sizes: Sizes, tokens: int, length: int) -> float:
-    """Return the operations of a pass through all blocks: 2 per parameter and token, and those of attention."""
+    """Return the operations of a pass through all blocks: 2 per parameter and token, and attention's."""
     return sizes.blocks * tokens * (2 * sizes.weights + 2 * length * sizes.queries)
 
 

@@ -87,7 +87,7 @@ class KeyQuantizer(KeepsDtype):
             self.register_buffer("mean", torch.full((heads, head_dim), torch.nan, dtype=torch.float32))
 
     def forward(self, keys: torch.Tensor, positions: Positions | None = None) -> torch.Tensor:
-        """Quantize keys. `positions` are those of the keys; only a quantizer with a `mean` needs them."""
+        """Quantize keys. `positions` belong to the keys; only a quantizer with a `mean` needs them."""
         if not self.quantizer.spec.enabled:
             return keys
         varying, constant = self.split(keys, positions)

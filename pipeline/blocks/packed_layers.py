@@ -129,5 +129,5 @@ def has_codes(attention: Attention) -> bool:
 
 
 def make_packed_layer(prefix_kv: torch.Tensor | None, window: int | None = None) -> PackedLayer:
-    """Return the empty cache of codes of one block; the arguments are those of `kv_cache.make_layer`."""
+    """Return the empty cache of codes of one block, with the arguments of `kv_cache.make_layer`."""
     return PackedLayer(prefix_kv) if window is None else PackedSlidingLayer(window, prefix_kv)

@@ -64,7 +64,7 @@ class BlockSettings:
     online_r5: bool = False
 
     def spec(self, site: str) -> QuantizerSpec:
-        """Return the quantizer of a site or linear; those of all experts have one setting."""
+        """Return the quantizer of a site or linear; the experts of a block have one setting."""
         return self.sites.get(base_site(site), QuantizerSpec())
 
     def to_dict(self) -> dict[str, Any]:
@@ -405,7 +405,7 @@ def count_expected_quantizers(settings: BlockSettings | None) -> Counter[str]:
 def count_fired_quantizers(block: DecoderLayer, architecture: Architecture) -> Counter[str]:
     """Count the quantizers of each kind that have acted in this block since it was loaded.
 
-    Those of all experts count as one. It has fired if it did in every expert that got a token.
+    The quantizers of all experts count as one, which has fired if it did in every expert that got a token.
     """
     architecture = architecture.of_block(block)
     idle = _find_idle(block, architecture)

@@ -82,7 +82,7 @@ def check_rope(block: DecoderLayer, index: int, runner: BlockRunner) -> None:
         raise UnsupportedModelError(
             f"{problem}keys in the cache are not those before RoPE, turned as Llama turns them: {pairing}. Centered "
             "key quantizers and equalization would be wrong. A permutation of the rows of q_proj and k_proj at import "
-            "may help (docs/new_family.md)"
+            "may help (docs/new_family.md)."
         )
 
 

@@ -46,7 +46,7 @@ def make_mask(
         config: the model's; names its attention implementation.
         hidden: [B, T, …], the input of attention; only its shape, dtype and device count.
         past: how many positions were read before `hidden`, the prefix's and the dropped ones included.
-        dropped: how many of those, the first ones, are no longer in the cache.
+        dropped: the number of these, from the first on, that are no longer in the cache.
         window: W; None if the layer attends to everything.
         places: [B, past + T], the place of each position in its text; needed with a window.
         mask: [B, past + T], 0 for padding; None if there is none.

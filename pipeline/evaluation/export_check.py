@@ -27,10 +27,10 @@ class ExportDifferenceError(PipelineError):
 
 
 def check_export(tensors: dict[str, torch.Tensor], path: Path, export: Header, device: torch.device) -> float:
-    """Compare the final hidden states of the export with those of the fine-tuned model.
+    """Compare the final hidden states of the export with the fine-tuned model's.
 
     Args:
-        tensors: those of the evaluated export: `hidden.CORPUS` [N, T, D] and `token_ids.CORPUS` [N, T].
+        tensors: tensors of the evaluated export: `hidden.CORPUS` [N, T, D] and `token_ids.CORPUS` [N, T].
         path: the artifact of `evaluation@finetuning`.
         export: header of the export.
         device: where the export was evaluated.
@@ -64,7 +64,7 @@ def check_export(tensors: dict[str, torch.Tensor], path: Path, export: Header, d
                     f"window {window} of {corpus} differ from those of evaluation@finetuning by {difference:.2g} "
                     f"of their norm; at most {limit:.2g} is rounding. If runtime settings or the machine changed in "
                     "between, rerun "
-                    "evaluation@finetuning, then evaluation@export, both with --force. Otherwise rerun export; if that "
+                    "evaluation@finetuning, then evaluation@export, both with --force. Otherwise rerun export. If that "
                     "does not help, it is a bug of this project."
                 )
             largest = max(largest, difference)

@@ -1,8 +1,8 @@
 """Evaluate a plain Hugging Face folder, or any two folders next to each other on the same windows.
 
-A plain folder is one that transformers loads by itself. It is read with the start token that its tokenizer adds, and
-its logits are those of its own class. An exported folder is evaluated as in the pipeline. Perplexity, divergence and
-agreement are defined in `perplexity.py`.
+A plain folder is one that transformers loads without this project. It is read with the start token that its
+tokenizer adds, and its own class computes the logits. An exported folder is evaluated as in the pipeline. Perplexity,
+divergence and agreement are defined in `perplexity.py`.
 """
 
 import json
@@ -34,7 +34,7 @@ class Side:
 
     Attributes:
         open_window: text and row of a window -> its logits.
-        device: of the logits.
+        device: the device of the logits.
     """
 
     open_window: Callable[[str, int], Logits]
@@ -45,7 +45,7 @@ def is_plain(folder: Path) -> bool:
     """Return whether a folder holds a model that this project did not export."""
     if (folder / MANIFEST).exists() or not (folder / "config.json").is_file():
         return False
-    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why}).")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return (config.get("quantization_config") or {}).get("quant_method") != METHOD
 
@@ -56,7 +56,7 @@ def read_plain_interface(folder: Path) -> TextInterface:
     Raises:
         ExportError: config or tokenizer cannot be read.
     """
-    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why}).")):
         config = AutoConfig.from_pretrained(folder).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return TextInterface(
@@ -89,12 +89,12 @@ def load_plain(folder: Path, device: torch.device | str) -> PreTrainedModel:
         ExportError: transformers cannot load it, or weights are missing.
     """
     hide_bars()
-    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why}).")):
         # With loading info this is a pair, which the stubs do not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ExportError(f"{folder} cannot be loaded (weights are missing: {', '.join(missing[:3])})")
+        raise ExportError(f"{folder} cannot be loaded (weights are missing: {', '.join(missing[:3])}).")
     return model.eval().to(device)
 
 
@@ -129,7 +129,7 @@ def open_exported(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> S
 def score_sides(
     windows: dict[str, torch.Tensor], side: Side, original: Side | None = None
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Return text -> the scores of a model, compared with the original's where there is one, and those of the original.
+    """Return text -> the scores of a model, compared with the original where there is one, and the original's scores.
 
     Args:
         windows: text -> token ids [N, T] of content.

@@ -334,7 +334,7 @@ def run_model(model: PrefixedModel, windows: dict[str, torch.Tensor], batch_size
 def _check_run(hidden: dict[str, torch.Tensor], fired: Counter[str], expected: Counter[str]) -> None:
     if fired != expected:
         raise QuantizerCountError(
-            f"quantizers that fired: {dict(fired)}; the params ask for {dict(expected)}. This is a bug of this project."
+            f"quantizers that fired: {dict(fired)}. The params ask for {dict(expected)}. This is a bug of this project."
         )
     if not all(torch.isfinite(window).all() for states in hidden.values() for window in states):
         raise NonFiniteError("the final hidden states are not finite. The model or its quantizers are broken.")

@@ -30,7 +30,7 @@ PROMPTS = (
 
 
 def choose_prompts(prompts: list[str] | None, tokenizer: PreTrainedTokenizerBase, room: int) -> list[str]:
-    """Return the prompts to continue: those of `report.prompts`, or the five of `PROMPTS` that fit.
+    """Return the prompts to continue: `report.prompts`, or those of the five `PROMPTS` that fit.
 
     Args:
         prompts: `report.prompts`.

@@ -76,7 +76,7 @@ def settle_chat_template_(tokenizer: PreTrainedTokenizerBase, template: str | No
 
 
 def _renders(tokenizer: PreTrainedTokenizerBase, template: str, content: str) -> bool:
-    """Return whether the text of a message is in what a template makes of it."""
+    """Return whether a template keeps the text of a message."""
     messages = [{"role": "user", "content": content}]
     try:
         with reading(ModelImportError):

@@ -40,7 +40,7 @@ def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: R
     if clip is not None:
         raise UnsupportedModelError(
             f"model.source={source!r}: clip_qkv={clip} in its config: queries, keys and values are clipped, which "
-            "rotations and scales of channels would change. Only models without it are supported"
+            "rotations and scales of channels would change. Only models without it are supported."
         )
     joined: dict[str, Callable[[], torch.Tensor]] = {}
     blocks: dict[str, dict[str, dict[int, str]]] = {}  # block -> projection -> expert -> name in the checkpoint
@@ -95,7 +95,7 @@ def _check_count(source: str, block: str, projections: dict[str, dict[int, str]]
     if unknown := set(projections) - expected:
         raise ModelImportError(
             f"model.source={source!r}: {block}.experts have tensors of an unknown kind: {', '.join(sorted(unknown))}. "
-            "Start from the original model"
+            "Start from the original model."
         )
     for part in sorted(expected):
         present = set(projections.get(part, {}))
@@ -106,5 +106,5 @@ def _check_count(source: str, block: str, projections: dict[str, dict[int, str]]
             counts = " and ".join(f"{len(ids)} {kind} (experts {ids[:3]})" for kind, ids in kinds if ids)
             raise ModelImportError(
                 f"model.source={source!r}: {block}.experts: {part}: {counts}; the config has {count} experts. Get a "
-                "complete copy, or correct config.json"
+                "complete copy, or correct config.json."
             )

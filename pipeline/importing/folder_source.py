@@ -1,6 +1,6 @@
 """A checkpoint folder as a source: config.json, the safetensors that transformers would read, and its own loading.
 
-Of a multimodal checkpoint, the text model is the source (see `wrappers.py`). Weights in fp8 and mxfp4 are read as
+The source of a multimodal checkpoint is its text model (see `wrappers.py`). Weights in fp8 and mxfp4 are read as
 float32 (see `stored_formats.py`). For both, transformers gets the tensors by their final names and values.
 """
 
@@ -74,7 +74,9 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
-            raise ModelImportError(f"model.source={source!r}: {path.name} is damaged ({error}). Get it again") from None
+            raise ModelImportError(
+                f"model.source={source!r}: {path.name} is damaged ({error}). Get it again."
+            ) from None
         shards |= dict.fromkeys(file.keys(), file)
 
     places = {name: name for name in shards}  # in the model class -> in the checkpoint
@@ -176,12 +178,12 @@ def _list_shards(source: str, folder: Path) -> list[Path]:
         raise ModelImportError(f"model.source={source!r}: needs {_SINGLE} or {INDEX}: {reason}")
     index = read_json_object(source, folder / INDEX)
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-        raise ModelImportError(f"model.source={source!r}: {INDEX} has no weight_map. Get it again")
+        raise ModelImportError(f"model.source={source!r}: {INDEX} has no weight_map. Get it again.")
     names = sorted({str(name) for name in index["weight_map"].values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelImportError(
-            f"model.source={source!r}: {INDEX} names files that are missing: {', '.join(missing)}. Get them as well"
+            f"model.source={source!r}: {INDEX} names files that are missing: {', '.join(missing)}. Get them as well."
         )
     return [folder / name for name in names]
 
@@ -196,10 +198,10 @@ def read_raw_config(source: str, folder: Path) -> dict[str, Any]:
     if (folder / _ADAPTER).is_file():  # transformers would load its base model, or both
         raise ModelImportError(
             f"model.source={source!r}: holds an adapter ({_ADAPTER}). Merge it into its base model with peft "
-            "(merge_and_unload), save that, and import it"
+            "(merge_and_unload), save that, and import it."
         )
     if not (folder / CONFIG).is_file():
-        raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder. Name the folder of a checkpoint")
+        raise ModelImportError(f"model.source={source!r}: no {CONFIG} in that folder. Name the folder of a checkpoint.")
     raw = read_json_object(source, folder / CONFIG)
     # Before transformers parses the config: it cannot explain an unknown model_type.
     try:
@@ -210,7 +212,7 @@ def read_raw_config(source: str, folder: Path) -> dict[str, Any]:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error}. {explain_obstacles(raw)}") from None
     if CONFIG_KEY in raw:
-        raise ModelImportError(f"model.source={source!r}: written by this project's pipeline. Start from the original")
+        raise ModelImportError(f"model.source={source!r}: written by this project's pipeline. Start from the original.")
     for level in (raw, raw.get("text_config")):
         if isinstance(level, dict):
             check_sizes(source, level)

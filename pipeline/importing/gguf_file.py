@@ -85,23 +85,25 @@ class GgufFile:
         self.path = parts[0]
         self.settings, self.tensors = _read_contents(self.path)
         if "general.architecture" not in self.settings:
-            raise GgufError(f"{self.path.name} does not name its architecture (general.architecture)")
+            raise GgufError(f"{self.path.name} does not name its architecture (general.architecture).")
         count = self._read_number("split.count", 1)
         if count not in (len(parts), 0):
             raise GgufError(
                 f"{self.path.name} is one of {count} parts (split.count). Get all of them, under their first names "
-                f"(…-00001-of-{count:05d}.gguf)"
+                f"(…-00001-of-{count:05d}.gguf)."
             )
         for number, part in enumerate(parts[1:], start=1):
             settings, tensors = _read_contents(part)
             if "split.no" in settings and settings["split.no"].value != number:
-                raise GgufError(f"{part.name} says that it is part {settings['split.no'].value + 1}. Get the set again")
+                raise GgufError(
+                    f"{part.name} says that it is part {settings['split.no'].value + 1}. Get the set again."
+                )
             if both := self.tensors.keys() & tensors.keys():
-                raise GgufError(f"{part.name} holds {min(both)} a second time. Get the set again")
+                raise GgufError(f"{part.name} holds {min(both)} a second time. Get the set again.")
             self.tensors |= tensors
         total = self._read_number("split.tensors.count", len(self.tensors))
         if total != len(self.tensors):
-            raise GgufError(f"all of {self.path.name} hold {len(self.tensors)} of {total} tensors. Get the set again")
+            raise GgufError(f"all of {self.path.name} hold {len(self.tensors)} of {total} tensors. Get the set again.")
 
     def _read_number(self, name: str, default: int) -> int:
         return self.settings[name].value if name in self.settings else default
@@ -132,7 +134,7 @@ class GgufFile:
             return dequantize(data, self.tensors[name].kind)
         except NotImplementedError:
             raise GgufError(
-                f"{name} is stored as {self.tensors[name].kind.name}, which cannot be read. Take another format"
+                f"{name} is stored as {self.tensors[name].kind.name}, which cannot be read. Take another format."
             ) from None
 
     def write_excerpt(self, path: Path, settings: dict[str, Setting], tensors: dict[str, str], rows: list[int]) -> None:
@@ -178,7 +180,7 @@ def find_parts(path: Path) -> list[Path]:
     parts = [path.with_name(f"{stem}-{number:05d}-of-{match[2]}{suffix}") for number in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise GgufError(f"{', '.join(missing)} of the {count} parts is missing next to {path.name}. Get it as well")
+        raise GgufError(f"{', '.join(missing)} of the {count} parts is missing next to {path.name}. Get it as well.")
     return parts
 
 
@@ -186,7 +188,7 @@ def _read_contents(path: Path) -> tuple[dict[str, Setting], dict[str, _Tensor]]:
     try:
         return _Reader(path).read_contents()
     except (struct.error, UnicodeDecodeError, IndexError):
-        raise GgufError(f"{path.name} is cut off or damaged in its table of contents. Get it again") from None
+        raise GgufError(f"{path.name} is cut off or damaged in its table of contents. Get it again.") from None
 
 
 class _Reader:
@@ -202,11 +204,11 @@ class _Reader:
 
     def read_contents(self) -> tuple[dict[str, Setting], dict[str, _Tensor]]:
         if bytes(self.data[:4]) != b"GGUF":
-            raise GgufError(f"{self.path.name} does not begin as a GGUF file does. Get it again")
+            raise GgufError(f"{self.path.name} does not begin as a GGUF file does. Get it again.")
         self.position = 4
         version, tensor_count, setting_count = self._unpack("IQQ")
         if version not in (2, 3):
-            raise GgufError(f"{self.path.name} is of GGUF version {version}. Only 2 and 3, little-endian, can be read")
+            raise GgufError(f"{self.path.name} is of GGUF version {version}. Only 2 and 3, little-endian, can be read.")
         settings = {}
         for _ in range(setting_count):
             name = self._read_string()
@@ -227,7 +229,8 @@ class _Reader:
         if shape[-1] % GGML_QUANT_SIZES[tensor.kind][0]:
             raise GgufError(f"{self.path.name}: {name} of shape {list(shape)} cannot be stored as {tensor.kind.name}")
         if end > len(self.data):
-            raise GgufError(f"{self.path.name} is cut off: {name} ends at byte {end} of {len(self.data)}. Get it again")
+            size = len(self.data)
+            raise GgufError(f"{self.path.name} is cut off: {name} ends at byte {end} of {size}. Get it again.")
         return tensor
 
     def _read_entry(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -249,7 +252,7 @@ class _Reader:
         if element in _NUMBERS:
             return Setting(list(self._unpack(f"{count}{_NUMBERS[element]}")), kind, element)
         if element != GGUFValueType.STRING:
-            raise GgufError(f"{self.path.name}: {name} is a list of lists, which cannot be read")
+            raise GgufError(f"{self.path.name}: {name} is a list of lists, which cannot be read.")
         for _ in range(count):
             (length,) = self._unpack("Q")
             self.position += length

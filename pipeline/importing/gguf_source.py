@@ -157,12 +157,12 @@ class _Settings:
         }
         missing = sorted(_REQUIRED - self._left.keys())
         if missing:
-            raise GgufError(f"the file lacks the settings {', '.join(missing)}. Take the original checkpoint")
+            raise GgufError(f"the file lacks the settings {', '.join(missing)}. Take the original checkpoint.")
         for name in sorted(_CONVERTED & self._left.keys()):
             if isinstance(self._left[name], list):
                 if len(set(self._left[name])) > 1:
-                    raise GgufError(f"{prefix}{name} differs from block to block, which is not supported")
-                raise GgufError(f"{prefix}{name} is a list, which transformers does not convert")
+                    raise GgufError(f"{prefix}{name} differs from block to block, which is not supported.")
+                raise GgufError(f"{prefix}{name} is a list, which transformers does not convert.")
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return the value of a setting, which counts as understood from now on."""
@@ -173,7 +173,7 @@ class _Settings:
         if self._left.get("attention.causal") is False:
             raise GgufError(
                 f"{architecture}.attention.causal=False: attention reads later positions, as in encoders and embedding "
-                "models. Only causal language models are supported"
+                "models. Only causal language models are supported."
             )
         for name, value in _NEUTRAL.items():
             if self._left.get(name, value) == value:
@@ -182,7 +182,7 @@ class _Settings:
             self.take(name)
         if self._left:
             listed = ", ".join(f"{architecture}.{name}={value}" for name, value in sorted(self._left.items()))
-            raise GgufError(f"settings that are not known to this project: {listed}. Take the original checkpoint")
+            raise GgufError(f"settings that are not known to this project: {listed}. Take the original checkpoint.")
 
 
 def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
@@ -201,7 +201,7 @@ def open_gguf(source: str, path: Path, stack: ExitStack) -> Source:
             supported = ", ".join(sorted(_FAMILIES))
             raise UnsupportedModelError(
                 f"model.source={source!r}: GGUF architecture {file.architecture!r} is not supported. Supported are: "
-                f"{supported}. Take the original checkpoint"
+                f"{supported}. Take the original checkpoint."
             )
         _check_token_ids(file)
         config = _read_config(file)
@@ -236,7 +236,7 @@ def find_gguf(source: str, folder: Path) -> Path | None:
     with _explaining(source):
         if not set(files) <= set(find_parts(files[0])):
             listed = ", ".join(path.name for path in files)
-            raise GgufError(f"that folder holds several GGUF files ({listed}). Name one")
+            raise GgufError(f"that folder holds several GGUF files ({listed}). Name one.")
     return files[0]
 
 
@@ -257,7 +257,7 @@ def _check_token_ids(file: GgufFile) -> None:
         is_id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id") and isinstance(setting.value, int)
         if tokens is not None and is_id and setting.value >= tokens.value:
             raise GgufError(
-                f"{name}={setting.value} is beyond the vocabulary of {tokens.value} tokens. Take the original model"
+                f"{name}={setting.value} is beyond the vocabulary of {tokens.value} tokens. Take the original model."
             )
 
 
@@ -273,7 +273,7 @@ def _convert_tokenizer(file: GgufFile, config: PreTrainedConfig) -> Any:
     if Version(transformers.__version__) < _READS_TOKENIZERS:
         raise GgufError(
             f"transformers {transformers.__version__} reads GGUF tokenizers wrong (text is split in another way, "
-            f"special tokens are missing). Install {_READS_TOKENIZERS} or newer, or take the original checkpoint"
+            f"special tokens are missing). Install {_READS_TOKENIZERS} or newer, or take the original checkpoint."
         )
     kind, split, space = (
         getattr(file.settings.get(f"tokenizer.ggml.{name}"), "value", None)
@@ -281,7 +281,7 @@ def _convert_tokenizer(file: GgufFile, config: PreTrainedConfig) -> Any:
     )
     if kind == "gpt2" and split not in _SPLITS:
         if split not in (None, "default"):
-            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers. Take the original checkpoint")
+            raise GgufError(f"tokenizer.ggml.pre={split!r} is not known to transformers. Take the original checkpoint.")
         logger.warning("tokenizer.ggml.pre=%r does not say how text is split: it is split as GPT-2 does", split)
     if kind == "llama" and space is False and not config.model_type.startswith("gemma"):
         logger.warning("tokenizer.ggml.add_space_prefix=False is not converted: texts begin with a space")
@@ -322,7 +322,7 @@ def _name_tensors(file: GgufFile) -> dict[str, str]:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise GgufError(
             f"tensors that do not belong to a {file.architecture} model: {', '.join(unknown[:3])}{more}. Take the "
-            "original checkpoint"
+            "original checkpoint."
         )
     return file_names
 
@@ -365,7 +365,7 @@ def _read_config(file: GgufFile) -> Any:
             config.num_key_value_heads = config.num_attention_heads
         if name == "rope.freq_base" and taken is None:
             if "rope_theta" not in config.rope_parameters:  # one for each kind of layer
-                raise GgufError("the file lacks the setting rope.freq_base. Take the original checkpoint")
+                raise GgufError("the file lacks the setting rope.freq_base. Take the original checkpoint.")
             config.rope_parameters["rope_theta"] = 10000.0  # llama.cpp's default
     _complete_heads_(config, settings)
     _complete_biases_(config, file)
@@ -402,13 +402,13 @@ def _complete_heads_(config: PreTrainedConfig, settings: _Settings) -> None:
     size = settings.take("attention.key_length", turned if config.model_type == "llama" and turned else default)
     values = settings.take("attention.value_length", size)
     if values != size:
-        raise GgufError(f"attention.key_length={size} and attention.value_length={values} differ: not supported")
+        raise GgufError(f"attention.key_length={size} and attention.value_length={values} differ: not supported.")
     if turned not in (None, size):
-        raise GgufError(f"rope.dimension_count={turned}: RoPE turns only a part of each head ({size}): not supported")
+        raise GgufError(f"rope.dimension_count={turned}: RoPE turns only a part of each head ({size}): not supported.")
     if getattr(config, "head_dim", None) not in (None, size):
         config.head_dim = size
     elif not hasattr(config, "head_dim") and size != default:
-        raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}: not supported")
+        raise GgufError(f"attention.key_length={size} is not hidden size / heads = {default}: not supported.")
 
 
 def _complete_biases_(config: PreTrainedConfig, file: GgufFile) -> None:
@@ -424,7 +424,7 @@ def _complete_windows_(config: PreTrainedConfig, settings: _Settings) -> None:
     pattern = settings.take("attention.sliding_window_pattern")
     if config.model_type.startswith("gemma"):
         if window is None:
-            raise GgufError("the file lacks the setting attention.sliding_window. Take the original checkpoint")
+            raise GgufError("the file lacks the setting attention.sliding_window. Take the original checkpoint.")
         if isinstance(pattern, int):
             pattern = [bool((index + 1) % pattern) for index in range(config.num_hidden_layers)]
         if pattern is not None:
@@ -432,7 +432,7 @@ def _complete_windows_(config: PreTrainedConfig, settings: _Settings) -> None:
     elif config.model_type == "phi3" and pattern is None:
         config.sliding_window = window or None
     elif pattern is not None or (window and window < config.max_position_embeddings):
-        raise GgufError(f"attention.sliding_window={window} in a {config.model_type} model is not supported")
+        raise GgufError(f"attention.sliding_window={window} in a {config.model_type} model is not supported.")
 
 
 def _complete_caps_(config: PreTrainedConfig, settings: _Settings, family: _Family) -> None:
@@ -449,7 +449,7 @@ def _complete_caps_(config: PreTrainedConfig, settings: _Settings, family: _Fami
             if cap is not None:
                 setattr(config, name, cap or None)
     elif scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-6):
-        raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}: not supported")
+        raise GgufError(f"attention.scale={scale} is not one over the root of the head's size {size}: not supported.")
 
 
 def _complete_rope_(config: PreTrainedConfig, settings: _Settings, file: GgufFile) -> None:
@@ -476,7 +476,7 @@ def _complete_rope_(config: PreTrainedConfig, settings: _Settings, file: GgufFil
         rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         rope["original_max_position_embeddings"] = original
     elif tables:
-        raise GgufError(f"{', '.join(sorted(tables))} with rope.scaling.type={kind!r} is not supported")
+        raise GgufError(f"{', '.join(sorted(tables))} with rope.scaling.type={kind!r} is not supported.")
     elif kind == "yarn" and factor and original:
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         for name in ("beta_fast", "beta_slow"):
@@ -486,7 +486,7 @@ def _complete_rope_(config: PreTrainedConfig, settings: _Settings, file: GgufFil
     elif kind in (None, "linear") and factor not in (None, 0, 1):
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind not in (None, "none", "linear"):
-        raise GgufError(f"rope.scaling.type={kind!r} with factor={factor} is not supported")
+        raise GgufError(f"rope.scaling.type={kind!r} with factor={factor} is not supported.")
 
 
 def _check_attention_factor(factor: float, positions: int, original: int) -> None:
@@ -494,7 +494,7 @@ def _check_attention_factor(factor: float, positions: int, original: int) -> Non
     ratio = positions / original
     expected = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     if not math.isclose(factor, expected, rel_tol=1e-5):
-        raise GgufError(f"rope.scaling.attn_factor={factor} is not LongRoPE's {expected:.6g}: not supported")
+        raise GgufError(f"rope.scaling.attn_factor={factor} is not LongRoPE's {expected:.6g}: not supported.")
 
 
 def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
@@ -521,7 +521,7 @@ def _recognise_llama3(divisors: torch.Tensor, theta: float) -> dict[str, Any]:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    raise GgufError("rope_freqs.weight does not scale RoPE as Llama 3 does. Take the original checkpoint")
+    raise GgufError("rope_freqs.weight does not scale RoPE as Llama 3 does. Take the original checkpoint.")
 
 
 def _load_block(

@@ -112,7 +112,7 @@ def import_model(
 
         def read(name: str) -> torch.Tensor:
             problem = f"model.source={source!r}: {name} cannot be read"
-            with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
+            with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):
                 tensor = _check_tensor(source, name, plain.read(name), expected[name])
                 return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
@@ -182,7 +182,7 @@ def _count_dequantized(opened: Source) -> dict[str, Any]:
 def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[PlainCheckpoint, PreTrainedModel]:
     """Return the checkpoint of the plain family, after experts and ties are resolved, and its model's skeleton."""
     problem = f"model.source={source!r}: its config and tensors do not fit"
-    with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
+    with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):
         plain = rewrite_checkpoint(opened.config, opened.names, opened.read)
         config = plain.config
         present, read_tensor = join_experts(source, config, plain.names, plain.read)
@@ -207,13 +207,13 @@ def open_source(source: str, revision: str | None) -> Iterator[Source]:
             yield open_gguf(source, _find_packaged_gguf(source), stack)
         elif path.suffix.lower() == ".gguf":
             if not path.is_file():
-                raise ModelImportError(f"model.source={source!r}: there is no such file")
+                raise ModelImportError(f"model.source={source!r}: there is no such file. Correct the path.")
             yield open_gguf(source, path, stack)
         elif path.is_dir():
             file = find_gguf(source, path)
             yield open_folder(source, path, stack) if file is None else open_gguf(source, file, stack)
         elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-            raise ModelImportError(f"model.source={source!r}: there is no such folder")
+            raise ModelImportError(f"model.source={source!r}: there is no such folder. Correct the path.")
         else:
             yield open_folder(source, _download(source, revision), stack)
 
@@ -238,7 +238,7 @@ def _download(source: str, revision: str | None) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelImportError(f"{request}: cannot be fetched from the Hugging Face Hub ({reason})") from None
+        raise ModelImportError(f"{request}: cannot be fetched from the Hugging Face Hub ({reason}).") from None
 
 
 def _settle_ties(
@@ -286,15 +286,15 @@ def _check_tensor(source: str, name: str, tensor: torch.Tensor, expected: torch.
     if tensor.shape != expected.shape:
         raise ModelImportError(
             f"model.source={source!r}: {name} has shape {list(tensor.shape)}, its config asks for "
-            f"{list(expected.shape)}. Get config and weights of one model"
+            f"{list(expected.shape)}. Get config and weights of one model."
         )
     if tensor.dtype not in _DTYPES and (expected.is_floating_point() or tensor.dtype != expected.dtype):
         raise ModelImportError(
             f"model.source={source!r}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, and its config "
-            "names no quantization. Start from the original model"
+            "names no quantization. Start from the original model."
         )
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-        raise ModelImportError(f"model.source={source!r}: {name} holds NaN or infinite values. Get an intact copy")
+        raise ModelImportError(f"model.source={source!r}: {name} holds NaN or infinite values. Get an intact copy.")
     return tensor
 
 

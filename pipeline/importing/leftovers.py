@@ -25,7 +25,7 @@ _CLASS = "ignored by the model class"
 
 
 def find_ignored(names: set[str], config: PreTrainedConfig, skeleton: nn.Module) -> dict[str, str]:
-    """Return those of some left-over tensors that may be dropped: name -> the part it belongs to."""
+    """Return the left-over tensors that may be dropped: name -> the part it belongs to."""
     patterns = [re.compile(pattern) for pattern in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
     extra = max((getattr(config, key, None) or 0 for key in _MTP_COUNTS), default=0)
     ignored = {}

@@ -94,7 +94,7 @@ _NEEDS = {
 
 
 def find_text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text model in a config.json of any family, with those of outer levels below them."""
+    """Return the settings of the text model in a config.json of any family; settings of outer levels fill gaps."""
     values = dict(raw)
     for key in _TEXT_LEVELS:
         inner = values.get(key)
@@ -108,7 +108,7 @@ def find_obstacles(raw: Mapping[str, Any], names: Collection[str] = ()) -> list[
 
     Args:
         raw: content of config.json.
-        names: of the tensors; may be empty.
+        names: names of the tensors; may be empty.
     """
     values = find_text_level(raw)
     if not values.get("layer_types") and len(set(kinds := list_layer_kinds(values))) > 1:

@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint at import to the plainer family that computes the same, so that no later stage knows its own.
+"""Rewrite a checkpoint at import into an equivalent one of a plainer family, which all later stages use.
 
     phi3             fused linears, RoPE on a part of each head            -> mistral
     glm              fused gate_up_proj, RoPE on neighbours of a part      -> llama
@@ -16,7 +16,7 @@ that are not turned get the frequency 0: with theta' = theta^(d / R), frequency 
 for i < R/2, and 0 for others (rope_type proportional). LongRoPE divides frequencies by factors, which are 1e30 there.
 
 **Multipliers.** With h = m_e E[token] + m_r (outputs of o_proj and down_proj), logits = W norm(h) / s and scores
-m_a q k, the stream is divided by m_e. An RMSNorm does not notice, if eps is divided by m_e^2:
+m_a q k, the stream is divided by m_e. An RMSNorm gives the same output if eps is divided by m_e^2:
 
     o_proj, down_proj · m_r / m_e     q_proj · m_a sqrt(d)     final norm / s     eps / m_e^2
 
@@ -78,11 +78,11 @@ _TENSOR = re.compile(r"(?P<block>model\.layers\.\d+\.)(?P<tensor>.+)")
 
 @dataclass(frozen=True)
 class PlainCheckpoint:
-    """A checkpoint as that of the family which is imported.
+    """A checkpoint in the form of the family that is imported.
 
     Attributes:
-        config: of that family.
-        names: of its tensors.
+        config: config of that family.
+        names: names of its tensors.
         read: name -> the tensor; in float64 where it was multiplied.
         changes: a phrase for each change; empty where nothing was rewritten.
         rounds: whether the dtype of the import rounds tensors that the source's own class would not round.
@@ -100,10 +100,10 @@ class _Plan:
     """How the tensors of a plain family are made of those stored.
 
     Attributes:
-        config: of the plain family.
+        config: config of the plain family.
         modules: module in a block -> its parts in the plain family, with their rows; one part None: all rows.
-        channels: of each head of q and k, as indices into the stored ones, [d].
-        channel_factors: of each head of q and k, [d] float64.
+        channels: channels of each head of q and k, as indices into the stored ones, [d].
+        channel_factors: factors of the channels of each head of q and k, [d] float64.
         tensors: tensor in a block -> its name in the plain family; looked up before `modules`.
         factors: module (or tensor of `tensors`) in a block of the plain family -> factor of weight and bias.
         final_norm: factor of the final norm.
@@ -142,7 +142,7 @@ class _Part:
 
 
 def rewrite_checkpoint(config: PreTrainedConfig, names: set[str], read: Read) -> PlainCheckpoint:
-    """Return a checkpoint as that of the plain family; of families that need no rewriting, unchanged.
+    """Return a checkpoint in the form of the plain family; unchanged if its family needs no rewriting.
 
     Raises:
         UnsupportedModelError: the model computes something that the plain family does not.
@@ -233,7 +233,7 @@ def _turn_like_llama_(plan: _Plan, config: Any, neighbours: bool) -> None:
     if turned % 2 or width % 2 or turned < 2:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r} with partial_rotary_factor={share} is not supported: RoPE turns "
-            f"{turned} of {width} channels of a head, which are no pairs"
+            f"{turned} of {width} channels of a head, which are no pairs."
         )
     first = list(range(0, turned, 2)) if neighbours else list(range(turned // 2))
     second = list(range(1, turned, 2)) if neighbours else list(range(turned // 2, turned))
@@ -251,7 +251,7 @@ def _turn_like_llama_(plan: _Plan, config: Any, neighbours: bool) -> None:
     if exponent * math.log10(rope["rope_theta"]) > _LARGEST_EXPONENT:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r} with partial_rotary_factor={share} is not supported: RoPE turns only "
-            f"{turned} of {width} channels, and rope_theta^{exponent:g} would exceed float32"
+            f"{turned} of {width} channels, and rope_theta^{exponent:g} would exceed float32."
         )
     theta = rope["rope_theta"] ** exponent
     plan.changes[-1] += f"; it leaves {width - turned} of {width} channels as they are"
@@ -272,7 +272,7 @@ def _turn_like_llama_(plan: _Plan, config: Any, neighbours: bool) -> None:
     else:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r} with rope_type={rope['rope_type']!r} and partial_rotary_factor={share} "
-            "is not supported: RoPE on a part of each head is rewritten for the types default and longrope only"
+            "is not supported: RoPE on a part of each head is rewritten for the types default and longrope only."
         )
 
 
@@ -359,7 +359,7 @@ def _fold_multipliers_(plan: _Plan, config: Any, divide_logits: bool, post_norms
     wrong = [f"{key}={value}" for key, value in stated.items() if not (value and 0 < value < math.inf)]
     if wrong:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r} with {', '.join(wrong)} is not supported: multipliers must be positive"
+            f"model_type={config.model_type!r} with {', '.join(wrong)} is not supported: multipliers must be positive."
         )
     embedding = config.embedding_multiplier
     to_stream = config.residual_multiplier / embedding
@@ -395,7 +395,7 @@ def _plan_granite_hybrid(config: Any) -> _Plan:
     if config.position_embedding_type != "rope":
         raise UnsupportedModelError(
             f"model_type='granitemoehybrid' with position_embedding_type={config.position_embedding_type!r} is not "
-            "supported: it has no RoPE, and Llama, as which its dense models are imported, has"
+            "supported: it has no RoPE, and Llama, as which its dense models are imported, has."
         )
     size = config.shared_intermediate_size
     plain = _copy_config(

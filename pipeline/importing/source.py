@@ -104,10 +104,10 @@ def read_json_object(source: str, path: Path) -> dict[str, Any]:
     """
     check_file(source, path)
     damaged = f"model.source={source!r}: {path.name} is damaged"
-    with reading(lambda reason: ModelImportError(f"{damaged} ({reason}). Get it again")):
+    with reading(lambda reason: ModelImportError(f"{damaged} ({reason}). Get it again.")):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object. Get it again")
+        raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object. Get it again.")
     return value
 
 
@@ -131,7 +131,7 @@ def check_causal(source: str, values: dict[str, Any]) -> None:
         setting = f"{wrong[0]}={values[wrong[0]]!r}"
         raise UnsupportedModelError(
             f"model.source={source!r}: {setting} in its config: attention reads later positions, as in encoders and "
-            "embedding models. Only causal language models are supported. Use the model that this one was made from"
+            "embedding models. Only causal language models are supported. Use the model that this one was made from."
         )
 
 
@@ -190,7 +190,7 @@ def loading(source: str, form: str) -> Iterator[None]:
     """
     refused = f"model.source={source!r}: transformers cannot read {form}"
     with (
-        reading(lambda reason: ModelImportError(f"{refused} ({reason})")),
+        reading(lambda reason: ModelImportError(f"{refused} ({reason}).")),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         yield

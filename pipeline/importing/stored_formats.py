@@ -6,7 +6,7 @@
     compressed-tensors, float-quantized     weight_scale [1], [O, 1], [O, I/g], blocks by tensor, channel, group, block
     mxfp4                                   X_blocks [E, O, G, 16], X_scales [E, O, G] e2m1 · 2^(scale - 127)
 
-Products are in float32, rounded once, and the import casts once. Block sizes are those of the config, never guessed
+Products are in float32, rounded once, and the import casts once. Block sizes come from the config and are never guessed
 from shapes; the last block of a row or column may be short. transformers 5.23 is not a reference there: it reads 288
 rows with 3 scales as blocks of 96.
 
@@ -42,7 +42,7 @@ class StoredFormat:
 
     Attributes:
         title: for metrics and reports.
-        suffix: end of the name of a scale, after that of the module; "" for mxfp4.
+        suffix: end of the name of a scale, after the module's name; "" for mxfp4.
         block: rows and columns that share a scale; -1: all of them.
     """
 
@@ -98,7 +98,7 @@ def read_stored_format(source: str, settings: Any) -> StoredFormat:
 def _refuse(source: str, setting: str) -> ModelImportError:
     return ModelImportError(
         f"model.source={source!r}: already quantized ({setting}). Weights are read from fp8, mxfp4 and "
-        "compressed-tensors' float-quantized only. Start from the original model: its README names it as base_model"
+        "compressed-tensors' float-quantized only. Start from the original model: its README names it as base_model."
     )
 
 
@@ -149,7 +149,7 @@ def _check_block(source: str, key: str, block: Any) -> tuple[int, int]:
     if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise ModelImportError(
             f"model.source={source!r}: {key}={block!r} in its quantization_config is not a block of rows and columns. "
-            "Get config.json again"
+            "Get config.json again."
         )
     return sizes[0], sizes[1]
 
@@ -182,14 +182,14 @@ def open_stored(
         if scale not in rest:
             raise ModelImportError(
                 f"model.source={source!r}: {weight} is {problem}, but its scales {scale} are missing. Get a "
-                "complete copy"
+                "complete copy."
             )
     used = set(pairs.values())
     left = sorted(name for name in rest - used - set(pairs) if _is_leftover(name))
     if left:
         raise ModelImportError(
             f"model.source={source!r}: {left[0]} belongs to no quantized weight of this checkpoint, {problem} by its "
-            f"config ({len(left)} such tensors). Without it values would be wrong. Get a complete copy"
+            f"config ({len(left)} such tensors). Without it values would be wrong. Get a complete copy."
         )
 
     def read_float(name: str) -> torch.Tensor:
@@ -230,7 +230,7 @@ def dequantize_fp8(
     if weight.dim() != 2:
         raise ModelImportError(
             f"model.source={source!r}: {name} is stored as fp8 with shape {list(weight.shape)}. Only the weights of "
-            "linears, with two dimensions, are read from fp8"
+            "linears, with two dimensions, are read from fp8."
         )
     rows, columns = (length if size == -1 else size for size, length in zip(block, weight.shape, strict=True))
     expected = math.ceil(weight.shape[0] / rows), math.ceil(weight.shape[1] / columns)
@@ -238,7 +238,7 @@ def dequantize_fp8(
     if tuple(table.shape) != expected and not (table.numel() == 1 and expected == (1, 1)):
         raise ModelImportError(
             f"model.source={source!r}: {name} {list(weight.shape)} has scales of shape {list(scale.shape)}, its config "
-            f"asks for {list(expected)} (blocks of {rows} x {columns}). Get config and weights of one model"
+            f"asks for {list(expected)} (blocks of {rows} x {columns}). Get config and weights of one model."
         )
     table = table.reshape(expected)
     _check_scales(source, name, table)
@@ -252,7 +252,7 @@ def dequantize_fp8(
 
 def _check_scales(source: str, name: str, scales: torch.Tensor) -> None:
     if not torch.isfinite(scales).all():
-        raise ModelImportError(f"model.source={source!r}: scales of {name} are NaN or infinite. Get an intact copy")
+        raise ModelImportError(f"model.source={source!r}: scales of {name} are NaN or infinite. Get an intact copy.")
 
 
 def _check_rows(
@@ -269,7 +269,7 @@ def _check_rows(
     exact = weight[chosen].double() * table.double()[chosen // block[0]][:, columns]
     if not torch.equal(values[chosen], exact.float()):
         raise ModelImportError(
-            f"model.source={source!r}: {name} was not dequantized exactly. Report this with the model's name"
+            f"model.source={source!r}: {name} was not dequantized exactly. Report this with the model's name."
         )
 
 
@@ -289,10 +289,10 @@ def dequantize_mxfp4(source: str, name: str, blocks: torch.Tensor, scales: torch
     if not fits or blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ModelImportError(
             f"model.source={source!r}: {name}_blocks {list(blocks.shape)} and {name}_scales {list(scales.shape)} are "
-            "not mxfp4: expected uint8, 16 bytes for each scale. Get an intact copy"
+            "not mxfp4: expected uint8, 16 bytes for each scale. Get an intact copy."
         )
     if (scales == _E8M0_NAN).any():
-        raise ModelImportError(f"model.source={source!r}: scales of {name} are NaN. Get an intact copy")
+        raise ModelImportError(f"model.source={source!r}: scales of {name} are NaN. Get an intact copy.")
     experts, rows, groups, _ = blocks.shape
     values = torch.empty(experts, groups * 32, rows)
     for index in range(experts):  # one at a time: codes as indices take 8 bytes each

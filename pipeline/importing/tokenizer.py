@@ -40,7 +40,7 @@ def complete_tokenizer_(source: str, folder: Path, rows: int) -> PreTrainedToken
         tokenizer.save_pretrained(folder)
     if not (folder / _CORE).is_file():
         raise ModelImportError(
-            f"model.source={source!r}: its tokenizer has no fast version ({_CORE}). Convert it with transformers first"
+            f"model.source={source!r}: its tokenizer has no fast version ({_CORE}). Convert it with transformers first."
         )
     _check_rows(source, tokenizer, _list_special_tokens(source, tokenizer, folder), rows)
     _check_encoding(source, tokenizer, rows)
@@ -73,7 +73,7 @@ def keep_tokenizer_class_(source: str, companions: Path, folder: Path) -> None:
     if not same:
         raise ModelImportError(
             f"model.source={source!r}: transformers loads another tokenizer for the family as which this model is "
-            f"imported than its own {type(original).__name__}. Report this with the model's name"
+            f"imported than its own {type(original).__name__}. Report this with the model's name."
         )
 
 
@@ -88,19 +88,19 @@ def _check_encoding(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
     It fails where its token for unknown characters is missing from its vocabulary, and it meets such a character.
     """
     problem = f"model.source={source!r}: its tokenizer fails on texts with unknown characters"
-    with reading(lambda reason: ModelImportError(f"{problem} ({reason}). Give its vocabulary an unknown token")):
+    with reading(lambda reason: ModelImportError(f"{problem} ({reason}). Give its vocabulary an unknown token.")):
         token_ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         with_special = tokenizer(_PROBE)["input_ids"]
     if not token_ids:
         raise ModelImportError(
             f"model.source={source!r}: its tokenizer turns a text of {len(_PROBE)} characters into no token "
-            f"(its vocabulary has {len(tokenizer)}). Take the tokenizer of the original model"
+            f"(its vocabulary has {len(tokenizer)}). Take the tokenizer of the original model."
         )
     largest = max(with_special)
     if largest >= rows:
         raise ModelImportError(
             f"model.source={source!r}: its tokenizer gives a text the id {largest}, for which the model ({rows} rows) "
-            "has no row. Take the tokenizer of the original model"
+            "has no row. Take the tokenizer of the original model."
         )
 
 
@@ -117,7 +117,7 @@ def _list_special_tokens(source: str, tokenizer: PreTrainedTokenizerBase, folder
 def _check_rows(source: str, tokenizer: PreTrainedTokenizerBase, special: set[str], rows: int) -> None:
     """Refuse a tokenizer with a token that has no row in the embedding, although a text may hold it.
 
-    Those are ordinary tokens, tokens added as ordinary ones, `special` ones, and those of a chat template. Other
+    Text can contain ordinary tokens, added tokens, `special` ones, and tokens of a chat template. Other
     special tokens, such as Gemma 3's image token, are logged: `calibration` refuses a text that holds one.
     """
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
@@ -135,6 +135,6 @@ def _check_rows(source: str, tokenizer: PreTrainedTokenizerBase, special: set[st
     if used:
         raise ModelImportError(
             f"model.source={source!r}: its tokenizer has ids that the model, with {rows} rows, has none for: {listed}. "
-            "Resize the embedding (model.resize_token_embeddings(len(tokenizer))), or remove the tokens"
+            "Resize the embedding (model.resize_token_embeddings(len(tokenizer))), or remove the tokens."
         )
     logger.warning("the tokenizer has ids that the model (%d rows) has no row for: %s; leave them out", rows, listed)

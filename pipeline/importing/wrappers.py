@@ -199,7 +199,7 @@ def rename_tensors(source: str, wrapper: Wrapper, names: Collection[str]) -> tup
         if new in places:
             raise ModelImportError(
                 f"model.source={source!r}: holds two tensors for {new}: {places[new]} and {name}. Save the model again "
-                "with transformers (save_pretrained)"
+                "with transformers (save_pretrained)."
             )
         places[new] = name
     return places, dropped
@@ -242,7 +242,7 @@ def check_text_forward(source: str, text: TextModel) -> float:
         raise UnsupportedModelError(
             f"model.source={source!r}: model_type={text.wrapper_config.model_type!r} reads text in another way than "
             f"its text model {text.config.model_type!r} does: logits differ by {deviation:.2e} of max |logit|. Report "
-            "this with the model's name"
+            "this with the model's name."
         )
     return deviation
 

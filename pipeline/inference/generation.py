@@ -41,7 +41,7 @@ def main() -> None:
     interface = read_interface(arguments.folder)
     check_generation_config(arguments.folder)
     if arguments.chat and interface.tokenizer.chat_template is None:
-        raise ArgumentError("--chat: this model's tokenizer has no chat template; leave it out")
+        raise ArgumentError("--chat: this model's tokenizer has no chat template. Leave it out.")
     prompt = _read(arguments.prompt)
     if arguments.chat and not prompt:
         return

@@ -62,7 +62,7 @@ def load(
     check_folder(folder)
     check_generation_config(folder)
     hide_bars()
-    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why}).")):
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not isinstance(model, PrefixedModel):
@@ -79,7 +79,7 @@ def load(
 def check_generation_config(folder: Path) -> None:
     """Raise ExportError where generation_config.json is damaged: transformers would ignore it without an error."""
     if (folder / GENERATION).is_file():
-        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it")):
+        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it.")):
             GenerationConfig.from_pretrained(folder)
 
 

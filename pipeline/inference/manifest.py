@@ -46,10 +46,10 @@ class ExportError(PipelineError):
 def check_format(where: object, version: object) -> None:
     """Raise ExportError unless `version` is the layout that this project reads and writes."""
     if version != FORMAT_VERSION:
-        remedy = f"use a version {_READERS[version]}" if version in _READERS else "update it"
+        remedy = f"Use a version {_READERS[version]}" if version in _READERS else "Update it"
         raise ExportError(
-            f"{where}: format_version={version!r}; this version of the project reads {FORMAT_VERSION}: {remedy}, or "
-            "export the model again"
+            f"{where}: format_version={version!r}: this version of the project reads {FORMAT_VERSION}. {remedy}, or "
+            "export the model again."
         )
 
 
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ExportError: there is no such folder, it is not an exported one, its manifest is damaged, or of another format.
     """
     if not folder.is_dir():
-        raise ExportError(f"{folder}: there is no such folder")
+        raise ExportError(f"{folder}: there is no such folder. Correct the path.")
     manifest = _read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("quant_method") != METHOD:
         raise ExportError(f"{folder / MANIFEST}: this project did not export the folder. Give one that it exported.")

@@ -88,8 +88,8 @@ class PrefixedModel(PreTrainedModel):
     def keep_unpacked_(self, keep: bool | None) -> Self:
         """Keep the weights of an exported model unpacked between calls, or drop them after each layer.
 
-        The result is the same. Unpacked weights take the model's full size beside the packed ones, and make calls
-        faster. They are unpacked when they are first needed.
+        The result is the same. Unpacked weights are added to the packed ones, take the model's full size, and make
+        calls faster. They are unpacked when they are first needed.
 
         Args:
             keep: None for a choice by free memory, as after loading (`packed_block.keep_unpacked_`).
@@ -364,7 +364,7 @@ def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_c
         keeps_cache: whether the call has a cache.
 
     Raises:
-        ValueError: positions restart, and the call has a cache, which is that of one text, or a mask.
+        ValueError: positions restart, and the call has a mask, or a cache, which holds one text.
     """
     steps = position_ids.diff(dim=-1)
     numbers = torch.nn.functional.pad(steps != 1, (1, 0)).cumsum(-1)

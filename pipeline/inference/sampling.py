@@ -5,9 +5,9 @@
         documents = sampler.sample_batch(batch)              # lists of token ids
 
 Every document starts from the same few tokens (`find_beginning`) and ends with a token that ends texts, or at
-`generation.length`. A next token is drawn from softmax(logits / temperature), of which `top_p` leaves the most likely
-tokens. The random numbers of a document depend on the seed and on its number alone. So a batch can be sampled again
-without the ones before it, and a killed run continues at the first batch that is not on disk, with the same bytes.
+`generation.length`. The next token is drawn from softmax(logits / temperature), restricted by `top_p` to the most
+likely tokens. The random numbers of a document depend only on the seed and on its number. So a batch can be sampled
+again without the ones before it, and a killed run continues at the first batch that is not on disk, with the same bytes.
 """
 
 import logging
@@ -54,7 +54,7 @@ class Sampler:
 
         Args:
             model: in eval mode, on its device.
-            name: of the corpus, for messages.
+            name: name of the corpus, for messages.
 
         Raises:
             SamplingError: documents are too long, or the tokenizer has no beginning of the kind that is asked for.
@@ -76,7 +76,7 @@ class Sampler:
 
         Args:
             batch: number of the batch. Documents batch * batch_size … have random numbers of their own.
-            title: of the progress bar over tokens.
+            title: title of the progress bar over tokens.
         """
         params, device = self.params, self.model.device
         uniforms = self._draw_uniforms(batch)
@@ -117,7 +117,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
         temperature: above 0; the logits are divided by it.
-        top_p: of the tokens in order of probability, those are left whose predecessors sum to less than this.
+        top_p: keep the most likely tokens, up to the one with which their probabilities reach this sum.
     """
     p = (logits / temperature).softmax(-1)
     if top_p == 1:
@@ -147,16 +147,16 @@ def find_beginning(tokenizer: PreTrainedTokenizerBase, kind: str, rows: int, key
         kind: `end_of_text`: the start token where the tokenizer puts one before every text, otherwise the token that
             separates documents in pretraining, otherwise the start or the end token. `chat_template`: an empty turn of
             the user, up to the model's answer.
-        rows: number of rows of the model's embedding; tokens without a row are no choice.
-        key: of params.yaml, for messages.
+        rows: number of rows of the model's embedding; tokens without a row cannot be chosen.
+        key: key of params.yaml, for messages.
 
     Raises:
         SamplingError: there is none.
     """
     if kind == "chat_template":
         if tokenizer.chat_template is None:
-            raise SamplingError(f"{key}.beginning={kind}: the tokenizer has no chat template. Use end_of_text")
-        with reading(lambda why: SamplingError(f"{key}.beginning={kind}: the template refuses an empty turn ({why})")):
+            raise SamplingError(f"{key}.beginning={kind}: the tokenizer has no chat template. Use end_of_text.")
+        with reading(lambda why: SamplingError(f"{key}.beginning={kind}: the template refuses an empty turn ({why}).")):
             turns = [{"role": "user", "content": ""}]
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         return tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
@@ -167,12 +167,14 @@ def find_beginning(tokenizer: PreTrainedTokenizerBase, kind: str, rows: int, key
     choices = (*map(vocabulary.get, _SEPARATORS), tokenizer.bos_token_id, tokenizer.eos_token_id)
     token_id = next((choice for choice in choices if isinstance(choice, int) and choice < rows), None)
     if token_id is None:
-        raise SamplingError(f"{key}.beginning={kind}: the tokenizer has neither a start nor an end token")
+        raise SamplingError(
+            f"{key}.beginning={kind}: the tokenizer has neither a start nor an end token. Set one in it."
+        )
     return [token_id]
 
 
 def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids of tokens that end a text: the tokenizer's, those of the generation config, separators, start."""
+    """Return the ids of tokens that end a text: from the tokenizer and the generation config, separators, start."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, *map(tokenizer.get_vocab().get, _SEPARATORS)]
     ids += listed if isinstance(listed, list) else [listed]
@@ -209,7 +211,7 @@ def write_corpus(sampler: Sampler, folder: Path, work_folder: Path, header: Head
             reasons = ", ".join(f"{reason} {number}" for reason, number in judge.dropped.items())
             raise SamplingError(
                 f"corpora.{sampler.name}.generation: of {sampled} tokens only {judge.kept_tokens} are worth keeping "
-                f"(dropped documents: {reasons}). Raise temperature or top_p, or choose another beginning"
+                f"(dropped documents: {reasons}). Raise temperature or top_p, or choose another beginning."
             )
     counts: dict[str, Any] = write_splits(deal_documents("generated", list(texts)), folder)
     speed = {"tokens_per_second": round(new_tokens / seconds, 1)} if seconds else {}
@@ -219,7 +221,7 @@ def write_corpus(sampler: Sampler, folder: Path, work_folder: Path, header: Head
 def _read_or_sample(
     sampler: Sampler, work_folder: Path, header: Header, judge: DocumentFilter
 ) -> Iterator[tuple[list[list[int]], float]]:
-    """Yield the documents of each batch, and the seconds that sampling them took: 0 for those of an earlier run."""
+    """Yield the documents of each batch, and the seconds that sampling took; 0 for documents of an earlier run."""
     batch = 0
     while True:
         path = work_folder / f"batch-{batch:05d}.safetensors"

@@ -60,7 +60,7 @@ def read_interface(folder: Path) -> TextInterface:
         ExportError: the folder is not an exported one, or these files are missing or damaged.
     """
     read_manifest(folder)
-    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why})")):
+    with reading(lambda why: ExportError(f"{folder} cannot be loaded ({why}).")):
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         quantization = PrefixQuantConfig(**config.quantization_config)

@@ -31,8 +31,8 @@ def check_layer_arguments(checkpoint: Checkpoint, source_config: PreTrainedConfi
 
     Args:
         checkpoint: the imported model.
-        source_config: of the source; another family's where the import changes the family. Then only masks are
-            compared with it.
+        source_config: config of the source, of another family where the import changes the family. Then only masks
+            are compared with it.
 
     Raises:
         UnsupportedModelError: a layer gets other arguments from transformers' model than from the walk.
@@ -59,7 +59,7 @@ def cut_windows(config: PreTrainedConfig) -> Any:
 def record_model_calls(config: PreTrainedConfig, length: int) -> Calls:
     """Return the arguments that transformers' model gives each decoder layer for one text of `length` tokens.
 
-    The layers compute nothing. `hidden_states` of each call are the input of the layer less that of the model.
+    The layers compute nothing. `hidden_states` of each call are the input of the layer minus the input of the model.
     """
     model = build_skeleton(config).eval()
     base, calls = model.model, []
@@ -105,7 +105,7 @@ def _compare(config: PreTrainedConfig, walk: Calls, model: Calls, masks_only: bo
     if len(walk) != len(model):
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: transformers runs {len(model)} layers for num_hidden_layers={len(walk)}"
-            ". Models that repeat or skip layers are not supported"
+            ". Models that repeat or skip layers are not supported."
         )
     for index, (ours, theirs) in enumerate(zip(walk, model, strict=True)):
         length = ours[_INPUT].shape[1]
@@ -117,7 +117,7 @@ def _compare(config: PreTrainedConfig, walk: Calls, model: Calls, masks_only: bo
             raise UnsupportedModelError(
                 f"{problem}has another attention mask: in a text of {length} tokens and with windows of at most "
                 f"{_WINDOW}, its last token reads {counts[0]} positions in transformers, and {counts[1]} here. See "
-                "find_sliding_window in pipeline/models/architectures.py"
+                "find_sliding_window in pipeline/models/architectures.py."
             )
         if masks_only:
             continue
@@ -127,7 +127,7 @@ def _compare(config: PreTrainedConfig, walk: Calls, model: Calls, masks_only: bo
         if names:
             raise UnsupportedModelError(
                 f"{problem}gets {', '.join(sorted(names))} from transformers' model, which the walk does not compute. "
-                "This family is not supported"
+                "This family is not supported."
             )
         for name, meaning in (
             (_INPUT, "hidden states. The model changes them between its embedding and its layers"),
@@ -135,7 +135,7 @@ def _compare(config: PreTrainedConfig, walk: Calls, model: Calls, masks_only: bo
             ("position_embeddings", "tables of RoPE (see BlockRunner.tables_at)"),
         ):
             if name in theirs and not _agree(ours[name], theirs[name]):
-                raise UnsupportedModelError(f"{problem}gets other {meaning}. This family is not supported")
+                raise UnsupportedModelError(f"{problem}gets other {meaning}. This family is not supported.")
 
 
 def _visible(mask: torch.Tensor | None, length: int) -> torch.Tensor:

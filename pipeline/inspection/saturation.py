@@ -131,7 +131,7 @@ def summarise_saturation(texts: dict[str, dict[int, Report]]) -> dict[str, Any]:
 def write_saturation(path: Path, texts: dict[str, dict[int, Report]]) -> None:
     """Write a table for `dvc plots`, a row per block: SITE_share and SITE_sqnr of every `Site`.
 
-    Of several texts, and of several experts, the worst one counts.
+    The worst of several texts, and of several experts, counts.
     """
     rows = []
     for index in sorted({index for blocks in texts.values() for index in blocks}):

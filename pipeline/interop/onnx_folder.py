@@ -38,7 +38,7 @@ class MissingExtraError(PipelineError):
 
 
 def find_onnx_obstacles(checkpoint: Checkpoint, all_settings: Sequence[BlockSettings], params: OnnxParams) -> list[str]:
-    """Return a message for each reason to refuse the model; settings of `all_settings` are those of its blocks."""
+    """Return a message for each reason to refuse the model; `all_settings` are the settings of its blocks."""
     config = checkpoint.config
     if config.model_type not in FAMILIES:
         return [

@@ -17,7 +17,7 @@ call.
     past_key_values.N.key      [B, kv heads, past, d]; present.N.key has past + T positions
     prefix.N.key               float32 [1, kv heads, P, d], only where the past holds integers
 
-Two operators of this module stand for the pair in torch. The exporter translates them (`TRANSLATIONS`). Everything
+Two operators of this module represent the pair in torch. The exporter translates them (`TRANSLATIONS`). Everything
 else, R3 and the mean of keys for example, is traced through the code that was evaluated.
 """
 
@@ -163,7 +163,7 @@ class GraphQuantizer(nn.Module):
         return self
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Return True: there is no input that it cannot take."""
+        """Return True: it accepts every input."""
         return True
 
     def count_(self) -> None:
@@ -265,7 +265,7 @@ class GraphCache:
         Args:
             past: keys and values [B, heads, past, d] of block 0, then of block 1, …
             prefix: the same of the prefix, [1, heads, P, d], where the past holds integers.
-            quantizers: of these integers, in the same order.
+            quantizers: their quantizers, in the same order.
         """
         self.past, self.prefix, self.quantizers = past, prefix, quantizers
         self.present: list[torch.Tensor] = []
@@ -405,7 +405,7 @@ def build_graph(
     """Return the graph of a quantized checkpoint.
 
     Args:
-        integer_cache: keys and values of the past are integers, and those of the prefix are inputs of their own.
+        integer_cache: keys and values of the past are integers, and the prefix has inputs of its own.
         shapes: sizes for runtimes that need static ones, with one text per call; None: all of them are free.
         prefix_tokens: P, for a graph with an integer cache and static sizes.
     """

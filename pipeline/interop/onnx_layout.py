@@ -1,4 +1,4 @@
-"""The names of files, inputs and outputs of an exported ONNX folder. Imports nothing, for writers and readers alike."""
+"""The names of files, inputs and outputs of an exported ONNX folder, for writers and readers. Imports nothing."""
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"

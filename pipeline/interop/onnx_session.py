@@ -66,7 +66,7 @@ class OnnxModel:
         """Load a folder.
 
         Args:
-            threads: of one operator; None: ONNX Runtime's choice.
+            threads: threads of one operator; None: ONNX Runtime's choice.
             profile: beginning of the name of a file with the time of every operator, or None.
 
         Raises:

@@ -418,7 +418,7 @@ def find_family(model_type: str | None) -> Architecture:
     family = IMPORTED_AS.get(model_type or "", model_type or "")
     if family not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES | IMPORTED_AS))
-        raise UnsupportedModelError(f"model_type={model_type!r} is not supported; supported are: {supported}")
+        raise UnsupportedModelError(f"model_type={model_type!r} is not supported. Supported are: {supported}")
     return ARCHITECTURES[family]
 
 
@@ -472,7 +472,7 @@ def check_attention_arguments(arguments: Mapping[str, object]) -> None:
     if unknown:
         raise UnsupportedModelError(
             f"attention gets {', '.join(unknown)}, which is not supported: the results would silently lack it (s_aux "
-            "are learned attention sinks)"
+            "are learned attention sinks)."
         )
 
 
@@ -507,7 +507,7 @@ def check_rope(config: PreTrainedConfig, positions: int) -> None:
         raise UnsupportedModelError(
             f"{positions} positions (prefix + window) exceed {limit}, beyond which this model's RoPE changes its "
             "frequencies. Keys in a cache, those of the prefix too, would keep the old ones. Use windows of at most "
-            f"{limit} tokens less the prefix"
+            f"{limit} tokens less the prefix."
         )
 
 
@@ -524,6 +524,6 @@ def check_window(config: PreTrainedConfig, positions: int) -> None:
     if positions > config.max_position_embeddings:
         raise UnsupportedModelError(
             f"{positions} positions (prefix + window) exceed max_position_embeddings={config.max_position_embeddings}"
-            " of this model. Use shorter windows"
+            " of this model. Use shorter windows."
         )
     check_rope(config, positions)

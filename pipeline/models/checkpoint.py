@@ -76,7 +76,7 @@ class Checkpoint:
         self.header: Header = read_header(self.folder, stage) if self.folder.is_dir() else self._missing()
         self.settings: dict[str, Any] = self.read_config().get(CONFIG_KEY, {})
         path = self.folder / CONFIG
-        with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}). Make the artifact again")):
+        with reading(lambda reason: ArtifactError(f"{path} is damaged ({reason}). Make the artifact again.")):
             self.config = AutoConfig.from_pretrained(self.folder)
         self.architecture: Architecture = find_architecture(self.config)
         self.config._attn_implementation = self.architecture.kernel
@@ -89,7 +89,7 @@ class Checkpoint:
         """Return the content of config.json, for example to change it and write it again."""
         values = load_json(self.folder / CONFIG, self.stage)
         if not isinstance(values, dict):
-            raise ArtifactError(f"{self.folder / CONFIG} is not a JSON object. Make the artifact again")
+            raise ArtifactError(f"{self.folder / CONFIG} is not a JSON object. Make the artifact again.")
         return values
 
     @property
@@ -102,7 +102,7 @@ class Checkpoint:
         """The dtype of all computation on this checkpoint."""
         dtype = self.config.dtype
         if not isinstance(dtype, torch.dtype):
-            raise ArtifactError(f"{self.folder / CONFIG}: dtype={dtype!r} is not a dtype. Make the artifact again")
+            raise ArtifactError(f"{self.folder / CONFIG}: dtype={dtype!r} is not a dtype. Make the artifact again.")
         return dtype
 
     @functools.cached_property

@@ -1,9 +1,8 @@
 """Routed experts of a mixture-of-experts block: their module, and the layouts of their tensors.
 
-transformers holds the experts of a block as two 3-D parameters, which hooks on linears never see. `route_experts_`
-replaces this module by `RoutedExperts`, in which each expert has three linears of its own. So everything that works on
-the linears of a dense block works on those of an expert. Router, shared expert and the block's forward stay as they
-are.
+transformers holds the experts of a block as two 3-D parameters, which hooks on linears never reach. `route_experts_`
+replaces this module by `RoutedExperts`, in which each expert has three linears of its own. So all code for the
+linears of a dense block works for experts too. Router, shared expert and the block's forward do not change.
 
 The tensors of E experts have three layouts (I is the width of an expert, D the hidden size):
 
@@ -173,7 +172,7 @@ def _number(module: str, rest: str, tensor: torch.Tensor) -> Tensors:
 
 
 def stack_experts(tensors: Tensors) -> Tensors:
-    """Return tensors of a block with those of all experts stacked, [E, …], or fused if they are floats alone.
+    """Return the tensors of a block with all experts stacked, [E, …], or fused if they are only floats.
 
     Other tensors are passed on.
 

@@ -91,7 +91,7 @@ def measure_offsets(
         codes: [out, in], as `round_gptq` returns them.
         scale, zero_point: [out, G] float32; the zero point is None if symmetric.
         grid: the values that were rounded to.
-        factor: the factor that `round_gptq` used; None: each weight was rounded by itself.
+        factor: the factor that `round_gptq` used; None: each weight was rounded to nearest.
 
     Returns:
         [out, in] float32. Within half a step of zero, except for values beyond the range.

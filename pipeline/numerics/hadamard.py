@@ -76,7 +76,7 @@ def factor_hadamard(n: int) -> HadamardFactors:
 def _find_paley_orders(n: int) -> tuple[int, ...] | None:
     """Return Paley orders whose product divides n and leaves a power of two, or None where there are none.
 
-    Of several solutions it is the one with the fewest orders, and then the smallest.
+    The solution with the fewest orders is chosen, and then the smallest.
     """
     power = n & -n
     odd = n // power

@@ -51,7 +51,7 @@ class QuantizerSpec:
 
     Attributes:
         bits: 2 to 8, or 16 for "not quantized". The format int16 has 16 and is quantized.
-        symmetric: whether there is no zero point.
+        symmetric: whether the quantizer lacks a zero point.
         group_size: number of consecutive channels that share a scale; -1: the whole last dimension.
         dynamic: whether the range is measured anew on every token (activations, keys and values only).
         centered: activations, keys and values: the mean of each channel is subtracted before quantization and added
@@ -358,7 +358,7 @@ class ActivationQuantizer(KeepsDtype):
         return pack_codes((codes.to(torch.int16) - lowest).to(torch.uint8) if grid.signed else codes, self.spec.bits)
 
     def decode(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Undo `encode`: return the fake-quantized values [..., d]. `dtype` is that of the values encoded."""
+        """Undo `encode`: return the fake-quantized values [..., d]. `dtype` is the dtype of the encoded values."""
         grid = self.spec.stored_grid
         codes = unpack_codes(packed, self.spec.bits, width)
         if grid.signed:

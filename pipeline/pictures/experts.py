@@ -82,8 +82,8 @@ def list_experts(blocks: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[s
     """Return the rows about experts.
 
     Args:
-        blocks: of quantizer_init's report.json.
-        layers: of prefix_search's report.json.
+        blocks: the blocks in quantizer_init's report.json.
+        layers: the layers in prefix_search's report.json.
     """
     peaks = [
         (f"block {layer['layer']} {row['expert']}", row["peak"], row["peak_with_prefix"])

@@ -36,7 +36,7 @@ def format_page(title: str, parts: Sequence[str], style: str = "") -> str:
     Args:
         title: escaped text.
         parts: HTML of the body.
-        style: CSS that is added to that of all pages.
+        style: CSS in addition to the CSS of all pages.
     """
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     opening = f'<!doctype html><meta charset="utf-8">{viewport}<title>{title}</title><style>{STYLE}{style}</style>'

@@ -106,7 +106,7 @@ def draw_site_quality(path: Path, rows: Sequence[Mapping[str, float | None]], si
     """Draw signal-to-quantization-noise ratios (dB) as a heat map of sites by block.
 
     Args:
-        rows: of quantizer_init's saturation.json: "block" and "SITE_sqnr".
+        rows: the rows of quantizer_init's saturation.json: "block" and "SITE_sqnr".
         sites: rows of the picture, from the top.
     """
     values = torch.tensor([[_or_nan(row.get(f"{site}_sqnr")) for row in rows] for site in sites])

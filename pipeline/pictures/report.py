@@ -51,12 +51,12 @@ class Heading:
 
     Attributes:
         model: `model.source`.
-        date: of the run, such as 2026-01-31.
+        date: date of the run, such as 2026-01-31.
         revision: the commit of the project, or None without git.
         versions: package -> version.
         device: such as cpu, or the name of a GPU.
-        size_mib: of the export's weights.
-        original_mib: of the original's weights.
+        size_mib: size of the export's weights.
+        original_mib: size of the original's weights.
         corpora: name of a corpus -> its source.
     """
 

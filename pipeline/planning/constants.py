@@ -1,6 +1,6 @@
 """Every fitted constant of the memory plans, with its meaning and its origin.
 
-Plans count from the model's shapes what the code allocates. Only what cannot be counted is fitted: temporaries of
+Plans count from the model's shapes what the code allocates. Only the rest is fitted: temporaries of
 libraries, memory that an allocator keeps, and memory that several steps hold at the same time. There were four fits:
 
     CPU    2026-11-22, float32, two cores: the packaged model (`benchmarks.speed.finetuning`, `.stages`) and blocks of

@@ -24,7 +24,7 @@ def plan_evaluation(
         checkpoint: the variant, in full precision or quantized.
         compared: whether it is compared with the original's final hidden states.
         in_memory: whether perplexity is computed by the whole model (`export`) instead of a walk. Its hidden
-            states are then compared with those of `finetuning` as well.
+            states are then compared with `finetuning` as well.
         task_items: items of tasks in a batch, each taken to be `TASK_TOKENS` long. 0 if there are no tasks.
     """
     sizes = Sizes.of(checkpoint)

@@ -1,7 +1,7 @@
 """Say whether a model can be quantized, without loading its weights.
 
-Only config.json, the names, types and shapes of tensors, and of a GGUF file its settings are read. Of a hub id, only
-these are fetched. `pipeline/explain.py` is the command. It adds the plan of memory, which needs params.yaml.
+It reads config.json or the settings of a GGUF file, and the names, types and shapes of tensors. For a hub id, it fetches
+nothing else. `pipeline/explain.py` is the command. It adds the plan of memory, which needs params.yaml.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Explanation:
     Attributes:
         supported: whether the model can be imported, as far as its config and tensor names tell.
         lines: the text. The first one answers the question.
-        config: of the imported model; None where it is not supported.
+        config: config of the imported model; None where it is not supported.
     """
 
     supported: bool
@@ -72,7 +72,7 @@ def explain_source(source: str, revision: str | None = None) -> Explanation:
 
     Args:
         source: as `model.source` in params.yaml.
-        revision: of a hub id.
+        revision: revision of a hub id.
 
     Raises:
         ModelImportError: there is no such source, or its config.json cannot be read.
@@ -94,7 +94,7 @@ def explain_source(source: str, revision: str | None = None) -> Explanation:
 
 
 def _is_listed(raw: dict[str, Any]) -> bool:
-    """Return whether the family in a config.json, or that of its text model, is supported."""
+    """Return whether the family in a config.json, or its text model's family, is supported."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         return False
@@ -143,7 +143,7 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, _Headers | None]:
         reason = str(error).strip().splitlines()[0]
         raise ModelImportError(
             f"model.source={source!r}, revision={revision!r}: there is no such file or folder, and it cannot be "
-            f"fetched from the Hugging Face Hub ({reason})"
+            f"fetched from the Hugging Face Hub ({reason})."
         ) from None
     tensors = {name: _Tensor(info.dtype, tuple(info.shape)) for file in files for name, info in file.tensors.items()}
     return folder, _Headers(tensors)
@@ -152,7 +152,7 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, _Headers | None]:
 def _explain_opened(source: str, open_model: Callable[[], Source], has_names: bool) -> Explanation:
     try:
         problem = f"model.source={source!r}: its config and tensors do not fit"
-        with reading(lambda reason: ModelImportError(f"{problem} ({reason})")):
+        with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):
             return _describe(source, open_model(), has_names)
     except (UnsupportedModelError, ModelImportError) as error:
         return Explanation(False, [f"Not supported: {error}"])

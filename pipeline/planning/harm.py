@@ -14,7 +14,7 @@ def plan_harm(checkpoint: Checkpoint, workload: Workload, prefixes: int) -> Need
 
     Args:
         checkpoint: the original model.
-        workload: of the stage.
+        workload: workload of the stage.
         prefixes: how many are compared.
     """
     sizes, length = Sizes.of(checkpoint), find_harm_length(checkpoint, workload.length, 0)

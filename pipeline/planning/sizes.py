@@ -26,7 +26,7 @@ class Sizes:
     Attributes:
         hidden, inner, keys, queries: widths of the residual stream, the MLP, all keys, and all queries. With experts,
             `inner` is the sum over the MLPs that a token passes.
-        mlps: the width of each MLP of a block: one, or those of all experts and of the shared expert.
+        mlps: the width of each MLP of a block: one, or all experts and the shared expert.
         vocabulary: rows of the embedding.
         blocks: number of blocks.
         weights: number of parameters of a block.

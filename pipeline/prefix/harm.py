@@ -85,7 +85,7 @@ def choose_harm_windows(checkpoint: Checkpoint, texts: Sequence[torch.Tensor], p
 
     Args:
         texts: windows [N, T] of content. The first text that is long enough is taken, and otherwise the longest.
-        prefix_tokens: of the longest prefix.
+        prefix_tokens: number of tokens of the longest prefix.
     """
     length = find_harm_length(checkpoint, texts[0].shape[1], prefix_tokens)
     joined = [join_windows(token_ids, length)[:, :length] for token_ids in texts]

@@ -1,4 +1,4 @@
-"""Terms of the loss of a trainable prefix: of the positions after it, layer by layer, and of the prefix itself.
+"""Terms of the loss of a trainable prefix, for the positions after it, layer by layer, and for the prefix itself.
 
 A measure gets the values at its sites in a block, float32, without the prefix positions. It returns terms, one number
 per name in `names`:
@@ -11,7 +11,7 @@ per name in `names`:
     var           the variance of the attention outputs over tokens
 
 It also returns the values that the block goes on with. With `prefix_training.simulate`, these are the quantized values,
-so that later blocks, and the divergence from the original, are those of a quantized model.
+so that later blocks, and the divergence from the original, belong to a quantized model.
 """
 
 import math

@@ -38,7 +38,7 @@ class LayerOutliers:
         peaks: token id -> sum of r_t squared over the windows in which it has the largest r_t after position 0. The
             threshold plays no part.
         expert_peaks: expert -> the largest magnitude of its output; empty for a dense block. Experts whose outputs are
-            much larger than those of all others are called super experts (arXiv:2507.23279).
+            much larger than all others are called super experts (arXiv:2507.23279).
     """
 
     layer: int
@@ -57,7 +57,7 @@ def describe_outliers(layer: int, maxima: torch.Tensor, token_ids: torch.Tensor,
     Args:
         maxima: token maxima [N, T].
         token_ids: [N, T].
-        threshold: of r_t.
+        threshold: threshold of r_t.
     """
     ratios = outlier_ratios(maxima)
     outlier = ratios > threshold

@@ -172,7 +172,7 @@ def measure_outliers(
     Args:
         token_ids: [N, T], all tokens that are read after the prefix; a start token among them is position 0.
         site: down_proj_input (the paper's) | block_output, whose token maxima are measured.
-        threshold: of the ratio to the median.
+        threshold: threshold of the ratio to the median.
         prefix_kv: [L, 2, heads, P, d] or None.
     """
     hidden = checkpoint.embed(token_ids[ranks.slice_windows(len(token_ids))])
@@ -233,7 +233,7 @@ def choose_prefix(layers: list[LayerOutliers], start_token_id: int | None, start
 
 
 def _pick_costs(candidates: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the cost without a prefix, which is the first candidate, and that of the chosen one."""
+    """Return the cost without a prefix, which is the first candidate, and the cost of the chosen one."""
     return {"none": candidates[0]["kl"], "chosen": next(row["kl"] for row in candidates if row["chosen"])}
 
 

@@ -1,8 +1,8 @@
 """Simulate, at the sites of the original model, the static quantizers that a rotated model would have.
 
-The values at a site are rotated, centered, quantized, and rotated back. Means and scales are those of the first batch,
+The values at a site are rotated, centered, quantized, and rotated back. Means and scales come from the first batch,
 and hold until `reset`. Weights are not quantized. The rotations are Hadamard matrices, R1 with random signs, and the
-weights of norms are folded as in a rotated model. With the seed of `rotation`, the signs are those of the model's own
+weights of norms are folded as in a rotated model. With the seed of `rotation`, the signs equal the model's own
 R1. In families that R1 cannot rotate, attention_input and mlp_input are not rotated. R5 is left out: with it the
 candidates of the prefix search differ less, and the search chose worse (docs/lab/ablations.md).
 
@@ -22,10 +22,10 @@ _SAMPLED = 1 << 14  # values per scale that a factor is judged on
 
 
 class SimulatedQuantizers:
-    """The quantizers of all blocks. Their means and scales are those of the first batch after `reset`."""
+    """The quantizers of all blocks. The first batch after `reset` sets their means and scales."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int, seed: int) -> None:
-        """`seed` is that of the random signs of R1."""
+        """`seed` is the seed of the random signs of R1."""
         self.bits = bits
         architecture = checkpoint.architecture
         signs = random_signs(checkpoint.config.hidden_size, torch.Generator().manual_seed(seed))
@@ -85,7 +85,7 @@ class SimulatedQuantizers:
 
         Args:
             x: [B, T, C], which has one scale, or [B, heads, T, d], which has one scale per head.
-            key: mean and scale are kept under it, and used for later batches; None: they are those of x.
+            key: mean and scale are kept under it, and used for later batches; None: they are measured on x.
         """
         if key is None:
             mean, scale = self._fit(x.detach())

@@ -1,11 +1,11 @@
 """Choose the bits of each site and linear of each block within a budget, where they reduce the divergence most.
 
-1. Quantize all blocks once for every number of bits to choose from (`init_blocks`), all sites alike.
+1. Quantize all blocks once for every number of bits to choose from (`init_blocks`), with the same bits at all sites.
 2. Measure the cost of every site and linear in each of these models (`bit_costs.py`).
 3. For each bound, choose the bits with the least total cost (`knapsack.py`).
 
 The choice has the form of `overrides`, which `init_quantizers` and everything after it follow. Overrides of the user
-come after it and win. A bound counts all sites of its groups, also those that overrides fix:
+come after it and take precedence. A bound counts all sites of its groups, also those that overrides fix:
 
     weights       sum of entries · bits / sum of entries, over the linears of all blocks
     size_mib      bytes of the export's tensors / 2^20; all but the integers of the linears count as they are
@@ -101,8 +101,8 @@ def choose_bits(
 ) -> Choice:
     """Choose bits within `params.budget`. Without a bound, nothing is measured or chosen.
 
-    Arguments are those of `init_quantizers`, which finds the measured channels in the same `work_folder`. `other_bytes`
-    are those of the export without the integers of the linears; only `size_mib` needs them.
+    Arguments are as for `init_quantizers`, which finds the measured channels in the same `work_folder`. `other_bytes`
+    is the size of the export without the integers of the linears; only `size_mib` needs it.
 
     Raises:
         BudgetError: a bound cannot be met.
@@ -228,7 +228,7 @@ class _Item:
 def _list_items(
     params: QuantizerInitParams, bound: str, sizes: Sequence[BlockSizes], asked: QuantizerInitParams
 ) -> tuple[list[_Item], int]:
-    """Return the items of a bound, and the size that its value 1 means. Time is relative to that of `asked`.
+    """Return the items of a bound, and the size that its value 1 means. Time is relative to the time of `asked`.
 
     Sizes of `weights` and `size_mib` are in bits.
     """
@@ -350,8 +350,8 @@ def spend_budget(
     """Choose the bits with the least cost within every bound.
 
     Args:
-        sizes: of each block.
-        costs: of each block: site or linear -> nats per token for each of `budget.choices`.
+        sizes: sizes of each block.
+        costs: costs of each block: site or linear -> nats per token for each of `budget.choices`.
         other_bytes: see `choose_bits`.
 
     Raises:

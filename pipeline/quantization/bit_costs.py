@@ -5,7 +5,7 @@
 dx is the error that one quantizer makes, and g the derivative of log p(y_1, …, y_T) by the values it acts on, with y
 drawn from the model's own distribution (`sensitivity.py`). The mean of (g · dx)^2 is dx^T F dx with the Fisher matrix F
 of the site. The cost is therefore the second-order estimate of the KL divergence from the full-precision model, one
-quantizer at a time. The error of a weight is that of its layer's output, dx = (W' - W) x.
+quantizer at a time. The error of a weight is the error of its layer's output, dx = (W' - W) x.
 
 The quantizers are those that `init_blocks` makes with all sites of a group at the same number of bits. The values are
 those of the full-precision model after the prefix.
@@ -65,7 +65,7 @@ def measure_costs(
         checkpoint: the rotated model.
         hidden: [n, T, D] embedded windows of this rank, which may have none; overwritten.
         prefix_kv: [L, 2, kv_heads, P, d] or None.
-        channels: of each block, from `measure_channels`, for the same scales as the candidates'.
+        channels: channels of each block, from `measure_channels`, for the same scales as the candidates'.
         numbers: the windows' numbers among the windows of all ranks. A number decides the labels of its window.
         stage: the stage in the headers of the candidates' files.
     """

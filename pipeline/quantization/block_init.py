@@ -175,7 +175,7 @@ class _Chooser:
         """Choose the scales of weights that read `site`, round them, and measure the remaining error of the outputs.
 
         Args:
-            names: of linears with the same settings. Their rows are treated as those of one linear.
+            names: linears with the same settings. Their rows are treated as one linear.
         """
         linears = [find_quantized_linear(self.block, name) for name in names]
         settings, spec = self.site_settings[base_site(self.shorten(names[0]))], linears[0].spec

@@ -171,7 +171,7 @@ class Equalizer:
         """Return the means over tokens of the sums of all ranks, on the CPU; zero for experts with few tokens.
 
         Args:
-            tokens: of all ranks.
+            tokens: tokens of all ranks.
         """
         ranks.sum_(*sums.values(), *self.counts.values())
         means = {}

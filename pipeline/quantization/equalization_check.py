@@ -39,7 +39,7 @@ def check_equalization(
 
     Args:
         checkpoint: the rotated model.
-        scales: of the block's sites, from `Equalizer.choose`.
+        scales: scales of the block's sites, from `Equalizer.choose`.
         settings: the block's.
         r2: R2 of the rotated model.
         hidden: [N, T, D] before the block.
@@ -80,6 +80,6 @@ def check_equalization(
             f"block {index}: scaling the channels of {site} changes the block's output by {by_site[site]:.1e} of what "
             f"the block adds, in float64; allowed is {EQUALIZATION_TOLERANCE:.0e}. In this family "
             f"(model_type={checkpoint.config.model_type!r}) the scales of {site} do not cancel. Take {site} out of "
-            "quantizer_init.equalize"
+            "quantizer_init.equalize."
         )
     return deviation

@@ -1,11 +1,11 @@
 """Record the inputs of the down projections of routed experts, with true routing, and top up experts with few tokens.
 
-An expert's statistics are of the tokens that the router sends to it. Where these are fewer than `FLOOR`, tokens are
-added whose routing score came next: those with the smallest distance between the expert's logit and the last chosen
-one's. They run through this expert alone, for its statistics alone: no output of an expert that the router did not
-choose reaches the hidden states. So no expert is left without a range, whatever the router does.
+An expert's statistics come from the tokens that the router sends to it. If these are fewer than `FLOOR`, the tokens with
+the next best routing scores are added: those with the smallest distance between the expert's logit and the last chosen
+one's. They run only through this expert and only for its statistics. No output of an expert that the router did not
+choose reaches the hidden states. So every expert gets a range, whatever the router does.
 
-Nothing depends on batches or ranks. The sampled tokens of an expert are those with the smallest hash of their number.
+Nothing depends on batches or ranks. The sampled tokens of an expert have the smallest hashes of their numbers.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class ExpertRecorder:
         """Prepare to record into the entries of `sites` that belong to routed experts.
 
         Args:
-            architecture: that of the block (`Architecture.of_block`).
+            architecture: architecture of the block (`Architecture.of_block`).
             gram_sites: sites whose Gram matrix is needed.
             samples: how many tokens are sampled at a site that all tokens pass.
             length: T.
@@ -170,7 +170,7 @@ class ExpertRecorder:
             self._run_chosen_(block, chosen, hidden, prefix_kv, runner)
 
     def _choose(self, distances: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the numbers of the `count` tokens of all ranks with the largest distances; of equal ones the first."""
+        """Return the numbers of the `count` tokens of all ranks with the largest distances, the first of equal ones."""
         best = distances.argsort(descending=True, stable=True)[:count]
         best = best[distances[best].isfinite()]
         all_numbers, all_distances = self.ranks.join(numbers[best]), self.ranks.join(distances[best])

@@ -153,7 +153,7 @@ class SiteSettings:
 def resolve_site(params: QuantizerInitParams, site: str, block: int) -> SiteSettings:
     """Return the settings of a site, or of a weight by its linear's short name (q_proj, …), in a block.
 
-    Of the overrides that name the site and the block, the last one applies.
+    The last override that names the site and the block applies.
     """
     values = _read_group(params, site)
     for override in params.overrides:

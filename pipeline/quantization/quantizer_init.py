@@ -360,7 +360,7 @@ def describe_uses(index: int, uses: Sequence[ExpertUse]) -> dict[str, Any]:
     """Return the part of the report about the experts of block `index`, and log a warning that names starved ones.
 
     Returns:
-        "tokens": of each expert; "starved": for each expert with few tokens, its number and the tokens that its
+        "tokens": tokens of each expert; "starved": for each expert with few tokens, its number and the tokens that its
         statistics were topped up with.
     """
     starved = [{"expert": number, **asdict(use)} for number, use in enumerate(uses) if use.added]

@@ -91,7 +91,7 @@ class ClipSearch:
 
     @property
     def relative_error(self) -> float:
-        """The error over the reference energy, summed over all scales; 0 if there is no energy."""
+        """The error over the reference energy, summed over all scales; 0 if the energy is 0."""
         total = self.reference.sum().item()
         return self.error.sum().item() / total if total > 0 else 0.0
 

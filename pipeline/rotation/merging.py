@@ -68,7 +68,7 @@ def rotate_block(
     """Fold norms and merge R1, R2 and the inverses of R4 and R5 into one block, one tensor in float64 at a time.
 
     Args:
-        tensors: the original block's, named as inside the block; not changed. Those of experts are split by expert.
+        tensors: the original block's, named as inside the block, experts one by one; not changed.
         settings: says which rotations are online.
         head_dim: d from the config (in some models it is not hidden size / heads).
         signs: norm -> signs [D] before an online R1, for the norms that carry any.

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message}; --help lists what is allowed")
+        raise ArgumentError(f"{message}. --help lists the allowed values.")
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -94,7 +94,9 @@ def check_writable(path: Path) -> None:
         ArgumentError: `path` is a folder, or the folder it would be in cannot be written to.
     """
     if path.is_dir():
-        raise ArgumentError(f"{path} cannot be written: it is a folder. Add a file name")
+        raise ArgumentError(f"{path} cannot be written: it is a folder. Add a file name.")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(f"{path} cannot be written: {folder} is not a folder that you may write to")
+        raise ArgumentError(
+            f"{path} cannot be written: {folder} is not a folder that you may write to. Use another path."
+        )

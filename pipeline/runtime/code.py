@@ -86,12 +86,12 @@ class CodeReader:
                         modules |= self._find_module(f"{module}.{alias.name}")
                 case ast.ImportFrom():
                     raise CodeError(
-                        f"{path}:{node.lineno}: a relative import. Write the name out: pipeline.ROOM.MODULE"
+                        f"{path}:{node.lineno}: a relative import. Write the name out: pipeline.ROOM.MODULE."
                     )
                 case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if self._is_dynamic(node.func, name):
                     raise CodeError(
                         f"{path}:{node.lineno}: {name}() imports or runs code that no fingerprint can cover. Use an "
-                        "import statement"
+                        "import statement."
                     )
         return modules
 
@@ -132,9 +132,9 @@ class CodeReader:
             try:
                 self._trees[path] = ast.parse((self.root / path).read_text(encoding="utf-8"), filename=path)
             except OSError as error:
-                raise CodeError(f"{path} cannot be read ({error.strerror}). Restore it from git") from None
+                raise CodeError(f"{path} cannot be read ({error.strerror}). Restore it from git.") from None
             except (SyntaxError, ValueError) as error:
-                raise CodeError(f"{path} is not valid Python ({error})") from None
+                raise CodeError(f"{path} is not valid Python ({error}).") from None
         return self._trees[path]
 
     def _hash(self, path: str) -> str:

@@ -1,6 +1,6 @@
 """The time that is left for a run, estimated from the stages that are done.
 
-Stages differ in length by a factor of a thousand, and what each takes depends on the machine, the model and the
+Stages differ in length by a factor of a thousand, and their length depends on the machine, the model and the
 settings. So the seconds of finished stages, which are in metrics/runtime/, are compared with those of the packaged
 model, and the rest of the run is taken to be slower or faster by the same factor.
 """

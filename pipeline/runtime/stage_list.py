@@ -23,7 +23,7 @@ class Stage:
         deps: files and folders that it reads.
         params: keys of params.yaml that it reads, with dots.
         written: files and folders that it writes, metrics included.
-        persistent: those of `written` that the stage updates instead of replacing.
+        persistent: the paths in `written` that the stage updates instead of replacing.
         always_run: whether it runs even if nothing has changed.
     """
 

@@ -28,7 +28,7 @@ class LayerPart:
     Attributes:
         rows: int64, output channels, in the order of the process's own output; None for all.
         columns: input channels; None for all.
-        adds_bias: whether this process adds bias and constants. Of processes that split the input, one does.
+        adds_bias: whether this process adds bias and constants. One of the processes that split the input does.
         gather: makes the whole input [T, in] of this process's part of it; None where it gets the whole.
     """
 

@@ -8,7 +8,7 @@ down_proj is therefore gathered from all processes, and rotated and quantized as
 multiplies its own columns. Codes and partial transforms would move as many values: the transform of a gathered half is
 not known before the other half has arrived.
 
-Results equal those of one process up to the order in which the processes' outputs are added.
+Results equal one process up to the order in which the processes' outputs are added.
 """
 
 from collections.abc import Sequence

@@ -73,7 +73,7 @@ def render_documents(documents: list[Document], tokenizer: PreTrainedTokenizerBa
     conversations = [document for document in documents if not isinstance(document, str)]
     if conversations and tokenizer.chat_template is None:
         raise WindowsError(
-            f"{purpose}: holds conversations, but the tokenizer has no chat template. Use plain text, or another model"
+            f"{purpose}: holds conversations, but the tokenizer has no chat template. Use plain text, or another model."
         )
     if unread := find_unread_fields(conversations, tokenizer):
         logger.warning("%s: the chat template leaves out these fields of messages: %s", purpose, ", ".join(unread))
@@ -85,7 +85,7 @@ def render_documents(documents: list[Document], tokenizer: PreTrainedTokenizerBa
 
 
 def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, problem: str) -> str:
-    with reading(lambda reason: WindowsError(f"{problem} ({reason})")):
+    with reading(lambda reason: WindowsError(f"{problem} ({reason}).")):
         text = render_conversation(conversation, tokenizer)
     start = read_token(tokenizer, "bos")
     return text.removeprefix(start) if start and text.rfind(start) == 0 else text
@@ -202,7 +202,7 @@ def check_token_ids(token_ids: torch.Tensor, rows: int, tokenizer: PreTrainedTok
     if largest >= rows:
         raise WindowsError(
             f"{purpose}: holds the special token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), for which "
-            f"the model's embedding has no row ({rows} rows). Take that text out of the corpus"
+            f"the model's embedding has no row ({rows} rows). Take that text out of the corpus."
         )
 
 
@@ -287,6 +287,6 @@ def _cut(pieces: Iterator[list[int]], windows: int | None, length: int, purpose:
     if len(ids) < max(count, 1) * length:
         raise WindowsError(
             f"{purpose}: needs {max(count, 1)} windows of {length} = {max(count, 1) * length} tokens, the corpus has "
-            f"{len(ids)}. Ask for fewer or shorter windows, or raise corpora.*.max_documents"
+            f"{len(ids)}. Ask for fewer or shorter windows, or raise corpora.*.max_documents."
         )
     return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)

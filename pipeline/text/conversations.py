@@ -132,7 +132,7 @@ def parse_messages(text: str) -> tuple[list[Any], dict[str, Any]] | None:
         if value is None and _SURELY_MESSAGES.match(text):
             raise RowError(
                 f"begins like a list of messages stored as text, but is not JSON ({error}). Store it by "
-                "json.dumps(messages)"
+                "json.dumps(messages)."
             ) from None
     fields = value if isinstance(value, dict) else {}
     messages = next((fields[name] for name in _LISTS if name in fields), value)
@@ -211,8 +211,8 @@ def _read_message(number: int, message: object) -> dict[str, Any]:
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise RowError(
-                f"has a message {number} with from={speaker!r}. Allowed are {', '.join(_SHAREGPT_ROLES)}; for others "
-                "use the fields role and content"
+                f"has a message {number} with from={speaker!r}. Allowed are {', '.join(_SHAREGPT_ROLES)}. For others "
+                "use the fields role and content."
             )
         others = {name: value for name, value in message.items() if name not in ("from", "value")}
         message = {"role": _SHAREGPT_ROLES[speaker], "content": message["value"]} | others
@@ -240,7 +240,7 @@ def _check_parts(number: int, parts: list[Any]) -> None:
         if kind != "text":
             raise RowError(
                 f"has a part of type {kind!r} in message {number} (part {place}). Only parts of type 'text' can be "
-                "read; remove the others, or the row"
+                "read. Remove the others, or the row."
             )
         if not isinstance(part.get("text"), str):
             raise RowError(f"has a part without text in message {number} (part {place}): {show_value(part)}")
@@ -251,7 +251,7 @@ def _read_input(name: str, value: object) -> Any:
     expected = "an object" if name == "chat_template_kwargs" else "a list of objects"
     problem = RowError(
         f"holds messages, and {name}={show_value(value)}. Expected is {expected}, or the same as JSON text, for the "
-        "chat template; mend it, or remove the field"
+        "chat template. Correct it, or remove the field."
     )
     try:
         value = json.loads(value) if isinstance(value, str) else value
@@ -272,7 +272,7 @@ def _make_plain(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_make_plain(name, item) for item in value]
     if isinstance(value, bytes):
-        raise RowError(f"holds {len(value)} bytes in {name}, where text is expected; remove that field")
+        raise RowError(f"holds {len(value)} bytes in {name}, where text is expected. Remove that field.")
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

@@ -136,7 +136,7 @@ def read_local_documents(source: Path, text_field: str) -> list[Document]:
     """
     documents = list(itertools.chain(*_read_path(str(source), text_field, None)[0].values()))
     if not documents:
-        raise CorpusError(f"corpus {str(source)!r}: has no text. Give a file or folder with at least one document")
+        raise CorpusError(f"corpus {str(source)!r}: has no text. Give a file or folder with at least one document.")
     return documents
 
 
@@ -154,7 +154,9 @@ def find_packaged_file(name: str) -> Path:
     """
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
-        raise CorpusError(f"{name!r} is in the package gensim; run: pip install --no-deps -r requirements-packaged.txt")
+        raise CorpusError(
+            f"{name!r}: needs the package gensim. Run: pip install --no-deps -r requirements-packaged.txt"
+        )
     return Path(spec.submodule_search_locations[0]) / "test" / "test_data" / name
 
 
@@ -175,7 +177,7 @@ def _deal(source: str, fetched: dict[str, list[Document]]) -> dict[str, list[Doc
     if empty:
         raise CorpusError(
             f"corpus {source!r}: {len(dealt)} documents are too few to give {', '.join(empty)} a share "
-            f"(at least {1 + _DEALING.index('validation')} are needed). In a .txt, blank lines separate documents"
+            f"(at least {1 + _DEALING.index('validation')} are needed). In a .txt, blank lines separate documents."
         )
     return splits
 
@@ -201,7 +203,7 @@ def _read_hub(name: str, max_documents: int | None) -> dict[str, list[Document]]
             fetched[split] = _cap(_join_rows(rows, corpus), max_documents)
         except Exception as error:  # the hub's client raises errors of many libraries
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CorpusError(f"corpus {name!r}: cannot fetch {request}, split {hub_split!r} ({reason})") from error
+            raise CorpusError(f"corpus {name!r}: cannot fetch {request}, split {hub_split!r} ({reason}).") from error
     return fetched
 
 
@@ -229,7 +231,7 @@ def _read_path(source: str, text_field: str, max_documents: int | None) -> tuple
         files = [path] if find_reader(path) else []
     else:
         known = ", ".join([*HUB_CORPORA, "packaged:wikipedia", "packaged:news", GENERATED])
-        raise CorpusError(f"corpus {source!r}: no such file or folder, and not one of {known}")
+        raise CorpusError(f"corpus {source!r}: no such file or folder. Correct the path, or use one of {known}.")
     if not files:
         raise CorpusError(f"corpus {source!r}: {path.name}: nothing to read. Allowed are files ending in {FORMATS}")
     splits: dict[str, list[Document]] = {}
@@ -258,11 +260,11 @@ def _choose_files(source: str, folder: Path) -> list[Path]:
     if doubtful:
         raise CorpusError(
             f"corpus {source!r}: {doubtful} next to files with fields: is it data, or about the data? Move it away, or "
-            "name it after a split (train.txt)"
+            "name it after a split (train.txt)."
         )
     if skipped and not files.data:
         raise CorpusError(
-            f"corpus {source!r}: holds only files about the data ({skipped}). To read one, name that file"
+            f"corpus {source!r}: holds only files about the data ({skipped}). To read one, name that file."
         )
     if skipped:
         logger.warning("corpus %r: skipped, as files about the data: %s", source, skipped)

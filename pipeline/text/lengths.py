@@ -30,7 +30,7 @@ def choose_length(name: str, split: SplitParams | EvaluationSplitParams, *, wind
     """Return the length of a split's windows in tokens.
 
     Args:
-        name: of the split, such as `train`.
+        name: name of the split, such as `train`.
         window: the model's largest sliding window, or None.
         room: positions that the model has for a text after prefix and start token. `auto` stays within it. Where the
             window is as large as that, no prefix ever leaves it, and the default length is enough.

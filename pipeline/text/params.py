@@ -92,7 +92,7 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
             if corpus not in corpora:
                 problems.append(
                     f"calibration.{name}.corpora={corpus!r} is not among the corpora "
-                    f"({', '.join(sorted(corpora))}). Add it under `corpora:`, or choose one of those"
+                    f"({', '.join(sorted(corpora))}). Add it under `corpora:`, or choose one of those."
                 )
         if isinstance(split, SplitParams) and isinstance(split.corpora, dict):
             counts = split_windows(split.windows, split.corpora)
@@ -103,22 +103,22 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
                 if not count
             ]
         if len(set(split.corpora)) != len(split.corpora):
-            problems.append(f"calibration.{name}.corpora={split.corpora} names a corpus twice. Remove one")
+            problems.append(f"calibration.{name}.corpora={split.corpora} names a corpus twice. Remove one.")
     for name, group in corpora.items():
         if not name.replace("_", "").replace("-", "").isalnum():
             problems.append(
-                f"corpora.{name} is not a folder name. Use letters, digits, `-` and `_` (it becomes data/<name>/)"
+                f"corpora.{name} is not a folder name. Use letters, digits, `-` and `_` (it becomes data/<name>/)."
             )
         problems += check_packaged(f"corpora.{name}.source", group.source, PACKAGED_CORPORA)
         if group.source != GENERATED and group.generation is not None:
             problems.append(
                 f"corpora.{name}.generation belongs to source: {GENERATED}, and the source is {group.source!r}. "
-                "Remove it, or change the source"
+                "Remove it, or change the source."
             )
         if group.source == GENERATED and group.max_documents is not None:
             problems.append(
                 f"corpora.{name}.max_documents={group.max_documents} does not apply to source: {GENERATED}. "
-                f"Set corpora.{name}.generation.tokens"
+                f"Set corpora.{name}.generation.tokens."
             )
     return problems
 

@@ -59,7 +59,7 @@ def read_file(source: str, path: Path, text_field: str) -> Iterator[Document | N
     if reader is None:
         raise CorpusError(f"corpus {source!r}: {path.name}: cannot be read. Allowed are files ending in {FORMATS}")
     row = 1
-    with reading(lambda reason: CorpusError(f"corpus {source!r}: {path.name}, row {row}: cannot be read ({reason})")):
+    with reading(lambda reason: CorpusError(f"corpus {source!r}: {path.name}, row {row}: cannot be read ({reason}).")):
         try:
             for value in reader(path, text_field):
                 yield judge_row(value, text_field)
@@ -78,7 +78,7 @@ def judge_row(row: object, text_field: str) -> Document | None:
     if isinstance(row, dict):
         if text_field not in row:
             names = ", ".join(map(str, row)) or "none"
-            raise RowError(f"has no field {text_field!r} (it has: {names}); set text_field")
+            raise RowError(f"has no field {text_field!r} (it has: {names}). Set text_field.")
         fields, row = row, row[text_field]
     if isinstance(row, str):
         _check_encoding([row])
@@ -91,8 +91,8 @@ def judge_row(row: object, text_field: str) -> Document | None:
         return None
     if not isinstance(row, list):
         raise RowError(
-            f"holds {show_value(row)} ({type(row).__name__}) where text is expected; texts are strings, or lists of "
-            "messages with role and content"
+            f"holds {show_value(row)} ({type(row).__name__}) where text is expected. Use strings, or lists of "
+            "messages with role and content."
         )
     conversation = read_conversation(row, fields)
     _check_encoding(conversation.list_strings())
@@ -109,7 +109,7 @@ def _check_encoding(texts: Iterable[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RowError("holds half of a character (a lone surrogate), which no file can; mend its source") from None
+            raise RowError("holds half of a character (a lone surrogate). Correct its source.") from None
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _read_lines(path: Path, text_field: str) -> Iterator[Any]:
             if _is_json(first + file.read()):
                 raise RowError(
                     "does not hold a whole JSON value, but the whole file does. Rename it to end in .json, or write "
-                    "one value per line"
+                    "one value per line."
                 ) from None
             raise
         yield from map(json.loads, lines)
@@ -176,7 +176,7 @@ def _unwrap_rows(value: dict[str, Any], text_field: str) -> list[Any]:
     if isinstance(columns, list) and columns and all(isinstance(text, str) for text in columns):
         raise RowError(
             f"is one object that holds columns, {text_field!r} among them. Write one object for each row (in pandas: "
-            "orient='records')"
+            "orient='records')."
         )
     lists = [name for name, rows in value.items() if isinstance(rows, list) and rows]
     if text_field in value or not lists:
@@ -184,7 +184,7 @@ def _unwrap_rows(value: dict[str, Any], text_field: str) -> list[Any]:
     if len(lists) > 1:
         raise RowError(
             f"is one object with several lists ({', '.join(lists)}). Write a file for each of them that is text, with "
-            "the list alone"
+            "the list alone."
         )
     return value[lists[0]]
 
@@ -203,7 +203,7 @@ def _read_csv(path: Path, text_field: str) -> Iterator[Any]:
         with _open_text(path) as file:
             for row in csv.DictReader(file, strict=True):
                 if any(row.pop(None, None) or ()):
-                    raise RowError("has more fields than the first line names; quote texts that have commas")
+                    raise RowError("has more fields than the first line names. Put texts with commas in quotes.")
                 yield row
     finally:
         csv.field_size_limit(limit)

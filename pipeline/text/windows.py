@@ -51,7 +51,7 @@ def find_text_start_token(
 
     Args:
         text_start_token_id: the start token before every text where there is no prefix, or None.
-        prefix_token_ids: the tokens of the prefix: of a continuous one, the tokens that its training began with. Empty
+        prefix_token_ids: the tokens of the prefix; for a continuous one, the tokens that its training began with. Empty
             where there is no prefix.
     """
     ends_in_it = len(prefix_token_ids) > 0 and int(prefix_token_ids[-1]) == text_start_token_id

@@ -141,12 +141,12 @@ class EndToEndTrainer(Trainer[ModelData]):
         if self.place.keeping.stream:
             raise TrainingError(
                 f"finetuning.end_to_end.weights={params.weights}: the weights under training do not fit into "
-                "runtime.max_memory. Raise it, or set weights: fixed"
+                "runtime.max_memory. Raise it, or set weights: fixed."
             )
         if not (self.initial.folder / UNROUNDED.format(index=0)).is_file():
             raise TrainingError(
                 f"finetuning.end_to_end.weights={params.weights}: {self.initial.folder} lacks the weights before "
-                "rounding. Set quantizer_init.keep_unrounded: true, and rerun quantizer_init"
+                "rounding. Set quantizer_init.keep_unrounded: true, and rerun quantizer_init."
             )
 
     def _load_learned(self, index: int, params: EndToEndParams) -> LearnedIntegers | None:

@@ -144,7 +144,7 @@ class SoftRounding(nn.Module):
     """Gives a linear values between two neighbouring integers, held as floats.
 
     Attributes:
-        temperature: of the sigmoid; the lower, the closer to integers.
+        temperature: temperature of the sigmoid; the lower, the closer to integers.
     """
 
     lower: torch.Tensor
@@ -293,7 +293,7 @@ def _make_integers_(linear: QuantizedLinear, integers: LearnedIntegers, name: st
     if spec.format != INT:
         raise TrainingError(
             f"finetuning.end_to_end.weights={integers.method}: {name} has format {spec.format}, and only integers are "
-            "trained. Set weights: fixed, or quantizer_init.weights.format: int"
+            "trained. Set weights: fixed, or quantizer_init.weights.format: int."
         )
     low, high = integer_range(spec.bits, spec.symmetric)
     offset = integers.offsets[name].to(codes.device)

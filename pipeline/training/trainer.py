@@ -2,7 +2,7 @@
 
     epoch 0     the validation loss before training
     epoch 1 …   for each batch of windows: gradients, clipping, a step of AdamW; then the validation loss
-                (`validate_every` splits epochs into rounds of so many steps, with a validation after each)
+                (`validate_every` splits epochs into rounds of this many steps, with a validation after each)
     at the end  the parameters of the epoch with the lowest validation loss are restored
 
 A subclass defines the loss of a window. The loss of a batch is the mean over its windows. Each rank computes the
@@ -102,8 +102,8 @@ class Trainer(Generic[Data]):
         needs_finite_validation: whether a validation loss that is not finite ends training.
         validate_every: steps between two validations; None: there is one after each epoch.
         keeps_step_losses: whether the history keeps the loss of each step, as "step_losses" of its epoch.
-        foreach: of torch's AdamW. False updates one parameter at a time; True would take temporaries as large as all
-            parameters together.
+        foreach: argument of torch's AdamW. False updates one parameter at a time; True would take temporaries as
+            large as all parameters together.
     """
 
     bar: str | None = None

@@ -135,7 +135,7 @@ def test_a_quantizer_that_does_not_fire_raises(imported, token_ids, monkeypatch)
     checkpoint, runner = open_model(imported["llama_tied"])
     expected = Counter({"weights": 7, "activations": 4, "keys": 1, "values": 1})
     monkeypatch.setattr(perplexity, "count_expected_quantizers", lambda settings: expected)
-    with pytest.raises(QuantizerCountError, match=r"fired: \{\}; the params ask for .*'activations': 12"):
+    with pytest.raises(QuantizerCountError, match=r"fired: \{\}. The params ask for .*'activations': 12"):
         evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None)
 
 

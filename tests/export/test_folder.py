@@ -422,7 +422,7 @@ def test_foreign_and_newer_folders_are_refused(imported, tmp_path):
         with pytest.raises(ExportError, match=r"config\.json is damaged or was changed"):
             load(folder)
     edit_json(folder / "manifest.json", lambda values: values.update(format_version=3))
-    with pytest.raises(ExportError, match="format_version=3; this version of the project reads 2: update it"):
+    with pytest.raises(ExportError, match=r"format_version=3: this version of the project reads 2\. Update it"):
         load(folder)
     edit_json(folder / "config.json", lambda values: values["quantization_config"].update(format_version=3))
     with pytest.raises(ExportError, match="format_version=3"):

@@ -34,5 +34,5 @@ def test_a_format_is_read_or_the_version_that_reads_it_is_named(version):
     if version in VERSIONS:
         check_format("x", version)
         return
-    with pytest.raises(ExportError, match=r"use a version before \d+\.\d+\.\d+, or export the model again"):
+    with pytest.raises(ExportError, match=r"Use a version before \d+\.\d+\.\d+, or export the model again"):
         check_format("x", version)

@@ -146,7 +146,7 @@ def test_unsupported_families_are_refused_with_a_list(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
         UnsupportedModelError,
-        match="'gpt2' is not supported; supported are: cwm, ernie4_5, exaone4, gemma, gemma2, gemma3_text, glm,",
+        match=r"'gpt2' is not supported\. Supported are: cwm, ernie4_5, exaone4, gemma, gemma2, gemma3_text, glm,",
     ):
         import_model(str(tmp_path), None, torch.float32, tmp_path / "out")
 
@@ -209,7 +209,7 @@ def test_unreachable_hub_names_the_request_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model_import, "snapshot_download", fail)
     with pytest.raises(
-        ModelImportError, match=r"'a/b', revision='main': cannot be fetched.*requested files\)$"
+        ModelImportError, match=r"'a/b', revision='main': cannot be fetched.*requested files\)\.$"
     ) as error:
         import_model("a/b", "main", torch.float32, tmp_path / "out")
     assert "\n" not in str(error.value)

@@ -93,9 +93,12 @@ def test_without_a_header_shards_are_identified_by_their_content(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", r"config\.json is not a JSON object\. Make the artifact again$"),
+        ("[]", r"config\.json is not a JSON object\. Make the artifact again\.$"),
         ("{", r"config\.json is damaged \(.*dvc repro .* rotation"),
-        ('{"model_type": "llama", "num_hidden_layers": "many"}', r"config\.json is damaged .*Make the artifact again$"),
+        (
+            '{"model_type": "llama", "num_hidden_layers": "many"}',
+            r"config\.json is damaged .*Make the artifact again\.$",
+        ),
     ],
 )
 def test_a_damaged_config_is_one_message(text, message, tmp_path):

@@ -66,4 +66,4 @@ def test_an_error_is_one_line_and_exit_code_1():
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (1, "error: no-such-folder: there is no such folder\n")
+    assert (done.returncode, done.stderr) == (1, "error: no-such-folder: there is no such folder. Correct the path.\n")

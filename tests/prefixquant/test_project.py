@@ -75,7 +75,7 @@ def test_ids_of_the_hub_stay_as_they_are(request_of):
         ({"texts": ("gone.txt",)}, r"--text gone\.txt: there is no such file or folder"),
         ({"texts": ("wikitext2",)}, r"--text wikitext2: a file or folder is expected"),
         ({"recipe": "w4a4"}, r"--recipe=w4a4: there is no such recipe"),
-        ({"settings": {"quantizer_init.weights.bit": 4}}, r"quantizer_init\.weights\.bit: unknown key; did you mean"),
+        ({"settings": {"quantizer_init.weights.bit": 4}}, r"quantizer_init\.weights\.bit: unknown key. Did you mean"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(changes, message, request_of, tmp_path):

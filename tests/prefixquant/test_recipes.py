@@ -122,7 +122,7 @@ def test_settings_that_are_none_are_refused(word):
         ({"bits": "W9A4KV4"}, r"quantizer_init\.weights\.bits=9: allowed are"),
         ({"finetune": "all"}, r"--finetune=all: unknown\. Use one of none, short, long\."),
         ({"settings": {"a.b": 1}}, r"with --set: 1 problem\s+a: unknown key"),
-        ({"settings": {"rotation.r1": "hadamrd"}}, r"did you mean 'hadamard'"),
+        ({"settings": {"rotation.r1": "hadamrd"}}, r"Did you mean 'hadamard'"),
         ({"settings": {"rotation": 1, "rotation.r1": "online"}}, r"rotation\.r1: another choice gives this key"),
         ({"settings": {"rotation.r1": "online", "rotation": 1}}, r"rotation: another choice gives this key"),
     ],

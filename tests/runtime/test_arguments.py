@@ -22,7 +22,7 @@ from pipeline.runtime.arguments import ArgumentError, Parser, check_writable, de
 def test_a_wrong_argument_is_one_message(kind, value, problem):
     parser = Parser()
     parser.add_argument("--x", type=kind)
-    with pytest.raises(ArgumentError, match=rf"argument --x: .*{problem}.*; --help lists what is allowed"):
+    with pytest.raises(ArgumentError, match=rf"argument --x: .*{problem}.*\. --help lists the allowed values"):
         parser.parse_args([f"--x={value}"])
 
 

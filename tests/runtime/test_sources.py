@@ -128,7 +128,7 @@ def test_a_damaged_hashes_file_is_replaced(tmp_path, hashes_file):
 def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, hashes_file, monkeypatch):
     folder = write(tmp_path / "a", x="one")
     monkeypatch.setattr(hashlib, "file_digest", deny_reading("x"))
-    with pytest.raises(SourceError, match=r"^model\.source='.*/a': .*/a/x cannot be read \(Permission denied\)$"):
+    with pytest.raises(SourceError, match=r"^model\.source='.*/a': .*/a/x cannot be read \(Permission denied\)\.$"):
         describe(folder, hashes_file)
 
 

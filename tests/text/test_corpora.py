@@ -71,7 +71,10 @@ def test_max_documents_limits_each_split(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "missing", r"no such file or folder, and not one of wikitext2, ptb, c4"),
+        (
+            lambda folder: folder / "missing",
+            r"no such file or folder. Correct the path, or use one of wikitext2, ptb, c4",
+        ),
         (lambda folder: write(folder / "x.txt", DOCUMENTS[:2]), "2 documents are too few"),
         (
             lambda folder: write(folder / "x.jsonl", DOCUMENTS),
@@ -122,7 +125,7 @@ def test_unreachable_hub_names_the_request(tmp_path, monkeypatch):
         raise ConnectionError("no route to the hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(CorpusError, match=r"cannot fetch Salesforce/wikitext .*'train' \(no route to the hub\)$"):
+    with pytest.raises(CorpusError, match=r"cannot fetch Salesforce/wikitext .*'train' \(no route to the hub\)\.$"):
         fetch("wikitext2", tmp_path / "out")
 
 
