@@ -89,7 +89,7 @@ def test_it_starts_without_torch_and_what_else_takes_long_to_import(project):
         ("model.source", "nowhere.GGUF", "model.source='nowhere.GGUF': there is no such file"),
         ("corpora.prose.source", "nowhere.txt", "corpora.prose.source='nowhere.txt': no such file or folder, and not"),
         ("evaluation.task_folder", "nowhere", "evaluation.task_folder='nowhere': there is no such folder"),
-        ("evaluation.task_folder", ".", "evaluation.task_folder='.' holds this project itself; use a folder"),
+        ("evaluation.task_folder", ".", "evaluation.task_folder='.': holds this project itself. Use a folder"),
         ("rotation.r1", "hadamrd", "params.yaml: 1 problem"),
     ],
 )

@@ -7,7 +7,7 @@
 Every document starts from the same few tokens (`find_beginning`) and ends with a token that ends texts, or at
 `generation.length`. The next token is drawn from softmax(logits / temperature), restricted by `top_p` to the most
 likely tokens. The random numbers of a document depend only on the seed and on its number. So a batch can be sampled
-again without the ones before it, and a killed run continues at the first batch that is not on disk, with the same bytes.
+again without the ones before it, and a killed run continues at the first missing batch, with the same bytes.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Say whether a model can be quantized, without loading its weights.
 
-It reads config.json or the settings of a GGUF file, and the names, types and shapes of tensors. For a hub id, it fetches
+It reads config.json or the settings of a GGUF file, and names, types and shapes of tensors. For a hub id, it fetches
 nothing else. `pipeline/explain.py` is the command. It adds the plan of memory, which needs params.yaml.
 """
 

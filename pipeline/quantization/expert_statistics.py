@@ -1,6 +1,6 @@
 """Record the inputs of the down projections of routed experts, with true routing, and top up experts with few tokens.
 
-An expert's statistics come from the tokens that the router sends to it. If these are fewer than `FLOOR`, the tokens with
+An expert's statistics come from the tokens that the router sends to it. If these are fewer than `FLOOR`, tokens with
 the next best routing scores are added: those with the smallest distance between the expert's logit and the last chosen
 one's. They run only through this expert and only for its statistics. No output of an expert that the router did not
 choose reaches the hidden states. So every expert gets a range, whatever the router does.

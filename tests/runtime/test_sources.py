@@ -137,7 +137,7 @@ def test_a_package_is_described_by_its_version():
         "package": "pytest",
         "version": pytest.__version__,
     }
-    with pytest.raises(SourceError, match=r"^model\.source='packaged:x' needs the package no-such; run: pip install"):
+    with pytest.raises(SourceError, match=r"^model\.source='packaged:x': needs the package no-such. Run: pip install"):
         describe_package("model.source", "packaged:x", "no-such")
 
 

@@ -78,7 +78,7 @@ def test_max_documents_limits_each_split(tmp_path):
         (lambda folder: write(folder / "x.txt", DOCUMENTS[:2]), "2 documents are too few"),
         (
             lambda folder: write(folder / "x.jsonl", DOCUMENTS),
-            r"row 1, has no field 'text' \(it has: body\); set text",
+            r"row 1, has no field 'text' \(it has: body\)\. Set text",
         ),
         (lambda folder: (folder / "x.pdf").write_text("") or folder / "x.pdf", r"x\.pdf: nothing to read. Allowed are"),
         (lambda folder: (folder / "x.jsonl").write_text("{") and folder / "x.jsonl", r"x\.jsonl, row 1: cannot"),
