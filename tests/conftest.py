@@ -51,7 +51,7 @@ torch.set_num_threads(1)  # the models are tiny: threads only get in each other'
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Behind `pytest -m families`: a table of families and what was checked on each."""
+    """Print a table of families and checks at the end of `pytest -m families`."""
     if config.option.markexpr != "families":
         return
     table: dict[str, dict[str, str]] = {}
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes first: several workers then end together."""
+    """Run files that take minutes first, so that several workers end together."""
     items.sort(key=lambda item: item.path.name not in ("test_stages.py", "test_repro.py"))
 
 
@@ -82,7 +82,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
-    """family -> a folder as a user would have it: config.json, model.safetensors, tokenizer."""
+    """Return family -> a folder as a user would have it: config.json, model.safetensors, tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer()
     for family in FAMILIES | NEAR_FAMILIES:
@@ -93,7 +93,7 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def imported(model_folders, tmp_path_factory) -> dict[str, Path]:
-    """family -> the folder the model stage makes of it."""
+    """Return family -> the folder that the model stage writes."""
     root = tmp_path_factory.mktemp("imported")
     for family, folder in model_folders.items():
         import_model(str(folder), None, torch.float32, root / family)
@@ -102,7 +102,7 @@ def imported(model_folders, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def lm_eval_read_once():
-    """lm-eval's own tasks, 14,000 files, are parsed once in a test run, not with every command."""
+    """Parse lm-eval's own tasks, 14,000 files, once in a test run, not with every command."""
     from lm_eval.tasks import _index
 
     root, load = Path(_index.__file__).parent, _index.load_yaml
@@ -129,7 +129,7 @@ def open_model(folder: Path, batch_size: int = 2) -> tuple[Checkpoint, BlockRunn
 
 @pytest.fixture
 def project(tmp_path, model_folders, monkeypatch) -> Path:
-    """A working folder with a params.yaml for the tiny tied Llama, as current directory."""
+    """Make a working folder with a params.yaml for the tiny tied Llama, as current directory."""
     corpus = tmp_path / "prose.txt"
     shutil.copyfile(PROSE_FILE, corpus)
     write_params(tmp_path, tiny_params(model_folders["llama_tied"], corpus))
@@ -138,7 +138,7 @@ def project(tmp_path, model_folders, monkeypatch) -> Path:
 
 
 def init_params(changes: dict | None = None) -> QuantizerInitParams:
-    """The project's `quantizer_init` params with dotted keys changed ("weights.bits": 3) and two sampled windows."""
+    """Return the project's `quantizer_init` with dotted keys changed ("weights.bits": 3) and two sampled windows."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())["quantizer_init"] | {"mse_samples": 2}
     for dotted, value in (changes or {}).items():
         *path, last = dotted.split(".")

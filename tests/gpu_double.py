@@ -1,15 +1,16 @@
-"""A GPU that is not there, for tests on a CPU: its tensors say `cuda:0`, hold their values here, and refuse to mix.
+"""A double of a GPU, for tests on a CPU: its tensors say `cuda:0`, hold their values here, and refuse to mix.
 
     with GpuDouble() as gpu:                    # torch.cuda.is_available() from here on
-        x = torch.zeros(3, device="cuda")       # values are computed, so that whatever depends on them runs as well
+        x = torch.zeros(3, device="cuda")       # values are computed, so that code that depends on them runs
         x + torch.zeros(3)                      # MixedDevicesError, as on a GPU
         x.sum().item()                          # counted: the host waited
     gpu.waits                                   # {"pipeline/…:function": how often}
 
-What it checks is what a GPU would: devices of every operation; that what was sent by a stream of its own is not read
-before the reading stream has waited for it, and is recorded there; that only pinned memory is sent without waiting.
-What it cannot: kernels, their order of sums, speed, memory. It stands on `torch.overrides.TorchFunctionMode` (what asks
-for a device) and a tensor subclass (what is done on one); threads enter it by `ThreadPoolExecutor`'s double.
+It checks the devices of every operation, as a GPU does. It checks that tensors sent by a separate stream are not read
+before the reading stream has waited for them, and are recorded there, and that only pinned memory is sent without
+waiting. It cannot check kernels, their order of sums, speed or memory. It uses `torch.overrides.TorchFunctionMode` (for
+calls that name a device) and a tensor subclass (for operations on one). Threads enter it by `ThreadPoolExecutor`'s
+double.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ class UnorderedError(RuntimeError):
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the double; to autograd one on the CPU, whose operations come to `__torch_dispatch__`."""
+    """A tensor of the double. For autograd it is on the CPU, and its operations reach `__torch_dispatch__`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -146,7 +147,7 @@ class GpuDouble(TorchFunctionMode):
         return super().__exit__(*error)
 
     def _record(self, run, device):
-        """`record_launches`: what is recorded must not wait."""
+        """Replace `record_launches`, and check that recorded launches do not wait."""
 
         def replay():
             before = self.waits.total()
@@ -303,7 +304,7 @@ def _unwrap(value):
 
 
 def _place():
-    """The innermost function of the project that is at work."""
+    """Return the innermost running function of the project."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -1,4 +1,4 @@
-"""The commands users type: what they cannot do they say in one message, before any work."""
+"""The commands that users type refuse impossible requests in one message, before any work."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def folder(imported, tmp_path_factory):
 
 
 def call(main, *arguments, monkeypatch):
-    """None, or the message of its one error."""
+    """Return None, or the message of the one error."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     code = None
     try:
@@ -110,8 +110,8 @@ def test_a_temperature_that_would_overflow_takes_the_likeliest(folder, monkeypat
     assert said[0] == said[1] != ""
 
 
-def test_lm_eval_goes_on_without_the_gpu_it_asks_for(folder, tmp_path, monkeypatch, caplog):
-    """Its command line passes cuda:0 where nobody names a device."""
+def test_lm_eval_continues_without_the_gpu_it_asks_for(folder, tmp_path, monkeypatch, caplog):
+    """lm-eval's command line passes cuda:0 where nobody names a device."""
     assert harness.choose_device("cpu") == "cpu"
     assert harness.choose_device(None) is None
     local_task(tmp_path, "colours")
@@ -135,7 +135,7 @@ def test_lm_eval_goes_on_without_the_gpu_it_asks_for(folder, tmp_path, monkeypat
         (("--tasks", "word_analogies", "--output_path", TEXT), "results.json cannot be written"),
     ],
 )
-def test_what_lm_eval_refuses_is_one_message(arguments, message, monkeypatch):
+def test_refusals_by_lm_eval_are_one_message(arguments, message, monkeypatch):
     assert message in call(harness.run_command_line, "run", *arguments, monkeypatch=monkeypatch)
 
 
@@ -295,7 +295,7 @@ STAGES = ("calibration", "rotation", "prefix_search", "prefix_training", "quanti
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "evaluation original", "activation_plots rotated", "report"])
-def test_a_stage_before_its_inputs_names_what_makes_them(stage, project, monkeypatch):
+def test_a_stage_without_its_inputs_names_the_stages_that_make_them(stage, project, monkeypatch):
     name, *variant = stage.split()
     message = call(lambda: runpy.run_module(f"stages.{name}", run_name="__main__"), *variant, monkeypatch=monkeypatch)
     assert re.search(r"is missing\. Rerun the stage that makes it: dvc repro", message)

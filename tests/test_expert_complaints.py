@@ -12,14 +12,14 @@ Model-Optimizer#1340: hooks on linears do not fire for `grouped_mm` and `batched
     test_expert_complaints.py:test_experts_are_reached_whatever_implementation_is_asked_for
 Model-Optimizer#1173, bitsandbytes#1849, #1965: 91 % of the weights, or all 3-D experts, were skipped in silence
     quantization/test_expert_statistics.py:test_no_weight_of_an_expert_is_skipped_or_rounded_to_nearest
-    test_families.py:test_loaded_is_what_was_evaluated
+    test_families.py:test_the_loaded_model_equals_the_evaluated_one
 Model-Optimizer#831: all tokens through all experts gave garbage
     quantization/test_expert_statistics.py:test_statistics_of_an_expert_are_of_its_tokens
 Model-Optimizer#1521: one maximum for all experts cost quality
     test_expert_complaints.py:test_each_expert_has_a_scale_of_its_own_for_its_down_projection
 Model-Optimizer#1354, #1421, Olive#2599, GPTQModel#1680, #2235: experts without tokens break scales and exports
     quantization/test_expert_statistics.py:test_an_expert_without_tokens_gets_the_next_best_ones
-    test_families.py:test_loaded_is_what_was_evaluated
+    test_families.py:test_the_loaded_model_equals_the_evaluated_one
 ao#4322: 4 of OLMoE's 1,024 experts got no token, and nobody was told
     test_expert_complaints.py:test_metrics_name_starved_experts
     pictures/test_experts.py:test_lists_name_blocks_and_experts

@@ -1,6 +1,6 @@
 """The whole pipeline on a tiny model of every family: `pytest -m families -v` lists family by check.
 
-All windows are longer than what layers that slide see.
+All windows are longer than the sliding windows of the layers.
 """
 
 import shutil
@@ -44,7 +44,7 @@ STAGES = [stage for stage in ALL if not stage.startswith(("activation_plots", "r
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *NEAR_FAMILIES, "qwen2_wide"])
 def family(request, model_folders, tmp_path_factory):
-    """The family's own model, and the folder of a finished run."""
+    """Return the family's own model, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     source = model_folders.get(request.param) or save_wide(folder / "source", model_folders["qwen2"])
     shutil.copyfile(PROSE_FILE, folder / "prose.txt")
@@ -65,7 +65,7 @@ def family(request, model_folders, tmp_path_factory):
 
 
 def save_wide(folder, narrow):
-    """A random Qwen2 of `WIDE`, with the tokenizer of `narrow`."""
+    """Save a random Qwen2 of `WIDE`, with the tokenizer of `narrow`."""
     shutil.copytree(narrow, folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | WIDE))
@@ -78,7 +78,7 @@ def evaluated(folder, variant):
 
 
 def compute_logits(folder, found):
-    """Logits of hidden states after the imported model's final norm, whose scale may differ from the source's."""
+    """Return logits of hidden states after the imported model's final norm, which may be scaled unlike the source's."""
     return Checkpoint(folder / "artifacts/model", "model").load_lm_head().logits(found)
 
 
@@ -116,7 +116,7 @@ def test_prefixed_is_the_original_reading_the_prefix(family):
     assert differ(compute_logits(folder, found["hidden.prose"]), whole[:, len(prefix) :]) <= 1e-5
 
 
-def test_loaded_is_what_was_evaluated(family):
+def test_the_loaded_model_equals_the_evaluated_one(family):
     original, folder = family
     assert torch.equal(evaluated(folder, "export")["hidden.prose"], evaluated(folder, "finetuning")["hidden.prose"])
     metrics = read_json(folder / "metrics/evaluation/export.json")

@@ -1,4 +1,4 @@
-"""What a stranger finds first: licence, citation, changelog, guides, security notes, continuous integration."""
+"""The files that a stranger reads first: licence, citation, changelog, guides, security notes, workflow."""
 
 import ast
 import fnmatch
@@ -107,7 +107,7 @@ def test_every_target_of_the_makefile_has_a_line_of_help():
 
 
 def test_pickles_and_foreign_code_are_never_loaded():
-    """SECURITY.md promises it. The name `trust_remote_code` may stand in docstrings and messages only."""
+    """SECURITY.md promises it. The name `trust_remote_code` may appear only in docstrings and messages."""
     forbidden_modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "diskcache"}
     unsafe_yaml = {
         f"yaml.{name}" for name in ("Loader", "CLoader", "FullLoader", "UnsafeLoader", "unsafe_load", "full_load")
@@ -136,7 +136,7 @@ def test_security_notes_are_about_the_pinned_diskcache_and_make_moves_its_folder
     assert "/tmp" in (ROOT / ".dvc/.gitignore").read_text().splitlines()
 
 
-def test_files_that_are_no_modules_are_in_the_package_and_the_smoke_test_looks_for_them():
+def test_files_other_than_modules_are_in_the_package_and_in_the_smoke_test():
     package_data = PROJECT["tool"]["setuptools"]["package-data"]["pipeline"]
     folder = ROOT / "pipeline"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

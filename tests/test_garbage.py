@@ -1,4 +1,4 @@
-"""What a walk has done with is gone when it is dropped: the garbage collector comes when it likes; blocks are large."""
+"""A walk frees each block when it drops it, without the garbage collector, because blocks are large."""
 
 import gc
 
@@ -10,7 +10,7 @@ from tests.test_stages import ALL, change, run
 
 @pytest.fixture
 def left_over():
-    """Collects, when called, what only the garbage collector would have found since."""
+    """Return a function that collects objects which only the garbage collector can free."""
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)

@@ -15,7 +15,7 @@ from tests.test_stages import ALL, contents, run
 # --- The double ------------------------------------------------------------------------------------------------------
 
 
-def test_the_double_refuses_what_a_gpu_refuses_and_counts_who_waits():
+def test_the_double_refuses_the_same_as_a_gpu_and_counts_waits():
     with GpuDouble() as gpu:
         x = torch.arange(3.0, device="cuda")
         assert (x.device, x.is_cuda) == (CUDA, True)
@@ -32,7 +32,7 @@ def test_the_double_refuses_what_a_gpu_refuses_and_counts_who_waits():
     assert not torch.cuda.is_available()
 
 
-def test_the_double_knows_what_has_not_arrived():
+def test_the_double_refuses_to_read_tensors_that_have_not_arrived():
     with GpuDouble() as gpu:
         stream, values = torch.cuda.Stream(CUDA), torch.ones(3)
         with torch.cuda.stream(stream):
@@ -73,7 +73,7 @@ def test_blocks_come_one_ahead_from_pinned_memory_and_are_waited_for():
     assert not gpu.waits
 
 
-def test_tensors_are_fetched_in_any_order_and_what_was_not_wanted_after_all_is_dropped():
+def test_tensors_are_fetched_in_any_order_and_unwanted_ones_are_dropped():
     loaded = []
 
     def load(index):

@@ -130,7 +130,7 @@ BENCHMARKS = {
 
 
 @pytest.mark.skipif(not (DATA / "piqa").is_dir(), reason="needs local copies of PIQA and HellaSwag")
-def test_real_benchmarks_score_what_lm_evals_own_class_scores(original, folder, tmp_path):
+def test_real_benchmarks_score_the_same_as_with_lm_evals_own_class(original, folder, tmp_path):
     labels = (DATA / "piqa/valid-labels.lst").read_text().split()
     for name, (source, text, choice) in BENCHMARKS.items():
         rows = [json.loads(line) for line in (DATA / source).read_text().splitlines()[:20]]

@@ -69,7 +69,7 @@ def test_a_generated_corpus_has_tokens_and_no_number_of_documents():
         parse_params(params)
 
 
-def test_integers_are_trained_from_those_of_quantizer_init_only():
+def test_integers_are_trained_only_from_the_integers_of_quantizer_init():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["quantizer_init"]["keep_unrounded"] = True
     params["finetuning"]["end_to_end"]["weights"] = "straight_through"
@@ -135,7 +135,7 @@ def test_integers_are_trained_from_those_of_quantizer_init_only():
         ("runtime.processes", 10**9, r"runtime\.processes=1000000000 .*less than or equal to 1024"),
     ],
 )
-def test_bad_values_name_key_value_and_what_is_allowed(key, value, message):
+def test_messages_about_bad_values_name_key_value_and_allowed_values(key, value, message):
     with pytest.raises(ParamsError, match=message):
         parse_params(changed(key, value))
 
@@ -300,7 +300,7 @@ def test_int16_quantizes_and_16_bits_alone_do_not():
     assert resolve_site(parse_params(raw).quantizer_init, "mlp_input", 0).quantized
 
 
-def test_signs_in_front_of_nothing_are_refused():
+def test_signs_without_a_rotation_after_them_are_refused():
     raw = changed("rotation.online_signs", True)
     parse_params(raw)
     raw["rotation"] |= {"r1": "hadamard"}
@@ -379,7 +379,7 @@ def test_the_last_override_that_names_site_and_block_wins():
 
 
 def write_changed(folder, *replacements):
-    """params.yaml with pieces of its text replaced."""
+    """Write params.yaml with pieces of its text replaced."""
     text = (ROOT / "params.yaml").read_text()
     for old, new in replacements:
         assert text.count(old) == 1
@@ -461,7 +461,7 @@ def test_missing_and_broken_files_say_so(tmp_path):
 
 
 def list_leaves(values, path=()):
-    """(dotted key, value) of everything that is not a mapping."""
+    """Return (dotted key, value) for everything that is not a mapping."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from list_leaves(value, (*path, key))
@@ -470,7 +470,7 @@ def list_leaves(values, path=()):
 
 
 def override_text(path, *overrides):
-    """params.yaml after `dvc exp run` with an -S for each override, which DVC applies with this function."""
+    """Return params.yaml after `dvc exp run` with an -S for each override, which DVC applies with this function."""
     path.write_text(TEXT, encoding="utf-8")
     apply_overrides(path, list(overrides))
     return path.read_text(encoding="utf-8")
@@ -518,7 +518,7 @@ def test_every_key_is_explained_by_a_comment_above_it_or_its_group():
 
 
 def _sibling_or_parent_is_explained(lines: list[str], number: int) -> bool:
-    """A key inside a group whose comment lists its keys, such as `windows:` under `train:`."""
+    """Return whether a key is inside a group whose comment lists its keys, such as `windows:` under `train:`."""
     indent = len(lines[number]) - len(lines[number].lstrip())
     for above in range(number - 1, -1, -1):
         text = lines[above]

@@ -10,7 +10,7 @@ from pipeline.evaluation.perplexity import evaluate_windows
 from tests.conftest import open_model
 
 
-def test_losses_are_those_of_the_evaluation(imported, token_ids):
+def test_losses_equal_the_evaluation(imported, token_ids):
     checkpoint, runner = open_model(imported["llama_tied"])
     metrics, _, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None)
     losses = measure_losses(checkpoint, {"a": token_ids}, None, None)["a"]

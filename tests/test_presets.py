@@ -22,7 +22,7 @@ OFFICIAL = [name for name, path in PRESETS.items() if "model" in yaml.safe_load(
 
 
 def resolve(name):
-    """The whole params that a preset gives."""
+    """Return the whole params that a preset gives."""
     return merge_values(DEFAULTS, yaml.safe_load(PRESETS[name].read_text(encoding="utf-8")))
 
 
@@ -33,7 +33,7 @@ def look_up(values, dotted):
 
 
 def list_leaves(values, path=()):
-    """(path, value) of every value that is not a mapping of settings; names the user chose are no settings."""
+    """Return (path, value) for every value that is not a mapping of settings. Names of the user's choice are values."""
     for key, value in values.items():
         if isinstance(value, dict) and key not in ("corpora", "tasks"):
             yield from list_leaves(value, (*path, key))
@@ -123,7 +123,7 @@ def test_errors_of_a_preset_name_it_and_the_key():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with params.yaml and the presets, without git; a function that runs git in it."""
+    """Make a folder with params.yaml and the presets, without git, and a function that runs git in it."""
     (tmp_path / "params.yaml").write_text(PARAMS, encoding="utf-8")
     (tmp_path / "presets").symlink_to(ROOT / "presets")
     monkeypatch.chdir(tmp_path)
@@ -198,7 +198,7 @@ def test_the_documents_prefix_lengths_are_there():
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_presets_have_the_official_settings(name):
-    """Those that hold for all of them, whatever params.yaml's defaults become."""
+    """Check the settings that all of them share, whatever params.yaml's defaults become."""
     resolved = resolve(name)
     for key, value in {
         "calibration.seed": 42,

@@ -91,7 +91,7 @@ def test_notes_are_dated_newest_first():
 
 
 @PAGE
-def test_each_page_opens_with_what_its_reader_can_do(page):
+def test_each_page_opens_with_its_purpose_for_the_reader(page):
     if page != "README.md":
         assert re.match(r"# .+\n\nAfter reading this page you ", PAGES[page]), page
 
@@ -211,7 +211,7 @@ def test_the_yaml_examples_are_valid():
     assert {"wikipedia", "news", "mine", "c4"} in [set(params.corpora) for params in changed]
 
 
-def test_the_python_examples_import_what_exists():
+def test_the_python_examples_import_existing_names():
     examples = re.findall(r"```python\n(.+?)```", ALL, re.DOTALL)
     assert len(examples) >= 2
     for example in examples:
@@ -276,7 +276,7 @@ def test_the_code_a_stage_is_said_to_run_is_code_it_depends_on():
             assert path in reached or is_exempt(path), (stage, path)
 
 
-def test_supported_families_are_those_of_the_code():
+def test_supported_families_agree_with_the_code():
     from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS
 
     (listed,) = re.findall(r"families: ([\w,\s]+)\.", README)

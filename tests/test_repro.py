@@ -1,4 +1,4 @@
-"""`dvc repro` in a repository of its own: what reruns when, and what a user gets to see."""
+"""`dvc repro` in a separate repository: the stages that rerun after a change, and the output that a user reads."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ALWAYS_RUN = {"code", "sources"}
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, model_folders):
-    """A clone with a tiny model and corpus, run once."""
+    """Make a clone with a tiny model and corpus, run once."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("pipeline", "stages", "dvc.yaml", ".gitignore", ".dvcignore"):
         source = ROOT / name
@@ -78,7 +78,7 @@ def test_touched_sources_rerun_nothing(repository):
     assert repro(repository) == ALWAYS_RUN
 
 
-def test_a_changed_file_of_the_model_that_imports_the_same_reruns_only_what_reads_the_source(repository):
+def test_a_changed_file_of_the_model_that_imports_the_same_reruns_only_readers_of_the_source(repository):
     """The config is laid out differently: another file, the same model. The model card in `export` names the source."""
     config = repository / "llama/config.json"
     before = config.read_text()
@@ -90,7 +90,7 @@ def test_a_changed_file_of_the_model_that_imports_the_same_reruns_only_what_read
     assert repro(repository) == ALWAYS_RUN  # DVC remembers the run
 
 
-def test_another_text_behind_the_same_path_reruns_the_corpus_and_what_follows_but_no_model_stage(repository):
+def test_another_text_at_the_same_path_reruns_the_corpus_and_later_stages_but_no_model_stage(repository):
     corpus = repository / "prose.txt"
     before = corpus.read_text()
     status = corpus.stat()
@@ -108,7 +108,7 @@ def test_another_text_behind_the_same_path_reruns_the_corpus_and_what_follows_bu
 
 
 def test_a_changed_task_file_reruns_evaluation_and_no_other_work(repository):
-    """What is behind evaluation.task_folder is read by evaluation alone."""
+    """Only evaluation reads evaluation.task_folder."""
     before = (repository / "params.yaml").read_text()
     (repository / "tasks").mkdir()
     (repository / "tasks/own.yaml").write_text("task: own\n")
@@ -133,7 +133,7 @@ def test_a_source_that_is_gone_is_one_line_with_its_key(repository):
     assert repro(repository) == ALWAYS_RUN
 
 
-def test_a_quantizer_key_reruns_only_its_stage_and_what_is_made_of_it(repository):
+def test_a_quantizer_key_reruns_only_its_stage_and_the_stages_after_it(repository):
     change(repository, "quantizer_init", equalize=[])
     stages = {"quantizer_init", "finetuning"}
     made = ALWAYS_RUN | {"export", "evaluation@export", "activation_plots@quantized", "report"}
@@ -165,7 +165,7 @@ def test_another_corpus_refetches_no_other_and_reruns_no_model_stage(repository)
     assert repro(repository) == ALWAYS_RUN | {"corpora@other", "generation", "calibration", "report"}
 
 
-def test_a_changed_evaluation_split_reruns_only_what_reads_it(repository):
+def test_a_changed_evaluation_split_reruns_only_its_readers(repository):
     params = yaml.safe_load((repository / "params.yaml").read_text())
     params["calibration"]["evaluation"]["windows"] = 1
     write_params(repository, params)
@@ -218,7 +218,7 @@ def probe(value: int) -> int:
 
 
 def list_changed_stages(folder: Path) -> set[str]:
-    """The stages that `dvc status` lists after `dvc repro code`, without those that always run."""
+    """Return the stages that `dvc status` lists after `dvc repro code`, without those that always run."""
     dvc(folder, "repro", "code")
     status = json.loads(dvc(folder, "status", "--json"))
     return {name for name, reasons in status.items() if reasons != ["always changed"]}
@@ -314,7 +314,7 @@ def test_an_experiment_takes_unchanged_stages_from_the_cache_and_is_compared_by_
 
 
 def test_results_of_an_earlier_run_are_marked(repository):
-    """`make table` after an experiment that stopped at quantizer_init, in place."""
+    """Run `make table` after an experiment in place that stopped at quantizer_init."""
     repro(repository)
     commit(repository)
     assert "outdated" not in format_summary(repository)

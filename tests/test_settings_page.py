@@ -19,7 +19,7 @@ PARAMS = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
 
 def list_keys(values, group):
-    """Return [(path, value)] of all keys, down to those whose type is no group."""
+    """Return [(path, value)] of all keys, down to those whose type is not a group."""
     for key, value in values.items():
         inner = settings.find_group(group.model_fields[key].annotation)
         if inner is None:
@@ -28,8 +28,8 @@ def list_keys(values, group):
             yield from (((key, *path), value) for path, value in list_keys(value, inner))
 
 
-def test_the_page_is_what_the_script_writes():
-    """Where this fails: make settings."""
+def test_the_page_is_up_to_date():
+    """If this fails, run: make settings."""
     assert settings.PAGE.read_text(encoding="utf-8") == settings.render_page(PARAMS, Params)
 
 

@@ -18,7 +18,7 @@ PLAIN = {"equalize": [], "weights.centered": False, "weights.range": "tensor"}
 OFF = PLAIN | {f"{group}.bits": 16 for group in ("activations", "keys", "values")}
 
 
-def test_rows_are_what_the_evaluation_gives_with_those_quantizers(imported, tmp_path, token_ids):
+def test_rows_equal_the_evaluation_with_these_quantizers(imported, tmp_path, token_ids):
     checkpoint, runner = make_quantized(imported, tmp_path / "all", changes=PLAIN)
     rows = measure_rows(checkpoint, {"a": token_ids})
     means = {row: losses["a"].mean().item() for row, losses in rows.items()}

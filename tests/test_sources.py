@@ -56,7 +56,7 @@ def test_each_source_has_a_file_of_its_own_that_changes_with_it_alone(project):
         assert {name for name, content in written(project).items() if content != before[name]} == {file}
 
 
-def test_what_is_behind_a_source_of_earlier_is_forgotten(project):
+def test_hashes_of_earlier_sources_are_forgotten(project):
     change(project, "corpora.news", {"source": "packaged:news"})
     run()
     params = yaml.safe_load((project / "params.yaml").read_text())
@@ -67,7 +67,7 @@ def test_what_is_behind_a_source_of_earlier_is_forgotten(project):
     assert written(project)["tasks.json"] == b"{}\n"
 
 
-def test_it_starts_without_torch_and_what_else_takes_long_to_import(project):
+def test_it_starts_without_torch_and_other_slow_imports(project):
     code = (
         "import runpy, sys\n"
         "runpy.run_module('stages.sources', run_name='__main__', alter_sys=False)\n"

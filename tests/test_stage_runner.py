@@ -1,4 +1,4 @@
-"""`python -m stages.run`: the stages of dvc.yaml without DVC. Small stages stand in for those of the project."""
+"""`python -m stages.run`: the stages of dvc.yaml without DVC. Small stages replace the project's."""
 
 import subprocess
 import sys

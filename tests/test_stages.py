@@ -115,7 +115,7 @@ def test_the_whole_pipeline_and_its_repetition(project, monkeypatch):
 
 
 def test_a_generated_corpus_is_sampled_once_and_feeds_calibration(project, monkeypatch):
-    """With it, the project needs no text at all. Another corpus leaves it alone; other settings sample it again."""
+    """With it, the project needs no text at all. Other settings sample it again, other corpora do not."""
     generation = {"tokens": 3000, "length": 64, "batch_size": 16}
     change(project, "corpora.mine", {"source": "generated", "generation": generation})
     for split in ("search", "train", "end_to_end", "validation", "evaluation"):
@@ -167,8 +167,8 @@ def test_export_before_the_evaluations_it_quotes_names_them(project, monkeypatch
     assert not [path for path in (project / "artifacts").iterdir() if "export" in path.name]
 
 
-def test_blocks_that_are_not_trained_by_themselves_are_trained_together(project, monkeypatch):
-    """The defaults of params.yaml, `blocks.enabled: false`; the same bytes wherever hidden states are kept."""
+def test_blocks_that_are_not_trained_one_by_one_are_trained_together(project, monkeypatch):
+    """Use the defaults, `blocks.enabled: false`. The bytes are the same wherever hidden states are kept."""
     defaults = yaml.safe_load((ROOT / "params.yaml").read_text())["finetuning"]
     assert not defaults["blocks"]["enabled"]
     change(project, "finetuning.blocks", defaults["blocks"])
@@ -185,7 +185,7 @@ def test_blocks_that_are_not_trained_by_themselves_are_trained_together(project,
 
 @pytest.mark.parametrize("use", ["none", "found"])
 def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
-    """Rotated, equalized, prefixed: still the same model."""
+    """A rotated, equalized and prefixed model is still the same model."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     for site in ("weights", "activations", "keys", "values"):
         change(project, f"quantizer_init.{site}.bits", 16)
@@ -209,7 +209,7 @@ def test_sixteen_bits_everywhere_is_the_original(use, project, monkeypatch):
 
 @pytest.mark.parametrize("use", ["none", "found", "trained", "discretised"])
 def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, project, monkeypatch):
-    """Without a prefix windows have it everywhere; behind one that ends in it only the original's have."""
+    """Without a prefix, all windows have it. With a prefix that ends in it, only the original's windows have it."""
     local_task(project, "colours")
     change(project, "evaluation.task_folder", str(project))
     change(project, "evaluation.tasks", {"colours": {"limit": 3}})
@@ -246,7 +246,7 @@ def test_sixteen_bits_everywhere_is_the_original_reading_a_start_token(use, proj
 
 
 def test_a_prefix_that_is_the_start_token_alone_costs_nothing_at_sixteen_bits(project, monkeypatch):
-    """The original reads it before each window, the quantized model once: the same function, to the last stage."""
+    """The original reads it before each window, the quantized model once. All stages compute the same function."""
     change(project, "calibration.start_token", "always")
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "prefix.length", 1)
@@ -311,7 +311,7 @@ def test_prefix_that_changes_the_unquantized_model_stops_the_stage(project, monk
 
 
 @pytest.mark.parametrize("use", ["none", "found"])
-def test_tasks_of_each_variant_are_asked_behind_what_its_windows_had_in_front(use, project, monkeypatch):
+def test_tasks_of_each_variant_begin_as_its_windows_do(use, project, monkeypatch):
     local_task(project, "colours")
     change(project, "evaluation.task_folder", str(project))
     change(project, "evaluation.tasks", {"colours": {}})
@@ -326,7 +326,7 @@ def test_tasks_of_each_variant_are_asked_behind_what_its_windows_had_in_front(us
     assert asked == [0, *([0 if use == "none" else None] * 4)]
 
 
-def test_the_prefix_is_chosen_by_what_quantizers_cost_behind_it(project, monkeypatch):
+def test_the_prefix_is_chosen_by_the_cost_of_quantizers_after_it(project, monkeypatch):
     change(project, "prefix_search.choose", "benefit")
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     report = read_json(project / "artifacts/prefix_search/report.json")
@@ -392,7 +392,7 @@ def test_bfloat16_from_end_to_end_stays_near_float32(project, monkeypatch):
     )
 
 
-def test_prefix_kv_in_use_is_that_of_the_rotated_model(project, monkeypatch):
+def test_the_prefix_kv_in_use_belongs_to_the_rotated_model(project, monkeypatch):
     change(project, "prefix_search.outlier_threshold", 1.5)
     run(*BEFORE_QUANTIZER, "quantizer_init", monkeypatch=monkeypatch)
     found, _ = load_tensors(project / "artifacts/prefix_search/prefix.safetensors", "prefix_search")
@@ -423,7 +423,7 @@ def test_all_blocks_are_trained_on_windows_of_their_own_or_on_trains(project, mo
     assert first["plots/end_to_end.json"] != second["plots/end_to_end.json"]
 
 
-def test_no_outliers_found_goes_on_with_an_empty_prefix(project, monkeypatch, caplog):
+def test_without_outliers_the_run_continues_with_an_empty_prefix(project, monkeypatch, caplog):
     change(project, "prefix_search.outlier_threshold", 1e6)
     run(*ALL, monkeypatch=monkeypatch)
     assert "the prefix is empty" in read_json(project / "artifacts/prefix_search/report.json")["why"]
@@ -447,7 +447,7 @@ def test_searched_ranges_err_less_than_whole_ones(project, monkeypatch):
     assert errors["layer"]["down_proj"] < errors["max"]["down_proj"]
 
 
-def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
+def test_two_processes_give_the_result_of_one(project, monkeypatch):
     """Started as a user starts it, with torch's launcher; hidden states in files."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "quantizer_init.activations.range", "percentile")
@@ -492,7 +492,7 @@ def test_two_processes_come_to_what_one_comes_to(project, monkeypatch):
 
 
 def test_a_streamed_run_is_the_resident_one(project, monkeypatch):
-    """Of prefix and fine-tuning; runtime.max_memory alone chooses. Two processes: up to the order of sums."""
+    """Compare prefix training and fine-tuning. Only max_memory differs. Two ranks differ by the order of sums."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     change(project, "calibration.validation.windows", 2)
     change(project, "prefix_training.enabled", True)
@@ -659,7 +659,7 @@ SEEDS = {  # the quantizers of the commands in the documents this project comes 
 
 @pytest.mark.parametrize("mode", SEEDS)
 def test_every_mode_is_evaluated_as_it_was_chosen(mode, project, monkeypatch):
-    """What is loaded from disk has the quantizers that were asked for, and they act; the report covers every site."""
+    """The loaded model has the quantizers of the settings, and they act. The report covers every site."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     for key, value in SEEDS[mode].items():
         change(project, f"quantizer_init.{key}", value)
@@ -688,7 +688,7 @@ def test_every_mode_is_evaluated_as_it_was_chosen(mode, project, monkeypatch):
 
 @pytest.mark.parametrize("use", ["trained", "discretised"])
 def test_a_trained_prefix_from_end_to_end(use, project, monkeypatch):
-    """Trained, used in the rotated model, cut to a length; at 16 bits the model is the original with that prefix."""
+    """Train a prefix, use it in the rotated model, cut to a length. At 16 bits the model is the original with it."""
     change(project, "prefix_search.outlier_threshold", 1.5)
     for key, value in {"enabled": True, "epochs": 2, "batch_size": 2, "length": 4}.items():
         change(project, f"prefix_training.{key}", value)
@@ -818,7 +818,7 @@ def test_artifacts_of_different_models_are_not_mixed(project, model_folders, mon
 
 
 def start(project, slow_block):
-    """quantizer_init as a process of its own that dawdles at one block, to be killed there."""
+    """Start quantizer_init as a separate process that waits at one block, to be killed there."""
     code = (
         "import sys, time; sys.argv = ['quantizer_init']\n"
         "import runpy, pipeline.quantization.quantizer_init as q\n"
@@ -875,7 +875,7 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(project, monkeypat
 
 
 def test_an_unfinished_run_of_other_code_is_not_continued(project, monkeypatch, caplog):
-    """What it left need not fit what the code of today makes of the same settings and inputs."""
+    """Its files need not fit the results of the present code for the same settings and inputs."""
     run(*BEFORE_QUANTIZER, monkeypatch=monkeypatch)
     kill_before(1, project)
     stamp = project / ".work/quantizer_init/code"

@@ -46,7 +46,7 @@ def test_new_keys_and_values_are_quantized_and_the_prefix_never():
     assert cache.get_seq_length() == 3
 
 
-def test_a_layer_that_slides_keeps_only_what_the_next_token_sees():
+def test_a_sliding_layer_keeps_only_the_positions_that_the_next_token_reads():
     prefix = torch.randn(2, 1, 2, 4, generator=torch.Generator().manual_seed(0))
     layers = [SlidingLayer(5, prefix), PrefixLayer(prefix)]
     cache = PrefixCache(layers)
@@ -85,7 +85,7 @@ def test_padding_is_not_counted_when_positions_are_dropped():
     assert layer.dropped == 1
 
 
-def test_tokens_are_taken_back_only_where_the_next_one_sees_all_it_should():
+def test_tokens_are_removed_only_where_the_next_one_can_read_all_of_its_window():
     layer = SlidingLayer(5)
     cache = PrefixCache([layer])
     text = torch.arange(24.0).view(1, 1, 24, 1)
@@ -161,7 +161,7 @@ def test_a_key_is_the_same_alone_and_with_others(width):
 
 @pytest.fixture
 def shared_block(imported):
-    """A block of Qwen2 with a centered key quantizer, its runner, and two batches of hidden states [2, T, D]."""
+    """Return a block of Qwen2 with a centered key quantizer, its runner, and two batches of hidden states [2, T, D]."""
     checkpoint, runner = open_model(imported["qwen2"])
     block = quantized_block(checkpoint, settings_of(key=4, value=4, online=True, centered=True))
     generator = torch.Generator().manual_seed(5)

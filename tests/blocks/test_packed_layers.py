@@ -30,7 +30,7 @@ class Attention(torch.nn.Module):
 
 
 def call(cache, attention, states, positions):
-    """One call of attention: keys and values [2, B, heads, T, d] at positions [B or 1, T], the prefix counted."""
+    """Make one attention call: keys and values [2, B, heads, T, d] at positions [B or 1, T], the prefix counted."""
     tables = TABLE[:, positions].to(states.dtype)
     cache.begin_call_(None)
     whole = QuantizingCache(cache.count_prefix(positions), attention, (tables[0], tables[1])).update(*states, 0)
@@ -39,7 +39,7 @@ def call(cache, attention, states, positions):
 
 
 def assert_same(attention, operations, *, window=None, dtype=torch.float32, prefix=PREFIX):
-    """Feed and change both caches alike, and compare the states of every call."""
+    """Feed and change both caches in the same way, and compare the states of every call."""
     prefix_kv = torch.randn(2, HEADS, prefix, WIDTH, generator=GENERATOR).to(dtype) if prefix else None
     plain, packed = (PrefixCache([make(prefix_kv, window)]) for make in (make_layer, make_packed_layer))
     for operation in operations:
@@ -164,7 +164,7 @@ def test_a_packed_cache_holds_codes_and_no_states():
         layer.read()
 
 
-def test_a_cache_that_inference_mode_began_goes_on_outside_of_it():
+def test_a_cache_from_inference_mode_continues_outside_of_it():
     attention, cache = Attention(STATIC, STATIC), PrefixCache([make_packed_layer(None)])
     states = torch.randn(2, 1, HEADS, 4, WIDTH, generator=GENERATOR)
     with torch.inference_mode():

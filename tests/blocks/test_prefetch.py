@@ -1,4 +1,4 @@
-"""Blocks come in order, one at a time; on a GPU one ahead, and everything there computes what a CPU computes."""
+"""Blocks are loaded in order, one at a time, on a GPU one ahead, and give the same results there as on a CPU."""
 
 import gc
 import shutil
@@ -84,7 +84,7 @@ def test_walking_on_a_gpu_is_walking_on_a_cpu(family, imported, token_ids):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_whole_pipeline_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(dtype, model_folders, tmp_path, monkeypatch):
+def test_the_whole_pipeline_gives_the_same_on_a_gpu_as_on_a_cpu(dtype, model_folders, tmp_path, monkeypatch):
     found = {}
     for device in ("cpu", "cuda"):
         folder = tmp_path / device

@@ -75,7 +75,7 @@ def test_sixteen_bits_everywhere_is_the_plain_block(family, imported):
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 @torch.no_grad()
 def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
-    """The whole quantized block against formulas that share no code with it, both in float64.
+    """Compare the whole quantized block with formulas that share no code with it, both in float64.
 
     In float32 a value near a rounding boundary would fall to the other side somewhere, and change all that follows.
     """
@@ -93,7 +93,7 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
     gemma = family.startswith("gemma")
 
     def norm(x, name):
-        """The norm of that name where the family has it; Gemma's weights are what is added to 1."""
+        """Apply the norm of that name where the family has it. Gemma's weights are added to 1."""
         weight = tensors.get(name + ".weight")
         return x if weight is None else unit(x) * (gemma + weight)
 
@@ -136,7 +136,7 @@ def test_every_site_equals_a_reference_written_out(family, imported, tmp_path):
     assert (found[0] - x).abs().max() / x.abs().max() < 1e-6  # measured: 2e-7
 
 
-def test_counts_of_what_fired_match_what_is_asked_for(imported):
+def test_fired_quantizers_match_the_settings(imported):
     checkpoint, runner = open_model(imported["qwen2"])
     hidden = torch.randn(1, 6, 48)
     for settings in (settings_of(4, 8, 4, 2), settings_of(16, 4), settings_of(4), settings_of(key=3), BlockSettings()):
@@ -166,7 +166,7 @@ MODES = [
 
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma3_text", "olmo2"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_what_is_loaded_computes_what_was_saved(mode, family, imported):
+def test_a_loaded_block_equals_the_saved_one(mode, family, imported):
     checkpoint, runner = open_model(imported[family])
     settings = settings_of(4, 4, 4, 4, **mode)
     assert BlockSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
@@ -232,7 +232,7 @@ def test_r3_inside_the_key_quantizer_equals_rotating_queries_and_keys():
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 @torch.no_grad()
 def test_the_mean_of_keys_is_taken_out_before_rope_and_put_back_turned(family, imported):
-    """RoPE(m) + R3^T Q(R3 RoPE(k - m)), written out with complex numbers; k from what RoPE is given."""
+    """Compare with RoPE(m) + R3^T Q(R3 RoPE(k - m)), written out with complex numbers; k from what RoPE is given."""
     checkpoint, runner = open_model(imported[family])
     settings = settings_of(key=4, online=True, centered=True)
     block = quantized_block(checkpoint, settings)

@@ -37,7 +37,7 @@ def random_ids(rows, length):
 
 @pytest.fixture(scope="module")
 def patterns(tmp_path_factory):
-    """name -> transformers' own model, and the folder it was imported to."""
+    """Return name -> transformers' own model, and the folder it was imported to."""
     root, models = tmp_path_factory.mktemp("patterns"), {}
     for number, (name, config) in enumerate(PATTERNS.items()):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def patterns(tmp_path_factory):
 
 @pytest.fixture(params=[*SLIDING, *PATTERNS])
 def sliding_model(request, imported, patterns):
-    """transformers' own model and the folder it was imported to, of every family and pattern that slides."""
+    """Return transformers' own model and the folder it was imported to, for every family and pattern that slides."""
     if request.param in PATTERNS:
         return patterns[request.param]
     return make_model(request.param), imported[request.param]

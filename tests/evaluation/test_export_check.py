@@ -1,4 +1,4 @@
-"""The export must compute what was fine-tuned."""
+"""The export must compute the fine-tuned model."""
 
 import pytest
 import torch

@@ -110,7 +110,7 @@ def test_a_prefixed_model_answers_as_the_original_reading_the_prefix(imported, c
 
 
 def test_lm_evals_class_answers_the_same_from_an_exported_folder(imported, tmp_path):
-    """`--model hf --model_args pretrained=FOLDER`, once `pipeline.hf` is imported."""
+    """Use `--model hf --model_args pretrained=FOLDER`, after `pipeline.hf` is imported."""
     folder, _, _ = make_export(imported, tmp_path)
     local_task(tmp_path, "local")
     manager = open_tasks({"local": TaskParams()}, str(tmp_path)).manager

@@ -37,7 +37,7 @@ def original_of(checkpoint, runner, windows, path):
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gemma3_text"])
 def test_a_start_token_is_read_but_is_not_a_target(family, imported, token_ids):
-    """The loss is that of transformers on [start] + content, with content after its first token as targets."""
+    """The loss equals transformers' loss on [start] + content, with content after its first token as targets."""
     checkpoint, runner = open_model(imported[family])
     plain, *_ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None)
     metrics, tensors, _ = evaluate_windows(checkpoint, {"a": token_ids}, runner, prefix_kv=None, text_start_token_id=0)

@@ -16,7 +16,7 @@ from tests.conftest import make_model, open_model
 
 
 @torch.no_grad()
-def test_continuations_equal_those_of_transformers(imported):
+def test_continuations_equal_transformers(imported):
     checkpoint, _ = open_model(imported["llama_tied"])
     samples = generate_samples(assemble_model(checkpoint), checkpoint.tokenizer, ["once upon", "a dog"], 6)
     reference = make_model("llama_tied")

@@ -164,7 +164,7 @@ def test_integer_arithmetic_computes_the_same_function(imported, tmp_path, chang
 
 @pytest.mark.parametrize("r4", ["hadamard", "block_hadamard", "identity"])
 @torch.no_grad()
-def test_codes_of_one_pass_match_those_of_a_hooked_quantizer(imported, tmp_path, r4):
+def test_codes_of_one_pass_match_a_hooked_quantizer(imported, tmp_path, r4):
     """A hook on a quantizer receives its rotated input, and changes nothing."""
     online = {"r1": "online", "r5": "hadamard", "r4": r4, "block_size": 16, "online_signs": True}
     folder, _, _ = make_export(imported, tmp_path, "llama_untied_biases", **online)

@@ -58,7 +58,7 @@ def test_front_matter_names_license_and_base_model_of_the_packaged_model(importe
 
 
 @pytest.mark.parametrize("source", [None, {"sha256": {"model.safetensors": "0"}}])
-def test_front_matter_leaves_out_what_the_source_does_not_state(imported, tmp_path, source):
+def test_front_matter_omits_facts_that_the_source_does_not_state(imported, tmp_path, source):
     values, text = write_card(imported, tmp_path, source=source)
     assert values.keys() == {"library_name", "pipeline_tag", "tags"}
     assert text.startswith("# llama, W4A4KV4 static\n")

@@ -59,7 +59,7 @@ def import_logits(path, folder, token_ids):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tensors_equal_those_of_transformers_bit_for_bit(family, tmp_path):
+def test_tensors_equal_transformers_bit_for_bit(family, tmp_path):
     model = make(CONFIGS[family])
     path = write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), quantized=True)
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def test_special_ids_beyond_the_vocabulary_are_refused(name, tmp_path):
         import_model(str(path), None, torch.float32, tmp_path / "out")
 
 
-def test_listed_ways_of_splitting_text_are_those_of_transformers():
+def test_listed_ways_of_splitting_text_agree_with_transformers():
     transformers_splits = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
     assert gguf_source._SPLITS - {"gpt2", "gpt-2", "mpt", "olmo", "jais", "trillion", "smollm"} == set(
         transformers_splits
@@ -145,7 +145,7 @@ def test_listed_ways_of_splitting_text_are_those_of_transformers():
 
 
 def llama3_divisors(theta, size, factor, original):
-    """As llama.cpp's converter computes rope_freqs.weight."""
+    """Compute rope_freqs.weight as llama.cpp's converter does."""
     divisors = []
     for frequency in 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)):
         wavelength = 2 * math.pi / frequency

@@ -190,8 +190,8 @@ def test_the_readme_of_a_folder_is_kept_for_the_model_card(model_folders, import
     assert read_header(tmp_path / "model", "model") == read_header(imported["llama_tied"], "model")
 
 
-def test_shards_are_those_of_the_index(model_folders, imported, tmp_path):
-    """A second copy of the weights in another layout is left alone; a shard that is missing is named."""
+def test_only_shards_of_the_index_are_read(model_folders, imported, tmp_path):
+    """A second copy of the weights in another layout is ignored, and a missing shard is named."""
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     make_model("llama_tied").save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
@@ -248,7 +248,7 @@ def test_tied_checkpoint_may_hold_only_its_lm_head(model_folders, imported, tmp_
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_model_safetensors_is_read_whatever_the_index_says(gone, model_folders, imported, tmp_path):
-    """As transformers does."""
+    """Read the same files as transformers."""
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     make_model("llama_tied", seed=1).save_pretrained(tmp_path / "other", max_shard_size="40KB")
     for path in (tmp_path / "other").glob("model*"):
@@ -414,7 +414,7 @@ def test_remedy_for_surplus_tensors_works(model_folders, imported, tmp_path):
 
 
 def test_tensors_that_the_class_ignores_are_left_out_and_named(model_folders, imported, tmp_path, monkeypatch, caplog):
-    """As Qwen3-Next's class ignores mtp.*."""
+    """Test with a class that ignores tensors, as Qwen3-Next's class ignores mtp.*."""
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")
     extra = {"mtp.fc.weight": torch.zeros(2, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}

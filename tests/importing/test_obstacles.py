@@ -89,7 +89,7 @@ GROUP_6 = {
 
 
 @pytest.mark.parametrize("family", GROUP_6)
-def test_refused_families_have_a_reason_and_what_they_would_need(family):
+def test_refused_families_have_a_reason_and_name_the_missing_feature(family):
     sentence = explain_obstacles({"model_type": family, **GROUP_6[family]})
     reason, _, need = sentence.partition(". It would need ")
     assert reason.startswith(f"model_type={family!r} is not supported, because it has ")

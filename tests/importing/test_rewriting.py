@@ -62,7 +62,7 @@ def make_variant(name):
 
 
 def load_exactly(folder):
-    """A model that computes in float64, its norms as well; tables of RoPE stay in float32."""
+    """Load a model that computes in float64, including its norms; tables of RoPE stay in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
     for layer in model.model.layers:
         compute_exactly_(layer)
@@ -88,7 +88,7 @@ def test_the_rewritten_model_has_the_logits_of_the_source_in_float64(name, tmp_p
 
 
 def test_channels_are_permuted_as_worked_out():
-    """Of 6 channels, RoPE turns (0, 1) and (2, 3); Llama turns (0, 3), (1, 4) and (2, 5), the last at frequency 0."""
+    """RoPE turns (0, 1) and (2, 3) of 6 channels. Llama turns (0, 3), (1, 4) and (2, 5), the last at frequency 0."""
     config = transformers.GlmConfig(**SIZES, head_dim=6, attention_bias=False)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 4 / 6}
     stored = torch.arange(24.0)[:, None].expand(24, 48)

@@ -46,7 +46,7 @@ FORMATS = {
 
 
 def multiply_slowly(codes, scales, block):
-    """The reference: one product per value, in Python."""
+    """Compute the reference: one product per value, in Python."""
     rows, columns = (length if size == -1 else size for size, length in zip(block, codes.shape, strict=True))
     table = scales.reshape(math.ceil(codes.shape[0] / rows), math.ceil(codes.shape[1] / columns)).double().tolist()
     values = codes.double().tolist()
@@ -68,7 +68,7 @@ def quantize(weight, block, dtype=torch.float32):
 
 
 def store(folder, name):
-    """Store the linears of a checkpoint in a format, and return the values that they stand for."""
+    """Store the linears of a checkpoint in a format, and return the values that they represent."""
     settings, suffix, block = FORMATS[name]
     tensors = load_file(folder / "model.safetensors")
     exact = {}
@@ -126,7 +126,7 @@ def test_the_import_casts_once(model_folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["mistral3", "mistral3 ministral3"])
 def test_a_wrapper_with_weights_in_fp8_is_imported(name, tmp_path, token_ids):
-    """As Devstral and Ministral 3: the vision tower in bfloat16, the text model in fp8 with scalar scales."""
+    """Import a model like Devstral: the vision tower in bfloat16, the text model in fp8 with scalar scales."""
     model = make_wrapper(name)
     tensors = save_wrapper(model, tmp_path / "source")
     exact = {}

@@ -127,7 +127,7 @@ def rename(tensors: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[s
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_text_model_of_each_wrapper_computes_what_the_wrapper_computes_on_text(name, tmp_path, token_ids):
+def test_the_text_model_of_each_wrapper_equals_the_wrapper_on_text(name, tmp_path, token_ids):
     family, model = name.partition(" ")[0], make_wrapper(name)
     save_wrapper(model, tmp_path / "source")
     metrics = import_model(

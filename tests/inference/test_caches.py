@@ -1,4 +1,4 @@
-"""Several callers of one model, and copies of caches: each gets what it would get alone."""
+"""Several callers of one model, and copies of caches: each call gives the same result as it would alone."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ FAMILIES = ["llama_untied_biases", "qwen2", "gemma3_text"]  # of the last two, s
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def quantized(request, imported, tmp_path_factory):
-    """A model with static, centered quantizers of keys, which need the positions of the keys."""
+    """Return a model with static, centered quantizers of keys, which need the positions of the keys."""
     changes = {"keys.centered": True, "values.centered": True}
     checkpoint, _ = make_quantized(imported, tmp_path_factory.mktemp(request.param), request.param, changes)
     model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
@@ -46,7 +46,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle
 @pytest.mark.parametrize("kind", COPIES)
 @torch.no_grad()
 def test_a_copied_cache_continues_as_its_original(quantized, kind, steps):
-    """transformers' recipe for a shared beginning. Texts of another length pass through the model in between."""
+    """Follow transformers' recipe for a shared beginning. Texts of another length pass through the model in between."""
     beginning, rest = TEXTS[1][:, :27], TEXTS[1][:, 27:]
 
     def read_rest(cache):
@@ -64,7 +64,7 @@ def test_a_copied_cache_continues_as_its_original(quantized, kind, steps):
 
 
 @torch.no_grad()
-def test_generation_goes_on_from_a_copied_cache(quantized):
+def test_generation_continues_from_a_copied_cache(quantized):
     cache = quantized(TEXTS[1][:, :20]).past_key_values
     for text in (TEXTS[1], torch.cat((TEXTS[1][:, :20], TEXTS[0]), dim=1)):
         expected = quantized.generate(text, past_key_values=quantized(TEXTS[1][:, :20]).past_key_values, **GREEDY)
@@ -73,7 +73,7 @@ def test_generation_goes_on_from_a_copied_cache(quantized):
 
 @torch.no_grad()
 def test_a_cache_belongs_to_a_text_not_to_a_model(quantized):
-    """One that a copy of the model has filled is continued by the model itself."""
+    """A cache that a copy of the model has filled is continued by the model itself."""
     expected = quantized(TEXTS[1][:, 27:], past_key_values=quantized(TEXTS[1][:, :27]).past_key_values).logits
     other = copy.deepcopy(quantized)
     cache = other(TEXTS[1][:, :27]).past_key_values
@@ -83,7 +83,7 @@ def test_a_cache_belongs_to_a_text_not_to_a_model(quantized):
 
 @torch.no_grad()
 def test_interleaved_texts_equal_single_ones(quantized):
-    """Token by token in turn, each in its own cache."""
+    """Read the texts token by token in turn, each in its own cache."""
     alone = []
     for text in TEXTS:
         cache = quantized.make_cache()
@@ -98,7 +98,7 @@ def test_interleaved_texts_equal_single_ones(quantized):
         assert torch.equal(torch.cat(logits, dim=1), expected)
 
 
-def test_threads_generate_what_they_would_alone(quantized):
+def test_threads_generate_the_same_as_alone(quantized):
     expected = [quantized.generate(text, **GREEDY) for text in TEXTS]
     wrong = []
 
@@ -117,7 +117,7 @@ def test_threads_generate_what_they_would_alone(quantized):
 
 @torch.no_grad()
 def test_reordered_and_selected_rows_of_a_cache(quantized):
-    """As beams do it: rows swap, are repeated and left out, with padding that stays theirs."""
+    """Swap, repeat and drop rows as beam search does. Each row keeps its padding."""
     rows = [text[0, :27].tolist() for text in TEXTS[:3]]
     token_ids, mask = pad(rows, "left")
     following = torch.tensor([[5, 6], [7, 8], [9, 10]])

@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def exported(request, model_folders, tmp_path_factory):
-    """family, kind -> the exported folder of a model imported in one dtype, and its checkpoint."""
+    """Return family, kind -> the exported folder of a model imported in one dtype, and its checkpoint."""
     root, made = tmp_path_factory.mktemp("dtypes"), {}
 
     def make(family, kind):

@@ -122,7 +122,7 @@ def test_continuous_batching_says_why_not(exported):
         model.generate(TEXT, cache_implementation="paged")
 
 
-def test_lora_on_top_trains_and_what_is_packed_stands_still(exported):
+def test_lora_on_top_trains_and_packed_weights_do_not_change(exported):
     folder, evaluated, _ = exported
     model, _ = load(folder)
     assert model.hf_quantizer.is_trainable
@@ -274,7 +274,7 @@ def test_what_is_the_users_may_change(exported):
 @pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
 @torch.no_grad()
 def test_offloaded_as_accelerate_decides(imported, tmp_path, family, share):
-    """The prefix stays in memory, whatever goes to the disk: caches are made of it outside of any call."""
+    """The prefix always stays in memory, because caches are made from it outside of any call."""
     folder, evaluated, _ = make_export(imported, tmp_path, family)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     model, _ = load(
@@ -317,7 +317,7 @@ def test_saved_into_its_own_folder(exported, order):
     assert other("The house")["input_ids"] == tokenizer("The house")["input_ids"]
 
 
-def test_a_tokenizer_saved_alone_says_what_to_do(exported):
+def test_a_tokenizer_saved_alone_names_the_remedy(exported):
     folder, _, _ = exported
     model, tokenizer = load(folder)
     tokenizer.add_tokens(["<new>"])
@@ -355,7 +355,7 @@ def test_dequantize_says_why_not(exported):
 
 
 def test_weights_are_kept_unpacked_where_memory_allows(exported, monkeypatch):
-    """The same numbers either way, in memory that a plain model takes beside the packed weights, or in none."""
+    """The results are the same either way. Unpacked weights take the memory of a plain model."""
     folder, evaluated, _ = exported
     for unpacked, free, keeps in (
         (True, 0, True),

@@ -24,7 +24,7 @@ PAD = 1
 
 
 def prefixed(imported, family="llama_tied", continuous=False):
-    """Our model behind a prefix; transformers' own and the prefix as embeddings [P, D]."""
+    """Return this project's model with a prefix, transformers' own model, and the prefix as embeddings [P, D]."""
     checkpoint, runner = open_model(imported[family])
     embeddings = checkpoint.embed(torch.tensor(PREFIX))
     if continuous:
@@ -34,7 +34,7 @@ def prefixed(imported, family="llama_tied", continuous=False):
 
 
 def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=PREFIX, start_token=None, **rotation):
-    """A checkpoint as quantizer_init writes it, and a runner for it."""
+    """Return a checkpoint as quantizer_init writes it, and a runner for it."""
     rotated, runner, _ = rotate(imported[family], folder / "rotation", **rotation)
     plain, _ = open_model(imported[family])
     ids = torch.tensor(prefix, dtype=torch.int64)
@@ -56,7 +56,7 @@ def make_quantized(imported, folder, family="llama_tied", changes=None, prefix=P
 
 @torch.no_grad()
 def reference_logits(original, embeddings, token_ids):
-    """[T, V]: transformers' forward over the prefix and one text, token by token, positions behind the prefix."""
+    """Return the logits [T, V] of transformers' forward over the prefix and one text, token by token, for the text."""
     embedded = torch.cat((embeddings, original.model.embed_tokens(torch.tensor(token_ids))))
     cache, logits = DynamicCache(config=original.config), []
     for step in embedded:
@@ -141,7 +141,7 @@ def test_greedy_generation_of_a_padded_batch_equals_the_original(imported, famil
 
 
 def test_beams_and_samples_equal_the_original_reading_the_prefix(imported):
-    """One text of the same length everywhere: the original reads prefix and text as a prompt."""
+    """Texts have one length, and the original reads prefix and text as a prompt."""
     model, original, _ = prefixed(imported)
     ours, theirs = torch.tensor(TEXTS[:1]), torch.tensor([PREFIX + TEXTS[0]])
     for options in (
@@ -177,7 +177,7 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_a_chat_equals_the_original_reading_the_prefix(imported, continuous, monkeypatch, capsys):
-    """Two turns by a template that begins with the start token, which the prefix has and only the prefix is to have."""
+    """Render two turns with a template that begins with the start token. Only the prefix may have that token."""
     model, original, embeddings = prefixed(imported, continuous=continuous)
     tokenizer = open_model(imported["llama_tied"])[0].tokenizer
     tokenizer.chat_template = TEMPLATE
@@ -271,8 +271,8 @@ QUANTIZERS = {
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases", "qwen3", *POST_NORMS])
 @torch.no_grad()
-def test_a_quantized_model_is_what_the_walk_evaluates_however_it_is_fed(imported, tmp_path, family, kind):
-    """At once, padded, and token by token: no scale depends on what else is in the batch."""
+def test_a_quantized_model_equals_the_walk_in_every_kind_of_call(imported, tmp_path, family, kind):
+    """Read a text at once, padded, and token by token. No scale depends on the rest of the batch."""
     r3 = "identity" if kind == "keys before RoPE" else "hadamard"
     checkpoint, runner = make_quantized(imported, tmp_path, family, QUANTIZERS[kind], r3=r3)
     prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)
@@ -288,7 +288,7 @@ def test_a_quantized_model_is_what_the_walk_evaluates_however_it_is_fed(imported
     assert (torch.stack(steps) - expected).abs().max() <= limit
 
 
-def test_probe_counts_what_decoding_sends_beyond_static_ranges(imported, tmp_path):
+def test_the_probe_counts_values_of_decoding_beyond_static_ranges(imported, tmp_path):
     checkpoint, _ = make_quantized(imported, tmp_path)
     model = assemble_model(checkpoint, load_prefix_kv(checkpoint.folder, checkpoint.stage))
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -417,7 +417,7 @@ def test_outputs_have_a_cache_only_if_one_is_wanted(imported, family):
 @pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
 @torch.no_grad()
 def test_torch_export(imported, family, strict):
-    """A start token in the text included: a warning of it may not branch on data."""
+    """Include a start token in the text, because the warning about it may not branch on data."""
     model, _, _ = prefixed(imported, family)
     token_ids, mask = pad([[5] * 40, [model.start_token_id] + [7] * 30], "left")
     position_ids = torch.tensor([[0, 1, 2, 0, 1]])

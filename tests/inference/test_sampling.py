@@ -1,4 +1,4 @@
-"""Documents sampled from a model: their distribution, their bytes, runs that were killed, and what is refused."""
+"""Documents sampled from a model: their distribution, their bytes, killed runs, and refusals."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def make_sampler(model, checkpoint, **changes):
 
 
 def sample_slowly(sampler, number):
-    """One document by itself, without a cache: the whole text is read again for every token."""
+    """Sample one document alone and without a cache, reading the whole text again for every token."""
     params = sampler.params
     generator = torch.Generator().manual_seed(params.seed * 1_000_000_007 + number)
     uniforms = torch.rand(params.length, generator=generator, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_beginnings_follow_the_tokenizer():
     assert bare in ([separator], [tokenizer.bos_token_id])
 
 
-def test_ends_are_those_of_tokenizer_and_generation_config(model, checkpoint):
+def test_ends_come_from_tokenizer_and_generation_config(model, checkpoint):
     model.generation_config.eos_token_id = [11, 12]
     assert {11, 12} <= find_ends(model, checkpoint.tokenizer)
     model.generation_config.eos_token_id = None

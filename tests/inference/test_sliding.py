@@ -20,7 +20,7 @@ STEPS = {"token by token": [1] * 72, "in parts": [10, 1, 30, 1, 1, 29], "prompt 
 
 @torch.no_grad()
 def reference(original, embeddings, text):
-    """[T, V]: one text after the prefix in one forward of transformers' own model."""
+    """Return the logits [T, V] of one text after the prefix, in one forward of transformers' own model."""
     embedded = torch.cat((embeddings, original.model.embed_tokens(torch.tensor(text))))
     return original(inputs_embeds=embedded[None], use_cache=False).logits[0, len(embeddings) :]
 
@@ -37,7 +37,7 @@ def assert_close(found, expected):
 
 
 def count_kept(cache):
-    """How many positions each layer that slides keeps."""
+    """Return the number of positions that each sliding layer keeps."""
     return {layer.keys.shape[2] for layer in cache.layers if isinstance(layer, SlidingLayer)}
 
 
@@ -72,8 +72,8 @@ def test_fed_in_steps_with_memory_bounded(imported, family, steps):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", SLIDING)
 @torch.no_grad()
-def test_a_padded_batch_goes_on_token_by_token(imported, family, side):
-    """Padding on the right is then in the middle of the texts: a window counts text alone."""
+def test_a_padded_batch_continues_token_by_token(imported, family, side):
+    """Padding on the right is then in the middle of the texts. A window counts only text."""
     model, original, embeddings = prefixed(imported, family)
     token_ids, mask = pad([text[: len(text) - 4] for text in TEXTS], side)
     cache = model(token_ids, attention_mask=mask).past_key_values
@@ -101,7 +101,7 @@ def test_greedy_generation_of_a_padded_batch(imported, family, use_cache):
 
 @pytest.mark.parametrize("family", SLIDING)
 def test_beams_keep_their_own_past(imported, family):
-    """The likelihood by which a beam was chosen, step by step in the cache, is that of one forward over its text."""
+    """The likelihood by which a beam was chosen, step by step in the cache, equals one forward over its text."""
     model, original, embeddings = prefixed(imported, family)
     token_ids, mask = pad([TEXTS[1], TEXTS[3][:25]], "left")
     config = GenerationConfig(
@@ -137,7 +137,7 @@ def test_tokens_guessed_ahead_are_taken_back(imported, family):
 @pytest.mark.parametrize("assistant", ["itself", "another with a prefix", "one without"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
 def test_an_assistant_changes_no_token(imported, family, assistant, length):
-    """It guesses several tokens, which are taken back in its own cache where they were wrong."""
+    """The assistant guesses several tokens, and removes wrong ones from its own cache."""
     model, original, embeddings = prefixed(imported, family)
     helper = model
     if assistant == "another with a prefix":  # guesses that are often wrong
@@ -160,7 +160,7 @@ def test_the_cache_that_generation_returns_can_be_continued(imported):
         assert second.sequences[0].tolist() == greedy(original, embeddings, TEXTS[1], 10)
 
 
-def test_a_conversation_goes_on_in_its_cache(imported):
+def test_a_conversation_continues_in_its_cache(imported):
     model, original, embeddings = prefixed(imported, "gemma3_text")
     cache = model.make_cache()
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -175,7 +175,7 @@ def test_a_conversation_goes_on_in_its_cache(imported):
 @pytest.mark.parametrize("prefix", [PREFIX, []])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
 @torch.no_grad()
-def test_a_quantized_model_is_what_the_walk_evaluates(imported, tmp_path, family, kind, prefix):
+def test_a_quantized_model_equals_the_walk(imported, tmp_path, family, kind, prefix):
     r3 = "identity" if kind == "keys before RoPE" else "hadamard"
     checkpoint, runner = make_quantized(imported, tmp_path, family, QUANTIZERS[kind], prefix, r3=r3, r5="identity")
     prefix_kv = load_prefix_kv(checkpoint.folder, checkpoint.stage)

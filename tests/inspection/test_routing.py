@@ -23,7 +23,7 @@ CHOICES = torch.tensor([[[[NO_EXPERT, NO_EXPERT], [0, 2]], [[NO_EXPERT, NO_EXPER
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 @torch.no_grad()
-def test_choices_of_the_walk_are_those_of_transformers(family, imported, token_ids):
+def test_choices_of_the_walk_equal_transformers(family, imported, token_ids):
     checkpoint, runner = open_model(imported[family])
     model = make_model(family)
     logits = model(token_ids, output_router_logits=True).router_logits

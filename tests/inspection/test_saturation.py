@@ -44,7 +44,7 @@ def test_values_beyond_the_range_are_counted(symmetric, centered):
 
 
 @torch.no_grad()
-def test_reports_are_those_of_a_second_forward(imported):
+def test_reports_equal_a_second_forward(imported):
     checkpoint, runner, block, hidden = quantized(imported)
     seen = {site: [] for site in find_site_quantizers(block, checkpoint.architecture)}
     with SaturationProbe(block, checkpoint.architecture) as probe:

@@ -1,4 +1,4 @@
-"""`calibration.start_token`: what was asked for, or what the model was trained on."""
+"""`calibration.start_token`: the requested setting, or the model's training."""
 
 import shutil
 
@@ -19,7 +19,7 @@ LENGTH = 24
 
 @torch.no_grad()
 def losses_of(model, content, start):
-    """transformers' own, of each window; the start token is read, and no target."""
+    """Return transformers' loss of each window; the start token is read and is not a target."""
     ids = prepend_start_token(content, start)
     targets = content.clone()
     targets[:, 0] = -100
@@ -45,9 +45,9 @@ def windows():
 
 @pytest.fixture(scope="module", params=[None, 0])
 def trained(request, model_folders, windows, tmp_path_factory):
-    """A tiny model trained for a moment on windows with a start token in front, or without; and which.
+    """Return a tiny model trained briefly on windows with or without a start token before them, and which.
 
-    The latter also saw the start token: in front of something else, as chat models do.
+    In the second case, the start token came before other text in training, as in chat models.
     """
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(model_folders["llama_tied"], folder / "source")
@@ -70,7 +70,7 @@ def trained(request, model_folders, windows, tmp_path_factory):
 
 
 @pytest.mark.parametrize("habit", [None, 0])
-def test_auto_follows_what_the_model_was_trained_on(trained, habit, windows):
+def test_auto_follows_the_training_of_the_model(trained, habit, windows):
     """Whatever its tokenizer does."""
     wanted, folder = trained
     checkpoint, runner = open_model(folder)

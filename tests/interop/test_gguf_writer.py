@@ -115,7 +115,7 @@ def test_chat_templates_are_read_back_by_name(wide, tmp_path, names):
     assert Checkpoint(tmp_path / "again", "model").tokenizer.chat_template == checkpoint.tokenizer.chat_template
 
 
-def test_gguf_refuses_what_it_cannot_hold(wide, tmp_path):
+def test_gguf_refuses_settings_that_it_cannot_hold(wide, tmp_path):
     changes = {"weights.symmetric": False, "activations.bits": 8}
     checkpoint, _ = make_quantized(wide, tmp_path, "llama", PLAIN | changes, (5, 0), r4="hadamard")
     with pytest.raises(FormatError) as error:

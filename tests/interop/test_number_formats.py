@@ -47,7 +47,7 @@ CACHE = {"keys.format": "nvfp4", "values.format": "mxfp4", "values.mode": "dynam
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A model whose widths blocks of 32 divide."""
+    """Return a model whose widths are multiples of 32."""
     root = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     randomize_(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | WIDTHS))).save_pretrained(root / "source")
@@ -102,7 +102,7 @@ def read_tensors(folder):
 
 
 @pytest.mark.parametrize("kind", ["float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"])
-def test_loaded_and_trained_blocks_compute_what_was_evaluated(wide, tmp_path, kind):
+def test_loaded_and_trained_blocks_equal_the_evaluated_ones(wide, tmp_path, kind):
     checkpoint, runner = make_quantized(wide, tmp_path, "wide", KINDS[kind] | CACHE)
     prefix, _ = load_tensors(checkpoint.folder / "prefix.safetensors", checkpoint.stage)
     metrics = export_model(

@@ -13,7 +13,7 @@ MERGED = {"r3": "identity", "r4": "identity", "r5": "identity"}
 
 
 def refuse(checkpoint, **settings):
-    """The message of the refusal."""
+    """Return the message of the refusal."""
     with pytest.raises(FormatError) as error:
         compare_formats(checkpoint, True, ["onnx"], [], OnnxParams(**settings))
     return str(error.value)

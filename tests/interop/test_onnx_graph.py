@@ -1,4 +1,4 @@
-"""The two operators that stand for a QDQ pair compute what this project's quantizers compute.
+"""The two operators that represent a QDQ pair give the same values as this project's quantizers.
 
 The whole graph is tested in test_onnx_session.py.
 """

@@ -78,7 +78,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, sources, tmp_path_factory):
-    """The quantized model in memory, the same in ONNX Runtime, and its folder."""
+    """Return the quantized model in memory, the same model in ONNX Runtime, and its folder."""
     family, changes, rotation, params = KINDS[request.param]
     folder = tmp_path_factory.mktemp("exported")
     checkpoint, _ = make_quantized(sources, folder, family, changes, (7, 9, 0), **rotation)

@@ -1,4 +1,4 @@
-"""Codes and states by the operators equal those of the quantizer."""
+"""The operators give the same codes and states as the quantizer."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def make_quantizer(bits, width, *, heads=3, **options):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("width", [64, 20, 7])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_codes_and_values_are_those_of_the_quantizer(bits, width, symmetric, centered):
+def test_codes_and_values_equal_the_quantizer(bits, width, symmetric, centered):
     quantizer = make_quantizer(bits, width, symmetric=symmetric, centered=centered)
     for dtype in (torch.float32, torch.bfloat16):
         x = (3 * torch.randn(2, 3, 11, width, generator=torch.Generator().manual_seed(1))).to(dtype)

@@ -55,7 +55,7 @@ def check(codes, quantizer, x, matrix, tolerance):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_codes_are_those_of_float64_for_every_kind_of_width(width, dtype):
+def test_codes_equal_float64_for_every_kind_of_width(width, dtype):
     quantizer = make_quantizer(width)
     for tokens in (1, 3, 200):
         x = make_input(tokens, width, dtype)
@@ -143,7 +143,7 @@ def test_input_of_another_shape_or_dtype_is_refused():
 
 
 @needs_kernels
-def test_codes_stay_what_they_are_when_a_model_is_cast_or_another_process_has_them(monkeypatch):
+def test_codes_do_not_change_when_a_model_is_cast_or_pickled(monkeypatch):
     codes = RotatedCodes(make_quantizer(576), 576, True)
     x = make_input(3, 576, torch.float32)
     expected = codes(x)

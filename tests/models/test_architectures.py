@@ -38,7 +38,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def limited(request, model_folders, tmp_path):
-    """A model whose RoPE changes beyond 32 positions: as transformers loads it, and imported."""
+    """Return a model whose RoPE changes beyond 32 positions, as transformers loads it, and imported."""
     rope, more = KINDS[request.param]
     folder = shutil.copytree(model_folders[request.param], tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())

@@ -47,7 +47,7 @@ def model(request):
 
 
 @torch.no_grad()
-def test_what_is_read_is_what_was_written(model, tmp_path):
+def test_a_checkpoint_is_read_as_it_was_written(model, tmp_path):
     folder = write_checkpoint(model, tmp_path / "model", settings={"rotation": {"r4": True}})
     checkpoint = Checkpoint(folder, "rotation")
     assert checkpoint.header == HEADER

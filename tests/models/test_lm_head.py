@@ -10,7 +10,7 @@ from tests.conftest import make_model
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2"])
 @torch.no_grad()
-def test_logits_equal_those_of_the_model(family):
+def test_logits_equal_the_model(family):
     model = make_model(family)
     token_ids = torch.tensor([[5, 9, 40]])
     head = LmHead(model.lm_head.weight, find_logit_cap(model.config))

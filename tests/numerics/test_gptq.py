@@ -24,7 +24,7 @@ def parameters(weight, bits=4, group_size=-1, symmetric=True, factor=1.0):
 
 
 def slow_gptq(weight, hessian, scale, zero_point, *, bits, damping):
-    """The method as derived: after each input, the exact least-squares update of all remaining inputs (float64)."""
+    """Round as GPTQ is derived: after each input, the exact least-squares update of all remaining inputs (float64)."""
     weight, hessian = weight.double().clone(), hessian.double()
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
@@ -70,7 +70,7 @@ def test_offsets_of_weights_rounded_to_nearest_are_their_remainders():
 
 
 @pytest.mark.parametrize("width", [16, 130, 300])
-def test_output_error_is_smaller_than_that_of_rounding_to_nearest(width):
+def test_output_error_is_smaller_than_with_rounding_to_nearest(width):
     weight, hessian = layer(8, width)
     scale, _ = parameters(weight, factor=0.8)
 

@@ -42,7 +42,7 @@ def randn(*shape, seed=0):
 
 
 def slow_snap(value, magnitudes):
-    """Return the nearest value. Of two that are equally near, it is the one with an even index: its last bit is 0."""
+    """Return the nearest value. If two are equally near, return the one with an even index, whose last bit is 0."""
     near = min(range(len(magnitudes)), key=lambda place: (abs(abs(value) - magnitudes[place]), place % 2))
     return math.copysign(magnitudes[near], value)
 

@@ -84,7 +84,7 @@ def test_weights_equal_a_per_element_reference_in_every_group(bits, symmetric, g
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("heads", [None, 2])
 def test_activation_quantizers_equal_a_per_element_reference(spec, heads):
-    """All modes: static and dynamic, groups, zero points, two clip factors, channel means, with and without heads."""
+    """Compare all modes: static, dynamic, groups, zero points, two clip factors, means, with and without heads."""
     x = randn(3, 8) + 0.5 if heads is None else randn(2, 2, 3, 8) + 0.5  # [n, C] or [B, heads, T, d]
     quantizer = ActivationQuantizer(spec, 8, heads)
     buffers = {name: torch.rand(buffer.shape) for name, buffer in quantizer.named_buffers()}

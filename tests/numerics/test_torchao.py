@@ -1,4 +1,4 @@
-"""Number formats equal those of torchao, a reference that shares no code with compressed-tensors (test_grids.py)."""
+"""Number formats equal torchao, a reference that shares no code with compressed-tensors (test_grids.py)."""
 
 import sys
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_values(rows=6, width=64):
 
 
 def test_mxfp4_equals_torchao():
-    """Weights and dynamic activations: packed codes, packed scales and values."""
+    """Compare packed codes, packed scales and values of weights and dynamic activations."""
     x = make_values()
     scale, _ = choose_parameters(*measure_range(group(x, 32)), MXFP4Grid())
     codes = quantize_weight(x, scale, MXFP4Grid())

@@ -1,4 +1,4 @@
-"""Statistics and outliers of activations are those of transformers' own forward, without prefix positions."""
+"""Statistics and outliers of activations equal transformers' own forward, without prefix positions."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def measure(imported, family="llama_tied", prefix=(), threshold=1.5):
 
 @pytest.mark.parametrize("prefix", [(), (7, 0)])
 @torch.no_grad()
-def test_statistics_equal_those_of_transformers_own_forward(imported, prefix):
+def test_statistics_equal_transformers_own_forward(imported, prefix):
     _, token_ids, activations = measure(imported, prefix=prefix)
     model, tensors = make_model("llama_tied"), {}
     layer, start = model.model.layers[1], len(prefix)

@@ -1,4 +1,4 @@
-"""A hand-written dvc.lock of four stages: text -> windows -> model -> evaluation@a, and what makes each outdated.
+"""A hand-written dvc.lock of stages text -> windows -> model -> evaluation@a, and changes that make each outdated.
 
 That DVC itself writes such a file is tested in tests/test_repro.py.
 """

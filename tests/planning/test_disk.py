@@ -145,7 +145,7 @@ def test_blocks_in_full_precision_are_counted_exactly(imported, family):
     assert (counted.total, counted.quantizers) == (sum(tensor.nbytes for tensor in tensors), 0)
 
 
-def test_a_plan_says_what_disk_counts(project, monkeypatch, capsys):
+def test_a_plan_explains_its_disk_figure(project, monkeypatch, capsys):
     run("model", monkeypatch=monkeypatch)
     run("rotation --plan", monkeypatch=monkeypatch)
     first, second, third = capsys.readouterr().out.splitlines()[-3:]

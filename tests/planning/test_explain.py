@@ -198,7 +198,7 @@ def test_dropped_parts_and_the_stored_format_are_listed(tmp_path):
     assert lines[2] == "Dropped: scales of activations (21 tensors, 0.0 MiB)."
 
 
-def test_other_refusals_are_those_of_the_import(tmp_path):
+def test_other_refusals_equal_the_import(tmp_path):
     llama = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).to_dict()
     for change, message in (
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (quant_method='gptq')"),

@@ -1,4 +1,4 @@
-"""Plans of memory: against the measured rows of docs/scaling.md without a GPU, and what they must not forget."""
+"""Plans of memory agree with the measured rows of docs/scaling.md without a GPU, and include every large part."""
 
 import re
 
@@ -99,7 +99,7 @@ def test_plans_are_within_a_fifth_of_measured_memory(row, monkeypatch):
     assert need.gpu / GIB == pytest.approx(gpu, rel=0.2)
 
 
-def test_a_gpus_host_holds_the_larger_of_next_block_and_what_passes_through():
+def test_the_host_of_a_gpu_holds_the_larger_of_next_block_and_passing_tensors():
     sizes = {"compute": 7.0, "hidden_states": 3.0, "next_block": 5.0}
     process = RESIDENT * GIB + KERNELS
     assert make_need(on_gpu=False, through_host=9.0, **sizes).memory == process + 3 + 7

@@ -17,7 +17,7 @@ def test_rows_are_cut_and_repeated_so_that_the_last_stays_last():
 
 @pytest.fixture
 def artifact(tmp_path):
-    """An artifact with a found and a trained prefix of three rows."""
+    """Write an artifact with a found and a trained prefix of three rows."""
     path = tmp_path / "prefix.safetensors"
     tensors = {
         "found.token_ids": torch.tensor([5, 7, 0]),

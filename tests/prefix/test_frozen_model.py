@@ -1,4 +1,4 @@
-"""The frozen model with a prefix: its terms and its divergence are those of transformers' own forward."""
+"""The frozen model with a prefix: its terms and its divergence equal transformers' own forward."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.prefix.setup import setup, training
 
 
 @pytest.mark.parametrize("loss_type", ["quantization", "outlier", "l2", "var"])
-def test_terms_are_those_of_the_models_own_activations_after_the_prefix(loss_type, imported, windows):
+def test_terms_are_computed_from_the_models_own_activations_after_the_prefix(loss_type, imported, windows):
     """The activations are recorded in transformers' own forward over prefix and tokens."""
     checkpoint, runner, prefix, params = setup(imported, loss_type=loss_type, target_layers=[1], simulate=False)
     model = FrozenModel(checkpoint, runner, params)

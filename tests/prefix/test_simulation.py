@@ -14,7 +14,7 @@ from tests.prefix.setup import setup, training
 from tests.rotation.test_merging import rotate
 
 
-def test_quantization_error_is_that_of_the_best_static_scale(imported):
+def test_quantization_error_equals_the_best_static_scale(imported):
     checkpoint, _ = open_model(imported["llama_tied"])
     measure = QuantizationMeasure(checkpoint, training(bits=3))
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(5)) + 4

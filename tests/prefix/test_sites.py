@@ -1,4 +1,4 @@
-"""Hooks on sites: they read the values of the original block, and the block goes on with what they return."""
+"""Hooks on sites read the values of the original block, and the block continues with the values that they return."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_hooks_that_return_the_values_change_nothing(family, imported, token_ids
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_block_goes_on_with_the_values_that_a_hook_returns(family, site, imported, token_ids):
+def test_a_block_continues_with_the_values_that_a_hook_returns(family, site, imported, token_ids):
     checkpoint, runner = open_model(imported[family])
     hidden = checkpoint.embed(token_ids)
     block = load_block(checkpoint, 0)

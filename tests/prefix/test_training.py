@@ -192,7 +192,7 @@ def test_discretised_tokens_are_the_nearest_by_cosine():
 
 @torch.no_grad()
 def test_continuous_prefix_gives_the_same_logits_in_the_rotated_model(imported, windows, tmp_path):
-    """The embeddings are multiplied by R1; the KV is that of transformers' own forward of `inputs_embeds`."""
+    """The embeddings are multiplied by R1. The KV equals transformers' own forward of `inputs_embeds`."""
     checkpoint, runner = open_model(imported["llama_tied"])
     prefix = torch.randn(3, 48, generator=torch.Generator().manual_seed(5))
     original = make_model("llama_tied")

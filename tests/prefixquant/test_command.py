@@ -32,7 +32,7 @@ def test_help_names_every_subcommand(words, call):
         assert subcommand.help in printed
 
 
-def test_the_version_is_that_of_the_package(call):
+def test_the_version_is_the_version_of_the_package(call):
     assert call("--version") == f"prefixquant {VERSION}\n"
 
 

@@ -81,7 +81,7 @@ def test_the_page_has_a_point_for_each_run_and_corpus_and_the_settings_that_diff
 
 
 def test_without_folders_the_experiments_of_the_project_are_compared(make_run, monkeypatch):
-    """Minutes are not in git, so those of an experiment come out of DVC's cache."""
+    """Minutes are not in git, so an experiment's minutes come from DVC's cache."""
     project = make_run("project", {"calibration": {"seed": 3}})
     lock = {"stages": {"report": {"outs": [{"path": "metrics/runtime/report.json", "md5": "ab12"}]}}}
     texts = {

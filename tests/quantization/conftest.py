@@ -7,5 +7,5 @@ from tests.rotation.test_merging import rotate
 
 @pytest.fixture
 def rotated(imported, tmp_path):
-    """A rotated checkpoint and its runner."""
+    """Return a rotated checkpoint and its runner."""
     return rotate(imported["llama_untied_biases"], tmp_path / "rotation")[:2]

@@ -164,7 +164,7 @@ def test_three_choices_give_sensitive_sites_more_and_others_less():
     assert 8 in list_bits(params).values()
 
 
-def test_sizes_are_those_of_the_weights(imported, tmp_path):
+def test_sizes_equal_the_weights(imported, tmp_path):
     checkpoint, _, _ = rotate(imported["llama_tied"], tmp_path / "out")
     sizes = measure_sizes(checkpoint, 1)
     tensors = checkpoint.load_block_tensors(1)

@@ -110,7 +110,7 @@ def test_the_block_objective_of_weights_lowers_the_error_of_the_block(imported, 
 
 @pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 def test_keys_quantized_before_rope_are_judged_after_it(family, imported, tmp_path):
-    """The factors minimise the error of the probabilities, RoPE and prefix included, and so that of the block."""
+    """The factors minimise the error of the probabilities, RoPE and prefix included, and so the error of the block."""
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
     changes = off | {"keys.before_rope": True, "keys.bits": 3, "keys.centered": False}
     errors = {}
@@ -126,7 +126,7 @@ def test_keys_quantized_before_rope_are_judged_after_it(family, imported, tmp_pa
 
 @pytest.mark.parametrize(("index", "slides"), [(0, True), (1, False)])
 @torch.no_grad()
-def test_the_error_of_keys_is_that_of_the_probabilities_of_the_block(imported, index, slides):
+def test_the_error_of_keys_is_the_error_of_the_attention_probabilities(imported, index, slides):
     """Compare with Gemma 2's own attention, sliding or not, over a text that is twice as long as the sliding window."""
     checkpoint, runner = open_model(imported["gemma2"])
     hidden = torch.randn(2, 2 * WINDOW, 48, generator=torch.Generator().manual_seed(4))
@@ -182,7 +182,7 @@ def test_a_centered_weight_makes_no_error_at_the_mean_input(imported, tmp_path):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path):
-    """Each is rounded with its own kind of Hessian, whichever kind is needed first."""
+    """Each reader is rounded with its own kind of Hessian, whichever kind is needed first."""
     kinds = {"q_proj": first, "k_proj": not first, "v_proj": first}
     overrides = [{"sites": [site], "centered": centered} for site, centered in kinds.items()]
     mixed = quantize_block(imported["llama_tied"], {"overrides": overrides}, tmp_path / "mixed")[0]
@@ -198,7 +198,7 @@ def test_readers_of_a_site_may_be_centered_differently(first, imported, tmp_path
 def test_fewer_steps_are_tried_only_where_an_error_sums_over_many_values(
     ranges, smooth, imported, tmp_path, monkeypatch
 ):
-    """Those are errors of the values themselves and of the outputs of linears."""
+    """These are errors of the values themselves and of the outputs of linears."""
     search, asked = block_init.search_factors, []
 
     def watch(objective, two_sided=False, smooth=None):

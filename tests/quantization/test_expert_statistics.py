@@ -35,13 +35,13 @@ HIDDEN = torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(params=["mixtral", "qwen2_moe"])
 def sparse(request, imported, tmp_path):
-    """A rotated checkpoint, its runner, and the index of a block with experts."""
+    """Return a rotated checkpoint, its runner, and the index of a block with experts."""
     return *rotate(imported[request.param], tmp_path / "rotation", r1="online")[:2], 1
 
 
 @pytest.fixture
 def starved(model_folders, tmp_path):
-    """A mixtral whose router sends no token to expert 3, rotated, with its runner."""
+    """Return a mixtral whose router sends no token to expert 3, rotated, with its runner."""
     source = tmp_path / "source"
     source.mkdir()
     for path in model_folders["mixtral"].iterdir():
@@ -62,7 +62,7 @@ def record(checkpoint, runner, index, mse_samples=5, hidden=HIDDEN):
 
 
 def find_mlp_input(block, runner, hidden):
-    """Return what the norm before the experts writes, [n, D]."""
+    """Return the output of the norm before the experts, [n, D]."""
     outputs = []
     handle = block.post_attention_layernorm.register_forward_hook(lambda m, args, output: outputs.append(output))
     runner.run(block, hidden)

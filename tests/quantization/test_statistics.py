@@ -1,4 +1,4 @@
-"""What is recorded of a block: statistics of exactly the values that will be quantized, whatever the batches."""
+"""The recorded statistics of a block cover exactly the values that will be quantized, whatever the batches."""
 
 import pytest
 import torch

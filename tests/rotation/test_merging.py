@@ -1,4 +1,4 @@
-"""A rotated model computes what the original does, whatever the family, the mode and the sizes."""
+"""A rotated model computes the same function as the original, for every family, mode and size."""
 
 import pytest
 import torch

@@ -199,7 +199,7 @@ def test_versions_are_stored_in_files_and_folders_and_come_back(tmp_path, instal
     assert read_stored_header(tmp_path / "x.safetensors")["versions"] == {"gguf": "0.17.1", "torch": "2.13.0"}
 
 
-def test_versions_change_neither_fingerprints_nor_what_is_resumed(tmp_path, installed, caplog):
+def test_versions_change_neither_fingerprints_nor_resumed_work(tmp_path, installed, caplog):
     model = make_header("model", {})
     before = make_header("rotation", {}, {"model": model})
     save_tensors(tmp_path / "x.safetensors", TENSORS, before)

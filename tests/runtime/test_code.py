@@ -15,7 +15,7 @@ STAGES = [name for name in STAGES if name not in ("__init__", "code", "sources",
 
 @pytest.fixture
 def project(tmp_path):
-    """A small project: stages a and b; both import `numbers`, only a imports `files`, opening imports params."""
+    """Write a small project: stages a and b; both import `numbers`, only a imports `files`, opening imports params."""
     sources = {
         "stages/__init__.py": "",
         "stages/a.py": (
@@ -48,7 +48,7 @@ def fingerprint(project, stage):
 
 
 def changed_stages(project, path, old, new):
-    """The stages whose fingerprint an edit changes."""
+    """Return the stages whose fingerprint an edit changes."""
     before = {stage: fingerprint(project, stage) for stage in "ab"}
     text = (project / path).read_text()
     assert text.count(old) == 1
@@ -56,7 +56,7 @@ def changed_stages(project, path, old, new):
     return {stage for stage in "ab" if fingerprint(project, stage) != before[stage]}
 
 
-def test_a_fingerprint_lists_what_a_script_reaches_and_stops_at_exempt_code(project):
+def test_a_fingerprint_lists_the_modules_that_a_script_reaches_without_exempt_code(project):
     assert fingerprint(project, "a").keys() == {
         "stages/__init__.py",
         "stages/a.py",

@@ -40,7 +40,7 @@ def test_without_psutil_a_limit_must_be_set(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="reads /proc/meminfo")
-def test_free_memory_is_measured_alike_with_and_without_psutil(monkeypatch):
+def test_free_memory_is_the_same_with_and_without_psutil(monkeypatch):
     with_psutil = measure_available()
     monkeypatch.setitem(sys.modules, "psutil", None)
     assert measure_available() == pytest.approx(with_psutil, rel=0.2)

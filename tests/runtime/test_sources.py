@@ -25,7 +25,7 @@ def write(folder, **files):
 
 
 def deny_reading(name):
-    """`hashlib.file_digest` on a machine where one file may not be read."""
+    """Replace `hashlib.file_digest`, on a machine where one file may not be read."""
     digest = hashlib.file_digest
 
     def read(file, kind):
@@ -43,7 +43,7 @@ def hashes_file(tmp_path):
 
 @pytest.fixture
 def read_files(monkeypatch):
-    """Names of the files whose contents are read."""
+    """Return the names of the files whose contents are read."""
     names = []
     digest = hashlib.file_digest
     monkeypatch.setattr(
@@ -146,7 +146,7 @@ COMMITS = "1" * 40, "2" * 40
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub's answer: a commit, or None where it is not reached. No model is downloaded yet."""
+    """Fake the hub's answer: a commit, or None where it is not reached. No model is downloaded yet."""
     answer = {"sha": COMMITS[0], "asked": []}
 
     def model_info(self, repository, revision, timeout):

@@ -41,7 +41,7 @@ def test_foreach_is_expanded_with_its_items():
     assert stages["sources"].persistent == ("artifacts/sources",)
 
 
-def test_corpora_are_those_of_params():
+def test_corpora_come_from_params():
     project = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     names = [stage.name for stage in list_stages(project["stages"], {"corpora": {"mine": {"source": "x"}}})]
     assert [name for name in names if name.startswith("corpora")] == ["corpora@mine"]

@@ -61,7 +61,7 @@ def test_work_of_another_header_or_number_of_ranks_is_not_continued(tmp_path, ca
         assert "had another number of processes" in caplog.text
 
 
-def test_a_work_folder_is_removed_after_success_and_spares_those_of_other_stages(tmp_path):
+def test_a_work_folder_is_removed_after_success_and_other_stages_keep_theirs(tmp_path):
     folder = tmp_path / ".work/rotation"
     with open_work_folder(folder, ALONE):
         (folder / "block").write_text("1")

@@ -34,7 +34,7 @@ print(json.dumps([scores.tolist() for scores in score_served(llm, json.loads(sys
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Return a model whose sizes vLLM has kernels for, with logits as far apart as those of a trained model."""
+    """Return a model whose sizes vLLM has kernels for, with logits as far apart as in a trained model."""
     root = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     model = randomize_(AutoModelForCausalLM.from_config(LlamaConfig(**WIDE_SIZES)))
@@ -49,7 +49,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "dtype"), [("W8A8 static asymmetric", "float32"), ("W4A16 groups", "bfloat16")])
 @torch.no_grad()
 def test_vllm_computes_the_evaluated_logits(wide, tmp_path, kind, dtype):
-    """vLLM's kernel for W4A16 computes in bfloat16. It comes as near as transformers in bfloat16."""
+    """vLLM's kernel for W4A16 computes in bfloat16. It is as close as transformers in bfloat16."""
     checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
     write_formats(
         checkpoint,

@@ -1,4 +1,4 @@
-"""The parts that replace vLLM's linears, RoPE and attention compute what was evaluated. They do not need vLLM."""
+"""The parts that replace vLLM's linears, RoPE and attention compute the evaluated model. They do not need vLLM."""
 
 import copy
 
@@ -49,7 +49,7 @@ def load_block(imported, folder, family="llama_tied", kind="static"):
 @pytest.mark.parametrize("family", ["llama_tied", "llama_untied_biases"])
 @pytest.mark.parametrize("integers", [True, False])
 @torch.no_grad()
-def test_fused_linears_compute_what_exported_ones_do(imported, tmp_path, integers, family, kind):
+def test_fused_linears_equal_exported_ones(imported, tmp_path, integers, family, kind):
     """Each output channel keeps its scale. Integers are multiplied where the settings allow it."""
     block, config, settings, _ = load_block(imported, tmp_path, family, kind)
     architecture = find_architecture(config)
@@ -220,7 +220,7 @@ def make_keys(width, spec, rotate, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("width", "rotate"), [(8, True), (64, True), (128, True), (12, False)])
 @torch.no_grad()
-def test_keys_of_one_pass_equal_those_of_their_quantizer(width, rotate, symmetric, centered, dtype):
+def test_keys_of_one_pass_equal_their_quantizer(width, rotate, symmetric, centered, dtype):
     spec = QuantizerSpec(4, symmetric, centered=centered)
     _, turned = make_keys(width, spec, rotate, dtype)
     assert turned.in_one_pass

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cutlass(monkeypatch):
-    """csrc/torch_bindings.cpp of vLLM has the schema; out = scale_a scale_b (a b - azp_adj) is its documentation's."""
+    """Compute out = scale_a scale_b (a b - azp_adj), as documented. csrc/torch_bindings.cpp of vLLM has the schema."""
     library = torch.library.Library("_C", "FRAGMENT")
     library.define(
         "cutlass_scaled_mm_azp(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor azp_adj, "
@@ -49,7 +49,7 @@ def forget_kernels():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_point", [0, 7, 15])
-def test_product_equals_that_of_pytorch(bits, zero_point):
+def test_product_equals_pytorch(bits, zero_point):
     from pipeline.serving.product import ServedProduct
 
     operands, codes_of = make_operands(bits, zero_point, out=24, width=36)
@@ -63,7 +63,7 @@ def test_product_equals_that_of_pytorch(bits, zero_point):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_point", [0, 7, 15])
-def test_product_on_a_gpu_equals_that_of_pytorch(cutlass, bits, zero_point):
+def test_product_on_a_gpu_equals_pytorch(cutlass, bits, zero_point):
     """Its tensors are on the GPU, the host never waits, and vLLM can compile it."""
     from pipeline.serving.product import CutlassProduct
 

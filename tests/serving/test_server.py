@@ -75,7 +75,7 @@ def continue_greedily(model, ids):
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
 
-def test_completions_equal_those_of_transformers_alone_and_together(folder, client):
+def test_completions_equal_transformers_alone_and_together(folder, client):
     """Prompts are texts and token ids, in four requests at a time. Tokens and log-probabilities are compared."""
     model, tokenizer = load(folder)
     ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -107,7 +107,7 @@ def test_a_chat_is_rendered_by_the_template(folder, client):
     assert answer.choices[0].token_ids == tokens
 
 
-def test_a_refused_request_is_a_bad_request_and_the_server_goes_on(folder, client):
+def test_a_refused_request_is_a_bad_request_and_the_server_continues(folder, client):
     from openai import BadRequestError
 
     with pytest.raises(BadRequestError, match="of max_model_len=256 are the prefix's"):

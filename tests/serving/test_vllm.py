@@ -132,7 +132,7 @@ def make_served(folder, config, changes, prefix, rotations):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_vllm_computes_what_transformers_does(exports, name):
+def test_vllm_equals_transformers(exports, name):
     """Texts are batched, and cut into chunks of 96 tokens. The second run reads cached blocks."""
     parity = compare(exports, name, "--eager")
     assert parity["median_block"] <= 1e-5
@@ -140,7 +140,7 @@ def test_vllm_computes_what_transformers_does(exports, name):
 
 
 @pytest.mark.parametrize("name", ["llama, static", "qwen3, asymmetric groups"])
-def test_compiled_blocks_compute_what_transformers_does(exports, name):
+def test_compiled_blocks_equal_transformers(exports, name):
     """One model multiplies integers, the other does not. Tensors between compiled blocks cannot be compared."""
     compare(exports, name)
 
@@ -162,7 +162,7 @@ def compare(exports, name, *options):
 
 
 @pytest.mark.parametrize("name", ["llama, static", "llama, one KV head", "qwen2, dynamic", "qwen3, asymmetric groups"])
-def test_two_processes_compute_what_transformers_does(exports, name):
+def test_two_processes_equal_transformers(exports, name):
     """The query heads, the KV heads and the hidden channels are split, and R4 and R5 act on all channels."""
     compare(exports, name, "--eager", "--processes", "2")
 

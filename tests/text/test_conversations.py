@@ -48,7 +48,7 @@ def make_chat_tokenizer(template=TEMPLATE):
 
 
 def read_rows(rows, folder, field="messages"):
-    """The rows as a corpus gives them back, through its JSONL files."""
+    """Return the rows as a corpus gives them back, through its JSONL files."""
     path = folder / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 20))
     (folder / "out").mkdir()

@@ -42,7 +42,7 @@ def settings(blocks=None, end_to_end=None, **changes):
 
 @pytest.fixture(scope="module")
 def quantized(imported, tmp_path_factory):
-    """A tiny model, rotated, and quantized with a prefix of two tokens; four train windows, two validation windows."""
+    """Return a tiny model, rotated and quantized with a prefix of two tokens, four train and two validation windows."""
     root = tmp_path_factory.mktemp("finetuning")
     rotated, runner, _ = rotate(imported["llama_tied"], root / "rotated", r1="online", online_signs=True)
     token_ids = torch.randint(0, 320, (6, 16), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""The divergence and its gradient equal those of autograd over whole logits."""
+"""The divergence and its gradient equal autograd over whole logits."""
 
 import pytest
 import torch

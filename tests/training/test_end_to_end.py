@@ -117,7 +117,7 @@ def read_integers(checkpoint):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_weights_are_trained_from_the_values_before_rounding(weights, quantized, tmp_path):
-    """The start equals that of fixed weights, the training loss falls below theirs, and what is written is that."""
+    """Training starts as with fixed weights and reaches a lower loss, and the artifact has that loss."""
     models, train, _ = quantized
     same = models, train, train
     rates = {"quant_lr": 0.003, "norm_lr": 0.003, "prefix_lr": 0.003, "early_stop": 9}

@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: the checkpoint computes what was trained, and killed runs continue."""
+"""Fine-tuning as a whole: the checkpoint computes the trained model, and killed runs continue."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from tests.rotation.test_merging import rotate
 from tests.training.setup import PREFIX, read_bytes, run_whole
 
 
-def test_checkpoint_computes_what_was_trained(quantized, tmp_path):
-    """The report's validation losses are those of the blocks loaded from the artifact."""
+def test_the_checkpoint_computes_the_trained_model(quantized, tmp_path):
+    """The report's validation losses equal the losses of the blocks loaded from the artifact."""
     models, _, validation = quantized
     metrics, checkpoint = run_whole(quantized, tmp_path, blocks={"target": "fp_input"})
     assert metrics["blocks_failed"] == []
@@ -93,7 +93,7 @@ def test_every_kind_of_quantizer_can_be_trained_and_frozen(changes, imported, tm
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_ruinous_rates_keep_the_state_before_training(quantized, tmp_path, end_to_end):
-    """Their losses are NaN, which JSON cannot express."""
+    """With such rates, losses are NaN, which JSON cannot express."""
     alone = {"enabled": not end_to_end, "quant_lr": 1e3, "weight_lr": 0.0 if end_to_end else 1e3}
     together = {"enabled": end_to_end, "quant_lr": 1e3, "prefix_lr": 1e30, "norm_lr": 1e30}
     metrics, checkpoint = run_whole(quantized, tmp_path, blocks=alone, end_to_end=together)

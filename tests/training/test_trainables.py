@@ -1,4 +1,4 @@
-"""Unfreezing changes nothing, and a frozen block computes what was trained."""
+"""Unfreezing changes nothing, and a frozen block computes the trained one."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_unfreezing_and_freezing_changes_nothing(with_weights, block):
     assert not any(p.requires_grad for p in block.parameters())
 
 
-def test_frozen_block_computes_what_was_trained(block):
+def test_a_frozen_block_equals_the_trained_one(block):
     """After random moves, the block in training (with and without gradients) and the frozen block agree."""
     checkpoint, block = block
     before = run(checkpoint, block)
@@ -198,7 +198,7 @@ def test_integers_under_training_compute_the_same_until_they_move(method, block)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trained_integers_stay_in_range_and_the_frozen_block_computes_what_was_evaluated(method, block):
+def test_trained_integers_stay_in_range_and_the_frozen_block_equals_the_evaluated_one(method, block):
     checkpoint, block = block
     before = {name: block.get_submodule(name).weight.int() for name in checkpoint.architecture.linears}
     learned = LearnedIntegers(method, draw_offsets(checkpoint, block))
