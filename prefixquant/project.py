@@ -197,7 +197,7 @@ def run_project(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=make_environment(folder), check=False)
     if done.returncode:
         raise PipelineError(
-            f"the run in {folder} stopped, for the reason above. After mending it, the same command continues there."
+            f"the run in {folder} stopped, for the reason above. Correct it and run this command again."
         )
 
 

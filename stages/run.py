@@ -76,7 +76,9 @@ def run_stage(stage: Stage, params: dict[str, Any]) -> None:
     program, *words = stage.command.split()
     command = [sys.executable if program == "python" else program, *words]
     if code := subprocess.run(command, check=False).returncode:
-        raise PipelineError(f"{stage.name} ended with exit code {code}. After mending it, the same command continues.")
+        raise PipelineError(
+            f"{stage.name} ended with exit code {code}. Correct the cause. The same command then continues."
+        )
     with FileHashes(HASHES) as hashes:
         write_json(RECORD, read_json(RECORD) | {stage.name: describe_state(stage, params, hashes)})
 

@@ -76,7 +76,7 @@ def test_integers_are_trained_only_from_the_integers_of_quantizer_init():
     parse_params(params)
     params["finetuning"]["start"] = "full_precision"
     with pytest.raises(
-        ParamsError, match=r"weights='straight_through' starts .* set finetuning\.start: quantizer_init"
+        ParamsError, match=r"weights='straight_through': starts .* Set finetuning\.start: quantizer_init"
     ):
         parse_params(params)
 
@@ -88,7 +88,7 @@ def test_integers_are_trained_only_from_the_integers_of_quantizer_init():
         ("quantizer_init.keys.rnge", "max", r"quantizer_init\.keys\.rnge: unknown key. Did you mean 'range'"),
         ("quantizer_init.weights.mode", "static", r"quantizer_init\.weights\.mode: unknown key"),
         ("quantizer_init.values.range", "minmax", r"values\.range='minmax': allowed are 'max', 'percentile', 'tensor'"),
-        ("finetuning.end_to_end.weights", "soft_rounding", r"weights='soft_rounding' starts .*keep_unrounded: true"),
+        ("finetuning.end_to_end.weights", "soft_rounding", r"weights='soft_rounding': needs .*keep_unrounded: true"),
         ("quantizer_init.keys.before_rope", True, r"keys\.before_rope=true: R3 acts .* Set rotation\.r3: identity"),
         ("corpora.news.generation", {}, r"corpora\.news\.generation belongs to source: generated, .* Remove it, or"),
         ("corpora.news.sorce", "x", r"corpora\.news\.sorce: unknown key. Did you mean 'source'"),

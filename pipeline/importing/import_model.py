@@ -238,7 +238,10 @@ def _download(source: str, revision: str | None) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelImportError(f"{request}: cannot be fetched from the Hugging Face Hub ({reason}).") from None
+        raise ModelImportError(
+            f"{request}: no such file or folder, and it cannot be fetched from the Hugging Face Hub ({reason}). "
+            "Correct the name, or check the network."
+        ) from None
 
 
 def _settle_ties(

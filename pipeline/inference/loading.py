@@ -79,7 +79,7 @@ def load(
 def check_generation_config(folder: Path) -> None:
     """Raise ExportError where generation_config.json is damaged: transformers would ignore it without an error."""
     if (folder / GENERATION).is_file():
-        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}); mend or remove it.")):
+        with reading(lambda why: ExportError(f"{folder / GENERATION} cannot be read ({why}). Correct or remove it.")):
             GenerationConfig.from_pretrained(folder)
 
 

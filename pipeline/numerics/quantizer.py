@@ -130,7 +130,7 @@ def require_finite(low: torch.Tensor, high: torch.Tensor) -> None:
         ValueError: it holds NaN or infinities.
     """
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("a measured range is not finite; the calibration data or the model overflow")
+        raise ValueError("a measured range is not finite. The calibration data or the model overflow.")
 
 
 def quantize(

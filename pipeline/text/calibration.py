@@ -287,6 +287,6 @@ def _cut(pieces: Iterator[list[int]], windows: int | None, length: int, purpose:
     if len(ids) < max(count, 1) * length:
         raise WindowsError(
             f"{purpose}: needs {max(count, 1)} windows of {length} = {max(count, 1) * length} tokens, the corpus has "
-            f"{len(ids)}. Ask for fewer or shorter windows, or raise corpora.*.max_documents."
+            f"{len(ids)}. Ask for fewer or shorter windows, or give more text (corpora.*.max_documents)."
         )
     return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)

@@ -209,7 +209,8 @@ def test_unreachable_hub_names_the_request_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model_import, "snapshot_download", fail)
     with pytest.raises(
-        ModelImportError, match=r"'a/b', revision='main': cannot be fetched.*requested files\)\.$"
+        ModelImportError,
+        match=r"'a/b', revision='main': no such file or folder, and it cannot be fetched.*requested files\)\. Correct",
     ) as error:
         import_model("a/b", "main", torch.float32, tmp_path / "out")
     assert "\n" not in str(error.value)
