@@ -1,9 +1,9 @@
-"""The dependency lists of pyproject.toml, for what pip cannot do with them.
+"""Read the dependency lists of pyproject.toml, for tasks that pip cannot do.
 
     python .ci/dependencies.py list serving     # the requirements of an extra, one a line, without the project's own
     python .ci/dependencies.py pin              # a version for every package of `make setup`, for constraints.txt
 
-`pin` keeps the versions that constraints.txt has and adds what is missing. With --upgrade it takes the newest versions
+`pin` keeps the versions that constraints.txt has and adds missing ones. With --upgrade it takes the newest versions
 that fit together. It downloads metadata, and installs nothing.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 SETUP_EXTRAS = ("quantize", "eval", "dev", "docs", "notebook", "onnx")  # of `make setup`
-# Not pinned: what torch requires for a GPU, in versions of its own choice, and setuptools, which builds packages.
+# Not pinned: torch's requirements for a GPU, in versions of its own choice, and setuptools, which builds packages.
 _UNPINNED = re.compile(r"(nvidia|cuda)-.*|triton|setuptools")
 
 

@@ -2,7 +2,7 @@
 
     python -I .ci/smoke.py
 
-Imports what users import, looks for the files that are no modules, and asks the commands for their help.
+Import the modules that users import, look for the other files, and ask the commands for their help.
 """
 
 import importlib
@@ -51,7 +51,7 @@ def main() -> None:
     )
     version = importlib.metadata.version("prefixquant-pipeline")
     if version != importlib.import_module("pipeline.version").VERSION:
-        sys.exit(f"the wheel's version is {version}, pipeline.version says otherwise. Build it anew")
+        sys.exit(f"the wheel's version is {version}, pipeline.version says otherwise. Build it again")
     modules, files = len(MODULES) + len(COMMANDS), len(DATA) + len(PROJECT)
     print(f"prefixquant-pipeline {version}: {modules} modules and {files} files are there")
 

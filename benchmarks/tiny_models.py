@@ -228,7 +228,7 @@ def tiny_params(source: Path, corpus: Path) -> dict[str, Any]:
     params = read_params()
     params["model"]["source"] = str(source)
     params["corpora"] = {"prose": {"source": str(corpus)}}
-    params["prefix_search"]["choose"] = "threshold"  # tiny random models have no tokens that stand out
+    params["prefix_search"]["choose"] = "threshold"  # tiny random models have no outlier tokens
     for name in ("search", "train", "end_to_end", "validation"):
         params["calibration"][name] |= {"corpora": ["prose"], "windows": 3, "length": 32}
     params["calibration"]["validation"]["windows"] = 1

@@ -168,7 +168,7 @@ def _always_runs(stage: dict[str, Any]) -> bool:
 
 
 def _identify(stage: dict[str, Any], folder: Path, deps: list[str]) -> str:
-    """Return what identifies an input from `stage`: its folder's name, or its content if the stage always runs."""
+    """Return the identity of an input from `stage`: its folder's name, or its content if the stage always runs."""
     if not _always_runs(stage):
         return folder.name
     read = [dep for dep in deps if any(Path(dep).is_relative_to(out) for out in _list_written(stage))]

@@ -1,6 +1,6 @@
 """The library: rooms of one concept each, in one order. A module imports from its own room and from rooms before it.
 
-    runtime       what every run has: errors, artifacts, progress, ranks, memory. Computes nothing
+    runtime       used by every run: errors, artifacts, progress, ranks, memory. Computes nothing
     numerics      operations on one tensor: Hadamard transforms, quantizers, GPTQ, packing
     kernels       CPU operators of exported models that are faster than torch's
     models        families, checkpoints

@@ -1,4 +1,4 @@
-"""Say whether a model can be quantized, and what that would take, without loading its weights.
+"""Say whether a model can be quantized, and with how much memory, without loading its weights.
 
     python -m pipeline.explain SOURCE
 

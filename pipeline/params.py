@@ -91,7 +91,7 @@ def parse_params(raw: dict[str, Any], where: str = "params", problems: Sequence[
     return params
 
 
-# What YAML makes of text without quotes.
+# Types that YAML gives to text without quotes.
 _UNQUOTED = {
     bool: "a boolean",
     int: "a number",
@@ -106,7 +106,7 @@ _UNKNOWN_PREFIX = 8  # tokens to leave room for while the prefix is still to be 
 def check_against_model(
     params: Params, widths: dict[str, int], blocks: int, max_positions: int, sliding_window: int | None = None
 ) -> None:
-    """Check what depends on the model.
+    """Check settings against the sizes of the model.
 
     Args:
         params: the whole plan.
@@ -209,7 +209,7 @@ def _list_missing(group: type[Group], raw: dict[str, Any], path: tuple[str, ...]
 
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
     """Return one pydantic error as `key=value: allowed values. Remedy.`"""
-    # A union's member names end up in the location (`…, 'constrained-int'`): keep what is a path into the file.
+    # A union's member names end up in the location (`…, 'constrained-int'`): keep the path into the file.
     kind = problem["type"]
     location = _path_in(raw, problem["loc"], missing=kind == "missing")
     key = ".".join(str(part) for part in location)
@@ -262,7 +262,7 @@ def _path_in(raw: Any, location: tuple[Any, ...], missing: bool) -> tuple[Any, .
 
 
 def list_known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed below `location`, found by descending the declared types."""
+    """Return the keys allowed below `location`, found by descending the declared types."""
     kind: Any = Params
     for part in location:
         if isinstance(kind, type) and issubclass(kind, Group):

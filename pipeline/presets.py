@@ -28,7 +28,7 @@ from pipeline.runtime.params import ParamsError
 
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
-MEMORY = Path(".work/presets")  # base.yaml: params.yaml before the first preset. written.yaml: what the last one wrote
+MEMORY = Path(".work/presets")  # base.yaml: params.yaml before the first preset. written.yaml: the last result
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""Say what quantizing a model would need, stage by stage, without loading its weights.
+"""Say how much memory and disk quantizing a model would need, stage by stage, without loading its weights.
 
     prefixquant plan MODEL
     prefixquant plan MODEL --recipe w4a8kv4 --text my.txt --set calibration.train.windows=64

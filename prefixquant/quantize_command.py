@@ -5,7 +5,7 @@
     prefixquant quantize MODEL --out DIR --bits W4A4KV8 --set calibration.train.windows=64
 
 MODEL is a folder with config.json and safetensors, a .gguf file, a Hugging Face Hub id or packaged:smollm2-135m. The
-run lives in DIR.work, a DVC project. The same command continues it, and other settings reuse what they do not change.
+run lives in DIR.work, a DVC project. The same command continues it, and other settings reuse unchanged results.
 """
 
 import argparse

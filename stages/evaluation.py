@@ -52,7 +52,7 @@ WINDOWS = Path("artifacts/calibration/evaluation")
 EVALUATION = Path("artifacts/evaluation")
 EXPORT = Path("artifacts/export")
 VARIANTS = ("original", "original_prefix", *QUANTIZED, "export")
-SAMPLED = ("original", *QUANTIZED)  # `export` computes what `finetuning` does
+SAMPLED = ("original", *QUANTIZED)  # `export` computes the same as `finetuning`
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Variant:
     """A variant, ready to be evaluated.
 
     Attributes:
-        evaluate: takes corpus -> token ids, and returns what `evaluate_windows` returns.
+        evaluate: takes corpus -> token ids, and returns a result like `evaluate_windows`.
         load_model: returns the whole model and its tokenizer, the same ones at every call.
         inputs: headers of the artifacts it was made from.
     """

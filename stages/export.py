@@ -36,7 +36,7 @@ def main(run: Run) -> None:
     samples = {name: load_json(path, f"evaluation@{name}") for name, path in SAMPLES.items()}
     inputs = {"finetuning": checkpoint.header, "model": read_header(MODEL, "model")}
     header = make_header("export", settings.model_dump(include={"max_shard_size"}), inputs)
-    # First, since it refuses what a format cannot express.
+    # First, because it refuses models that a format cannot express.
     write_formats(
         checkpoint,
         prefix.get("kv"),

@@ -53,7 +53,7 @@ def start_ranks(processes: int) -> bool:
 
 @contextmanager
 def join_ranks(runtime: RuntimeParams) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks a launcher started, or this process alone; and its device: a GPU of its own where there are GPUs.
+    """Return the ranks that a launcher started, or this process alone, and its device, one GPU where there are GPUs.
 
     Raises:
         DeviceError: `cuda` is asked for and there is none, or there are more ranks on this machine than GPUs.

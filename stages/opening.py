@@ -1,4 +1,4 @@
-"""What every stage script opens with: its command line, params.yaml, its ranks, its metrics file.
+"""Open every stage script: its command line, params.yaml, its ranks, its metrics file.
 
     def main(run: Run) -> None: …       # the work, which adds to run.metrics
     def plan(run: Run) -> Need: …       # memory and disk, for `python -m stages.NAME --plan`
@@ -58,7 +58,7 @@ class Run:
         return BlockRunner(checkpoint, self.device, self.params.runtime.batch_size)
 
     def workload(self, *token_ids: torch.Tensor) -> Workload:
-        """Return what this process gets of several texts in windows [N, T]."""
+        """Return the part of several texts in windows [N, T] that this process gets."""
         length = max(windows.shape[1] for windows in token_ids)
         counts = [len(windows) for windows in token_ids]
         return Workload.of(counts, length, self.params.runtime, self.device.type == "cuda")
@@ -78,7 +78,7 @@ def open_stage(
     Args:
         name: name of the stage; its metrics go to metrics/NAME.json, or metrics/NAME/VARIANT.json, and its
             cost to the same place in metrics/runtime/.
-        variants: those it has, or what says so of params.yaml; then one is asked for on the command line.
+        variants: its variants, or a function that finds them in params.yaml. The command line then names one.
         shared: whether `runtime.processes` of them share the work.
         work: folder of unfinished work, where a killed run continues.
     """

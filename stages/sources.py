@@ -85,13 +85,13 @@ def describe_tasks(folder: str | None, hashes: FileHashes) -> dict[str, Any]:
 
 
 def describe_local(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
-    if Path.cwd().is_relative_to(as_path(source).resolve()):  # what every run writes would be another change
+    if Path.cwd().is_relative_to(as_path(source).resolve()):  # the files that every run writes would count as changes
         raise SourceError(f"{key}={source!r}: holds this project itself. Use a folder without it.")
     return describe_files(key, source, hashes)
 
 
 def summarise(values: dict[str, Any]) -> str:
-    """For the closing line: `3 files`, `gensim 4.4.0`, `607a30d7`."""
+    """Return the text for the closing line: `3 files`, `gensim 4.4.0`, `607a30d7`."""
     if "sha256" in values:
         return f"{len(values['sha256'])} files"
     if "package" in values:

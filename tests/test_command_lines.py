@@ -315,4 +315,4 @@ def test_a_config_of_the_pipelines_own_that_is_no_object_is_refused(project, imp
     shutil.copytree(imported["llama_tied"], project / "artifacts/model")
     (project / "artifacts/model/config.json").write_text("[]")
     message = call(lambda: runpy.run_module("stages.rotation", run_name="__main__"), monkeypatch=monkeypatch)
-    assert message == "error: artifacts/model/config.json is not a JSON object. Make the artifact again"
+    assert message == "error: artifacts/model/config.json is not a JSON object. Make the artifact again."

@@ -129,7 +129,7 @@ def test_loading_and_generating_import_nothing_outside_the_core():
         ("import prefixquant.quantize_command", {"torch", "transformers", "datasets", "dvc"}),
     ],
 )
-def test_what_must_start_fast_imports_nothing_slow(program, absent):
+def test_fast_commands_import_nothing_slow(program, absent):
     assert list_modules_of(program) & absent == set()
 
 

@@ -27,7 +27,7 @@ def left_over():
     gc.enable()
 
 
-def test_what_is_left_over_is_found(left_over):
+def test_left_over_objects_are_found(left_over):
     block = torch.nn.Linear(2, 2)
     block.held = [block]
     del block

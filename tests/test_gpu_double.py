@@ -1,4 +1,4 @@
-"""What would run on a GPU, run on a CPU: every stage with its tensors on a double of one (`gpu_double.py`)."""
+"""Every stage runs on a CPU with its tensors on a double of a GPU (`gpu_double.py`)."""
 
 import contextlib
 import shutil

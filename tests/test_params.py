@@ -543,7 +543,7 @@ def _sibling_or_parent_is_explained(lines: list[str], number: int) -> bool:
         ({"weights": {"format": "fp4"}}, r"weights\.format='fp4': allowed are .*'nvfp4'"),
     ],
 )
-def test_what_a_number_format_fixes_cannot_be_asked_otherwise(changes, message):
+def test_settings_that_a_number_format_fixes_cannot_be_changed(changes, message):
     raw = copy.deepcopy(DEFAULT)
     for group, values in changes.items():
         raw["quantizer_init"][group] |= values

@@ -87,13 +87,13 @@ def test_it_starts_without_torch_and_other_slow_imports(project):
         ("model.source", "./nowhere", "model.source='./nowhere': there is no such folder"),
         ("model.source", "~/nowhere", "model.source='~/nowhere': there is no such folder"),
         ("model.source", "nowhere.GGUF", "model.source='nowhere.GGUF': there is no such file"),
-        ("corpora.prose.source", "nowhere.txt", "corpora.prose.source='nowhere.txt': no such file or folder, and not"),
+        ("corpora.prose.source", "nowhere.txt", "corpora.prose.source='nowhere.txt': no such file or folder. Correct"),
         ("evaluation.task_folder", "nowhere", "evaluation.task_folder='nowhere': there is no such folder"),
         ("evaluation.task_folder", ".", "evaluation.task_folder='.': holds this project itself. Use a folder"),
         ("rotation.r1", "hadamrd", "params.yaml: 1 problem"),
     ],
 )
-def test_what_is_not_there_is_one_message_and_nothing_is_written(key, value, message, project):
+def test_a_missing_source_is_one_message_and_nothing_is_written(key, value, message, project):
     change(project, key, value)
     with pytest.raises(SystemExit) as error:
         run()

@@ -143,7 +143,7 @@ def test_a_generated_corpus_is_sampled_once_and_feeds_calibration(project, monke
     assert contents(project / "artifacts/generation").keys() == {"report.json"}
 
 
-def test_what_became_of_rows_is_in_the_metrics(project, monkeypatch):
+def test_metrics_count_conversations_and_skipped_rows(project, monkeypatch):
     chat = [{"role": "user", "content": "How old is the house on the hill, and who lived there?"}] * 4
     rows = [
         {"text": value} for value in (None, *[chat] * 30, " ", *["A plain text about a house and a hill. " * 9] * 30)
@@ -931,7 +931,7 @@ def test_tasks_are_asked_of_every_variant_and_checked_before_anything_else(proje
 
 
 @pytest.mark.parametrize(("limit", "way"), [(None, "whole"), ("1MiB", "by block")])
-def test_what_is_imported_is_compared_with_the_source_as_memory_allows(limit, way, project, monkeypatch):
+def test_the_import_is_compared_with_the_source_as_memory_allows(limit, way, project, monkeypatch):
     change(project, "runtime.max_memory", limit)
     run("model", monkeypatch=monkeypatch)
     metrics = read_json(project / "metrics/model.json")

@@ -5,7 +5,7 @@
 
 All rows are W4A4KV4 static with weights rounded to nearest, so that they differ by ranges alone. `cost` is the time to
 choose all quantizers of a block, as a multiple of a plain forward of the block over all calibration windows, measured
-just before. `error` is the error of the block's output on the sampled windows, relative to what the block adds to its
+just before. `error` is the error of the block's output on the sampled windows, relative to the block's change of its
 input. `block` is the official method: the block runs for every factor of every site.
 """
 

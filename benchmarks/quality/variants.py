@@ -197,7 +197,7 @@ def format_table(rows: dict[str, Any]) -> str:
     """Return a Markdown table: perplexity per corpus, its ratio to the original's, accuracies, errors of blocks.
 
     Columns are left out if no row has them. `block error` is the mean over blocks of the error of the block's output on
-    the sampled calibration windows, relative to what the block adds to its input. Rows with losses by window are paired
+    the sampled calibration windows, relative to the block's change of its input. Rows with losses by window are paired
     with "not trained", those that train end to end after the blocks with "blocks".
     """
     corpora = list(rows["original"]["perplexity"])

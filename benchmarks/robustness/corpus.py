@@ -1,6 +1,6 @@
-"""Damaged corpora, and what pyarrow reads from the same files.
+"""Damaged corpora, compared with pyarrow's reading of the same files.
 
-Rows are drawn from `ROWS`, which says what becomes of each: kept, skipped or refused.
+Rows are drawn from `ROWS`, which gives the outcome of each: kept, skipped or refused.
 """
 
 import bz2
@@ -24,7 +24,7 @@ from benchmarks.robustness.trial import Trial
 from pipeline.runtime.artifacts import replacing_folder
 from pipeline.text.corpora import SPLITS, fetch_corpus, read_documents
 
-ROWS: list[tuple[Any, str]] = [  # the text of a row, and what becomes of it
+ROWS: list[tuple[Any, str]] = [  # the text of a row, and its outcome
     *((value, "skipped") for value in (None, "", "  \n", [])),
     *((value, "refused") for value in (7, -0.5, True, {}, {"a": 1}, ["x"], [{"role": "user"}], "\ud800", [[]], [None])),
     *(([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}], "kept") for text in ("Hi", "é")),

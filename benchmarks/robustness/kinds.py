@@ -129,7 +129,7 @@ def break_gguf(rng: random.Random, bases: Bases, folder: Path) -> Trial:
     path = source / "model.gguf"
     if rng.random() < 0.7:
         data = bases.find("gguf").joinpath("model.gguf").read_bytes()
-        end = rng.choice([200, 2000, len(data)])  # the beginning holds most of what can go wrong
+        end = rng.choice([200, 2000, len(data)])  # most mistakes are in the beginning
         head, what = break_bytes(rng, data[:end])
         path.write_bytes(head + data[end:])
     else:

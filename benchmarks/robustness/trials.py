@@ -115,7 +115,7 @@ def _collect(child: int, reader: int) -> dict[str, str]:
 
 def _run_child(seed: int, number: int, kind: str, bases: Bases, folder: Path) -> dict[str, str]:
     mutation = "?"
-    # A fork makes torch's pool of threads anew. If several threads ask for it first, one of them may find none.
+    # A fork makes a new pool of torch's threads. If several threads ask for it first, one of them may find none.
     torch.set_num_threads(1)
     with (folder / "output").open("w+") as output:
         for target in (1, 2):

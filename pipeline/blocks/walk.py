@@ -64,7 +64,7 @@ class BlockRunner:
         return hidden, torch.stack((keys[0], values[0]))
 
     def run_with_kv(self, block: DecoderLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `run` without a prefix in the cache; also return keys (after RoPE) and values, [B, heads, T, d] each."""
+        """Run without a prefix in the cache; also return keys (after RoPE) and values, [B, heads, T, d] each."""
         layer = make_layer(None)
         hidden = self._run(block, hidden, Cache(layers=[layer]))
         return hidden, *layer.read()

@@ -3,7 +3,7 @@
     config.json               the model's config, with a complete `quantization_config`
     model-00001-of-….safetensors, model.safetensors.index.json
                               weight_packed, weight_scale, … of every block; embedding, lm_head, norms; prefix_kv
-    tokenizer files           a tokenizer that adds to texts what calibration windows had: a start token where the model
+    tokenizer files           a tokenizer that begins texts like calibration windows: with a start token where the model
                               was trained with one, none where the prefix ends in it
     generation_config.json, README.md
     manifest.json             every file with its size and SHA-256, which `quantized_model.load` checks

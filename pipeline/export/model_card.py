@@ -57,7 +57,7 @@ def write_model_card(
     Args:
         checkpoint: the quantized one.
         original: the imported model.
-        facts: what its source states about license and base model.
+        facts: statements of its source about license and base model.
         prefix: as in `quantization_config`.
         sizes: the stage's metrics.
         results: variant -> its evaluation's metrics. Without `original` the card has no quality table.

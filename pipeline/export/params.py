@@ -18,7 +18,7 @@ class OnnxParams(Group):
 
 
 class ExportParams(Group):
-    """Shards of the exported folder, further formats, and what these may leave out."""
+    """Shards of the exported folder, further formats, and the parts that these may leave out."""
 
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(KB|MB|GB)$")] = "5GB"
     formats: list[Literal["compressed-tensors", "peft", "gguf", "onnx"]] = Field(default_factory=list)

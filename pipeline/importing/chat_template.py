@@ -17,7 +17,7 @@ from pipeline.runtime.errors import reading
 logger = logging.getLogger(__name__)
 
 _JINJA, _JSON, _PROCESSOR = "chat_template.jinja", "chat_template.json", "processor_config.json"
-# Files that only a processor reads. Beside a text model they would announce images.
+# Files that only a processor reads. Next to a text model they would announce images.
 PROCESSOR_FILES = (_JSON, _PROCESSOR, "preprocessor_config.json", "video_preprocessor_config.json")
 _PROBE = "The quick brown fox"
 _WRAP_STRINGS = """\

@@ -8,7 +8,7 @@ converter of llama.cpp made to tensors are undone:
     Gemma 2, 3      norm weights are stored plus one
 
 Every setting and every tensor is converted by transformers, read here, known to change nothing, or refused by name.
-llama.cpp is the reference: a setting means what llama.cpp computes with it.
+llama.cpp is the reference for the meaning of a setting.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Say why a model cannot be imported: which feature, stated by which key, in which layers, and what it would need.
+"""Say why a model cannot be imported: which feature, stated by which key, in which layers, and the needed change.
 
 Only config.json and the names of tensors are read, so this works for families that neither this project nor the
 installed transformers knows. Keys are those of transformers' configs and of the remote code of 2023 to 2026. Where

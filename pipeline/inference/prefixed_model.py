@@ -99,12 +99,12 @@ class PrefixedModel(PreTrainedModel):
         return self
 
     def half(self, *args: object) -> Self:
-        """As `to(torch.float16)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        """Cast to float16, which transformers refuses for quantized models. Quantizers keep their dtype."""
         cast(Movable, self).to(torch.float16)
         return self
 
     def float(self, *args: object) -> Self:
-        """As `to(torch.float32)`, which transformers refuses for quantized models. Quantizers keep their dtype."""
+        """Cast to float32, which transformers refuses for quantized models. Quantizers keep their dtype."""
         cast(Movable, self).to(torch.float32)
         return self
 
@@ -139,7 +139,7 @@ class PrefixedModel(PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the model's own. Nothing of the prefix is passed.
+        """Compute like the model's own forward. Callers pass nothing for the prefix.
 
         Args:
             attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
@@ -225,7 +225,7 @@ class PrefixedModel(PreTrainedModel):
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """As the model's own, with a cache that begins with the prefix.
+        """Generate like the model's own method, with a cache that begins with the prefix.
 
         A `cache_implementation` that came with the model, as Gemma's does, is ignored.
 
@@ -273,7 +273,7 @@ class PrefixedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As the model's own. The folder of an exported model gets a new manifest, which is pushed too."""
+        """Save like the model's method. The folder of an exported model gets a new manifest, which is pushed too."""
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         if (quantizer := getattr(self, "hf_quantizer", None)) is not None:

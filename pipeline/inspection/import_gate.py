@@ -1,4 +1,4 @@
-"""The import gate: an imported model must compute what transformers computes from the source, or nothing is written.
+"""The import gate: an imported model must compute the same as transformers from the source, or nothing is written.
 
 Windows of random tokens go through transformers' own `from_pretrained(source)` and, by the walk, through the imported
 checkpoint. All logits are compared, in float32, from tensors in the dtype of the import.
@@ -47,7 +47,7 @@ _SLACK = 1.1  # memory relative to the weights: activations and the temporary co
 
 
 class ImportGateError(PipelineError):
-    """The imported model does not compute what transformers computes from the source."""
+    """The imported model does not compute the same as transformers from the source."""
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     model.onnx, model.onnx.data   the graph (`onnx_graph.py`) and its tensors, without the prefix
     past.safetensors, past.npz    the prefix: name of a graph's input -> float32 [1, kv heads, P, d], twice
-    config.json, tokenizer files  of the model; the tokenizer adds what calibration windows had
+    config.json, tokenizer files  of the model; the tokenizer begins texts as calibration windows begin
     genai_config.json             for onnxruntime-genai, which has no place for a first past: only without a prefix
     manifest.json                 properties that the folder keeps and drops, sizes, sites
 

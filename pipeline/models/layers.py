@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
 
 class Generates(Protocol):
-    """A model that generates text. transformers types it as two classes that only together have what they need."""
+    """A model that generates text. transformers types it as two classes, neither of which has all methods."""
 
     def generate(self, inputs: torch.Tensor | None = None, **options: object) -> object:
         """Return token ids [B, T], or more if that is asked for."""

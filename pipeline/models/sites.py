@@ -42,7 +42,7 @@ RESIDUAL_SITES = (Site.ATTENTION_INPUT, Site.MLP_INPUT)  # where attention and t
 CACHE_SITES = (Site.KEY, Site.VALUE)  # quantized by the KV cache
 INPUT_SITES = tuple(site for site in Site if site not in CACHE_SITES)  # inputs of linears
 
-# One quantizer of each group, for readers of what a whole group has in common.
+# One quantizer of each group, for settings that a whole group shares.
 REPRESENTATIVES: dict[QuantizerGroup, str] = {
     "weights": "q_proj",
     "activations": Site.ATTENTION_INPUT,

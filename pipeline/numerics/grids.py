@@ -285,7 +285,7 @@ def integer_range(bits: int, symmetric: bool = True) -> tuple[int, int]:
 
 @functools.cache
 def find_grid(name: str, bits: int, symmetric: bool = True, group_size: int = -1) -> Grid:
-    """Return the grid of a format. nvfp4 has two: block scales are stored (group_size 16), or found anew (-1)."""
+    """Return the grid of a format. nvfp4 has two: block scales are stored (group_size 16), or computed later (-1)."""
     if name == "fp8_e4m3":
         return E4M3Grid()
     if name == "mxfp4":

@@ -53,7 +53,7 @@ class QuantizerSpec:
         bits: 2 to 8, or 16 for "not quantized". The format int16 has 16 and is quantized.
         symmetric: whether the quantizer lacks a zero point.
         group_size: number of consecutive channels that share a scale; -1: the whole last dimension.
-        dynamic: whether the range is measured anew on every token (activations, keys and values only).
+        dynamic: whether the range is measured on every token (activations, keys and values only).
         centered: activations, keys and values: the mean of each channel is subtracted before quantization and added
             back afterwards. Weights: the layer's bias corrects the error that rounding causes for the mean input.
         format: a name in `formats.FORMATS`. Weights in nvfp4 have group_size 16 and store the scales of their blocks.

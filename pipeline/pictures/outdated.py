@@ -1,4 +1,4 @@
-"""Tell which results belong to the present params.yaml, from what DVC recorded in dvc.lock when each stage ran.
+"""Tell which results belong to the present params.yaml, from DVC's record of each stage in dvc.lock.
 
 After `dvc exp run -S prefix.use=none quantizer_init`, the metrics of later stages still belong to the run before. A
 stage's results are outdated if

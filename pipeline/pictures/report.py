@@ -19,7 +19,7 @@ from pipeline.pictures.experts import ExpertLists
 from pipeline.pictures.page import format_cell, format_page, format_table
 
 _WORST = 10
-_CAPTIONS = {  # beginning of a file's name -> what to look for
+_CAPTIONS = {  # beginning of a file's name -> a hint for the viewer
     "token_maxima_inputs": "One line far above the others means that single tokens set the range of a quantizer. After "
     "the prefix, the lines should be close together.",
     "token_maxima_outputs": "The same for the outputs of the linears. Keys and values are quantized there.",

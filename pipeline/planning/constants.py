@@ -1,6 +1,6 @@
 """Every fitted constant of the memory plans, with its meaning and its origin.
 
-Plans count from the model's shapes what the code allocates. Only the rest is fitted: temporaries of
+Plans count the code's allocations from the model's shapes. Only the rest is fitted: temporaries of
 libraries, memory that an allocator keeps, and memory that several steps hold at the same time. There were four fits:
 
     CPU    2026-11-22, float32, two cores: the packaged model (`benchmarks.speed.finetuning`, `.stages`) and blocks of
@@ -58,7 +58,7 @@ GPTQ_COPIES = 5
 # Hessians on a GPU while one is factorised: a CPU works in place, a GPU takes four more. H100.
 FACTORISED_ON_GPU = 5
 
-# --- What passes through the host's memory on its way to or from a GPU ---
+# --- Tensors that pass through the host's memory on their way to or from a GPU ---
 # In embeddings: embedding and lm_head of a model in full precision, and of a quantized one. H200.
 TABLES_THROUGH_HOST, QUANTIZED_TABLES_THROUGH_HOST = 1.65, 2
 # In embeddings: those of both models, end to end. H200.

@@ -158,7 +158,7 @@ class _Plan:
         """Return the largest phase in which one block is in memory."""
         sizes = self.sizes
         # Integers. Then float32: the weights, or six times that where they are trained (weights, gradients, two
-        # moments, the best state, and what rounding leaves).
+        # moments, the best state, and temporaries of rounding).
         state = sizes.weights * (1 + (4 * 6 if self._weights_are_trained else 4))
         training = state + sizes.graph(self.params.blocks.batch_size * self.blocks.length)
         forward = sizes.weights * 5 + sizes.forward(self.runtime.batch_size * self.blocks.length)

@@ -24,7 +24,7 @@ def plan_rotation(checkpoint: Checkpoint, params: RotationParams, on_gpu: bool) 
     sizes = Sizes.of(checkpoint)
     dtype = getattr(torch, params.dtype)
     slices = ENTRIES * _FLOAT64
-    # The original as stored and in float64, or beside it the growing rotated one. Then float32 replaces float64.
+    # The original as stored and in float64, or next to it the growing rotated one. Then float32 replaces float64.
     block = sizes.weights * (sizes.itemsize + _FLOAT64) + slices
     stored_tables = 1 if checkpoint.config.tie_word_embeddings else 2
     tables = sizes.table_entries * (stored_tables * sizes.itemsize + 2 * dtype.itemsize) + slices

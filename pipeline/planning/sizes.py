@@ -47,7 +47,7 @@ class Sizes:
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
         """Return the sizes of a checkpoint."""
         config = checkpoint.config
-        count = checkpoint.block_count if checkpoint.architecture.experts is not None else 1  # others are all alike
+        count = checkpoint.block_count if checkpoint.architecture.experts is not None else 1  # others are all equal
         block = max(map(checkpoint.build_block, range(count)), key=_count_weights)
         architecture = checkpoint.architecture.of_block(block)
         head_dim = block.self_attn.head_dim

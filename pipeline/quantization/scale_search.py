@@ -149,7 +149,7 @@ class Candidate:
         return choose_parameters(low, high, self.spec.grid)
 
     def measure_change(self, samples: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Return what quantization under these factors adds to samples [..., C], in groups: [..., G, g]."""
+        """Return the error that quantization with these factors adds to samples [..., C], in groups: [..., G, g]."""
         grouped = group(samples if self.shift is None else samples - self.shift, self.spec.group_size)
         scale, zero_point = self.find_parameters(factor)
         zero_point = None if zero_point is None else zero_point.unsqueeze(-1)

@@ -103,7 +103,7 @@ class CodeReader:
     def _resolve(self, module: str, place: str) -> set[str]:
         """Return the files that importing `module` runs. Raises CodeError if it is not in this project."""
         if module.partition(".")[0] not in PACKAGES:
-            return set()  # another project's package, which is beside these where they are installed
+            return set()  # another project's package, installed next to these
         files = self._find_module(module)
         if not files:
             raise CodeError(f"{place}: there is no module {module}")

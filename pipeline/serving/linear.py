@@ -23,7 +23,7 @@ from pipeline.numerics.quantizer import ActivationQuantizer
 
 @dataclass(frozen=True)
 class LayerPart:
-    """What one of several processes computes of a fused linear.
+    """The part of a fused linear that one of several processes computes.
 
     Attributes:
         rows: int64, output channels, in the order of the process's own output; None for all.

@@ -198,7 +198,7 @@ def _fix_date(template: str) -> str:
 
 
 def _is_message(value: object) -> bool:
-    """Whether a value read from text is a message, and not some other JSON object with a role."""
+    """Return whether a value read from text is a message, and not some other JSON object with a role."""
     if not isinstance(value, dict):
         return False
     return {"from", "value"} <= value.keys() or ("role" in value and bool(value.keys() & {"content", "tool_calls"}))

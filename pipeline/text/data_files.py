@@ -80,7 +80,7 @@ def _find_split_of_name(name: str) -> str | None:
 
 
 def _tells_split(path: Path, folder: Path, with_fields: Collection[Path]) -> bool:
-    """Whether a text file's name tells a split, or its folder's does, and no file with fields lies in that folder."""
+    """Return whether a text file's or its folder's name tells a split, and no file with fields is in that folder."""
     if _find_split_of_name(path.name) is not None:
         return True
     return path.parent not in with_fields and find_split(path.relative_to(folder)) is not None

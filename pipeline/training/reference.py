@@ -2,7 +2,7 @@
 
     cached      Computed once, a part of the windows at a time, into a file of the work folder: T x D numbers a window.
                 A killed run continues after the last finished part.
-    alongside   Computed anew for each batch, next to the model under training. Nothing is kept, so any amount of text
+    alongside   Computed for each batch, next to the model under training. Nothing is kept, so any amount of text
                 fits. It computes as the model under training does, in bfloat16 with `finetuning.autocast`.
 
 Neither keeps the hidden states of all windows in memory.

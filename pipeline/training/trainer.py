@@ -155,7 +155,7 @@ class Trainer(Generic[Data]):
         raise NotImplementedError
 
     def batch_loss(self, data: Data, rows: Rows, count: int) -> torch.Tensor:
-        """Return what this rank's windows `rows` add to the loss of a batch of `count` windows, []."""
+        """Return the part of the loss of a batch of `count` windows that this rank's windows `rows` add, []."""
         return self.losses(data, rows).sum() / count
 
     def draw_order(self, count: int, generator: torch.Generator) -> torch.Tensor:

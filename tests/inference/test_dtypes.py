@@ -1,4 +1,4 @@
-"""What belongs to a quantizer keeps its dtype: a loaded or cast export is the checkpoint it was made of, exactly."""
+"""Tensors of quantizers keep their dtype: a loaded or cast export equals its checkpoint exactly."""
 
 import copy
 

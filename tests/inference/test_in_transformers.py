@@ -219,7 +219,7 @@ def test_with_the_import_an_attention_of_ones_own_is_heeded(exported, attention)
 
 
 @torch.no_grad()
-def test_what_save_pretrained_writes_is_an_exported_folder(exported, tmp_path):
+def test_save_pretrained_writes_an_exported_folder(exported, tmp_path):
     folder, evaluated, _ = exported
     model, tokenizer = load(folder)
     tokenizer.save_pretrained(tmp_path / "again")
@@ -231,7 +231,7 @@ def test_what_save_pretrained_writes_is_an_exported_folder(exported, tmp_path):
         load(tmp_path / "again")
 
 
-def test_what_the_models_own_push_to_hub_uploads_is_an_exported_folder(exported, tmp_path, monkeypatch):
+def test_the_models_own_push_to_hub_uploads_an_exported_folder(exported, tmp_path, monkeypatch):
     model, _ = load(exported[0])
     uploaded = tmp_path / "uploaded"
     monkeypatch.setattr(
@@ -257,7 +257,7 @@ def test_push_to_hub_sends_the_manifest(exported, tmp_path, monkeypatch):
     assert sent == [("again", {"token": None, "commit_message": "New"})]
 
 
-def test_what_is_the_users_may_change(exported):
+def test_files_of_the_user_may_change(exported):
     folder, _, _ = exported
     (folder / "README.md").write_text("my own words")
     (folder / "generation_config.json").unlink()

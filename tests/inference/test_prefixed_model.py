@@ -213,7 +213,7 @@ def test_chats_in_one_batch_equal_the_original_one_by_one(imported, caplog):
     assert "begins with the start token" in caplog.text
 
 
-def test_what_would_lose_the_prefix_is_refused(imported):
+def test_calls_that_would_lose_the_prefix_are_refused(imported):
     model, original, _ = prefixed(imported)
     token_ids = torch.tensor(TEXTS[:1])
     with pytest.raises(ValueError, match=r"DynamicCache.*holds no prefix.*model.make_cache"):

@@ -96,7 +96,7 @@ def test_other_files_than_transformers_reads_are_refused(model_folders, tmp_path
 
 
 @pytest.mark.parametrize("gate", [ROOMY, NARROW])
-def test_what_is_written_wrongly_is_refused(gate, model_folders, tmp_path, monkeypatch):
+def test_a_wrongly_written_tensor_is_refused(gate, model_folders, tmp_path, monkeypatch):
     right = CheckpointWriter.write_embeddings
 
     def write(self, tensors):

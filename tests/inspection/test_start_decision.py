@@ -114,7 +114,7 @@ def test_one_window_is_not_enough_to_judge(imported, token_ids):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("never", None), ("always", 0)])
-def test_what_is_asked_for_is_not_measured(mode, expected, imported, token_ids, monkeypatch):
+def test_never_and_always_are_not_measured(mode, expected, imported, token_ids, monkeypatch):
     monkeypatch.setattr(start_decision, "measure_losses", None)
     checkpoint, runner = open_model(imported["llama_tied"])
     decision = decide_start_token(mode, checkpoint, token_ids, runner)

@@ -35,5 +35,5 @@ def test_a_gpus_memory_takes_the_place_of_the_hosts():
     assert describe_end("rotation", metrics) == "done in 0:01, GPU 2.50 GiB"
 
 
-def test_what_is_missing_is_left_out():
+def test_missing_results_are_left_out():
     assert describe_end("unknown", {"seconds": 61.0}) == "done in 1:01"

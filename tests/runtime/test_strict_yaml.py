@@ -63,7 +63,7 @@ def test_anchors_merges_and_values_are_read_as_pyyaml_reads_them():
 
 
 @pytest.mark.parametrize("text", ["a: [", "? [1]\n: 2", "a: !!python/object:os.system x", "a: 1\n---\nb: 2"])
-def test_what_is_not_yaml_or_not_safe_is_refused(text):
+def test_text_that_is_not_yaml_or_not_safe_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         read_strict_yaml(text)
 

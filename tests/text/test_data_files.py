@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and the split of each. No document goes to two splits."""
+"""The files of a folder that are data, and the split of each. No document goes to two splits."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""How many windows each corpus of a mix gives. Contradictions between keys: tests/test_params.py."""
+"""The number of windows that each corpus of a mix gives. Contradictions between keys: tests/test_params.py."""
 
 import pytest
 

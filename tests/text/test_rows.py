@@ -1,4 +1,4 @@
-"""What rows of text may hold, in files of every format. None is lost or half read."""
+"""Rows of text in files of every format. Each row is read whole, skipped or refused."""
 
 import gzip
 import itertools
