@@ -129,7 +129,7 @@ NEAR_FAMILIES = {
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
     ),
     "arcee": ArceeConfig(**SIZES, head_dim=12, attention_bias=True, mlp_bias=True),
-    "apertus": ApertusConfig(**SIZES, dtype="float32"),
+    "apertus": ApertusConfig(**SIZES, dtype="float32", rope_parameters=ROPE_SCALING),
 }
 _MULTIPLIERS = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
 _LONG_ROPE = {  # of 16 channels of a head, 12 are turned

@@ -134,7 +134,7 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
         wrapper=None if text is None else raw["model_type"],
         dropped=dropped,
         count_bytes=lambda name: _count_bytes(shards[places[name]], places[name]) if name in places else 0,
-        quantization=None if stored is None else stored.title,
+        quantization=weights.title,
         quantized=weights.quantized,
     )
 

@@ -3,6 +3,7 @@
     quant_method, format                    tensors of a linear                        values
     fp8, weight_block_size null             weight [O, I], weight_scale_inv [] or [1]  weight · scale
     fp8, weight_block_size [a, b]           weight_scale_inv [⌈O/a⌉, ⌈I/b⌉]            scale of row o / a, column i / b
+    fp8 of AutoFP8, no weight_block_size    weight_scale [] or [1]                     weight · scale
     compressed-tensors, float-quantized     weight_scale [1], [O, 1], [O, I/g], blocks by tensor, channel, group, block
     mxfp4                                   X_blocks [E, O, G, 16], X_scales [E, O, G] e2m1 · 2^(scale - 127)
 
@@ -15,8 +16,8 @@ model gets its own. mxfp4 stores experts as [E, O, I], and the result is [E, I, 
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,11 +45,13 @@ class StoredFormat:
         title: for metrics and reports.
         suffix: end of the name of a scale, after the module's name; "" for mxfp4.
         block: rows and columns that share a scale; -1: all of them.
+        block_is_default: whether the config does not state it.
     """
 
     title: str
     suffix: str
     block: tuple[int, int] = (-1, -1)
+    block_is_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class Dequantized:
         names: names of the tensors of the unquantized checkpoint.
         read: reads one of them.
         quantized: the names of those that were stored quantized.
+        title: of the format in which they were stored.
         dropped: name of a tensor -> the part it belongs to.
     """
 
     names: set[str]
     read: Read
     quantized: set[str]
+    title: str | None = None
     dropped: dict[str, str] = field(default_factory=dict)
 
 
@@ -91,6 +96,7 @@ def read_stored_format(source: str, settings: Any) -> StoredFormat:
     if method == "mxfp4":
         return StoredFormat("mxfp4, groups of 32", "")
     if method == "compressed-tensors":
+        _check_plain(source, values)
         return _read_compressed_tensors(source, values)
     raise _refuse(source, f"quant_method={method!r}")
 
@@ -107,7 +113,8 @@ def _read_fp8(source: str, values: dict[str, Any]) -> StoredFormat:
     if block is None:
         return StoredFormat("fp8, one scale per tensor", "weight_scale_inv")
     rows, columns = _check_block(source, "weight_block_size", block)
-    return StoredFormat(f"fp8, blocks of {rows} x {columns}", "weight_scale_inv", (rows, columns))
+    is_default = "weight_block_size" not in values
+    return StoredFormat(f"fp8, blocks of {rows} x {columns}", "weight_scale_inv", (rows, columns), is_default)
 
 
 def _read_compressed_tensors(source: str, values: dict[str, Any]) -> StoredFormat:
@@ -144,6 +151,16 @@ def _read_compressed_tensors(source: str, values: dict[str, Any]) -> StoredForma
     raise _refuse(source, f"quant_method='compressed-tensors', strategy={strategy!r}")
 
 
+def _check_plain(source: str, values: dict[str, Any]) -> None:
+    """Refuse settings of compressed-tensors that change the model besides its numbers."""
+    sparsity = values.get("sparsity_config") or {}
+    stored = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if stored not in (None, "dense"):
+        raise _refuse(source, f"quant_method='compressed-tensors', sparsity_config.format={stored!r}")
+    if values.get("transform_config"):
+        raise _refuse(source, "quant_method='compressed-tensors' with transform_config: its weights are rotated")
+
+
 def _check_block(source: str, key: str, block: Any) -> tuple[int, int]:
     sizes = tuple(block) if isinstance(block, list | tuple) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
@@ -171,6 +188,8 @@ def open_stored(
     """
     dropped = {name: ACTIVATION_SCALES for name in names if name.rpartition(".")[2] in _ACTIVATION_NAMES}
     rest = names - set(dropped)
+    if _is_auto_fp8(stored, rest):
+        stored = replace(stored, title="fp8, one scale per tensor", suffix="weight_scale", block=(-1, -1))
     if stored.suffix:
         pairs = {name: _name_scale(name, stored) for name in rest if find_dtype(name) in _FP8}
         problem = f"stored as {stored.title}"
@@ -200,7 +219,13 @@ def open_stored(
         return read(name)
 
     quantized = set(pairs) if stored.suffix else {name.removesuffix("_blocks") for name in pairs}
-    return Dequantized((rest - used - set(pairs)) | quantized, read_float, quantized, dropped)
+    return Dequantized((rest - used - set(pairs)) | quantized, read_float, quantized, stored.title, dropped)
+
+
+def _is_auto_fp8(stored: StoredFormat, names: Collection[str]) -> bool:
+    """Return whether a checkpoint has the names of AutoFP8, which states no block size and has one scale per tensor."""
+    suffixes = {name.rpartition(".")[2] for name in names}
+    return stored.block_is_default and "weight_scale" in suffixes and "weight_scale_inv" not in suffixes
 
 
 def _name_scale(weight: str, stored: StoredFormat) -> str:

@@ -15,6 +15,8 @@ vLLM does not tell its attention the positions. They travel with the keys, in tw
 the state of a call.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -37,6 +39,15 @@ class Rope(nn.Module):
     cos_sin_cache: torch.Tensor
 
 
+class NoRope(nn.Module):
+    """Takes the place of RoPE in layers without it."""
+
+    def forward(
+        self, positions: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return queries, keys
+
+
 class TurnedKeys(nn.Module):
     """Takes the place of a layer's RoPE: (positions [T], queries [T, H d], keys [T, K d]) -> queries and keys.
 
@@ -45,7 +56,7 @@ class TurnedKeys(nn.Module):
 
     def __init__(
         self,
-        rope: Rope,
+        rope: Rope | NoRope,
         quantizer: KeyQuantizer,
         dtype: torch.dtype,
         device: torch.device = CPU,
@@ -62,7 +73,8 @@ class TurnedKeys(nn.Module):
         if quantizer.rotate:
             transform_dtype = torch.float32 if quantizer.mean_taken_out else dtype
             quantizer.transform = HadamardTransform(quantizer.head_dim, transform_dtype, device=device)
-        self.in_one_pass = device.type == "cpu" and fits_one_pass(quantizer) and find_kernels()
+        one_pass = device.type == "cpu" and fits_one_pass(quantizer) and quantizer.turns
+        self.in_one_pass = one_pass and find_kernels()
 
     def forward(
         self, positions: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
@@ -80,8 +92,10 @@ class TurnedKeys(nn.Module):
             queries, keys = self.rope(positions, queries, keys)
             return queries, self.quantize_in_one_pass(keys, positions)
         tables = None
-        if self.quantizer.mean_taken_out:
-            table = self.rope.cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
+        if self.quantizer.mean_taken_out and not self.quantizer.turns:
+            tables = keys, keys  # the mean is the same at all positions
+        elif self.quantizer.mean_taken_out:
+            table = cast(Rope, self.rope).cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
             cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
             tables = cos, sin
         queries, keys = self.rope(positions, queries, keys)
@@ -97,7 +111,7 @@ class TurnedKeys(nn.Module):
         lowest, highest = integer_range(inner.spec.bits, inner.spec.symmetric)
         mean = outer.mean if outer.mean_taken_out else None
         zero_point = None if inner.spec.symmetric else inner.zero_point
-        table = self.rope.cos_sin_cache.to(keys.dtype) if outer.mean_taken_out else None
+        table = cast(Rope, self.rope).cos_sin_cache.to(keys.dtype) if outer.mean_taken_out else None
         order = outer.head_dim if outer.rotate else 1
         return torch.ops.prefixquant.cached_keys(
             keys, positions, table, mean, inner.scale, zero_point, order, lowest, highest

@@ -3,13 +3,27 @@
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.runtime.errors import PipelineError
 
-# model_type of transformers -> class of vLLM; model.py has a class "PrefixQuant…" for each.
+# model_type of transformers -> class of vLLM; model.py has a class "PrefixQuant…" for each. Linears and RoPE come from
+# the exported blocks, so a class serves all families that have its norms, activation and order of layers.
 FAMILIES = {
+    "apertus": "ApertusForCausalLM",
+    "cwm": "LlamaForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "hyperclovax": "HyperCLOVAXForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral": "MistralForCausalLM",
+    "ministral3": "MistralForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "seed_oss": "LlamaForCausalLM",
+    "smollm3": "LlamaForCausalLM",
 }
+# Their classes take the window of each layer from `layer_types`.
+SLIDES_BY_LAYER = ("cwm", "exaone4", "gemma2", "gemma3_text", "ministral")
 
 
 class ServingError(PipelineError, ValueError):

@@ -20,27 +20,35 @@ from torch import nn
 from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.apertus import ApertusForCausalLM
+from vllm.model_executor.models.exaone4 import Exaone4ForCausalLM
+from vllm.model_executor.models.gemma import GemmaForCausalLM
+from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.hyperclovax import HyperCLOVAXForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from pipeline.blocks.kv_cache import as_quantized_attention
+from pipeline.blocks.kv_cache import as_quantized_attention, turn_keys
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.inference.packed_block import find_packed_linear, find_rotation
 from pipeline.inference.prefixed_model import PrefixedModel
 from pipeline.inference.transformers_quantizer import ExportError, build_packed_, find_missing
 from pipeline.kernels.compiler import find_kernels
-from pipeline.models.architectures import find_architecture, find_sliding_window
+from pipeline.models.architectures import find_architecture, find_sliding_window, uses_rope
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.models.layers import DecoderLayer, list_layers
 from pipeline.models.sites import Site
-from pipeline.serving.attention import CachedValues, Rope, TurnedKeys
-from pipeline.serving.families import ServingError
+from pipeline.serving.attention import CachedValues, NoRope, Rope, TurnedKeys
+from pipeline.serving.families import SLIDES_BY_LAYER, ServingError
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.parallel import count_outputs, find_kv_heads, find_part, select_heads_
 from pipeline.serving.product import find_product
 from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine
+
+_ROPE_TOLERANCE = 1e-2  # tables may be in bfloat16
 
 
 class FusedAttention(nn.Module):
@@ -53,10 +61,12 @@ class FusedAttention(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """The type of vLLM's MLP."""
+    """The type of vLLM's MLP. One without a gate has an `up_proj` in place of `gate_up_proj`."""
 
     gate_up_proj: LinearBase
+    up_proj: LinearBase
     down_proj: LinearBase
+    act_fn: nn.Module
 
 
 class FusedLayer(nn.Module):
@@ -88,6 +98,7 @@ class PrefixQuantModel(nn.Module):
         with torch.device("cpu"):  # vLLM has set the engine's device
             skeleton = build_packed_(build_skeleton(skeleton_config), self.exported)
         match_sliding_(vllm_config, skeleton)
+        state_query_scale_(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(module, LinearBase) and isinstance(module.quant_method, ServedLinearMethod):
@@ -114,6 +125,7 @@ class PrefixQuantModel(nn.Module):
                 f"the folder's tensors do not fit its config.json: missing {missing[:3]}, unexpected "
                 f"{unexpected[:3]}. Get an intact copy."
             )
+        self._check_tie(tensors)
         device = torch.device(self.config_of_engine.device_config.device_type)
         has_kernels = device.type == "cpu" and find_kernels()
         # vLLM's cache of compiled code is keyed by this config.
@@ -125,25 +137,95 @@ class PrefixQuantModel(nn.Module):
         if unfilled := sorted(parameters - loaded):
             raise ServingError(f"{len(unfilled)} tensors of vLLM's model were not loaded: {', '.join(unfilled[:3])}.")
         layers = [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
+        check_sliding(layers, skeleton)
+        check_rope_tables(layers, skeleton, device)
         for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
             fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype, device)
         self._skeleton = (None,)
         return loaded
 
+    def _check_tie(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise ServingError if vLLM's class computes logits from the embedding, and the exported lm_head differs."""
+        parameters = {name for name, _ in self.named_parameters()}
+        name, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if name in tensors and name not in parameters and not torch.equal(tensors[name], tensors[embedding]):
+            raise ServingError(
+                f"lm_head: vLLM's class ({type(self).__name__}) takes the embedding as lm_head, and the exported ones "
+                "differ. Use pipeline.quantized_model.load."
+            )
+
+
+def state_query_scale_(config: Any) -> None:
+    """State the scale of queries by position, of Ministral 3, under the key that vLLM reads."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta"):
+        config.llama_4_scaling = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        }
+
+
+def check_sliding(layers: list[FusedLayer], skeleton: PreTrainedModel) -> None:
+    """Check that vLLM's layers have the windows of the exported ones, in classes that slide by layer.
+
+    Raises:
+        ServingError: they have not.
+    """
+    config: Any = skeleton.config
+    if config.model_type not in SLIDES_BY_LAYER:
+        return
+    for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
+        window, served = find_sliding_window(config, block), getattr(layer.self_attn.attn, "sliding_window", None)
+        if served != window:
+            raise ServingError(
+                f"layer {index}: vLLM gives it a window of {served}, the exported one has {window}. This is a bug of "
+                "this project."
+            )
+
+
+def check_rope_tables(layers: list[FusedLayer], skeleton: PreTrainedModel, device: torch.device) -> None:
+    """Check that vLLM's RoPE turns keys as transformers' does, in each layer that has RoPE.
+
+    Raises:
+        ServingError: it turns them in another way, for example because it reads other keys of `rope_parameters`.
+    """
+    config: Any = skeleton.config
+    rotary: Any = type(skeleton.base_model.rotary_emb)(config)
+    positions = torch.tensor([1, 7, min(1009, config.max_position_embeddings - 1)])
+    for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
+        attention: Any = block.self_attn
+        if not uses_rope(config, block):
+            continue
+        width = attention.head_dim
+        keys = torch.randn(len(positions), width, generator=torch.Generator().manual_seed(index))
+        kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
+        kinds = [kind] if kind in config.rope_parameters else []
+        cos, sin = rotary(keys[None], positions[None], *kinds)
+        expected = turn_keys(keys[None, None], cos, sin)[0, 0]
+        rope: Any = layer.self_attn.rotary_emb
+        moved = keys.to(device)
+        _, served = rope.forward_native(positions.to(device), moved.clone(), moved.clone())
+        if not (served.float().cpu() - expected).abs().max() <= _ROPE_TOLERANCE * expected.abs().max():
+            raise ServingError(
+                f"rope_parameters={config.rope_parameters}: vLLM's RoPE turns the keys of layer {index} in another way "
+                "than transformers'. Use pipeline.quantized_model.load."
+            )
+
 
 def match_sliding_(config: VllmConfig, skeleton: PreTrainedModel) -> None:
     """Have vLLM slide exactly the layers that slide in the exported model.
 
     vLLM supports models in which every layer slides. It takes a stray `sliding_window` in config.json for such a model.
-    Where only some layers slide (Qwen), it can serve texts that are no longer than the window.
+    Where only some layers slide, some of its classes read the kind of each layer (`SLIDES_BY_LAYER`). The others (Qwen)
+    can serve texts that are no longer than the window.
 
     Raises:
         ServingError: some layers slide, and texts may be longer than their window.
     """
     model = config.model_config
     windows = [find_sliding_window(model.hf_config, block) for block in list_layers(skeleton)]
-    if None not in windows:
+    if None not in windows or (model.hf_config.model_type in SLIDES_BY_LAYER and set(windows) != {None}):
         return
     narrowest = min((window for window in windows if window is not None), default=None)
     if narrowest is not None and model.max_model_len > narrowest:
@@ -194,7 +276,7 @@ def fill_layer_(
     fused_linears: dict[str, LinearBase] = {
         Site.ATTENTION_INPUT: attention.qkv_proj,
         Site.ATTENTION_OUTPUT: attention.o_proj,
-        Site.MLP_INPUT: layer.mlp.gate_up_proj,
+        Site.MLP_INPUT: layer.mlp.gate_up_proj if hasattr(layer.mlp, "gate_up_proj") else layer.mlp.up_proj,
         Site.MLP_HIDDEN: layer.mlp.down_proj,
     }
     for site, readers in architecture.site_readers.items():
@@ -223,22 +305,51 @@ def fill_layer_(
         if not isinstance(fused.quant_method, ServedLinearMethod):
             raise ServingError(f"{site}: vLLM computes this layer by another method. This is a bug of this project.")
         fused.quant_method.take(fused, served)
+    if len(architecture.mlp_readers) == 1:  # vLLM's xIELU has parameters in bfloat16
+        layer.mlp.act_fn = cast(nn.Module, block.mlp.act_fn).to(device)
     exported, heads = as_quantized_attention(block.self_attn), find_kv_heads(attention.qkv_proj)
     keys, values = exported.key_quantizer, exported.value_quantizer
     for quantizer in (keys, values):
         select_heads_(quantizer, heads)
     prefix_kv = None if prefix_kv is None else prefix_kv[:, heads]
     prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
-    attention.rotary_emb = TurnedKeys(cast(Rope, attention.rotary_emb), keys, dtype, device, prefix_tokens)
+    rope = cast(Rope, attention.rotary_emb) if keys.turns else NoRope()
+    if hasattr(attention, "apply_rope_all_layers"):  # of EXAONE 4, which would not call it in layers without RoPE
+        attention.apply_rope_all_layers = True
+    attention.rotary_emb = TurnedKeys(rope, keys, dtype, device, prefix_tokens)
     attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
 
 
+class PrefixQuantApertusForCausalLM(PrefixQuantModel, ApertusForCausalLM):
+    """Apertus, whose MLP has no gate."""
+
+
+class PrefixQuantExaone4ForCausalLM(PrefixQuantModel, Exaone4ForCausalLM):
+    """EXAONE 4."""
+
+
+class PrefixQuantGemmaForCausalLM(PrefixQuantModel, GemmaForCausalLM):
+    """Gemma."""
+
+
+class PrefixQuantGemma2ForCausalLM(PrefixQuantModel, Gemma2ForCausalLM):
+    """Gemma 2."""
+
+
+class PrefixQuantGemma3ForCausalLM(PrefixQuantModel, Gemma3ForCausalLM):
+    """Gemma 3, text only."""
+
+
+class PrefixQuantHyperCLOVAXForCausalLM(PrefixQuantModel, HyperCLOVAXForCausalLM):
+    """HyperCLOVA X, and GLM 4, which is imported as such."""
+
+
 class PrefixQuantLlamaForCausalLM(PrefixQuantModel, LlamaForCausalLM):
-    """Llama."""
+    """Llama, Seed-OSS, SmolLM 3 and CWM."""
 
 
 class PrefixQuantMistralForCausalLM(PrefixQuantModel, MistralForCausalLM):
-    """Mistral."""
+    """Mistral, Ministral and Ministral 3."""
 
 
 class PrefixQuantQwen2ForCausalLM(PrefixQuantModel, Qwen2ForCausalLM):

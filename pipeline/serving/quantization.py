@@ -99,12 +99,9 @@ def check_engine(config: VllmConfig) -> None:
     limit = find_rope_limit(model.hf_config)
     is_known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's GPUs say cuda, too
     processes, channels = parallel.tensor_parallel_size, model.hf_config.intermediate_size
-    rope_type = (getattr(model.hf_config, "rope_parameters", None) or {}).get("rope_type")
     refused = {
         f"tensor_parallel_size={processes}": channels % processes != 0
         and f"it does not divide the {channels} hidden channels of the MLP. Use a size that does",
-        f"rope_type={rope_type}": rope_type == "proportional"
-        and "vLLM's RoPE of this type was not compared with transformers'. Use pipeline.quantized_model.load",
         f"device={current_platform.device_name}": not is_known and "only CPUs and NVIDIA's GPUs are supported",
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1
         and "the prefix and all blocks are loaded in one process. Use 1",

@@ -37,6 +37,7 @@ def compress(strategy, **scheme):
 FORMATS = {
     "per tensor": (PER_TENSOR, "weight_scale_inv", (-1, -1)),
     "blocks": (BLOCKS, "weight_scale_inv", (20, 32)),
+    "auto fp8": ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_scale", (-1, -1)),
     "ct tensor": (compress("tensor"), "weight_scale", (-1, -1)),
     "ct channel": (compress("channel"), "weight_scale", (1, -1)),
     "ct group": (compress("group", group_size=16), "weight_scale", (1, 16)),
@@ -78,7 +79,7 @@ def store(folder, name):
         if name == "per tensor":
             scales = scales.reshape(())
             tensors[key.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5)
-        if name == "ct tensor":
+        if name in ("ct tensor", "auto fp8"):
             scales = scales.reshape(1)
             tensors[key.removesuffix("weight") + "input_scale"] = torch.tensor([0.5])
         tensors[key] = codes
@@ -111,7 +112,7 @@ def test_each_format_is_imported_as_its_exact_values(name, model_folders, tmp_pa
     )
     report = read_json(tmp_path / "out/report.json")
     assert report["quantization"] == {"format": metrics["source_quantization"], "tensors": 21}
-    assert ("dropped" in report) == (name in ("per tensor", "ct tensor"))
+    assert ("dropped" in report) == (name in ("per tensor", "auto fp8", "ct tensor"))
     assert "quantization_config" not in read_json(tmp_path / "out/config.json")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
 
@@ -270,6 +271,8 @@ def test_half_a_pair_is_refused(gone, message, model_folders, tmp_path):
         (compress("block", block_structure="128"), r"block_structure=\[128\] .* is not a block"),
         (BLOCKS | {"weight_block_size": [128]}, r"weight_block_size=\[128\] .* is not a block"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_method='modelopt'"),
+        (compress("channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        (compress("channel") | {"transform_config": {"config_groups": {"R1": {}}}}, "its weights are rotated"),
     ],
 )
 def test_other_formats_are_refused_by_name_with_the_remedy(settings, message):

@@ -6,7 +6,7 @@ from pipeline.interop.gguf_writer import _FAMILIES as GGUF_FAMILIES
 from pipeline.interop.gguf_writer import find_gguf_obstacles
 from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.serving.families import FAMILIES, served_class
+from pipeline.serving.families import FAMILIES, SLIDES_BY_LAYER, served_class
 from tests.conftest import NEAR_FAMILIES
 
 
@@ -16,13 +16,14 @@ def test_every_family_has_a_class_of_vllm_or_is_refused_by_name(family):
         assert served_class(family) == f"PrefixQuant{FAMILIES[family]}"
         return
     with pytest.raises(
-        UnsupportedModelError, match=f"model_type='{family}': vLLM serves only llama, mistral, qwen2, qwen3"
+        UnsupportedModelError, match=f"model_type='{family}': vLLM serves only {', '.join(sorted(FAMILIES))} with a"
     ):
         served_class(family)
 
 
 def test_families_of_engines_are_supported_ones():
     assert FAMILIES.keys() | GGUF_FAMILIES.keys() <= ARCHITECTURES.keys()
+    assert set(SLIDES_BY_LAYER) <= FAMILIES.keys()
     assert set(IMPORTED_AS.values()) <= ARCHITECTURES.keys()
 
 

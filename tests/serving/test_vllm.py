@@ -7,7 +7,24 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    CwmConfig,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 from pipeline.export.folder import export_model
 from pipeline.importing.import_model import import_model
@@ -79,6 +96,26 @@ MODELS = {
         None,
     ),
 }
+_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 50}
+_HEADS = {"head_dim": 32}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+_YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0, "query_pre_attn_scalar": 40}
+NEAR = {
+    "apertus": ApertusConfig(**WIDE_SIZES, dtype="float32", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "cwm": CwmConfig(**WIDE_SIZES, **_HEADS, **_KINDS, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "exaone4": Exaone4Config(**WIDE_SIZES, **_KINDS),  # the second layer has no RoPE
+    "gemma": GemmaConfig(**WIDE_SIZES, **_HEADS),
+    "gemma2": Gemma2Config(**WIDE_SIZES, **_HEADS, **_KINDS, **_CAPS),
+    "gemma3_text": Gemma3TextConfig(**WIDE_SIZES, **_HEADS, **_KINDS),
+    "hyperclovax": HyperCLOVAXConfig(**WIDE_SIZES, **_HEADS, attention_bias=True),
+    "ministral": MinistralConfig(**WIDE_SIZES, **_HEADS, **_KINDS),
+    "ministral3": Ministral3Config(**WIDE_SIZES, **_HEADS, rope_parameters=_YARN),
+    "seed_oss": SeedOssConfig(**WIDE_SIZES, **_HEADS, attention_bias=True),
+    "smollm3": SmolLM3Config(**WIDE_SIZES, no_rope_layer_interval=2),
+}
+# The other families: online R1, a prefix that slides out of windows.
+MODELS |= {family: (config, {}, [7, 9, 0], ONLINE, None) for family, config in NEAR.items()}
 ENVIRONMENT = os.environ | {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
