@@ -36,10 +36,15 @@ from pipeline.importing.source import (
     read_json_object,
 )
 from pipeline.importing.tokenizer import complete_tokenizer_, keep_tokenizer_class_
-from pipeline.models.architectures import find_architecture, find_max_positions, find_narrowest_window
+from pipeline.models.architectures import (
+    UnsupportedModelError,
+    find_architecture,
+    find_max_positions,
+    find_narrowest_window,
+)
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.experts import route_experts_
-from pipeline.models.layers import as_decoder_layer
+from pipeline.models.layers import CausalModel, DecoderLayer, as_decoder_layer
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -99,6 +104,7 @@ def import_model(
         for name, part in check_names(source, set(expected), plain.names, skeleton).items():
             opened.dropped.setdefault(part, Dropped()).add_(opened.count_bytes(name))
         layers = [as_decoder_layer(layer) for layer in skeleton.get_submodule("model.layers").children()]
+        _check_modules(skeleton, layers)
         if architecture.experts is not None:
             for layer in layers:
                 route_experts_(layer, architecture.experts)
@@ -149,6 +155,28 @@ def import_model(
     } | gate_metrics
 
 
+def _check_modules(skeleton: CausalModel, layers: list[DecoderLayer]) -> None:
+    """Raise UnsupportedModelError if a model lacks a module that its family's entry in ARCHITECTURES names."""
+    config, norm = skeleton.config, skeleton.model.norm
+    architecture = find_architecture(config)
+    if list(norm.state_dict()) != ["weight"]:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r}: the final norm ({type(norm).__name__}) has the tensors "
+            f"{sorted(norm.state_dict())}; supported is an RMSNorm, with a weight alone"
+        )
+    names = {architecture.attention_output, *architecture.attention_readers, *architecture.post_norms}
+    names |= {name for name in (architecture.attention_norm, architecture.mlp_norm) if name is not None}
+    if architecture.experts is None:
+        names |= {architecture.mlp_output, *architecture.mlp_readers}
+    for index, layer in enumerate(layers):
+        missing = sorted(names - {name for name, _ in layer.named_modules()})
+        if missing:
+            raise UnsupportedModelError(
+                f"model_type={config.model_type!r}: layer {index} has no {', '.join(missing)}, which its entry in "
+                "ARCHITECTURES names. This family is not supported like that (docs/new_family.md)"
+            )
+
+
 def _describe_source(opened: Source, plain: PlainCheckpoint) -> dict[str, Any]:
     """Return the parts of a source that differ from a plain checkpoint of the imported model; empty for most."""
     report: dict[str, Any] = {}
@@ -179,7 +207,7 @@ def _count_dequantized(opened: Source) -> dict[str, Any]:
     return {"source_quantization": opened.quantization, "dequantized_tensors": len(opened.quantized)}
 
 
-def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[PlainCheckpoint, PreTrainedModel]:
+def _read_structure(source: str, opened: Source, dtype: torch.dtype) -> tuple[PlainCheckpoint, CausalModel]:
     """Return the checkpoint of the plain family, after experts and ties are resolved, and its model's skeleton."""
     problem = f"model.source={source!r}: its config and tensors do not fit"
     with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):

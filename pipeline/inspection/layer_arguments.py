@@ -19,6 +19,7 @@ from pipeline.blocks.kv_cache import CACHE, make_block_cache
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError, find_max_positions
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.runtime.errors import reading
 
 _WINDOW, _BEYOND = 40, 32
 _INPUT = "hidden_states"
@@ -39,8 +40,10 @@ def check_layer_arguments(checkpoint: Checkpoint, source_config: PreTrainedConfi
     """
     config = cut_windows(checkpoint.config)
     length = min(_WINDOW + _BEYOND, find_max_positions(config))
-    walk = record_walk(checkpoint, config, length)
-    _compare(config, walk, record_model_calls(config, length), masks_only=False)
+    problem = f"model_type={config.model_type!r}: its layers cannot be called as Llama's are"
+    with reading(lambda reason: UnsupportedModelError(f"{problem} ({reason}). This family is not supported")):
+        walk, calls = record_walk(checkpoint, config, length), record_model_calls(config, length)
+    _compare(config, walk, calls, masks_only=False)
     if source_config.model_type != config.model_type:
         _compare(source_config, walk, record_model_calls(cut_windows(source_config), length), masks_only=True)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from pipeline.blocks.quantized import BlockSettings, fill_block
 from pipeline.blocks.walk import BlockRunner
-from pipeline.models.architectures import check_attention_arguments, find_architecture
+from pipeline.models.architectures import UnsupportedModelError, check_attention_arguments, find_architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layers import DecoderLayer, Norm, as_norm
 from pipeline.rotation.matrices import Rotation, count_rows
@@ -137,7 +137,11 @@ class InvarianceGate:
 
 
 def compute_exactly_(block: DecoderLayer) -> None:
-    """Make a float64 block compute in float64 throughout: norms, and attention and routers in place of float32."""
+    """Make a float64 block compute in float64 throughout: norms, and attention and routers in place of float32.
+
+    Raises:
+        UnsupportedModelError: a norm is not that of the family's entry in `ARCHITECTURES`.
+    """
     config = block.self_attn.config
     for module in block.modules():
         if type(module).__name__.endswith("TopKRouter"):
@@ -145,6 +149,10 @@ def compute_exactly_(block: DecoderLayer) -> None:
     offset = find_architecture(config).norm_offset
     for module in block.modules():
         if type(module).__name__.endswith("RMSNorm"):
+            if not isinstance(getattr(module, "weight", None), torch.Tensor):
+                raise UnsupportedModelError(
+                    f"model_type={config.model_type!r}: a {type(module).__name__} has no weight, which is not supported"
+                )
             module.forward = functools.partial(
                 normalise, gain=find_gain(as_norm(module), offset), eps=find_eps(as_norm(module))
             )
@@ -173,12 +181,20 @@ def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def find_gain(norm: Norm, offset: float) -> torch.Tensor:
-    """Return the factor of an RMSNorm in float64: its weight plus the family's `norm_offset`."""
+    """Return the factor of an RMSNorm in float64: its weight plus the family's `norm_offset`.
+
+    Raises:
+        UnsupportedModelError: the norm computes something else.
+    """
     gain = norm.weight.detach().double() + offset
     x = torch.linspace(1, 2, len(gain), device=gain.device)
     expected = type(norm).forward(norm, x.to(norm.weight.dtype)).double()
     error = (normalise(x.double(), gain, find_eps(norm)) - expected).abs().max() / expected.abs().max()
-    assert error < 0.02, f"{type(norm).__name__} does not compute weight + {offset} times RMSNorm"  # bfloat16 at worst
+    if not error < 0.02:  # bfloat16 at worst
+        raise UnsupportedModelError(
+            f"{type(norm).__name__} does not compute weight + {offset} times RMSNorm. Correct norm_offset of this "
+            "family in ARCHITECTURES (docs/new_family.md)"
+        )
     return gain
 
 

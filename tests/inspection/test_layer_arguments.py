@@ -31,6 +31,13 @@ CASES = {
         transformers.Exaone4Config(**SIZES, **EXAONE4),
         "block 1: .* 12 of 12 channels not at all",
     ),
+    "arcee": (LLAMA, transformers.ArceeConfig(**HEADS), "layer 0 has no mlp.gate_proj, which its entry"),
+    "jais2": (
+        Architecture(mlp_readers=("mlp.up_proj",)),
+        transformers.Jais2Config(**SIZES),
+        r"the final norm \(LayerNorm\) has the tensors \['bias', 'weight'\]",
+    ),
+    "beam": (LLAMA, transformers.BeamConfig(**SIZES), "its layers cannot be called as Llama's are .*layer_type"),
     "granite": (LLAMA, transformers.GraniteConfig(**SIZES, embedding_multiplier=2.0), "gets other hidden states"),
 }
 

@@ -102,7 +102,9 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_po
 _YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0, "query_pre_attn_scalar": 40}
 NEAR = {
-    "apertus": ApertusConfig(**WIDE_SIZES, dtype="float32", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "apertus": ApertusConfig(
+        **WIDE_SIZES, dtype="float32", rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
     "cwm": CwmConfig(**WIDE_SIZES, **_HEADS, **_KINDS, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "exaone4": Exaone4Config(**WIDE_SIZES, **_KINDS),  # the second layer has no RoPE
     "gemma": GemmaConfig(**WIDE_SIZES, **_HEADS),
