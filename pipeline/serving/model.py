@@ -315,7 +315,7 @@ def fill_layer_(
     prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
     rope = cast(Rope, attention.rotary_emb) if keys.turns else NoRope()
     if hasattr(attention, "apply_rope_all_layers"):  # of EXAONE 4, which would not call it in layers without RoPE
-        attention.apply_rope_all_layers = True
+        attention.__dict__["apply_rope_all_layers"] = True
     attention.rotary_emb = TurnedKeys(rope, keys, dtype, device, prefix_tokens)
     attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
 
