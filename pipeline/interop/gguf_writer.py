@@ -57,7 +57,7 @@ def find_gguf_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettings
             misfit = _find_misfit(settings.spec(linear))
             if misfit:
                 problems[f"quantizer_init.weights: gguf cannot hold {linear}: {misfit}"] = None
-    widths = checkpoint.architecture.site_widths(checkpoint.build_block(0))
+    widths = checkpoint.architecture.setting_widths([checkpoint.build_block(0)])
     for linear in checkpoint.architecture.linear_names:
         if widths[linear] % _BLOCK:
             problems[
