@@ -1,47 +1,48 @@
-"""Static quantization in ONNX Runtime by bits, rotation and prefix: perplexity, integer products, speed, continuations.
+"""Static quantization in ONNX Runtime by bits, rotation and prefix: perplexity and continuations.
 
     python -m benchmarks.quality.onnx --artifacts artifacts --json onnx.json
-    python -m benchmarks.quality.onnx --rows float/none/none W8A8/none/none W8A8/none/found
+    python -m benchmarks.quality.onnx --rows float/none/none W8A8/none/none W8A8/none/found --keep exports
 
-A row is FORMAT/ROTATION/PREFIX. `float` has no quantizers. Activations have one static scale per tensor. Keys and
-values are not quantized. ROTATION is none or merged (R1 and R2: nothing acts online). Ranges are searched in the values
-themselves and weights are rounded to nearest, so that the table compares formats and not rounding.
+A row is FORMAT/ROTATION/PREFIX. `float` has no quantizers. Activations have one static scale per tensor, weights one
+scale per output channel. Keys and values are not quantized. ROTATION is none or merged (R1 and R2: nothing acts
+online). Ranges are searched in the values themselves and weights are rounded to nearest, so that the table compares
+formats and not rounding.
 
 Each row is quantized from a finished run in --artifacts, exported as `export.formats: [onnx]` does, and read by ONNX
-Runtime on the CPU. `pipeline` is the perplexity of the same checkpoint in this project. The products are those of the
-graph that ONNX Runtime runs after its own optimizations. Finished rows are kept in --json and skipped later.
+Runtime on the CPU. Rows of one format share one trace and differ in its tensors. `pipeline` is the perplexity of the
+same checkpoint in this project. Finished rows are kept in --json and skipped later. --keep keeps their folders, whose
+speed `benchmarks.speed.onnx` compares.
 """
 
 import shutil
-import time
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
-import psutil
+import onnx_ir as ir
 import torch
 
 from benchmarks.quality.formats import PLAIN, Bench
 from benchmarks.workspace import append_row, make_parser, read_rows
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.evaluation.samples import PROMPTS
-from pipeline.interop.onnx_session import OnnxModel, make_options
-from pipeline.interop.other_formats import write_formats
+from pipeline.export.params import OnnxParams
+from pipeline.interop.onnx_folder import write_onnx
+from pipeline.interop.onnx_graph import build_graph, fill_graph_
+from pipeline.interop.onnx_session import OnnxModel
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.pictures.tables import format_markdown
 from pipeline.runtime.arguments import whole
 from pipeline.runtime.artifacts import make_header
 from pipeline.runtime.errors import run_main
 
+_EIGHT = PLAIN | {"activations.bits": 8, "activations.symmetric": False}
 FORMATS = {
     "float": PLAIN | {"weights.bits": 16, "activations.bits": 16},
-    "W8A8": PLAIN | {"weights.bits": 8, "activations.bits": 8, "activations.symmetric": False},
-    "W4A8": PLAIN
-    | {"weights.bits": 4, "weights.group_size": 64, "activations.bits": 8, "activations.symmetric": False},
-    "W8A16": PLAIN
-    | {"weights.bits": 8, "activations.format": "int16", "activations.bits": 16, "activations.symmetric": False},
+    "W8A8": _EIGHT | {"weights.bits": 8},
+    "W4A8": _EIGHT | {"weights.bits": 4},
+    "W8A16": _EIGHT | {"weights.bits": 8, "activations.format": "int16", "activations.bits": 16},
 }
 ROWS = [
     "float/none/none",
@@ -53,128 +54,109 @@ ROWS = [
     ),
     "W8A16/merged/found",
 ]
-PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "MatMul", "FusedMatMul")
 CHOSEN_PROMPTS = PROMPTS[:3]
+NEW_TOKENS = 20
 
 
 def main() -> None:
     parser = make_parser(__doc__, ROWS)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="of a finished run")
-    parser.add_argument("--windows", type=whole(1), default=8, help="of each corpus, at most")
+    parser.add_argument("--windows", type=whole(1), default=4, help="of each corpus, at most")
     parser.add_argument("--calibration", type=whole(1), default=16, help="windows, at most")
-    parser.add_argument("--length", type=whole(2), default=1024, help="tokens of a window that are read, at most")
+    parser.add_argument("--length", type=whole(2), default=512, help="tokens of a window that are read, at most")
     parser.add_argument("--threads", type=whole(1), default=2, help="of ONNX Runtime")
+    parser.add_argument("--keep", type=Path, help="keep the folder of each row in this one")
     options = parser.parse_args()
     rows = read_rows(options.json)
     bench = Bench(options.artifacts, options.work / "onnx", options.windows, options.calibration, options.length)
+    exporter = Exporter()
     for row in options.rows:
         if row not in rows:
-            append_row(options.json, rows, row, measure(bench, row, options.threads))
+            folder = bench.work / "export" if options.keep is None else options.keep / row.replace("/", "-")
+            append_row(options.json, rows, row, measure(bench, exporter, row, folder, options.threads))
+            if options.keep is None:
+                shutil.rmtree(folder)
     shutil.rmtree(bench.work, ignore_errors=True)
     print_tables({row: rows[row] for row in ROWS if row in rows})
 
 
-def measure(bench: Bench, row: str, threads: int) -> dict[str, Any]:
-    """Quantize, export and measure one row."""
+@dataclass
+class Exporter:
+    """Writes ONNX folders, and traces a model once for each format: tracing takes minutes."""
+
+    traces: dict[str, ir.Model] = field(default_factory=dict)
+
+    def write(self, name: str, quantized: Checkpoint, folder: Path, start_token: int | None) -> None:
+        """Write the folder of a checkpoint in the format `name`."""
+        if name not in self.traces:
+            self.traces[name] = build_graph(quantized, optimize=False)
+        graph = self.traces[name]
+        fill_graph_(graph, quantized)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_onnx(
+            quantized,
+            load_prefix_kv(quantized.folder, quantized.stage),
+            folder,
+            params=OnnxParams(),
+            header=make_header("export", {}),
+            text_start_token_id=start_token,
+            graph=graph,
+        )
+
+
+def measure(bench: Bench, exporter: Exporter, row: str, folder: Path, threads: int) -> dict[str, Any]:
+    """Quantize and export one row into `folder`, and measure it."""
     name, rotation, use = row.split("/")
     quantized, start_token = bench.quantize(rotation, 32, use, FORMATS[name], searches_weights=name == "W4A8")
     evaluated = bench.evaluate(quantized, start_token)["perplexity"]
-    folder = bench.work / "export"
-    write_formats(
-        quantized,
-        load_prefix_kv(quantized.folder, quantized.stage),
-        folder,
-        formats=["onnx"],
-        drop=[],
-        max_shard_size="5GB",
-        header=make_header("export", {}),
-        text_start_token_id=start_token,
-    )
-    before = psutil.Process().memory_info().rss
-    model = OnnxModel(folder / "onnx", threads)
+    exporter.write(name, quantized, folder, start_token)
+    model = OnnxModel(folder, threads)
     perplexity = {
         corpus: measure_perplexity(model, windows, start_token) for corpus, windows in bench.load_held_out().items()
     }
-    values = {
-        "perplexity": perplexity,
-        "pipeline": evaluated,
-        "nodes": count_products(folder / "onnx" / "model.onnx", bench.work / "optimized.onnx"),
-        "file_mib": sum(path.stat().st_size for path in (folder / "onnx").glob("model.onnx*")) / 2**20,
-        "speed": measure_speed(model),
-        "rss_mib": (psutil.Process().memory_info().rss - before) / 2**20,
-        "samples": [continue_text(model, quantized.tokenizer, prompt, start_token) for prompt in CHOSEN_PROMPTS],
-    }
+    samples = [continue_text(model, quantized.tokenizer, prompt, start_token) for prompt in CHOSEN_PROMPTS]
     shutil.rmtree(quantized.folder.parent)
-    return values
+    return {"perplexity": perplexity, "pipeline": evaluated, "samples": samples}
 
 
 def measure_perplexity(model: OnnxModel, windows: torch.Tensor, start_token: int | None) -> float:
     """Return the perplexity of windows [N, T], each read in one call; the first token is not predicted."""
     losses = []
+    start = start_token_list(start_token)
     for window in windows.tolist():
-        start = [] if start_token is None else [start_token]
         logits, _ = model.read([start + window])
         log_p = torch.from_numpy(logits[0, len(start) : -1]).double().log_softmax(-1)
         losses.append(-log_p.gather(1, torch.tensor(window[1:])[:, None]).mean())
     return float(torch.stack(losses).mean().exp())
 
 
-def count_products(graph: Path, optimized: Path) -> dict[str, int]:
-    """Return how many products of each kind ONNX Runtime's own optimizations leave in a graph."""
-    options = make_options()
-    options.optimized_model_filepath = str(optimized)
-    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(optimized, load_external_data=False).graph.node
-    counts = Counter(node.op_type for node in nodes)
-    return {name: counts[name] for name in PRODUCTS if counts[name]}
-
-
-def measure_speed(model: OnnxModel) -> dict[str, float]:
-    """Return tokens per second of reading 256 tokens in one call, and of 16 single tokens after them."""
-    tokens = np.arange(256)[None] % 1000 + 100
-    model.read(tokens)
-    start = time.perf_counter()
-    _, state = model.read(tokens)
-    read = time.perf_counter()
-    for token in range(16):
-        _, state = model.read([[100 + token]], state)
-    return {"read": 256 / (read - start), "generate": 16 / (time.perf_counter() - read)}
-
-
 def continue_text(model: OnnxModel, tokenizer: Any, prompt: str, start_token: int | None) -> str:
-    """Return a prompt with the 20 most likely tokens after it."""
+    """Return the most likely tokens after a prompt."""
     token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    start = [] if start_token is None else [start_token]
-    return prompt + tokenizer.decode(model.generate(start + token_ids, 20))
+    return tokenizer.decode(model.generate(start_token_list(start_token) + token_ids, NEW_TOKENS))
 
 
-def print_tables(rows: dict[str, Any]) -> None:
-    """Print a table of perplexities, one of products, speed and size, and the continuations."""
+def start_token_list(start_token: int | None) -> list[int]:
+    """Return the start token as the beginning of a text, which may be empty."""
+    return [] if start_token is None else [start_token]
+
+
+def print_tables(rows: dict[str, Any], prompts: Sequence[str] = CHOSEN_PROMPTS) -> None:
+    """Print a table of perplexities, and one of continuations."""
     if not rows:
         return
     corpora = list(next(iter(rows.values()))["perplexity"])
     lines = [
         [
             *row.split("/"),
-            *(f"{values[kind][corpus]:.2f}" for corpus in corpora for kind in ("perplexity", "pipeline")),
+            *(f"{values[kind][corpus]:,.2f}" for corpus in corpora for kind in ("perplexity", "pipeline")),
         ]
         for row, values in rows.items()
     ]
     titles = [title for corpus in corpora for title in (corpus, "in the pipeline")]
     print(format_markdown(["format", "rotation", "prefix", *titles], lines, titles=3))
-    lines = [
-        [
-            row,
-            ", ".join(f"{count} {name}" for name, count in values["nodes"].items()),
-            *(f"{values['speed'][kind]:.0f}" for kind in ("read", "generate")),
-            *(f"{values[kind]:.0f}" for kind in ("file_mib", "rss_mib")),
-        ]
-        for row, values in rows.items()
-    ]
-    head = ["row", "products", "tokens/s read", "generated", "file MiB", "RSS MiB"]
-    print("\n" + format_markdown(head, lines, titles=2))
-    for row, values in rows.items():
-        print(f"\n{row}\n" + "\n".join(f"    {sample!r}" for sample in values["samples"]))
+    lines = [[row, *(f"`{sample!r}`" for sample in values["samples"])] for row, values in rows.items()]
+    print("\n" + format_markdown(["row", *prompts], lines, titles=1 + len(prompts)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from pipeline.numerics.formats import INT, INT16
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.runtime.artifacts import Header, save_tensors, write_json
 from pipeline.runtime.errors import PipelineError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the text
@@ -128,6 +131,7 @@ def write_onnx(
     header: Header,
     text_start_token_id: int | None = None,
     prefix_token_ids: Sequence[int] = (),
+    graph: "ir.Model | None" = None,
 ) -> None:
     """Write the format's files into `folder`. `find_onnx_obstacles` has nothing to say about the checkpoint.
 
@@ -135,6 +139,7 @@ def write_onnx(
         prefix_kv: [L, 2, kv_heads, P, d], or None.
         text_start_token_id: the start token between the prefix and every text, or None.
         prefix_token_ids: [P], empty for a continuous prefix.
+        graph: the checkpoint's graph if there is one already (`fill_graph_`), or None to build it.
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
@@ -158,7 +163,8 @@ def write_onnx(
                 "some. Use more."
             )
     integer_cache = params.cache == "integer"
-    graph = build_graph(checkpoint, integer_cache=integer_cache, shapes=shapes, prefix_tokens=tokens)
+    if graph is None:
+        graph = build_graph(checkpoint, integer_cache=integer_cache, shapes=shapes, prefix_tokens=tokens)
     save_graph(graph, folder / GRAPH, WEIGHTS, tokens)
     if prefix_kv is not None:
         past = _name_past(prefix_kv)

@@ -44,6 +44,7 @@ from pipeline.models.layers import Body, DecoderLayer, list_layers
 from pipeline.models.sites import RESIDUAL_SITES
 from pipeline.numerics.hadamard import hadamard_transform
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
+from pipeline.runtime.errors import PipelineError
 
 OPSET = 21
 PER_TENSOR = -1
@@ -107,6 +108,10 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.prefixquant.quantize_linear.default: _translate_quantize,
     torch.ops.prefixquant.dequantize_linear.default: _translate_dequantize,
 }
+
+
+class GraphMismatchError(PipelineError):
+    """A checkpoint has other tensors than a graph."""
 
 
 @dataclass(frozen=True)
@@ -400,14 +405,21 @@ def make_rotation(width: int, block_size: int = -1) -> torch.Tensor:
 
 @torch.no_grad()
 def build_graph(
-    checkpoint: Checkpoint, *, integer_cache: bool = False, shapes: GraphShapes | None = None, prefix_tokens: int = 0
+    checkpoint: Checkpoint,
+    *,
+    integer_cache: bool = False,
+    shapes: GraphShapes | None = None,
+    prefix_tokens: int = 0,
+    optimize: bool = True,
 ) -> ir.Model:
-    """Return the graph of a quantized checkpoint.
+    """Return the graph of a quantized checkpoint. Tracing takes about 4 seconds for each block.
 
     Args:
         integer_cache: keys and values of the past are integers, and the prefix has inputs of its own.
         shapes: sizes for runtimes that need static ones, with one text per call; None: all of them are free.
         prefix_tokens: P, for a graph with an integer cache and static sizes.
+        optimize: True: fold constants, and keep one of several equal tensors | False: keep every tensor under its name,
+            so that `fill_graph_` can replace it. Runtimes compute the same.
     """
     decoder = GraphDecoder(checkpoint, integer_cache).eval()
     count = checkpoint.block_count
@@ -428,7 +440,7 @@ def build_graph(
             output_names=name_outputs(count),
             dynamic_shapes=None if shapes else _name_sizes(*(len(tensors) for tensors in inputs[3:])),
             custom_translation_table=dict(TRANSLATIONS),
-            optimize=True,
+            optimize=optimize,
             verbose=False,
         )
     assert program is not None, "without a file name the exporter returns the graph"
@@ -472,6 +484,29 @@ def _narrow_(model: ir.Model) -> None:
         integers = value.const_value.numpy().astype(dtype.numpy())
         value.const_value = ir.tensor(integers, dtype=dtype, name=name)
         value.dtype = dtype
+
+
+@torch.no_grad()
+def fill_graph_(model: ir.Model, checkpoint: Checkpoint) -> None:
+    """Replace the tensors of a graph by those of another checkpoint with the same sizes and settings.
+
+    Args:
+        model: as `build_graph` returns it with `optimize=False` and a float32 cache.
+
+    Raises:
+        GraphMismatchError: a tensor is missing, or has another shape.
+    """
+    state = GraphDecoder(checkpoint).state_dict()
+    initializers = model.graph.initializers
+    for name, tensor in state.items():
+        if name not in initializers or tuple(initializers[name].shape or ()) != tuple(tensor.shape):
+            raise GraphMismatchError(
+                f"{name}: the graph has no tensor of this name and the shape {list(tensor.shape)}. Build the graph of "
+                "this checkpoint."
+            )
+    for name, tensor in state.items():
+        initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+    _narrow_(model)
 
 
 def save_graph(model: ir.Model, path: Path, weights: str, prefix_tokens: int) -> None:

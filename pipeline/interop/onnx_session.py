@@ -161,6 +161,16 @@ class OnnxModel:
         self, tokens: NDArray[np.int64], mask: NDArray[np.int64], state: OnnxState
     ) -> tuple[NDArray[np.float32], OnnxState]:
         """Run the graph once; the state that it returns holds all positions of `present`."""
+        logits, *present = cast(list[NDArray[Any]], self.session.run(None, self.make_feed(tokens, mask, state)))
+        names = [entry.name for entry in self._inputs]
+        whole = np.concatenate((state.mask, mask), 1)
+        return logits, OnnxState(dict(zip(names, present, strict=True)), whole, state.lengths + mask.sum(1))
+
+    def make_feed(
+        self, tokens: NDArray[np.int64], mask: NDArray[np.int64], state: OnnxState | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Return the graph's inputs for one call: tokens and mask [B, T] after `state`, or after the prefix alone."""
+        state = self.start(len(tokens)) if state is None else state
         places = np.maximum(state.lengths[:, None] + mask.cumsum(1) - 1, 0)
         whole = np.concatenate((state.mask, mask), 1)
         feed = {"input_ids": tokens, "attention_mask": whole, "position_ids": places + self.prefix_tokens, **state.past}
@@ -170,9 +180,7 @@ class OnnxModel:
             for part, entry in zip(self._parts, self._inputs, strict=True):
                 empty = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
                 feed[f"prefix.{part}"] = self._prefix.get(f"past_key_values.{part}", empty)
-        logits, *present = cast(list[NDArray[Any]], self.session.run(None, feed))
-        names = [entry.name for entry in self._inputs]
-        return logits, OnnxState(dict(zip(names, present, strict=True)), whole, state.lengths + mask.sum(1))
+        return feed
 
     def generate(self, token_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
         """Return the most likely continuation of one text, without the text.

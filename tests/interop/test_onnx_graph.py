@@ -1,6 +1,6 @@
 """The two operators that represent a QDQ pair give the same values as this project's quantizers.
 
-The whole graph is tested in test_onnx_session.py.
+The graphs of `build_graph` are tested in test_onnx_session.py.
 """
 
 import pytest

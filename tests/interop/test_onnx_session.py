@@ -5,11 +5,12 @@ it gets the next integer, and logits of later positions move by the effect of on
 """
 
 import logging
+import re
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
 from pipeline.export.params import OnnxParams
@@ -17,21 +18,26 @@ from pipeline.importing.import_model import import_model
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.other_formats import write_formats
 from pipeline.runtime.artifacts import make_header
-from tests.conftest import SIZES, make_tokenizer, randomize_, read_json
+from prefixquant.command import dispatch
+from tests.conftest import ROOT, SIZES, make_tokenizer, randomize_, read_json
 from tests.inference.test_prefixed_model import make_quantized
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 
+from pipeline.interop.onnx_folder import write_onnx  # noqa: E402  (needs onnx)
+from pipeline.interop.onnx_graph import GraphMismatchError, build_graph, fill_graph_  # noqa: E402
 from pipeline.interop.onnx_session import OnnxFolderError, OnnxModel  # noqa: E402  (needs onnxruntime)
 
-SMALL = SIZES | {"num_hidden_layers": 2}
+# An export takes 2 seconds and 2 more for each block. Two blocks are enough: they show that blocks are kept apart.
+ONE, TWO = SIZES | {"num_hidden_layers": 1}, SIZES | {"num_hidden_layers": 2}
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SMALL, head_dim=20, sliding_window=8),
-    "qwen2": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "llama": LlamaConfig(**TWO, tie_word_embeddings=True),
+    "llama_small": LlamaConfig(**ONE),
+    "mistral": MistralConfig(**ONE, head_dim=20, sliding_window=8),
+    "qwen2": Qwen2Config(**TWO, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": Qwen3Config(**ONE, head_dim=16, tie_word_embeddings=True),
 }
 EIGHT = {f"{group}.bits": 8 for group in ("weights", "activations", "keys", "values")} | {
     "activations.symmetric": False
@@ -41,13 +47,12 @@ STATIC = OnnxParams(sequence_length=4, cache_length=24)
 # Kind -> family, changes to quantizer_init, rotation, export.onnx.
 KINDS = {
     "W8A8": ("llama", EIGHT, MERGED, OnnxParams()),
-    "W8A8 static sizes": ("llama", EIGHT, MERGED, STATIC),
-    "W8A8 rotated": ("llama", EIGHT, {"r1": "online"}, OnnxParams(widest_rotation=96)),
-    "W4A8": (
+    "W8A8 static sizes": ("llama_small", EIGHT | {"keys.bits": 16, "values.bits": 16}, MERGED, STATIC),
+    "W4A8 rotated": (
         "mistral",
-        EIGHT | {"weights.bits": 4, "weights.group_size": 16, "keys.bits": 16, "values.bits": 16},
-        MERGED,
-        OnnxParams(),
+        EIGHT | {"weights.bits": 4, "weights.group_size": 16},
+        {"r1": "online"},
+        OnnxParams(widest_rotation=96),
     ),
     "W8A16": (
         "qwen2",
@@ -103,16 +108,16 @@ def exported(request, sources, tmp_path_factory):
     )
 
 
+SAME = 0.75
+STEP = 0.1
+
+
 def assert_same(logits, expected):
     """Most positions are equal but for the order of sums; the others differ by the effect of one integer step."""
     largest = np.abs(expected).max()
     differences = np.abs(logits - expected).max(-1) / largest
     assert (differences < 1e-3).mean() >= SAME
     assert differences.max() < STEP
-
-
-SAME = 0.75
-STEP = 0.1
 
 
 @torch.no_grad()
@@ -181,16 +186,33 @@ def test_every_site_has_a_pair_of_the_dtype_that_the_settings_ask_for(exported):
         dtypes[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in dtypes
     ]
     spec = session.manifest["blocks"]["block"]["sites"]
-    caches = 2 * sum(spec.get(site, {}).get("bits", 16) == 8 for site in ("key", "value"))
+    blocks = len(session._parts) // 2
+    caches = blocks * sum(spec.get(site, {}).get("bits", 16) == 8 for site in ("key", "value"))
     kind = {8: "UINT8", 16: "UINT16"}[spec["mlp_input"]["bits"]]
     kind = "INT8" if spec["mlp_input"]["symmetric"] else kind
-    assert len(pairs) == 2 * 4 + caches
-    assert pairs.count(kind) == 2 * 4 + (caches if kind == "INT8" else 0)
+    assert len(pairs) == blocks * 4 + caches
+    assert pairs.count(kind) == blocks * 4 + (caches if kind == "INT8" else 0)
     signed = "INT" if spec["q_proj"]["symmetric"] else "UINT"
-    assert weights == [f"{signed}{spec['q_proj']['bits']}"] * 14
+    assert weights == [f"{signed}{spec['q_proj']['bits']}"] * (blocks * 7)
 
 
-def test_texts_that_do_not_fit_static_sizes_are_refused(sources, exported):
+@pytest.mark.parametrize("exported", ["W8A8"], indirect=True)
+@torch.no_grad()
+def test_command_and_documented_script_continue_as_the_model_in_transformers(exported, monkeypatch, capsys):
+    model, _, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    token_ids = tokenizer("The house", return_tensors="pt")["input_ids"]
+    whole = model.generate(token_ids, max_new_tokens=32, do_sample=False)
+    expected = tokenizer.decode(whole[0, token_ids.shape[1] :])
+    monkeypatch.setattr("sys.argv", ["prefixquant", "onnx-generate", str(folder), "The house"])
+    dispatch()
+    assert capsys.readouterr().out == expected + "\n"
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/onnx.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(script.replace("artifacts/export_formats/onnx", str(folder)).replace("Once upon a time", "The house"), {})
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_texts_that_do_not_fit_static_sizes_are_refused(exported):
     _, session, _ = exported
     if session.step is None:
         assert len(session.generate(TEXTS[0].tolist(), 3)) == 3
@@ -199,6 +221,26 @@ def test_texts_that_do_not_fit_static_sizes_are_refused(sources, exported):
         return
     with pytest.raises(OnnxFolderError, match=r"export\.onnx\.cache_length=24: 22 tokens do not fit, 21 do"):
         session.read([[5] * 22])
+
+
+@torch.no_grad()
+def test_a_graph_filled_with_the_tensors_of_another_model_computes_that_model(sources, tmp_path):
+    four = EIGHT | {"weights.bits": 4}
+    first, _ = make_quantized(sources, tmp_path / "first", "llama_small", four, (), **MERGED)
+    second, _ = make_quantized(
+        sources, tmp_path / "second", "llama_small", four, (7, 9, 0), **MERGED | {"r1": "random"}
+    )
+    other, _ = make_quantized(sources, tmp_path / "other", "llama_small", EIGHT, (), **MERGED)
+    logging.disable(logging.DEBUG)
+    graph = build_graph(first, optimize=False)
+    logging.disable(logging.NOTSET)
+    with pytest.raises(GraphMismatchError, match="codes_int8: the graph has no tensor of this name and the shape"):
+        fill_graph_(graph, other)
+    fill_graph_(graph, second)
+    kv = load_prefix_kv(second.folder, second.stage)
+    write_onnx(second, kv, tmp_path, params=OnnxParams(), header=make_header("export", {}), graph=graph)
+    expected = assemble_model(second, kv)(TEXTS).logits.numpy()
+    assert_same(OnnxModel(tmp_path, threads=1).read(TEXTS.numpy())[0], expected)
 
 
 def test_another_folder_is_refused(tmp_path):
