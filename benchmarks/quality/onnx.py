@@ -9,9 +9,9 @@ online). Ranges are searched in the values themselves and weights are rounded to
 formats and not rounding.
 
 Each row is quantized from a finished run in --artifacts, exported as `export.formats: [onnx]` does, and read by ONNX
-Runtime on the CPU. Rows of one format share one trace and differ in its tensors. `pipeline` is the perplexity of the
-same checkpoint in this project. Finished rows are kept in --json and skipped later. --keep keeps their folders, whose
-speed `benchmarks.speed.onnx` compares.
+Runtime on the CPU. Rows with the same activations share one trace and differ in its tensors. `pipeline` is the
+perplexity of the same checkpoint in this project. Finished rows are kept in --json and skipped later. --keep keeps the
+folders, whose speed `benchmarks.speed.onnx` compares.
 """
 
 import shutil
@@ -82,15 +82,16 @@ def main() -> None:
 
 @dataclass
 class Exporter:
-    """Writes ONNX folders, and traces a model once for each format: tracing takes minutes."""
+    """Writes ONNX folders, and traces a model once for each format of activations: tracing takes minutes."""
 
     traces: dict[str, ir.Model] = field(default_factory=dict)
 
     def write(self, name: str, quantized: Checkpoint, folder: Path, start_token: int | None) -> None:
         """Write the folder of a checkpoint in the format `name`."""
-        if name not in self.traces:
-            self.traces[name] = build_graph(quantized, optimize=False)
-        graph = self.traces[name]
+        key = name.removeprefix("W4").removeprefix("W8")  # the bits of weights may differ
+        if key not in self.traces:
+            self.traces[key] = build_graph(quantized, optimize=False)
+        graph = self.traces[key]
         fill_graph_(graph, quantized)
         folder.mkdir(parents=True, exist_ok=True)
         write_onnx(

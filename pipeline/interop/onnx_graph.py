@@ -21,6 +21,7 @@ Two operators of this module represent the pair in torch. The exporter translate
 else, R3 and the mean of keys for example, is traced through the code that was evaluated.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -490,23 +491,41 @@ def _narrow_(model: ir.Model) -> None:
 def fill_graph_(model: ir.Model, checkpoint: Checkpoint) -> None:
     """Replace the tensors of a graph by those of another checkpoint with the same sizes and settings.
 
+    Only the bits of weights may differ.
+
     Args:
         model: as `build_graph` returns it with `optimize=False` and a float32 cache.
 
     Raises:
-        GraphMismatchError: a tensor is missing, or has another shape.
+        GraphMismatchError: a tensor is missing, or has another shape or dtype.
     """
-    state = GraphDecoder(checkpoint).state_dict()
     initializers = model.graph.initializers
+    names = {_split_name(name)[0]: name for name in initializers}
+    state = GraphDecoder(checkpoint).state_dict()
     for name, tensor in state.items():
-        if name not in initializers or tuple(initializers[name].shape or ()) != tuple(tensor.shape):
+        base, marked = _split_name(name)
+        value = initializers[names[base]].const_value if base in names else None
+        if (
+            value is None
+            or tuple(value.shape) != tuple(tensor.shape)
+            or (not marked and value.numpy().dtype != tensor.numpy().dtype)
+        ):
             raise GraphMismatchError(
-                f"{name}: the graph has no tensor of this name and the shape {list(tensor.shape)}. Build the graph of "
-                "this checkpoint."
+                f"{name}: the graph has no tensor of this name, shape {list(tensor.shape)} and dtype {tensor.dtype}. "
+                "Build the graph of this checkpoint."
             )
     for name, tensor in state.items():
-        initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+        value = initializers[names[_split_name(name)[0]]]
+        value.name = name
+        value.const_value = ir.tensor(tensor.numpy(), name=name)
+        value.dtype = value.const_value.dtype
     _narrow_(model)
+
+
+def _split_name(name: str) -> tuple[str, bool]:
+    """Return the name of a tensor without the dtype that `GraphLinear` marks it with, and whether it has one."""
+    base = re.sub("_u?int[48]$", "", name)
+    return base, base != name
 
 
 def save_graph(model: ir.Model, path: Path, weights: str, prefix_tokens: int) -> None:

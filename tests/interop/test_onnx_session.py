@@ -226,15 +226,15 @@ def test_texts_that_do_not_fit_static_sizes_are_refused(exported):
 @torch.no_grad()
 def test_a_graph_filled_with_the_tensors_of_another_model_computes_that_model(sources, tmp_path):
     four = EIGHT | {"weights.bits": 4}
-    first, _ = make_quantized(sources, tmp_path / "first", "llama_small", four, (), **MERGED)
-    second, _ = make_quantized(
-        sources, tmp_path / "second", "llama_small", four, (7, 9, 0), **MERGED | {"r1": "random"}
-    )
-    other, _ = make_quantized(sources, tmp_path / "other", "llama_small", EIGHT, (), **MERGED)
+    first, _ = make_quantized(sources, tmp_path / "first", "llama_small", EIGHT, (), **MERGED)
+    second, _ = make_quantized(sources, tmp_path / "second", "llama_small", four, (7, 9, 0), **MERGED, r2="random")
+    signed = EIGHT | {"activations.symmetric": True}
+    other, _ = make_quantized(sources, tmp_path / "other", "llama_small", signed, (), **MERGED)
     logging.disable(logging.DEBUG)
     graph = build_graph(first, optimize=False)
     logging.disable(logging.NOTSET)
-    with pytest.raises(GraphMismatchError, match="codes_int8: the graph has no tensor of this name and the shape"):
+    message = r"zero_point: the graph has no tensor of this name, shape \[\] and dtype torch\.int8"
+    with pytest.raises(GraphMismatchError, match=message):
         fill_graph_(graph, other)
     fill_graph_(graph, second)
     kv = load_prefix_kv(second.folder, second.stage)
