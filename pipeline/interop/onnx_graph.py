@@ -21,9 +21,11 @@ Two operators of this module represent the pair in torch. The exporter translate
 else, R3 and the mean of keys for example, is traced through the code that was evaluated.
 """
 
+import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -428,7 +430,7 @@ def build_graph(
     batch, length, past = (1, shapes.sequence, shapes.past) if shapes else (2, 3, 5)
     prefix = 0 if not integer_cache else prefix_tokens if shapes else 4
     inputs = _make_inputs(decoder, batch, length, past, prefix)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_loggers():
         # It names each size once, and warns of every other input that has it.
         warnings.filterwarnings("ignore", "# The axis name", UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -447,6 +449,20 @@ def build_graph(
     assert program is not None, "without a file name the exporter returns the graph"
     _narrow_(program.model)
     return program.model
+
+
+@contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """Keep the exporter from logging each node that it changes, and each operator of packages that are not there."""
+    levels = {"torch.onnx": logging.ERROR, "onnx_ir": logging.WARNING, "onnxscript": logging.WARNING}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _make_inputs(decoder: GraphDecoder, batch: int, length: int, past: int, prefix: int) -> tuple[Any, ...]:
