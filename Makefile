@@ -84,7 +84,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt requirements-packaged.txt requirements-references.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[quantize,eval,dev,docs,notebook,onnx]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[quantize,eval,dev,docs,notebook,onnx,slurm]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-packaged.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references -r requirements-references.txt
 	@touch $@

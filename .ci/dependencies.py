@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
-SETUP_EXTRAS = ("quantize", "eval", "dev", "docs", "notebook", "onnx")  # of `make setup`
+SETUP_EXTRAS = ("quantize", "eval", "dev", "docs", "notebook", "onnx", "slurm")  # of `make setup`
 # Not pinned: torch's requirements for a GPU, in versions of its own choice, and setuptools, which builds packages.
 _UNPINNED = re.compile(r"(nvidia|cuda)-.*|triton|setuptools")
 

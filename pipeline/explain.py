@@ -12,7 +12,8 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig
 from pipeline.models.architectures import find_architecture, find_max_positions
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter
 from pipeline.params import Params, load_params
+from pipeline.planning.duration import StageTokens, measure_token, plan_seconds
 from pipeline.planning.evaluation import plan_evaluation
 from pipeline.planning.explain import explain_source
 from pipeline.planning.finetuning import plan_finetuning
@@ -29,9 +31,12 @@ from pipeline.planning.prefix_search import plan_prefix_search
 from pipeline.planning.prefix_training import plan_prefix_training
 from pipeline.planning.quantizer_init import plan_quantizer_init
 from pipeline.planning.rotation import plan_rotation
+from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
 from pipeline.runtime.arguments import Parser
 from pipeline.runtime.errors import PipelineError, run_main
+from pipeline.runtime.memory import gpu_limit, memory_limit
+from pipeline.runtime.progress import select_device
 from pipeline.text.lengths import choose_length, count_windows
 
 _PARAMS = Path("params.yaml")
@@ -46,8 +51,9 @@ def describe_needs(config: PreTrainedConfig, params: Params) -> list[str]:
     return ["", "Plan by params.yaml, before the stages ran:", *lines]
 
 
-def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | PipelineError]:
-    """Return the need of each stage, or the error that says why the settings do not fit the model.
+@contextmanager
+def planned_checkpoint(config: PreTrainedConfig, params: Params) -> Iterator[Checkpoint]:
+    """Yield the imported model's checkpoint, without weights, in a temporary folder.
 
     Args:
         config: config of the imported model, see `Explanation`.
@@ -57,8 +63,14 @@ def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | Pi
         values.pop("quantization_config", None)
         writer = CheckpointWriter(Path(folder), find_architecture(config), stage="model")
         writer.finish(json.loads(json.dumps(values)), settings={})
+        yield Checkpoint(Path(folder), "model")
+
+
+def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | PipelineError]:
+    """Return the need of each stage, or the error that says why the settings do not fit the model."""
+    with planned_checkpoint(config, params) as checkpoint:
         needs: dict[str, Need | PipelineError] = {}
-        for stage, plan in _list_plans(Checkpoint(Path(folder), "model"), params).items():
+        for stage, plan in _list_plans(checkpoint, params).items():
             try:
                 needs[stage] = plan()
             except PipelineError as error:
@@ -66,17 +78,59 @@ def plan_stages(config: PreTrainedConfig, params: Params) -> dict[str, Need | Pi
         return needs
 
 
+def plan_times(config: PreTrainedConfig, params: Params) -> dict[str, float]:
+    """Return stage -> the seconds that it will take on this machine, from a forward pass that takes about a second.
+
+    Where a block does not fit into half of the memory, nothing is measured, and the result is empty.
+    """
+    with planned_checkpoint(config, params) as checkpoint:
+        sizes, device = Sizes.of(checkpoint), select_device(params.runtime)
+        limit = gpu_limit(params.runtime) if device.type == "cuda" else memory_limit(params.runtime)
+        if sizes.block > limit / 2:
+            return {}
+        if params.runtime.threads is not None:
+            torch.set_num_threads(params.runtime.threads)
+        return plan_seconds(sizes, _count_tokens(checkpoint, params), measure_token(checkpoint, device))
+
+
+def _count_tokens(checkpoint: Checkpoint, params: Params) -> StageTokens:
+    calibration, training = params.calibration, params.finetuning
+    end_to_end = "train" if calibration.end_to_end is None else "end_to_end"
+    tokens = {
+        name: _make_workload(checkpoint, params, name, on_gpu=False).all_tokens
+        for name in ("search", "train", end_to_end, "validation", "evaluation")
+    }
+    search = calibration.search.windows or 1
+    return StageTokens(
+        search=tokens["search"],
+        train=tokens["train"],
+        end_to_end=tokens[end_to_end],
+        validation=tokens["validation"],
+        evaluation=tokens["evaluation"] * len(calibration.evaluation.corpora),
+        pictures=tokens["search"] * min(params.activation_plots.windows, search) // search,
+        block_epochs=training.blocks.epochs if training.blocks.enabled else 0,
+        end_to_end_epochs=training.end_to_end.epochs if training.end_to_end.enabled else 0,
+        benefit=params.prefix_search.choose == "benefit",
+        task_items=sum(task.limit or 0 for task in params.evaluation.tasks.values()),
+    )
+
+
+def _make_workload(checkpoint: Checkpoint, params: Params, *names: str, on_gpu: bool) -> Workload:
+    """Return the workload of splits of `calibration`; those that are left out in params.yaml do not count."""
+    calibration = params.calibration
+    widest, room = checkpoint.widest_window, find_max_positions(checkpoint.config)
+    splits = {name: split for name in names if (split := getattr(calibration, name)) is not None}
+    lengths = {name: choose_length(name, split, window=widest, room=room) for name, split in splits.items()}
+    counts = [count_windows(name, split, split.windows or 1, lengths[name]) for name, split in splits.items()]
+    return Workload.of(counts, max(lengths.values()), params.runtime, on_gpu)
+
+
 def _list_plans(checkpoint: Checkpoint, params: Params) -> dict[str, Callable[[], Need]]:
     calibration, runtime = params.calibration, params.runtime
     on_gpu = runtime.device != "cpu" and torch.cuda.is_available()
 
-    widest, room = checkpoint.widest_window, find_max_positions(checkpoint.config)
-
     def load(*names: str) -> Workload:
-        splits = {name: split for name in names if (split := getattr(calibration, name)) is not None}
-        lengths = {name: choose_length(name, split, window=widest, room=room) for name, split in splits.items()}
-        counts = [count_windows(name, split, split.windows or 1, lengths[name]) for name, split in splits.items()]
-        return Workload.of(counts, max(lengths.values()), runtime, on_gpu)
+        return _make_workload(checkpoint, params, *names, on_gpu=on_gpu)
 
     plans: dict[str, Callable[[], Need]] = {
         "rotation": lambda: plan_rotation(checkpoint, params.rotation, on_gpu),

@@ -1,6 +1,6 @@
 """The command `prefixquant`: quantize a model, use it, measure it.
 
-    prefixquant quantize MODEL --out DIR      write a quantized model
+    prefixquant quantize MODEL --out DIR      # write a quantized model
     prefixquant generate DIR "Once upon a time"
 
 This module imports only fast modules, so that `prefixquant --help` answers at once. A subcommand imports what it
@@ -86,7 +86,7 @@ def run_explain() -> None:
 
 SUBCOMMANDS = {
     "quantize": Subcommand("quantize a model: a folder, a .gguf file, a Hugging Face Hub id", run_quantize),
-    "plan": Subcommand("say how much memory and disk `quantize` would need, stage by stage", run_plan),
+    "plan": Subcommand("say how much time, memory and disk `quantize` would need, stage by stage", run_plan),
     "generate": Subcommand("continue a text with a quantized model", run_generate),
     "chat": Subcommand("talk to a quantized model, by its chat template", run_chat),
     "evaluate": Subcommand("measure perplexity and tasks, also against the original model", run_evaluate),

@@ -25,7 +25,7 @@ from pipeline.inference.manifest import MANIFEST, read_manifest
 from pipeline.runtime.arguments import ArgumentError
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.files import replacing
-from pipeline.runtime.sources import as_path, describe_package, find_local_source
+from pipeline.runtime.sources import as_path, describe_hub_model, describe_package, find_local_source, read_json
 from pipeline.text.hub import HUB_CORPORA
 from pipeline.text.params import PACKAGED_CORPORA
 from prefixquant.package_data import SOURCE_ROOT, find_data, is_installed
@@ -87,13 +87,17 @@ def prepare_params(request: Request) -> str:
     """Return the text of the request's params.yaml, for a run.
 
     Raises:
-        PipelineError: a choice cannot be read, the model, a text or a package is missing, or the work folder is inside
-            the model or a text.
+        PipelineError: a choice cannot be read, the model, a text or a package is missing, the hub does not know the
+            model, or the work folder is inside the model or a text.
     """
     if importlib.util.find_spec("dvc") is None:
         raise PipelineError("quantize needs the package dvc. Run: pip install 'prefixquant-pipeline[quantize]'")
     params = choose_params(request)
     model = None if request.source in PACKAGES else find_local_source("MODEL", request.source)
+    if model is None and request.source not in PACKAGES:
+        # The stage `sources` asks again. Here an unknown id is refused before anything is written.
+        last = read_json(request.work_folder / "artifacts/sources/model.json")
+        describe_hub_model("MODEL", request.source, yaml.safe_load(params)["model"]["revision"], last)
     for path in (model, *map(as_path, request.texts)):
         if path is not None and request.work_folder.is_relative_to(path.resolve()):
             raise ArgumentError(

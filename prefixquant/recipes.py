@@ -160,11 +160,14 @@ def _merge(text: str, choices: Mapping[str, Any], where: str) -> str:
 
 
 def _fill(changes: dict[str, Any], values: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return `changes` with the present entries of mappings by name (corpora, tasks), which a preset would replace."""
+    """Return `changes` with the present entries of mappings by name (corpora, tasks), which a preset would replace.
+
+    An empty mapping stays empty: `evaluation.tasks={}` removes all tasks.
+    """
     filled = {}
     for key, change in changes.items():
         present = values.get(key) if isinstance(values, dict) else None
-        if isinstance(change, dict) and isinstance(present, dict):
+        if isinstance(change, dict) and change and isinstance(present, dict):
             change = _fill(change, present, (*path, key))
             if not list_known_keys((*path, key)):
                 change = present | change

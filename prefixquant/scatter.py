@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _WIDTH, _HEIGHT = 420, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 55, 15, 15, 60  # margins
-_TICKS = 4
+_FEWEST_TICKS = 3
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ def draw_scatter(points: Sequence[Point], *, x_label: str, y_label: str) -> str:
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place_y(y):.1f}" y2="{place_y(y):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{place_y(y) + 4:.1f}" text-anchor="end">{name}</text>')
     for number, (x, name) in enumerate(x_ticks.items()):
-        # Names of categories are long, so that neighbours are in two lines.
+        # Names of categories are long, so neighbours are in two lines, and the outer ones begin or end at their place.
         lower = 14 * (number % 2) if categories else 0
+        anchor = {0: "start", len(categories) - 1: "end"}.get(number, "middle") if len(categories) > 1 else "middle"
         parts.append(f'<line x1="{place_x(x):.1f}" x2="{place_x(x):.1f}" y1="{_TOP}" y2="{bottom}"/>')
         parts.append(
-            f'<text x="{place_x(x):.1f}" y="{bottom + 15 + lower}" text-anchor="middle">{html.escape(name)}</text>'
+            f'<text x="{place_x(x):.1f}" y="{bottom + 15 + lower}" text-anchor="{anchor}">{html.escape(name)}</text>'
         )
     for point, x in zip(points, places, strict=True):
         across, down = place_x(x), place_y(point.y)
@@ -77,8 +78,10 @@ def _choose_ticks(values: Sequence[float]) -> dict[float, str]:
     low, high = min(values), max(values)
     if not high > low:
         return {low: f"{low:g}"}
-    rough = (high - low) / _TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    ticks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    steps = [factor * power for factor in (5, 2, 1, 0.5, 0.2)]  # the last one has at least four ticks
+    choices = [
+        [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)] for step in steps
+    ]
+    ticks = next(choice for choice in choices if len(choice) >= _FEWEST_TICKS)
     return {tick: f"{tick:.6g}" for tick in ticks}

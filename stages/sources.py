@@ -60,7 +60,7 @@ def describe_model(model: ModelParams, hashes: FileHashes) -> dict[str, Any]:
         return describe_package(key, source, PACKAGES[source])
     if find_local_source(key, source) is not None:
         return describe_local(key, source, hashes)
-    return describe_hub_model(source, model.revision, read_json(SOURCES / "model.json"))
+    return describe_hub_model(key, source, model.revision, read_json(SOURCES / "model.json"))
 
 
 def describe_corpus(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:

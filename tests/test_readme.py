@@ -15,10 +15,13 @@ import yaml
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from benchmarks.workspace import expand_stages, override, read_params
+from pipeline.evaluation import harness
 from pipeline.params import Params, load_params, parse_params
 from pipeline.pictures.summary import read_evaluations
 from pipeline.pictures.tables import format_results
+from pipeline.runtime.arguments import Parser
 from pipeline.runtime.code import CodeReader, is_exempt
+from prefixquant.command import SUBCOMMANDS, dispatch
 from tests.conftest import ROOT
 from tests.test_dvc_pipeline import ROOMS, STAGES
 
@@ -142,6 +145,44 @@ def test_modules_exist(page):
     for module, variant in re.findall(r"python -m stages\.(\w+)(?: (\w+))?", PAGES[page]):
         if not PLACEHOLDER.search(module) and module != "run":  # which runs all stages
             assert (f"{module}@{variant}" if variant else module) in expand_stages(read_params()), module
+
+
+class ParsedError(Exception):
+    """Raised in place of the work of a command, after its arguments were accepted."""
+
+
+def list_documented_commands():
+    """Return the words of each `prefixquant …` in pages, docstrings and model cards, and whether it is a whole line."""
+    sources = [*(ROOT / "prefixquant").glob("*.py"), ROOT / "pipeline/export/model_card.py"]
+    text = "\n".join([ALL, *(path.read_text(encoding="utf-8") for path in sources)])
+    lines = dict.fromkeys(re.findall(r"^    (prefixquant [a-z-].*)$", text, re.MULTILINE), True)
+    inline = dict.fromkeys(re.findall(r"`(prefixquant [a-z-][^`…]*)`", text), False)
+    commands = [(shlex.split(line, comments=True), whole) for line, whole in (inline | lines).items()]
+    return [(words, whole) for words, whole in commands if "SUBCOMMAND" not in words]
+
+
+def test_documented_commands_have_arguments_that_are_accepted(monkeypatch):
+    def accept(self, *arguments, **options):
+        parse(self, *arguments, **options)
+        raise ParsedError
+
+    def accept_lm_eval(self):
+        parse_lm_eval(self)
+        raise ParsedError
+
+    parse, parse_lm_eval = Parser.parse_args, harness.HarnessCLI.parse_args
+    monkeypatch.setattr(Parser, "parse_args", accept)
+    monkeypatch.setattr(harness.HarnessCLI, "parse_args", accept_lm_eval)
+    commands = list_documented_commands()
+    assert len(commands) > 25
+    assert {words[1] for words, _ in commands} >= set(SUBCOMMANDS)
+    for words, whole in commands:
+        if len(words) == 2 and (not whole or words[1].startswith("-")):  # named in a sentence
+            assert words[1] in (*SUBCOMMANDS, "--help", "--version"), words
+            continue
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit if "--help" in words else ParsedError):
+            dispatch()
 
 
 @PAGE

@@ -19,6 +19,7 @@ from typing import Any
 
 import lm_eval
 import torch
+from lm_eval import evaluator
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.config import evaluate_config
@@ -188,7 +189,7 @@ def run_tasks(
     scores: dict[str, dict[str, float]] = {}
     items: dict[str, int] = {}
     for name, params in tasks.asked.items():
-        with reporting(f"lm-eval, task {name}"):
+        with reporting(f"lm-eval, task {name}"), leaving_out_environment():
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=[name],
@@ -215,6 +216,22 @@ def run_tasks(
         }
         metrics["average"] = {name: round(sum(values) / len(values), 4) for name, values in values_of.items()}
     return metrics | ({"tasks_skipped": tasks.skipped} if tasks.skipped else {})
+
+
+@contextmanager
+def leaving_out_environment() -> Iterator[None]:
+    """Have lm-eval add nothing about the machine and the repository to its results, which are not kept.
+
+    It would take seconds for each task, and print a complaint of git where there is no repository.
+    """
+    present = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info")}
+    for name in present:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, function in present.items():
+            setattr(evaluator, name, function)
 
 
 def reporting(subject: str) -> AbstractContextManager[None]:

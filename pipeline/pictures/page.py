@@ -7,7 +7,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box.
+# Nothing is wider than the window: pictures shrink, long words break, tables and settings scroll inside a box. In the
+# dark theme the brightness of pictures is inverted, and hues stay. The brightness of the heat map has a meaning.
 STYLE = """
 :root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --box: #f5f5f5; --accent: #2166ac;
         --mark: #ffd9a8; }
@@ -22,11 +23,15 @@ h2 { margin-top: 2em; border-bottom: 2px solid var(--accent); }
 table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .25em .6em; }
 th:first-child { text-align: left; } td + td, th + th { text-align: right; } th, pre { background: var(--box); }
 .facts td + td { text-align: left; }
+td:first-child { position: sticky; left: 0; background: var(--page); }
 img { display: block; max-width: 100%; height: auto; margin: .6em 0; background: #fff; } pre { padding: 1em; }
 figure { margin: 1.5em 0; } figcaption, .note { opacity: .8; }
 mark { background: var(--mark); color: inherit; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20em), 1fr)); gap: 0 1.5em; }
 .sample { border-left: 3px solid var(--line); padding-left: .8em; margin: .5em 0 1.2em; white-space: pre-wrap; }
 @media (max-width: 650px) { body { font-size: 13px; } td, th { padding: .25em .4em; } }
+@media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); }
+        img[alt^="site_quality"] { filter: brightness(.85); } }
 """
 
 

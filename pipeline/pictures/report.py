@@ -297,14 +297,16 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the continuations of every prompt; the first token that differs from the original's is marked."""
     parts = ["<p>Greedy continuations. The first token that differs from the original's is marked.</p>"]
     for number, original in enumerate(samples["original"]):
-        parts.append(f"<h3>{html.escape(original['prompt'])}</h3>")
+        parts.append(f'<h3>{html.escape(original["prompt"])}</h3><div class="samples">')
         for variant, rows in samples.items():
             row = rows[number]
             place = find_first_difference(original["token_ids"], row["token_ids"])
             pieces = [html.escape(piece) for piece in row["pieces"]]
             if place is not None:
-                pieces[place : place + 1] = [f"<mark>{pieces[place] if place < len(pieces) else '(end)'}</mark>"]
-            parts.append(f'<div>{format_cell(variant)}</div><div class="sample">{"".join(pieces)}</div>')
+                marked = "".join(pieces[place : place + 1]) or "(end)"  # a special token has no text
+                pieces[place : place + 1] = [f"<mark>{marked}</mark>"]
+            parts.append(f'<div><div>{format_cell(variant)}</div><div class="sample">{"".join(pieces)}</div></div>')
+        parts.append("</div>")
     return "\n".join(parts)
 
 

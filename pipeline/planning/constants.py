@@ -1,7 +1,7 @@
 """Every fitted constant of the memory plans, with its meaning and its origin.
 
 Plans count the code's allocations from the model's shapes. Only the rest is fitted: temporaries of
-libraries, memory that an allocator keeps, and memory that several steps hold at the same time. There were four fits:
+libraries, memory that an allocator keeps, and memory that several steps hold at the same time. There were five fits:
 
     CPU    2026-11-22, float32, two cores: the packaged model (`benchmarks.speed.finetuning`, `.stages`) and blocks of
            Llama-2-7B and Llama-3-70B (`benchmarks.speed.scaling`). docs/scaling.md compares plans with peaks.
@@ -9,6 +9,9 @@ libraries, memory that an allocator keeps, and memory that several steps hold at
     H200   2026-11-26, torch 2.11: the 16 rows of docs/scaling.md, "Measured: on GPUs". tests/planning/test_plans.py
            checks that every plan is within 20 % of its row.
     LOGITS 2026-11-29, CPU, torch 2.13: peak of the function alone, with a vocabulary of 131,072.
+    TIME   2026-11-30, two cores: the packaged model, default settings (metrics/runtime/), in plain forwards of 2.06 ms
+           a token (docs/scaling.md). With `quantizer_init` and `rotation`, the forwards of docs/scaling.md for blocks
+           of Llama-2-7B and Llama-3-70B too.
 
 "Origin unknown": the value came with the code, and neither docs nor the history says how it was chosen.
 """
@@ -71,3 +74,19 @@ TRAINED_BLOCK_BYTES_THROUGH_HOST = 8.8
 # --- Tasks ---
 # Tokens of a task's text, assumed. Origin unknown (first plan of evaluation, 2026-11-22).
 TASK_TOKENS = 224
+
+# --- Time, in plain forwards of the same tokens; see duration.py. TIME ---
+# Merging rotations and checking them, in tokens for each width of the residual stream (3.9, 5.7 and 2.2).
+ROTATION_TOKENS = 4
+# Searching for outliers, and comparing candidates by benefit.
+SEARCH_PASSES = 2.3
+# Statistics, scales and GPTQ for a token; and GPTQ without regard to text, by the root of the residual stream's width.
+QUANTIZER_INIT_PASSES, GPTQ_TOKENS = 3.8, 1450
+# Forward, backward and the reference, for a token and an epoch.
+TRAINING_PASSES = 4.0
+# Perplexity of a model in full precision, and of a quantized one.
+EVALUATION_PASSES, QUANTIZED_EVALUATION_PASSES = 0.9, 1.6
+# Pictures of one variant.
+PICTURE_PASSES = 1.05
+# Tokens of an item of a task, in perplexity's passes; samples of text for the report included.
+TASK_ITEM_TOKENS = 130

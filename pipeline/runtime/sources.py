@@ -113,11 +113,17 @@ def describe_files(key: str, source: str, hashes: FileHashes) -> dict[str, Any]:
         raise SourceError(f"{key}={source!r}: {error.filename} cannot be read ({error.strerror}).") from None
 
 
-def describe_hub_model(repository: str, revision: str | None, last: dict[str, Any]) -> dict[str, Any]:
+def describe_hub_model(key: str, repository: str, revision: str | None, last: dict[str, Any]) -> dict[str, Any]:
     """Describe a model on the Hugging Face Hub: {"repository", "revision", "commit"}.
 
     If the hub does not answer in time, the commit is the one in `last` (the previous description), or else the one that
-    was downloaded last. If both are missing, the commit is None and "reason" says why.
+    was downloaded last.
+
+    Args:
+        key: for messages, where the repository was written, such as `model.source`.
+
+    Raises:
+        SourceError: the hub names no commit, and none is known. So the model cannot be fetched.
     """
     name = {"repository": repository, "revision": revision}
     if revision is not None and _COMMIT.fullmatch(revision):
@@ -126,10 +132,15 @@ def describe_hub_model(repository: str, revision: str | None, last: dict[str, An
     known = (last.get("commit") if same_name else None) or _find_downloaded(repository, revision)
     commit, problem = _ask_hub(repository, revision, _FIRST_PATIENCE if known is None else _PATIENCE)
     if commit is None:
-        fallback = "no commit of it is known" if known is None else f"using the last known commit, {known[:8]}"
-        logger.warning("model.source=%r: the hub does not name its commit (%s); %s", repository, problem, fallback)
-    if commit is None and known is None:
-        return name | {"commit": None, "reason": "never seen: not on this machine, and the hub has not answered"}
+        if known is None:
+            at = "" if revision is None else f" at the revision {revision!r}"
+            raise SourceError(
+                f"{key}={repository!r}: there is no such folder, and the Hugging Face Hub names no such model{at} "
+                f"({problem}). Check the spelling, the network, and for models with restricted access `hf auth login`; "
+                "or name a folder."
+            )
+        fallback = f"using the last known commit, {known[:8]}"
+        logger.warning("%s=%r: the hub does not name its commit (%s); %s", key, repository, problem, fallback)
     return name | {"commit": commit or known}
 
 

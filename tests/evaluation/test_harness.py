@@ -58,7 +58,7 @@ def ask(lm, kind, *rows):
     return getattr(lm, kind)([request(kind, *row) for row in rows], disable_tqdm=True)
 
 
-def test_the_original_scores_as_in_lm_eval(imported, tmp_path):
+def test_the_original_scores_as_in_lm_eval(imported, tmp_path, monkeypatch, capfd):
     checkpoint, _ = open_model(imported["llama_tied"])
     tokenizer = checkpoint.tokenizer
     prefixed_lm = PrefixedLM(pretrained=assemble_model(checkpoint), tokenizer=tokenizer, batch_size=3)
@@ -74,7 +74,9 @@ def test_the_original_scores_as_in_lm_eval(imported, tmp_path):
     assert ask(prefixed_lm, "generate_until", (TEXT, until)) == ask(hf_lm, "generate_until", (TEXT, until))
     local_task(tmp_path, "colours")
     tasks = open_tasks({"colours": TaskParams(limit=9)}, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     metrics = run_tasks(assemble_model(checkpoint), tokenizer, tasks, 4)
+    assert "not a git repository" not in capfd.readouterr().err
     results = lm_eval.simple_evaluate(
         hf_lm, tasks=["colours"], limit=9, task_manager=tasks.manager, bootstrap_iters=0, log_samples=False
     )["results"]["colours"]

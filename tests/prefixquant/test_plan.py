@@ -26,8 +26,8 @@ def test_a_row_for_every_stage_and_one_for_the_run(tmp_path):
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
     # Memory counts that of the process, which grows between both calls.
     for stage, need in needs.items():
-        assert float(rows[stage][2]) == pytest.approx(need.artifact / GIB, abs=0.006)
-        assert float(rows[stage][3]) == pytest.approx(need.work_files / GIB, abs=0.006)
+        assert float(rows[stage][3]) == pytest.approx(need.artifact / GIB, abs=0.006)
+        assert float(rows[stage][4]) == pytest.approx(need.work_files / GIB, abs=0.006)
     assert f"{tmp_path} has" in printed
     assert not request.work_folder.exists()
 
@@ -38,10 +38,10 @@ def test_the_run_needs_the_largest_memory_all_artifacts_and_the_work_files_of_on
         "finetuning": Need(memory=5 * GIB, artifact=4 * GIB, work_files=2 * GIB),
         "evaluation": PipelineError("windows are too long"),
     }
-    lines = plan.format_table(plans)
-    assert lines[1].split() == ["rotation", "2.00", "1.00", "3.00", "1.00"]
+    lines = plan.format_table(plans, {"rotation": 62.0, "finetuning": 3600.0, "activation_plots": 8.0})
+    assert lines[1].split() == ["rotation", "1:02", "2.00", "1.00", "3.00", "1.00"]
     assert lines[3] == "evaluation  the settings do not fit this model (windows are too long)"
-    assert lines[4].split() == ["all", "5.00", "1.00", "7.00", "2.00"]
+    assert lines[4].split() == ["all", "1:01:10", "5.00", "1.00", "7.00", "2.00"]
 
 
 def test_a_model_that_is_not_supported_has_no_plan(tmp_path, monkeypatch, capsys):

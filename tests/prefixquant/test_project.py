@@ -3,9 +3,11 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 import prefixquant
 from pipeline.inference.manifest import write_manifest
@@ -62,8 +64,21 @@ def test_paths_become_absolute(request_of, model_folders, monkeypatch):
     assert values["corpora"] == {"prose": {"source": str(PROSE_FILE)}}
 
 
-def test_ids_of_the_hub_stay_as_they_are(request_of):
+def test_ids_of_the_hub_stay_as_they_are(request_of, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **options: SimpleNamespace(sha="1" * 40))
     assert yaml.safe_load(prepare_params(request_of(source="org/model")))["model"]["source"] == "org/model"
+
+
+def test_an_unknown_id_of_the_hub_is_refused_before_anything_is_written(request_of, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("404 Client Error.\nMore lines")  # as the hub's client says it
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    request = request_of(source="org/no-such-model")
+    message = r"^MODEL='org/no-such-model': there is no such folder, and the Hugging Face Hub names no such model \(404"
+    with pytest.raises(PipelineError, match=message):
+        project.run_request(request)
+    assert not request.work_folder.exists()
 
 
 @pytest.mark.parametrize(

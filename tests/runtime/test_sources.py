@@ -161,35 +161,38 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_hub_model_is_described_by_its_commit_which_stays_when_offline(hub, caplog):
-    first = describe_hub_model("org/model", None, {})
+    first = describe_hub_model("model.source", "org/model", None, {})
     assert first == {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
     hub["sha"] = None
-    assert describe_hub_model("org/model", None, first) == first
+    assert describe_hub_model("model.source", "org/model", None, first) == first
     assert "(Name or service not known); using the last known commit, 11111111" in caplog.text
     hub["sha"] = COMMITS[1]
-    assert describe_hub_model("org/model", None, first)["commit"] == COMMITS[1]
+    assert describe_hub_model("model.source", "org/model", None, first)["commit"] == COMMITS[1]
     assert hub["asked"] == [("org/model", None)] * 3
 
 
 @pytest.mark.parametrize("asked", [("org/other", None), ("org/model", "v2")])
 def test_the_commit_of_another_model_is_not_used(asked, hub):
-    first = describe_hub_model("org/model", None, {})
+    first = describe_hub_model("model.source", "org/model", None, {})
     hub["sha"] = None
-    other = describe_hub_model(*asked, first)
-    assert other["commit"] is None
-    assert other["reason"] == "never seen: not on this machine, and the hub has not answered"
-    assert describe_hub_model(*asked, other) == other
+    repository, revision = asked
+    at = r" at the revision 'v2'" if revision else ""
+    message = (
+        rf"model\.source='{repository}': there is no such folder, and the Hugging Face Hub names no such model{at}"
+    )
+    with pytest.raises(SourceError, match=message + r" \(Name or service not known\)\. Check the spelling"):
+        describe_hub_model("model.source", *asked, first)
 
 
 def test_the_commit_downloaded_last_is_used_when_offline(hub, tmp_path):
     hub["sha"] = None
     folder = tmp_path / "hub/models--org--model"
     write(folder, refs__main=COMMITS[1], **{f"snapshots__{COMMITS[1]}__config.json": "{}"})
-    assert describe_hub_model("org/model", None, {})["commit"] == COMMITS[1]
+    assert describe_hub_model("model.source", "org/model", None, {})["commit"] == COMMITS[1]
 
 
 def test_a_revision_that_is_a_commit_needs_no_hub(hub):
-    assert describe_hub_model("org/model", COMMITS[1], {})["commit"] == COMMITS[1]
+    assert describe_hub_model("model.source", "org/model", COMMITS[1], {})["commit"] == COMMITS[1]
     assert hub["asked"] == []
 
 
@@ -198,10 +201,11 @@ def test_a_hub_that_does_not_answer_costs_no_more_than_the_patience(hub, monkeyp
     monkeypatch.setattr(sources, "_PATIENCE", 0.1)
     last = {"repository": "org/model", "revision": None, "commit": COMMITS[0]}
     start = time.monotonic()
-    assert describe_hub_model("org/model", None, last) == last
+    assert describe_hub_model("model.source", "org/model", None, last) == last
     assert time.monotonic() - start < 2
 
 
-def test_an_impossible_repository_name_has_no_commit(hub):
+def test_an_impossible_repository_name_is_refused(hub):
     hub["sha"] = None
-    assert describe_hub_model("no such..name", None, {})["commit"] is None
+    with pytest.raises(SourceError, match=r"^model\.source='no such\.\.name': there is no such folder"):
+        describe_hub_model("model.source", "no such..name", None, {})
