@@ -442,6 +442,18 @@ class PrefixLayer(DynamicLayer):
         self.is_initialized = False
         super().reset()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:  # before that, the length counts a prefix that has no rows yet
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self.is_initialized:
+            super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]  (transformers types it as long)
+
     def get_seq_length(self) -> int:
         """Return how many positions were read, the prefix among them."""
         return self.count_kept()
@@ -528,6 +540,13 @@ class PrefixCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx) - self.prefix_tokens
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raise ValueError: a model without the prefix would take positions for the text from these lengths."""
+        raise ValueError(
+            f"{CACHE} is a PrefixCache, which only the model that made it can read. Pass this model None, or a cache "
+            "of its own."
+        )
 
     def count_prefix(self, positions: torch.Tensor | None = None) -> CountingCache:
         """Return a cache of the same layers, whose lengths count the prefix, for one call of the model.

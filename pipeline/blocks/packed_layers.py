@@ -95,20 +95,17 @@ class PackedLayer(PrefixLayer):
         self.places = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            super().batch_repeat_interleave(repeats)
-            if self.places is not None and len(self.places) > 1:
-                self.places = self.places.repeat_interleave(repeats, dim=0)
+        super().batch_repeat_interleave(repeats)
+        if self.places is not None and len(self.places) > 1:
+            self.places = self.places.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.keys is not None:
-            super().batch_select_indices(indices)
-            self._select_places_(indices)
+        super().batch_select_indices(indices)
+        self._select_places_(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if self.keys is not None:
-            super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]  (transformers types it as long)
-            self._select_places_(beam_idx)
+        super().reorder_cache(beam_idx)
+        self._select_places_(beam_idx)
 
     def _select_places_(self, rows: torch.Tensor) -> None:
         if self.places is not None and len(self.places) > 1:

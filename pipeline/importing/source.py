@@ -100,12 +100,23 @@ def read_json_object(source: str, path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        ModelImportError: the file is damaged, or holds another JSON value.
+        ModelImportError: the file is damaged, has a key twice, or holds another JSON value.
     """
     check_file(source, path)
     damaged = f"model.source={source!r}: {path.name} is damaged"
+    repeated: list[str] = []
+
+    def list_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in set(names) if names.count(name) > 1)
+        return dict(pairs)
+
     with reading(lambda reason: ModelImportError(f"{damaged} ({reason}). Get it again.")):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list_repeated)
+    if repeated:
+        raise ModelImportError(
+            f"model.source={source!r}: {path.name} has {repeated[0]!r} twice in one object. Remove one of them."
+        )
     if not isinstance(value, dict):
         raise ModelImportError(f"model.source={source!r}: {path.name} is not a JSON object. Get it again.")
     return value

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from pipeline.blocks.kv_cache import CACHE, PrefixCache, SlidingLayer, make_layer
+from pipeline.blocks.kv_cache import CACHE, CountingCache, PrefixCache, SlidingLayer, make_layer
 from pipeline.blocks.packed_layers import has_codes, make_packed_layer
 from pipeline.blocks.quantized import load_block
 from pipeline.blocks.sliding import count_places, make_mask
@@ -168,6 +168,7 @@ class PrefixedModel(PreTrainedModel):
                 f"{CACHE} is a {type(cache).__name__}, which holds no prefix and quantizes nothing. Pass None, "
                 "or model.make_cache()."
             )
+        self._check_cache(cache)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("there is nothing to read. Pass input_ids or inputs_embeds.")
@@ -182,7 +183,10 @@ class PrefixedModel(PreTrainedModel):
                     f"attention_mask is a {type(attention_mask).__name__}. Pass a tensor [batch, {past + length}]: the "
                     "masks of single layers are made here, because they depend on the prefix."
                 )
-            if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
+            if attention_mask.dim() == 2 and attention_mask.shape[0] == 1:  # one for all texts
+                attention_mask = attention_mask.expand(shape[0], -1)
+            sizes = attention_mask.shape  # compared one by one: torch.export would fix a whole shape
+            if len(sizes) != 2 or sizes[0] != shape[0] or sizes[1] != past + length:
                 raise ValueError(
                     f"attention_mask has shape {list(attention_mask.shape)}. Pass [batch, {past + length}], a 1 for "
                     "every token read so far that is no padding, without the prefix."
@@ -281,6 +285,18 @@ class PrefixedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
+    def _check_cache(self, cache: PrefixCache) -> None:
+        """Raise ValueError if a model of another shape made `cache`."""
+        blocks, prefix_kv = self._body.layers, self._read_prefix()
+        prefixes = [getattr(layer, "prefix_kv", None) for layer in cache.layers]
+        expected = None if prefix_kv is None else prefix_kv.shape[1:]
+        if len(prefixes) != len(blocks) or any((None if x is None else x.shape) != expected for x in prefixes):
+            shape = None if prefixes[0] is None else list(prefixes[0].shape)
+            raise ValueError(
+                f"{CACHE} holds {len(prefixes)} layers and a prefix of shape {shape}. This model has {len(blocks)} "
+                f"layers and a prefix of shape {expected and list(expected)}. Pass None, or a cache that it made."
+            )
+
     def _make_mask(
         self,
         shape: torch.Size,
@@ -346,6 +362,15 @@ class PrefixedModel(PreTrainedModel):
                 "outliers back. Leave it out (add_special_tokens=False, or strip_start_token).",
                 self.start_token_id,
             )
+
+
+def _require_prefix(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the body of a model is called by itself: it would read a text without the prefix."""
+    if not isinstance(kwargs.get(CACHE), CountingCache):
+        raise ValueError(
+            f"{type(body).__name__} is a part of a model with a prefix, and reads none by itself. Call the model, with "
+            "output_hidden_states=True for hidden states, or load the folder with AutoModel."
+        )
 
 
 def _choose_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -426,6 +451,8 @@ def prefix_model_(
     model.__class__ = _prefixed_class(type(model))
     prefixed = cast(PrefixedModel, model)
     prefixed.register_buffer("prefix_kv", prefix_kv)
+    if prefix_kv is not None and model.base_model is not model:
+        model.base_model.register_forward_pre_hook(_require_prefix, with_kwargs=True)
     prefixed.start_token_id = None if prefix_kv is None or text_start_token_id is not None else start_token_id
     prefixed.text_start_token_id = text_start_token_id
     return prefixed
@@ -454,6 +481,9 @@ def assemble_model(
     for index in range(checkpoint.block_count):
         block = load_block(checkpoint, index, device)
         block.self_attn.layer_idx = index
+        for module in block.modules():
+            if hasattr(module, "config"):  # one for all, so that `set_attn_implementation` reaches every block
+                setattr(module, "config", model.config)  # noqa: B010 (nn.Module types attributes as tensors)
         model.model.layers[index] = block
     table = checkpoint.load_tensor(architecture.embedding).to(device, checkpoint.dtype)
     model.model.embed_tokens = checkpoint.build_embedding(table)

@@ -148,15 +148,27 @@ class PrefixQuantizer(HfQuantizer):
         return True
 
 
-_FUNCTION_KEYS = (
-    "rms_norm_eps",
-    "hidden_act",
-    "hidden_activation",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "query_pre_attn_scalar",
-    "num_experts_per_tok",
+# Keys of a config that leave the function of the blocks alone: names, outputs, training, precision, special tokens. All
+# others are compared with config.json.
+_FREE_KEYS = frozenset(
+    {
+        *("_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version", "quantization_config"),
+        *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "transformers_weights"),
+        *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"),
+        *("attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "problem_type"),
+        *("id2label", "label2id", "num_labels", "chunk_size_feed_forward", "pretraining_tp"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    }
 )
+_SIZES = frozenset(  # `check_complete` says which tensor they contradict
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+        *("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "num_experts"),
+        *("num_local_experts",),
+    }
+)
+# With these kinds of RoPE, `max_position_embeddings` only says how long a text may be.
+_FIXED_ROPE = {"default", "linear", "llama3"}
 
 # Assigned, because transformers' `register_quantization_config` refuses to replace the placeholder of `prefixquant`.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PrefixQuantConfig
@@ -180,21 +192,30 @@ def check_depth(config: PreTrainedConfig, files: list[str]) -> None:
 
 
 def check_function(config: PreTrainedConfig, files: list[str]) -> None:
-    """Raise ExportError if a key that changes the function of a block differs from config.json next to `files`.
+    """Raise ExportError if a key that can change the function of a block differs from config.json next to `files`.
 
-    Quantizers belong to the function that they were calibrated for.
+    Quantizers and prefix belong to the function that they were calibrated for.
     """
     path = Path(files[0]).with_name("config.json") if files else None
     if path is None or not path.is_file():
         return
-    stored = type(config).from_dict(json.loads(path.read_text(encoding="utf-8")))
-    for key in _FUNCTION_KEYS:
-        value, expected = getattr(config, key, None), getattr(stored, key, None)
-        if value != expected:
-            raise ExportError(
-                f"{key}={value!r}: the folder was exported with {expected!r}, and its quantizers belong to that. Leave "
-                f"{key} out, or export a model with that value."
-            )
+    stored = type(config).from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
+    values = config.to_dict()
+    free = _FREE_KEYS | ({"max_position_embeddings"} if _list_rope_types(stored) <= _FIXED_ROPE else set())
+    changed = [key for key in sorted({*values, *stored} - free - _SIZES) if values.get(key) != stored.get(key)]
+    if changed:
+        settings, exported = (", ".join(f"{key}={source.get(key)!r}" for key in changed) for source in (values, stored))
+        raise ExportError(
+            f"{settings}: the folder was exported with {exported}, and its quantizers belong to that. Leave "
+            f"{', '.join(changed)} out, or export a model with such a config."
+        )
+
+
+def _list_rope_types(values: dict[str, Any]) -> set[str]:
+    """Return the kinds of RoPE in a config. Some families have one for each kind of layer."""
+    rope = values.get("rope_parameters") or {}
+    levels = [rope, *(level for level in rope.values() if isinstance(level, dict))]
+    return {str(level["rope_type"]) for level in levels if "rope_type" in level}
 
 
 def check_complete(model: PreTrainedModel, files: list[str]) -> None:

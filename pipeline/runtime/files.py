@@ -34,3 +34,20 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return all files of a folder and of all folders below it, sorted, without hidden ones and `__pycache__`.
+
+    Links to folders are followed, each folder once.
+    """
+    files, visited = [], set[str]()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__pycache__")
+        files += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.is_file())

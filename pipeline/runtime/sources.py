@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.runtime.errors import PipelineError
-from pipeline.runtime.files import write_json
+from pipeline.runtime.files import list_files, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -175,12 +175,7 @@ def _list_files(path: Path) -> dict[str, Path]:
             return {path.name: path}
         others = {file.name: (file, _GGUF_PART.fullmatch(file.name)) for file in path.parent.iterdir()}
         return {name: file for name, (file, other) in others.items() if other and other.groups() == part.groups()}
-    listed: dict[str, Path] = {}
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
-        files = [Path(folder) / name for name in names if not name.startswith(".")]
-        listed |= {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
-    return listed
+    return {file.relative_to(path).as_posix(): file for file in list_files(path)}
 
 
 def _find_downloaded(repository: str, revision: str | None) -> str | None:

@@ -5,15 +5,18 @@
     problems    # ["no: line 2: YAML reads …", "seed: given 2 times, on lines 1 and 3. …"]
 
 PyYAML keeps the last of several equal keys without a message. It reads the names `no`, `on` and `12` as a boolean or a
-number. Here such names stay text, so that a caller can check the values too and list all problems together.
+number. Here such names stay text, so that a caller can check the values too and list all problems together. It also
+reads `017` as 15 and `1:30` as 90, which DVC does not.
 """
 
+import re
 from typing import Any
 
 import yaml
 
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"bool": "a boolean", "int": "a number", "float": "a number", "null": "null", "timestamp": "a date"}
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]*[1-7][0-7_]*|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 _SHOWN = 80  # characters of a key
 
 
@@ -36,7 +39,9 @@ class _StrictLoader(yaml.SafeLoader):
         if node in self._checked:  # an alias
             return
         self._checked.add(node)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.ScalarNode):
+            self._check_number_(node, path)
+        elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self._check_node_(item, f"{path}[{index}]")
         elif isinstance(node, yaml.MappingNode):
@@ -48,6 +53,16 @@ class _StrictLoader(yaml.SafeLoader):
                     key_lines.setdefault(name, []).append(_line(key))
                     self._check_node_(value, name)
             self.problems += [_describe_repeated(name, lines) for name, lines in key_lines.items() if len(lines) > 1]
+
+    def _check_number_(self, node: yaml.ScalarNode, path: str) -> None:
+        """List a number in base 8 or 60, which DVC and other readers of YAML 1.2 take for another value."""
+        if node.tag not in (f"{_TAG}int", f"{_TAG}float") or not _OTHER_BASES.fullmatch(node.value):
+            return
+        value = self.construct_object(node)
+        self.problems.append(
+            f"{path}={node.value}: line {_line(node)}: YAML 1.1 reads this as {value}, and DVC as something else. "
+            f'Write {value}, or "{node.value}" for text.'
+        )
 
     def _check_key_(self, key: yaml.ScalarNode, name: str) -> None:
         kind = _KINDS.get(key.tag.removeprefix(_TAG))

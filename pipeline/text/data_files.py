@@ -6,7 +6,7 @@ Face Hub:
     train-00000-of-00002.parquet, test.txt, dev/part-1.jsonl     train, test, validation
 
 Not every readable file is data. Hidden files and the descriptions that `datasets` writes never are. A text file whose
-name says that it is about the data (LICENSE.txt, README_en.txt) is skipped and reported.
+name or folder says that it is about the data (LICENSE.txt, README_en.txt, licenses/MIT.txt) is skipped and reported.
 """
 
 import re
@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.runtime.files import list_files
 from pipeline.text.rows import PLAIN_TEXT, find_ending, find_reader
 
 _SPLITS = {
@@ -29,8 +30,12 @@ _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _ABOUT_DATA = re.compile(
     r"(un)?(licen[cs]es?|read[-_]?me|notices?|copying|copyright|change[-_]?log|citations?|cite|authors|credits|contributors"
     r"|contributing|attributions?|acknowledge?ments?|requirements|manifest|check[-_]?sums?|md5(sums?)?|sha\d*(sums?)?"
-    r"|code_of_conduct|security|version|(data|dataset)[-_]?(card|sheet))(?![a-z])"
+    r"|code_of_conduct|security|version|(data|dataset)[-_]?(card|sheet)|terms([-_]of[-_](use|service))?|disclaimers?"
+    r"|robots|(acceptable[-_])?use[-_]policy|privacy[-_]policy)(?![a-z])"
 )
+_LEGAL = re.compile(
+    r"(?<![a-z])(licen[cs]es?|read[-_]?me|copying|copyright|change[-_]?log)(?![a-z])"
+)  # mit-license.txt
 
 
 class DataFiles(NamedTuple):
@@ -50,13 +55,14 @@ class DataFiles(NamedTuple):
 
 def list_data_files(folder: Path) -> DataFiles:
     """Return the files of a folder, and of all folders below it, whose format can be read."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        if not hidden and path.name not in _DESCRIPTIONS and find_reader(path) and path.is_file():
-            files.append((path, find_ending(path) in PLAIN_TEXT))
-    skipped = [path for path, is_text in files if is_text and _ABOUT_DATA.match(path.name.lower())]
+    readable = [path for path in list_files(folder) if path.name not in _DESCRIPTIONS and find_reader(path)]
+    targets = {path.resolve() for path in readable if not path.is_symlink()}
+    files = [  # a link to a file that is in the folder itself is not read a second time
+        (path, find_ending(path) in PLAIN_TEXT)
+        for path in readable
+        if not path.is_symlink() or path.resolve() not in targets
+    ]
+    skipped = [path for path, is_text in files if is_text and _is_about_data(path.relative_to(folder))]
     with_fields = {path.parent for path, is_text in files if not is_text}
     doubtful = [
         path
@@ -64,6 +70,11 @@ def list_data_files(folder: Path) -> DataFiles:
         if is_text and with_fields and path not in skipped and not _tells_split(path, folder, with_fields)
     ]
     return DataFiles([path for path, _ in files if path not in {*skipped, *doubtful}], skipped, doubtful)
+
+
+def _is_about_data(name: Path) -> bool:
+    """Whether the name of a text file, or of a folder above it, says that it is about the data."""
+    return any(_ABOUT_DATA.match(part.lower()) or _LEGAL.search(part.lower()) for part in name.parts)
 
 
 def find_split(name: Path) -> str | None:

@@ -105,9 +105,10 @@ def find_contradictions(corpora: dict[str, CorpusParams], calibration: Calibrati
         if len(set(split.corpora)) != len(split.corpora):
             problems.append(f"calibration.{name}.corpora={split.corpora} names a corpus twice. Remove one.")
     for name, group in corpora.items():
-        if not name.replace("_", "").replace("-", "").isalnum():
+        if not name.replace("_", "").replace("-", "").isalnum() or name.startswith("-"):
             problems.append(
-                f"corpora.{name} is not a folder name. Use letters, digits, `-` and `_` (it becomes data/<name>/)."
+                f"corpora.{name} is not a folder name. Use letters, digits, `_` and, not first, `-` (it becomes "
+                "data/<name>/)."
             )
         problems += check_packaged(f"corpora.{name}.source", group.source, PACKAGED_CORPORA)
         if group.source != GENERATED and group.generation is not None:

@@ -138,7 +138,7 @@ def _read_lines(path: Path, text_field: str) -> Iterator[Any]:
         if first is None:
             return
         try:
-            yield json.loads(first)
+            yield _parse_json(first)
         except json.JSONDecodeError:
             if _is_json(first + file.read()):
                 raise RowError(
@@ -146,7 +146,7 @@ def _read_lines(path: Path, text_field: str) -> Iterator[Any]:
                     "one value per line."
                 ) from None
             raise
-        yield from map(json.loads, lines)
+        yield from map(_parse_json, lines)
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[Any]:
@@ -154,12 +154,12 @@ def _read_json(path: Path, text_field: str) -> Iterator[Any]:
     with _open_text(path) as file:
         text = file.read()
     try:
-        value = json.loads(text)
+        value = _parse_json(text)
     except ValueError:
         lines = [line for line in text.split("\n") if line.strip()]
         if not lines or not _is_json(lines[0]):
             raise
-        yield from map(json.loads, lines)
+        yield from map(_parse_json, lines)
         return
     if isinstance(value, dict):
         yield from _unwrap_rows(value, text_field)
@@ -189,6 +189,20 @@ def _unwrap_rows(value: dict[str, Any], text_field: str) -> list[Any]:
     return value[lists[0]]
 
 
+def _parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises RowError where an object has a field twice: json keeps the last one."""
+    return json.loads(text, object_pairs_hook=_make_object)
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError(f"has the field {twice!r} {names.count(twice)} times. Keep one of them.")
+    return values
+
+
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
@@ -201,7 +215,11 @@ def _read_csv(path: Path, text_field: str) -> Iterator[Any]:
     limit = csv.field_size_limit(sys.maxsize)  # 131,072 characters by default, fewer than an article may have
     try:
         with _open_text(path) as file:
-            for row in csv.DictReader(file, strict=True):
+            reader = csv.DictReader(file, strict=True)
+            names = list(reader.fieldnames or ())
+            if text_field in names and names.count(text_field) > 1:
+                raise RowError(f"has the field {text_field!r} {names.count(text_field)} times. Keep one of them.")
+            for row in reader:
                 if any(row.pop(None, None) or ()):
                     raise RowError("has more fields than the first line names. Put texts with commas in quotes.")
                 yield row

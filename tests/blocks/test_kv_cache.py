@@ -57,8 +57,8 @@ def test_a_sliding_layer_keeps_only_the_positions_that_the_next_token_reads():
         before = layers[0].get_seq_length()
         assert layers[0].get_mask_sizes(step) == (min(before, 4) + step, max(0, before - 4))
         cache.begin_call_(None)
-        keys, values = cache.update(new, -new, 0)
-        complete, _ = cache.update(new, -new, 1)
+        keys, values = cache.count_prefix().update(new, -new, 0)
+        complete, _ = cache.count_prefix().update(new, -new, 1)
         cache.end_call_(None)
         length += step
         assert torch.equal(complete, everything[:, :, : 2 + length])
@@ -79,7 +79,7 @@ def test_padding_is_not_counted_when_positions_are_dropped():
     cache = PrefixCache([layer])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     keys = torch.arange(10.0).view(2, 1, 5, 1)
-    cache.update(keys, keys, 0)
+    cache.count_prefix().update(keys, keys, 0)
     cache.end_call_(mask)
     assert layer.keys.flatten(1).tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]  # the second text ended at position 2
     assert layer.dropped == 1
@@ -92,7 +92,7 @@ def test_tokens_are_removed_only_where_the_next_one_can_read_all_of_its_window()
 
     def read(start, stop):
         cache.begin_call_(None)
-        cache.update(text[:, :, start:stop], text[:, :, start:stop], 0)
+        cache.count_prefix().update(text[:, :, start:stop], text[:, :, start:stop], 0)
         cache.end_call_(None)
 
     read(0, 4)
@@ -119,7 +119,7 @@ def test_tokens_are_removed_only_where_the_next_one_can_read_all_of_its_window()
 @pytest.mark.parametrize("make", [PrefixLayer, lambda prefix: SlidingLayer(5, prefix)])
 def test_the_prefix_is_not_taken_back(make):
     cache = PrefixCache([make(torch.ones(2, 1, 2, 4))])
-    cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
+    cache.count_prefix().update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
     cache.crop(-7)
     assert cache.get_seq_length() == 0
     assert torch.equal(cache.layers[0].keys, torch.ones(1, 1, 2, 4))
@@ -131,14 +131,14 @@ def test_a_cache_holds_no_module():
     layers = [SlidingLayer(5, prefix[0]), PrefixLayer(prefix[1])]
     cache = PrefixCache(layers)
     for index in range(2):
-        cache.update(torch.ones(1, 1, 7, 4), torch.ones(1, 1, 7, 4), index)
+        cache.count_prefix().update(torch.ones(1, 1, 7, 4), torch.ones(1, 1, 7, 4), index)
     cache.end_call_(None)
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert other.get_seq_length() == 7
         for layer, theirs in zip(layers, other.layers, strict=True):
             assert torch.equal(layer.keys, theirs.keys)
             assert not any(isinstance(value, torch.nn.Module) for value in vars(theirs).values())
-        other.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4), 0)
+        other.count_prefix().update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4), 0)
         assert other.get_seq_length() == 8
         assert cache.get_seq_length() == 7
 

@@ -159,7 +159,7 @@ def test_a_packed_cache_holds_codes_and_no_states():
     assert not any(isinstance(value, torch.nn.Module) for value in vars(layer).values())
     assert {name: table.shape for name, table in packed.turns.items()} == {None: (256, WIDTH)}
     with pytest.raises(RuntimeError, match="only attention modules with quantizers can append"):
-        packed.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
+        packed.count_prefix().update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
     with pytest.raises(RuntimeError, match=r"make_cache\(packed=False\)"):
         layer.read()
 

@@ -295,6 +295,18 @@ def test_damaged_json_is_refused_in_one_line(name, kind, model_folders, tmp_path
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
 
 
+@pytest.mark.parametrize(("key", "name"), [("rms_norm_eps", "config.json"), ("bos_token", "tokenizer_config.json")])
+def test_a_key_given_twice_is_refused_by_name(key, name, model_folders, tmp_path):
+    """json keeps the last of them without a message."""
+    folder = tmp_path / "source"
+    shutil.copytree(model_folders["llama_tied"], folder)
+    path = folder / name
+    text = path.read_text()
+    path.write_text(text.replace("{", f'{{"{key}": 1,', 1))
+    with pytest.raises(ModelImportError, match=rf"{name} has '{key}' twice in one object. Remove one of them"):
+        import_model(str(folder), None, torch.float32, tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
 def test_git_lfs_pointers_are_refused_in_one_line(name, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["llama_tied"], tmp_path / "source")

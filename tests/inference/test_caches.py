@@ -214,3 +214,35 @@ def test_a_beginning_shared_by_models_with_a_prefix_alone(imported):
     other = copy.deepcopy(cache)
     first = model(TEXTS[2][:, 40:], past_key_values=cache).logits
     assert torch.equal(model(TEXTS[2][:, 40:], past_key_values=other).logits, first)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_rows_of_a_cache_that_has_read_nothing(quantized, packed):
+    """Its length counts the prefix, which has no rows yet."""
+    expected = quantized(TEXTS[0]).logits
+    cache = quantized.make_cache(packed)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.reorder_cache(torch.tensor([0]))
+    cache.crop(-2)
+    assert torch.equal(quantized(TEXTS[0], past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(imported):
+    """Not one of its tokens would be at its place, and no error would say so."""
+    model, original, _ = prefixed(imported)
+    cache = model(TEXTS[0]).past_key_values
+    with pytest.raises(ValueError, match="is a PrefixCache, which only the model that made it can read"):
+        original(TEXTS[3], past_key_values=cache)
+    shorter, other = copy.deepcopy(model), copy.deepcopy(model)
+    shorter.model.layers, shorter.prefix_kv = shorter.model.layers[:2], shorter.prefix_kv[:2]
+    other.prefix_kv = other.prefix_kv[..., 1:, :]
+    for reader, message in (
+        (shorter, "This model has 2 layers"),
+        (other, r"prefix of shape \[2, 2, 2, 12\]. Pass None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reader(TEXTS[3], past_key_values=cache)
+    assert cache.get_seq_length() == TEXTS[0].shape[1]

@@ -334,9 +334,16 @@ def test_a_tokenizer_saved_alone_names_the_remedy(exported):
         ({"num_hidden_layers": 2}, r"num_hidden_layers=2: the folder holds 3 blocks.*Leave num_hidden_layers out"),
         ({"num_hidden_layers": 4}, r"num_hidden_layers=4: the folder holds 3 blocks"),
         ({"hidden_size": 24}, r"has shape .* in the folder and .* by its config.*such as hidden_size"),
-        ({"rms_norm_eps": 0.1}, r"rms_norm_eps=0\.1: the folder was exported with 1e-0\d.*Leave rms_norm_eps out"),
-        ({"hidden_act": "gelu"}, r"hidden_act='gelu': the folder was exported with 'silu'"),
+        (
+            {"rms_norm_eps": 0.1},
+            r"rms_norm_eps=0\.1: the folder was exported with rms_norm_eps=1e-0\d.*Leave rms_norm_eps out",
+        ),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu': the folder was exported with hidden_act='silu'"),
         ({"num_key_value_heads": 1}, r"has shape .* in the folder and .* by its config"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            r"rope_parameters=.*500000.*was exported with .*10000.*Leave rope_parameters out",
+        ),
         ({"vocab_size": 400, "ignore_mismatched_sizes": True}, r"has shape \[320, 48\] in the folder and \[400, 48\]"),
     ],
 )
@@ -344,6 +351,31 @@ def test_other_depths_sizes_and_functions_are_refused(exported, options, message
     for loader in (load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ExportError, match=message):
             loader(exported[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma3_text", {"sliding_window": 5}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma3_text", {"tie_word_embeddings": False}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_another_attention_is_refused(imported, tmp_path, family, options):
+    folder, _, _ = make_export(imported, tmp_path, family)
+    (key,) = options
+    with pytest.raises(ExportError, match=rf"\b{key}=.*: the folder was exported with .*Leave .*\b{key} out"):
+        load(folder, **options)
+
+
+@torch.no_grad()
+def test_keys_that_leave_the_function_alone_are_free(exported):
+    folder, evaluated, _ = exported
+    options = {"max_position_embeddings": 4096, "attention_dropout": 0.5, "bos_token_id": 5, "use_cache": False}
+    assert torch.equal(load(folder, **options)[0](TEXT).logits, evaluated(TEXT).logits)
+    assert load(folder, dtype="auto")[0].dtype == torch.float32
 
 
 def test_dequantize_says_why_not(exported):

@@ -209,3 +209,11 @@ def test_an_impossible_repository_name_is_refused(hub):
     hub["sha"] = None
     with pytest.raises(SourceError, match=r"^model\.source='no such\.\.name': there is no such folder"):
         describe_hub_model("model.source", "no such..name", None, {})
+
+
+def test_files_of_linked_folders_count(tmp_path, hashes_file):
+    """The corpora read them."""
+    folder, elsewhere = write(tmp_path / "corpus", a="one"), write(tmp_path / "elsewhere", b="two")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    assert list(describe(folder, hashes_file)["sha256"]) == ["a", "linked/b"]

@@ -71,3 +71,12 @@ def test_text_that_is_not_yaml_or_not_safe_is_refused(text):
 def test_a_long_key_is_shown_in_part():
     (problem,) = read_strict_yaml(f"{'k' * 500}: 1\n{'k' * 500}: 2")[1]
     assert problem == f"{'k' * 80}…: given 2 times, on lines 1 and 2. Keep one of them."
+
+
+@pytest.mark.parametrize(("written", "value"), [("017", 15), ("1:30", 90), ("-0_17", -15), ("1:30.5", 90.5)])
+def test_numbers_that_dvc_reads_as_others_are_listed(written, value):
+    """YAML 1.2 has 17 and text there."""
+    _, problems = read_strict_yaml(f"a:\n- 1\n- {written}\n")
+    message = f"line 3: YAML 1.1 reads this as {value}, and DVC as something else. Write {value}, or"
+    assert problems == [f'a[1]={written}: {message} "{written}" for text.']
+    assert read_strict_yaml("a: [0, 00, 10, -3, 0.5, 1e5, 1_000, '017', 2024-01-31, yes]")[1] == []

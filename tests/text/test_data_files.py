@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.text.corpora import CorpusError, read_local_documents
-from pipeline.text.data_files import find_split
+from pipeline.text.data_files import find_split, list_data_files
 from tests.text.test_rows import TEXTS, fetch, write_lines
 
 
@@ -107,3 +107,28 @@ def test_a_file_about_the_data_is_read_where_it_is_the_source(tmp_path):
 )
 def test_names_tell_the_split(name, split):
     assert find_split(Path(name)) == split
+
+
+@pytest.mark.parametrize(
+    "name", ["licenses/MIT.txt", "mit-license.txt", "third_party/README.txt", "TERMS_OF_USE.txt", "data_readme.txt"]
+)
+def test_folders_and_other_names_about_the_data_are_skipped(name, tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("terms")
+    files = list_data_files(tmp_path)
+    assert [files.data, files.skipped] == [[tmp_path / "a.txt"], [tmp_path / name]]
+
+
+def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
+    """A file that is read twice would be dealt into training and test."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "corpus"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "b.txt").write_text("two")
+    (folder / "a.txt").write_text("one")
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "broken.txt").symlink_to(tmp_path / "nowhere")
+    assert list_data_files(folder).data == [folder / "a.txt", folder / "linked/b.txt"]

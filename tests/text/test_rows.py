@@ -59,6 +59,10 @@ def fetch(source, folder):
         ("x.csv", 'text\n"a"\n"never closed\n', r"x\.csv, row 2: cannot be read \(unexpected end of data"),
         ("x.csv", "id,text\n1,Well, not quoted\n", r"row 1, has more fields than the first line names"),
         ("x.csv", "", r"nothing|no text|too few"),
+        ("x.csv", "text,id,text\na,1,b\n", r"x\.csv, row 1, has the field 'text' 2 times. Keep one of them"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', r"row 2, has the field 'text' 2 times"),
+        ("x.jsonl", '{"text": [{"role": "user", "content": "a", "role": "system"}]}\n', r"the field 'role' 2 times"),
+        ("x.json", '[{"text": "a", "text": "b"}]', r"row 1, has the field 'text' 2 times. Keep one of them"),
         ("x.txt", b"\xff\xfe\x00", r"x\.txt, row 1: cannot be read \('utf-8' codec"),
         ("x.parquet", b"PAR1 and nothing else", r"x\.parquet, row 1: cannot be read"),
         (
