@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.scaling              # 8 blocks of Llama-2-7B, one of Llama-3-70B; 30 GB of disk
     python -m benchmarks.speed.scaling --models llama-2-7b --json scaling.json
+    python -m benchmarks.speed.scaling --models qwen3-30b-a3b gpt-oss-20b    # one block of each, with experts
     python -m benchmarks.speed.scaling --whole      # no run: the needs of whole models on one GPU and on eight
 
 A synthetic checkpoint (random bfloat16 weights, a shard per block, a tokenizer of bytes) goes through the stages, each
@@ -34,13 +35,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from benchmarks.workspace import Workspace, append_row, make_parser, override, read_params, read_rows
 from pipeline.blocks.quantized import describe_blocks, load_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import find_architecture
 from pipeline.models.checkpoint import CONFIG, Checkpoint, build_skeleton
+from pipeline.models.experts import route_experts_
 from pipeline.params import parse_params
 from pipeline.pictures.tables import format_markdown
 from pipeline.planning.disk import OtherFiles, count_tables
@@ -76,7 +78,33 @@ SHAPES = {
         "num_hidden_layers": 1,
         "rope_theta": 500000.0,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "num_hidden_layers": 1,
+    },
+    # The widths of gpt-oss-20b; its sinks and its gate are not supported.
+    "gpt-oss-20b": {
+        "model_type": "mixtral",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "num_hidden_layers": 1,
+    },
 }
+DENSE = ("llama-2-7b", "llama-3-70b")
 
 
 @dataclass(frozen=True)
@@ -158,7 +186,7 @@ WHOLE = {
 
 def main() -> None:
     parser = make_parser(__doc__, ROWS)
-    parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(DENSE))
     parser.add_argument("--whole", action="store_true", help="print the needs of whole models, and stop")
     parser.add_argument("--tflops", type=float, default=200.0, help="for --whole: 10^12 operations per second of a GPU")
     arguments = parser.parse_args()
@@ -195,7 +223,7 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
     if (folder / CONFIG).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(**shapes, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="bfloat16")
+    config = make_config(shapes, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="bfloat16")
     names: dict[str, list[str]] = {}
     parameters = dict(build_skeleton(config).named_parameters())
     for name in parameters:
@@ -212,6 +240,12 @@ def make_model(folder: Path, shapes: dict[str, Any]) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     config.save_pretrained(folder)
     return folder
+
+
+def make_config(shapes: dict[str, Any], **changes: Any) -> Any:
+    """Return the config of a shape: of Llama, or of the family that it names."""
+    values = shapes | changes
+    return CONFIG_MAPPING[values.pop("model_type", "llama")](**values)
 
 
 def make_tensor(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -268,10 +302,12 @@ class Shape:
     widest_window: int | None = None
 
     def __init__(self, shapes: dict[str, Any], quantized: bool) -> None:
-        self.config = LlamaConfig(**shapes, tie_word_embeddings=False, dtype="bfloat16")
+        self.config = make_config(shapes, tie_word_embeddings=False, dtype="bfloat16")
         self.block_count = self.config.num_hidden_layers
         self.architecture = find_architecture(self.config)
-        self._block = build_skeleton(LlamaConfig(**shapes | {"num_hidden_layers": 1})).model.layers[0]
+        self._block = build_skeleton(make_config(shapes | {"num_hidden_layers": 1})).model.layers[0]
+        if self.architecture.experts is not None:
+            route_experts_(self._block, self.architecture.experts)
         self.settings: dict[str, Any] = {}
         if quantized:
             settings, _ = resolve_settings(parse_params(read_params()).quantizer_init, self, 0)
