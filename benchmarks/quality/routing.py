@@ -32,10 +32,7 @@ from pipeline.evaluation.perplexity import compute_final_hidden
 from pipeline.inspection.routing import average_agreement, measure_agreement, stack_choices
 from pipeline.models.architectures import Architecture
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sites import Site
-from pipeline.quantization.equalization import EQUALIZATION, select_block
 from pipeline.runtime.arguments import Parser, whole
-from pipeline.runtime.artifacts import load_tensors
 from pipeline.runtime.errors import run_main
 from pipeline.text.windows import load_start_token, load_windows, prepend_start_token
 
@@ -107,20 +104,17 @@ def measure_dense(run: Path, variant: str, windows: Windows, routers: list[nn.Mo
     """Measure a dense model, for whose hidden states `routers` choose, one for each block."""
     checkpoint = Checkpoint(run / "artifacts" / variant, variant)
     prefix_kv, start_token = find_prefix(run, variant)
-    # The scales of equalized channels are taken out of the input of the MLP.
-    path = run / "artifacts/quantizer_init" / EQUALIZATION
-    scales = load_tensors(path, "quantizer_init")[0] if variant != "model" and path.is_file() else {}
+    to_original = [torch.ones(())] * checkpoint.block_count if variant == "model" else find_norm_changes(run)
     runner = BlockRunner(checkpoint, find_device(), 1)
     hidden = {text: checkpoint.embed(prepend_start_token(ids, start_token)) for text, ids in windows.items()}
     chosen: dict[str, list[torch.Tensor | None]] = {text: [] for text in windows}
     for index, block in enumerate(load_blocks(checkpoint, runner.device)):
-        router, s = routers[index], select_block(scales, index).get(Site.MLP_INPUT)
+        router = routers[index]
         for text, states in hidden.items():
             parts: list[torch.Tensor] = []
             with recording_mlp_input(block, checkpoint.architecture, parts):
                 runner.advance_(block, states, runner.take_prefix(prefix_kv, index))
-            x = torch.cat(parts)[:, -windows[text].shape[1] :]
-            x = x if s is None else x / s
+            x = torch.cat(parts)[:, -windows[text].shape[1] :] * to_original[index]
             choices = router(x.flatten(0, 1))[2].sort(-1).values.to(torch.int32)
             chosen[text].append(choices.unflatten(0, x.shape[:2]))
     hidden = {text: states[:, -windows[text].shape[1] :] for text, states in hidden.items()}
@@ -130,6 +124,21 @@ def measure_dense(run: Path, variant: str, windows: Windows, routers: list[nn.Mo
     return Measured(
         _score(checkpoint, hidden, windows), {text: choices for text, choices in stacked.items() if choices is not None}
     )
+
+
+def find_norm_changes(run: Path) -> list[torch.Tensor]:
+    """Return, for each block, the original gain of the norm before the MLP over that of the quantized model, [D].
+
+    Rotation folds the gains into the linears, and equalization puts scales in their place. Fine-tuning starts from
+    these, so that only its own change of the norm remains.
+    """
+    original = Checkpoint(run / "artifacts/model", "model")
+    quantized = Checkpoint(run / "artifacts/quantizer_init", "quantizer_init")
+    name, offset = f"{original.architecture.mlp_norm}.weight", original.architecture.norm_offset
+    return [
+        (original.load_block_tensors(index)[name] + offset) / (quantized.load_block_tensors(index)[name] + offset)
+        for index in range(original.block_count)
+    ]
 
 
 def _score(checkpoint: Checkpoint, hidden: dict[str, torch.Tensor], windows: Windows) -> Losses:
