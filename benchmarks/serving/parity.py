@@ -62,6 +62,9 @@ def main() -> None:
         help="of transformers: integers as vLLM multiplies them, or floats as `evaluation` does (default: integer)",
     )
     parser.add_argument("--processes", type=whole(1), default=1, help="of vLLM: its tensor_parallel_size (default: 1)")
+    parser.add_argument(
+        "--packed-cache", action="store_true", help="vLLM's cache holds codes (docs/serving.md#a-cache-of-codes)"
+    )
     parser.add_argument("--eager", action="store_true", help="without compiling: starts in seconds, not minutes")
     arguments = parser.parse_args()
     if arguments.perplexity and not arguments.windows:
@@ -79,6 +82,7 @@ def compare(
     max_model_len: int | None = None,
     eager: bool = False,
     processes: int = 1,
+    packed_cache: bool = False,
     arithmetic: Arithmetic = "integer",
 ) -> dict[str, Any]:
     """Return the figures that `main` prints. `chunk`: number of tokens that vLLM reads at a time."""
@@ -95,6 +99,7 @@ def compare(
         enable_prefix_caching=True,
         enforce_eager=eager,
         tensor_parallel_size=processes,
+        additional_config={"packed_cache": packed_cache},
     )
     tokens = cut_texts(model, windows, max_model_len)
     values: dict[str, Any] = {"folder": folder.name, "dtype": dtype, "arithmetic": arithmetic}

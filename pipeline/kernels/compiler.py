@@ -131,6 +131,11 @@ def _describe_operators() -> None:
             (*x.shape[:-1], packed_width(x.shape[-1], bits)), dtype=torch.uint8
         ),
         "unpack_states": lambda *arguments: None,
+        "key_codes": lambda keys, *rest: keys.new_empty(
+            (len(keys), len(rest[3]) * packed_width(keys.shape[1] // len(rest[3]), rest[7])), dtype=torch.uint8
+        ),
+        "attend_codes": lambda *arguments: None,
+        "store_codes": lambda *arguments: None,
         "nibble_product": describe_product,
         "served_product": describe_product,
     }

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -226,71 +227,88 @@ at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& pal
 
 // ---- Keys -----------------------------------------------------------------------------------------------------------
 
-at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, const std::optional<at::Tensor>& table,
-                       const std::optional<at::Tensor>& mean, const at::Tensor& scale,
-                       const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest,
-                       int64_t highest) {
-  check_values(keys);
-  TORCH_CHECK(keys.dim() == 2 && scale.numel() >= 1 && keys.size(1) % scale.numel() == 0,
-              "the width of the keys is not a multiple of the number of scales (one per head)");
-  const at::Tensor input = keys.contiguous(), row_positions = positions.contiguous();
-  const int64_t heads = scale.numel(), width = input.size(1) / heads, half = width / 2, rows = input.size(0);
+// Call use(row, head, values, constant) for each key after RoPE. `values` [width] is the key without RoPE(mean), times
+// Sylvester's matrix; `constant` [width] is RoPE(mean), or zero.
+template <typename scalar_t, typename Use>
+void visit_keys(const at::Tensor& keys, const at::Tensor& positions, const std::optional<at::Tensor>& table,
+                const std::optional<at::Tensor>& mean, int64_t heads, int64_t sylvester, const Use& use) {
+  const at::Tensor row_positions = positions.contiguous();
+  const int64_t width = keys.size(1) / heads, half = width / 2, rows = keys.size(0);
   TORCH_CHECK(Transform({}, sylvester).order == sylvester && width % sylvester == 0, "sylvester=", sylvester,
               " does not divide head_dim=", width);
-  const float* scales = read_values(scale, heads, "scale");
-  const float* zeros = zero_point ? read_values(*zero_point, heads, "zero_point") : nullptr;
   const float* means = mean ? read_values(*mean, heads * width, "mean") : nullptr;
   TORCH_CHECK(!means || table, "a mean needs a table of cosines and sines");
-  const at::Tensor turns = means ? table->contiguous() : input;
+  const at::Tensor turns = means ? table->contiguous() : keys;
   const int64_t* position = row_positions.const_data_ptr<int64_t>();
   if (means) {
-    TORCH_CHECK(turns.dim() == 2 && turns.size(1) == width && turns.scalar_type() == input.scalar_type(),
+    TORCH_CHECK(turns.dim() == 2 && turns.size(1) == width && turns.scalar_type() == keys.scalar_type(),
                 "the table needs [positions, head_dim] cosines and sines in the dtype of the keys");
     TORCH_CHECK(row_positions.numel() == rows, "expected one position per row");
     for (int64_t row = 0; row < rows; ++row)
       TORCH_CHECK(position[row] >= 0 && position[row] < turns.size(0), "position ", position[row],
                   " is outside a table of ", turns.size(0));
   }
+  const scalar_t *from = keys.const_data_ptr<scalar_t>(), *cosines = turns.const_data_ptr<scalar_t>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (heads * width)), [&](int64_t first, int64_t last) {
+    std::vector<float> buffer(width), constant(width, 0.f);
+    for (int64_t row = first; row < last; ++row) {
+      const scalar_t* cosine = means ? cosines + position[row] * width : cosines;
+      const scalar_t* sine = cosine + half;
+      for (int64_t head = 0; head < heads; ++head) {
+        const scalar_t* key = from + (row * heads + head) * width;
+        if (means) {
+          const float *low = means + head * width, *high = low + half;
+          for (int64_t i = 0; i < half; ++i) {
+            const float cos_i = cosine[i], sin_i = sine[i];
+            constant[i] = low[i] * cos_i - high[i] * sin_i;
+            constant[half + i] = high[i] * cos_i + low[i] * sin_i;
+          }
+        }
+        float* values = buffer.data();
+        for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(key[i]) - constant[i];
+        transform_sylvester(values, width, sylvester);
+        use(row, head, values, constant.data());
+      }
+    }
+  });
+}
+
+void check_keys(const at::Tensor& keys, const at::Tensor& scale) {
+  check_values(keys);
+  TORCH_CHECK(keys.dim() == 2 && scale.numel() >= 1 && keys.size(1) % scale.numel() == 0,
+              "the width of the keys is not a multiple of the number of scales (one per head)");
+}
+
+at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, const std::optional<at::Tensor>& table,
+                       const std::optional<at::Tensor>& mean, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest,
+                       int64_t highest) {
+  check_keys(keys, scale);
+  const at::Tensor input = keys.contiguous();
+  const int64_t heads = scale.numel(), width = input.size(1) / heads;
+  const float* scales = read_values(scale, heads, "scale");
+  const float* zeros = zero_point ? read_values(*zero_point, heads, "zero_point") : nullptr;
   at::Tensor result = at::empty_like(input);
   const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(sylvester)));
-  auto run = [&](const auto* from, auto* to) {
+  auto run = [&](auto* to) {
     using scalar_t = std::decay_t<decltype(*to)>;
-    const scalar_t* cosines = turns.const_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (heads * width)), [&](int64_t first, int64_t last) {
-      std::vector<float> buffer(width), constant(width, 0.f);
-      for (int64_t row = first; row < last; ++row) {
-        const scalar_t* cosine = means ? cosines + position[row] * width : cosines;
-        const scalar_t* sine = cosine + half;
-        for (int64_t head = 0; head < heads; ++head) {
-          const scalar_t* key = from + (row * heads + head) * width;
-          scalar_t* target = to + (row * heads + head) * width;
-          if (means) {
-            const float *low = means + head * width, *high = low + half;
-            for (int64_t i = 0; i < half; ++i) {
-              const float cos_i = cosine[i], sin_i = sine[i];
-              constant[i] = low[i] * cos_i - high[i] * sin_i;
-              constant[half + i] = high[i] * cos_i + low[i] * sin_i;
-            }
-          }
-          float* values = buffer.data();
-          for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(key[i]) - constant[i];
-          const float factor = scales[head], zero = zeros ? zeros[head] : 0.f;
-          transform_sylvester(values, width, sylvester);
-          for (int64_t i = 0; i < width; ++i) {
-            const float code = std::nearbyint(values[i] * norm / factor) + zero;
-            values[i] = (std::min(std::max(code, static_cast<float>(lowest)), static_cast<float>(highest)) - zero) *
-                        factor * norm;
-          }
-          transform_sylvester(values, width, sylvester);
-          for (int64_t i = 0; i < width; ++i) round_to(values[i] + constant[i], target + i);
-        }
+    auto use = [&](int64_t row, int64_t head, float* values, const float* constant) {
+      scalar_t* target = to + (row * heads + head) * width;
+      const float factor = scales[head], zero = zeros ? zeros[head] : 0.f;
+      for (int64_t i = 0; i < width; ++i) {
+        const float code = std::nearbyint(values[i] * norm / factor) + zero;
+        values[i] = (std::min(std::max(code, static_cast<float>(lowest)), static_cast<float>(highest)) - zero) *
+                    factor * norm;
       }
-    });
+      transform_sylvester(values, width, sylvester);
+      for (int64_t i = 0; i < width; ++i) round_to(values[i] + constant[i], target + i);
+    };
+    visit_keys<scalar_t>(input, positions, table, mean, heads, sylvester, use);
   };
   if (input.scalar_type() == at::kBFloat16)
-    run(input.const_data_ptr<at::BFloat16>(), result.data_ptr<at::BFloat16>());
+    run(result.data_ptr<at::BFloat16>());
   else
-    run(input.const_data_ptr<float>(), result.data_ptr<float>());
+    run(result.data_ptr<float>());
   return result;
 }
 
@@ -308,9 +326,11 @@ at::Tensor cached_keys(const at::Tensor& keys, const at::Tensor& positions, cons
 // How the states of one head are stored: value = (code + lowest - zero) * scale + shift[i].
 struct Grid {
   int64_t bits, width;
-  float lowest, highest, zero, scale;
-  const float* shift;  // [width], or null
+  float lowest = 0, highest = 0, zero = 0, scale = 1;
+  const float* shift = nullptr;  // [width], or null
 };
+
+constexpr int64_t CODES = 64;  // codes that are packed together, a multiple of 8
 
 // Codes lie end to end, the first one in the lowest bits (pipeline/numerics/packing.py).
 void unpack_row(const uint8_t* from, const Grid& grid, float* to) {
@@ -428,6 +448,37 @@ at::Tensor pack_states(const at::Tensor& x, int64_t bits, int64_t lowest, const 
   return packed;
 }
 
+// Return the packed codes of the keys whose states `cached_keys` returns.
+at::Tensor key_codes(const at::Tensor& keys, const at::Tensor& positions, const std::optional<at::Tensor>& table,
+                     const std::optional<at::Tensor>& mean, const at::Tensor& scale,
+                     const std::optional<at::Tensor>& zero_point, int64_t sylvester, int64_t lowest, int64_t bits) {
+  check_keys(keys, scale);
+  const at::Tensor input = keys.contiguous();
+  const int64_t heads = scale.numel(), width = input.size(1) / heads, bytes = (width * bits + 7) / 8;
+  const std::vector<Grid> grids = read_grids(heads, width, bits, lowest, scale, zero_point, std::nullopt);
+  at::Tensor packed = at::empty({input.size(0), heads * bytes}, input.options().dtype(at::kByte));
+  uint8_t* to = packed.data_ptr<uint8_t>();
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(sylvester)));
+  auto use = [&](int64_t row, int64_t head, float* values, const float*) {
+    const Grid& grid = grids[head];
+    uint8_t codes[CODES];
+    for (int64_t start = 0; start < width; start += CODES) {
+      const int64_t count = std::min(CODES, width - start);
+      for (int64_t i = 0; i < count; ++i) {
+        const float code = std::nearbyint(values[start + i] * norm / grid.scale) + grid.zero;
+        codes[i] = static_cast<uint8_t>(
+            static_cast<int32_t>(std::min(std::max(code, grid.lowest), grid.highest) - grid.lowest));
+      }
+      pack_row(codes, {bits, count}, to + (row * heads + head) * bytes + start * bits / 8);
+    }
+  };
+  if (input.scalar_type() == at::kBFloat16)
+    visit_keys<at::BFloat16>(input, positions, table, mean, heads, sylvester, use);
+  else
+    visit_keys<float>(input, positions, table, mean, heads, sylvester, use);
+  return packed;
+}
+
 void unpack_states(at::Tensor& out, const at::Tensor& packed, int64_t first_place, int64_t bits, int64_t lowest,
                    const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                    const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& matrix,
@@ -495,6 +546,498 @@ void unpack_states(at::Tensor& out, const at::Tensor& packed, int64_t first_plac
     run(out.data_ptr<at::BFloat16>());
   else
     run(out.data_ptr<float>());
+}
+
+// ---- Attention over codes -------------------------------------------------------------------------------------------
+
+constexpr int64_t BLOCK = 2 * LANES;   // positions that are dequantized together
+constexpr int64_t SPLIT = 512;         // positions that one task reads for a single query
+constexpr int64_t QUERY_ROWS = 64;     // queries times heads that one task computes, about
+constexpr int ROWS = 4;                // rows that are multiplied together
+
+using Integers = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+using Words = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
+
+constexpr Integers LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Return e^x for x <= 0, with a relative error of 2e-7; 0 below -86 and for minus infinity.
+Lanes exponential(Lanes x) {
+  constexpr float TO_BITS = 12582912.f;  // 1.5 * 2^23: adding it moves the integer part into the lowest bits
+  const Lanes bounded = x < -87.f ? Lanes{} - 87.f : x;
+  const Lanes shifted = bounded * 1.44269504f + TO_BITS, power = shifted - TO_BITS;
+  const Lanes rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
+  Lanes sum = Lanes{} + 1.f / 5040;
+  for (const float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) sum = sum * rest + factor;
+  Integers bits, exponent;
+  std::memcpy(&bits, &sum, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += exponent << 23;
+  std::memcpy(&sum, &bits, sizeof sum);
+  return x < -86.f ? Lanes{} : sum;
+}
+
+float find_largest(Lanes values) {
+  float largest[LANES];
+  std::memcpy(largest, &values, sizeof largest);
+  for (int64_t step = LANES / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
+  return largest[0];
+}
+
+float add_lanes(Lanes values) {
+  float sums[LANES];
+  std::memcpy(sums, &values, sizeof sums);
+  for (int64_t step = LANES / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) sums[i] += sums[i + step];
+  return sums[0];
+}
+
+// The codes of the keys or values of a cache: value = level of the code * scale[head, i] + offset[head, i].
+struct Codes {
+  const uint8_t* from;
+  int64_t page_stride, head_stride, row_stride, bits, width;
+  const float *scale, *offset;  // [heads, width]
+  const float* levels;          // [2^bits]; null: the level of a code is the code
+};
+
+// Write the levels of LANES rows as columns: to[i, row], i < width. BITS divides 32.
+template <int BITS>
+void unpack_columns(const uint8_t* const rows[LANES], int64_t width, float* to) {
+  constexpr int64_t COUNT = 32 / BITS;
+  for (int64_t start = 0; start < width; start += COUNT) {
+    uint32_t loaded[LANES];
+    for (int64_t row = 0; row < LANES; ++row) std::memcpy(loaded + row, rows[row] + start * BITS / 8, sizeof(uint32_t));
+    Words words;
+    std::memcpy(&words, loaded, sizeof words);
+    for (int64_t k = 0; k < COUNT; ++k) {
+      const Words codes = (words >> static_cast<uint32_t>(k * BITS)) & ((1u << BITS) - 1);
+      store(to + (start + k) * LANES, __builtin_convertvector(reinterpret_cast<Integers>(codes), Lanes));
+    }
+  }
+}
+
+void unpack_any_columns(const uint8_t* const rows[LANES], const Codes& codes, float* to) {
+  const int64_t width = codes.width;
+  if (codes.bits == 4 && width % 8 == 0) {
+    unpack_columns<4>(rows, width, to);
+  } else if (codes.bits == 8 && width % 4 == 0) {
+    unpack_columns<8>(rows, width, to);
+  } else if (codes.bits == 2 && width % 16 == 0) {
+    unpack_columns<2>(rows, width, to);
+  } else {
+    std::vector<float> values(width);
+    for (int64_t row = 0; row < LANES; ++row) {
+      unpack_row(rows[row], {codes.bits, width}, values.data());
+      for (int64_t i = 0; i < width; ++i) to[i * LANES + row] = values[i];
+    }
+  }
+  if (codes.levels)
+    for (int64_t i = 0; i < width * LANES; ++i) to[i] = codes.levels[static_cast<int32_t>(to[i])];
+}
+
+// Return the channel that an unpacked row has at a place. With 4 bits, the first half of a row holds the channels in the
+// low halves of bytes.
+int64_t find_channel(const Codes& codes, int64_t place) {
+  if (codes.bits != 4) return place;
+  const int64_t half = codes.width / 2;
+  return place < half ? 2 * place : 2 * (place - half) + 1;
+}
+
+// Write the values of one row, in the order of `find_channel`. `scale` and `offset` have this order, too.
+void unpack_values(const uint8_t* from, const Codes& codes, const float* scale, const float* offset, float* to) {
+  const int64_t width = codes.width, half = width / 2;
+  if (codes.bits == 4) {
+    int64_t j = 0;
+    for (; j + LANES <= half; j += LANES) {
+      Bytes bytes;
+      std::memcpy(&bytes, from + j, sizeof bytes);
+      const Integers both = __builtin_convertvector(bytes, Integers);
+      store(to + j, __builtin_convertvector(both & 15, Lanes));
+      store(to + half + j, __builtin_convertvector(both >> 4, Lanes));
+    }
+    for (; j < half; ++j) {
+      to[j] = static_cast<float>(from[j] & 15);
+      to[half + j] = static_cast<float>(from[j] >> 4);
+    }
+  } else {
+    unpack_row(from, {codes.bits, width}, to);
+  }
+  if (codes.levels)
+    for (int64_t i = 0; i < width; ++i) to[i] = codes.levels[static_cast<int32_t>(to[i])];
+  for (int64_t i = 0; i < width; ++i) to[i] = to[i] * scale[i] + offset[i];
+}
+
+// Compute scores[r, block position] = rows[r] · keys, for ROWS rows of `width` and two groups of LANES positions. Keys
+// are columns, [width, LANES] for each group.
+void multiply_keys(const float* rows, const float* one, const float* other, int64_t width, Lanes sums[ROWS][2]) {
+  Lanes total[ROWS][2];
+  for (int r = 0; r < ROWS; ++r)
+    for (int group = 0; group < 2; ++group) total[r][group] = sums[r][group];
+  for (int64_t i = 0; i < width; ++i) {
+    const Lanes first = load(one + i * LANES), second = load(other + i * LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      const float value = rows[r * width + i];
+      total[r][0] += first * value;
+      total[r][1] += second * value;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int group = 0; group < 2; ++group) sums[r][group] = total[r][group];
+}
+
+// Add to sums[r] the sum over BLOCK positions of shares[r, position] values[position], for COUNT * LANES columns.
+template <int COUNT>
+void add_values(const float* shares, const float* values, int64_t width, int64_t column, float* sums) {
+  Lanes total[ROWS][COUNT];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COUNT; ++c) total[r][c] = load(sums + r * width + column + c * LANES);
+  for (int64_t k = 0; k < BLOCK; ++k) {
+    Lanes entries[COUNT];
+    for (int c = 0; c < COUNT; ++c) entries[c] = load(values + k * width + column + c * LANES);
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COUNT; ++c) total[r][c] += entries[c] * shares[r * BLOCK + k];
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COUNT; ++c) store(sums + r * width + column + c * LANES, total[r][c]);
+}
+
+struct CodeAttention {
+  Codes keys, values;
+  const int32_t *pages, *starts, *lengths;
+  int64_t page_columns, page_size, heads, kv_heads, width, prefix_tokens, window;
+  const float *turn, *mean, *table, *prefix, *sinks;
+  float scale;
+  std::vector<float> value_scale, value_offset;  // [kv_heads, width], in the order of `find_channel`
+
+  int64_t count_group() const { return heads / kv_heads; }
+  int64_t find_page(int64_t text, int64_t position) const {
+    return pages[text * page_columns + position / page_size];
+  }
+  const float* find_prefix(int64_t kind, int64_t head, int64_t position) const {
+    return prefix + ((kind * kv_heads + head) * prefix_tokens + position) * width;
+  }
+};
+
+// What one task computes: queries from `first` on, of one text and KV head, over the positions start … stop - 1.
+struct Task {
+  int64_t text, head, first, count, start, stop, partial;
+};
+
+// The memory of a thread. A task uses `padded` rows, a multiple of ROWS.
+struct Rows {
+  int64_t padded;
+  std::vector<float> plain, turned, means, bias, shares, sums, largest, total, keys, values;
+
+  Rows(int64_t most, int64_t width)
+      : padded((most + ROWS - 1) / ROWS * ROWS), plain(padded * width), turned(padded * width), means(padded * width),
+        bias(padded), shares(padded * BLOCK), sums(padded * width), largest(padded), total(padded),
+        keys(BLOCK * width), values(BLOCK * width) {}
+
+  void begin(int64_t rows) {
+    padded = (rows + ROWS - 1) / ROWS * ROWS;
+    for (std::vector<float>* values_of_rows : {&plain, &sums, &total})
+      std::fill(values_of_rows->begin(), values_of_rows->end(), 0.f);
+    std::fill(largest.begin(), largest.end(), -INFINITY);
+  }
+};
+
+template <typename scalar_t>
+void read_queries(const CodeAttention& a, const Task& task, const scalar_t* queries, Rows& rows) {
+  const int64_t width = a.width, group = a.count_group(), half = width / 2;
+  for (int64_t row = 0; row < task.count * group; ++row) {
+    const int64_t token = a.starts[task.text] + task.first + row / group, head = task.head * group + row % group;
+    const scalar_t* from = queries + (token * a.heads + head) * width;
+    for (int64_t i = 0; i < width; ++i) rows.plain[row * width + i] = static_cast<float>(from[i]) * a.scale;
+  }
+  if (a.turn) {
+    static_assert(ROWS == TOGETHER_ROWS);
+    for (int64_t row = 0; row < rows.padded; row += ROWS)
+      multiply_matrix_rows(rows.plain.data() + row * width, a.turn, width, rows.turned.data() + row * width);
+  } else {
+    std::copy_n(rows.plain.begin(), rows.padded * width, rows.turned.begin());
+  }
+  const float *scale = a.keys.scale + task.head * width, *offset = a.keys.offset + task.head * width;
+  for (int64_t row = 0; row < rows.padded; ++row) {
+    float* turned = rows.turned.data() + row * width;
+    float bias = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      bias += turned[i] * offset[i];
+      turned[i] *= scale[i];
+    }
+    rows.bias[row] = bias;
+    if (a.mean) {  // q · RoPE(mean) = the sum of cos[i] means[i] + sin[i] means[half + i]
+      const float *plain = rows.plain.data() + row * width, *low = a.mean + task.head * width, *high = low + half;
+      float* means = rows.means.data() + row * width;
+      for (int64_t i = 0; i < half; ++i) {
+        means[i] = low[i] * plain[i] + high[i] * plain[half + i];
+        means[half + i] = low[i] * plain[half + i] - high[i] * plain[i];
+      }
+    }
+  }
+}
+
+// Dequantize the keys (as columns) and values of BLOCK positions from `start` on. Positions from `stop` on repeat the
+// last one; their scores are masked.
+void read_block(const CodeAttention& a, const Task& task, int64_t start, int64_t stop, Rows& rows) {
+  const int64_t width = a.width;
+  const uint8_t *key_rows[BLOCK], *value_rows[BLOCK];
+  for (int64_t k = 0; k < BLOCK; ++k) {
+    const int64_t position = std::min(start + k, stop - 1);
+    const int64_t page = a.find_page(task.text, position), place = position % a.page_size;
+    key_rows[k] = a.keys.from + page * a.keys.page_stride + task.head * a.keys.head_stride + place * a.keys.row_stride;
+    value_rows[k] =
+        a.values.from + page * a.values.page_stride + task.head * a.values.head_stride + place * a.values.row_stride;
+  }
+  for (int64_t k = 0; k < BLOCK; k += LANES)
+    if (k == 0 || start + k < stop) unpack_any_columns(key_rows + k, a.keys, rows.keys.data() + k * width);
+  const float *scale = a.value_scale.data() + task.head * width, *offset = a.value_offset.data() + task.head * width;
+  for (int64_t k = 0; k < BLOCK; ++k) {
+    float* to = rows.values.data() + k * width;
+    if (start + k < a.prefix_tokens) {
+      const float* from = a.find_prefix(1, task.head, start + k);
+      for (int64_t i = 0; i < width; ++i) to[i] = from[find_channel(a.values, i)];
+    } else if (start + k < stop) {
+      unpack_values(value_rows[k], a.values, scale, offset, to);
+    }
+  }
+}
+
+// Compute the scores of ROWS rows at the BLOCK positions from `start` on, masked by minus infinity.
+void score_block(const CodeAttention& a, const Task& task, int64_t start, int64_t stop, const Rows& rows, int64_t row,
+                 Lanes scores[ROWS][2]) {
+  const int64_t width = a.width, group = a.count_group();
+  for (int r = 0; r < ROWS; ++r) scores[r][0] = scores[r][1] = Lanes{} + rows.bias[row + r];
+  const float* keys = rows.keys.data();
+  multiply_keys(rows.turned.data() + row * width, keys, keys + LANES * width, width, scores);
+  if (a.mean) {
+    const float* table = a.table + start / LANES * LANES * width;
+    multiply_keys(rows.means.data() + row * width, table, start + LANES < stop ? table + LANES * width : table, width,
+                  scores);
+  }
+  const int64_t query = a.lengths[task.text] - (a.starts[task.text + 1] - a.starts[task.text]) + task.first;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t position = query + std::min(row + r, task.count * group - 1) / group;
+    for (int64_t k = 0; start + k < a.prefix_tokens && k < BLOCK; ++k) {
+      const float *from = a.find_prefix(0, task.head, start + k), *plain = rows.plain.data() + (row + r) * width;
+      float score = 0;
+      for (int64_t i = 0; i < width; ++i) score += plain[i] * from[i];
+      scores[r][k / LANES][k % LANES] = score;
+    }
+    const int64_t last = std::min(position, stop - 1) - start;
+    const int64_t first = std::max<int64_t>(0, a.window > 0 ? position - a.window + 1 - start : 0);
+    for (int64_t side = 0; side < 2; ++side) {
+      const Integers place = LANE + static_cast<int32_t>(side * LANES);
+      const Integers inside = (place >= static_cast<int32_t>(first)) & (place <= static_cast<int32_t>(last));
+      scores[r][side] = inside ? scores[r][side] : Lanes{} - INFINITY;
+    }
+  }
+}
+
+// Write for each row of a task: the largest score, the sum of e^(score - largest), and the sum of values times it.
+template <typename scalar_t>
+void run_task(const CodeAttention& a, const Task& task, const scalar_t* queries, Rows& rows, float* partials) {
+  const int64_t width = a.width, count = task.count * a.count_group();
+  rows.begin(count);
+  read_queries(a, task, queries, rows);
+  for (int64_t start = task.start / BLOCK * BLOCK; start < task.stop; start += BLOCK) {
+    read_block(a, task, start, task.stop, rows);
+    for (int64_t row = 0; row < rows.padded; row += ROWS) {
+      Lanes scores[ROWS][2];
+      score_block(a, task, start, task.stop, rows, row, scores);
+      for (int r = 0; r < ROWS; ++r) {
+        float *shares = rows.shares.data() + (row + r) * BLOCK, *sums = rows.sums.data() + (row + r) * width;
+        const float before = rows.largest[row + r];
+        const Lanes higher = scores[r][0] > scores[r][1] ? scores[r][0] : scores[r][1];
+        const float largest = std::max(before, find_largest(higher));
+        if (largest == -INFINITY) {  // no position so far
+          std::fill(shares, shares + BLOCK, 0.f);
+          continue;
+        }
+        const Lanes one = exponential(scores[r][0] - largest), other = exponential(scores[r][1] - largest);
+        store(shares, one);
+        store(shares + LANES, other);
+        float shrunk = 1;
+        if (largest != before) {
+          shrunk = std::exp(before - largest);
+          for (int64_t i = 0; i < width; ++i) sums[i] *= shrunk;
+          rows.largest[row + r] = largest;
+        }
+        rows.total[row + r] = rows.total[row + r] * shrunk + add_lanes(one + other);
+      }
+      const float *shares = rows.shares.data() + row * BLOCK, *values = rows.values.data();
+      float* sums = rows.sums.data() + row * width;
+      int64_t column = 0;
+      for (; column + 4 * LANES <= width; column += 4 * LANES) add_values<4>(shares, values, width, column, sums);
+      for (; column < width; column += LANES) add_values<1>(shares, values, width, column, sums);
+    }
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    float* to = partials + (task.partial + row) * (width + 2);
+    to[0] = rows.largest[row];
+    to[1] = rows.total[row];
+    std::copy_n(rows.sums.data() + row * width, width, to + 2);
+  }
+}
+
+// Queries of one text and all its KV heads, whose partial results lie one after the other: [heads, parts, rows].
+struct Result {
+  int64_t text, first, count, parts, partial;
+};
+
+template <typename scalar_t>
+void write_result(const CodeAttention& a, const Result& result, const float* partials, scalar_t* out) {
+  const int64_t width = a.width, group = a.count_group(), rows = result.count * group;
+  std::vector<float> sums(width);
+  for (int64_t head = 0; head < a.kv_heads; ++head) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t query_head = head * group + row % group;
+      const float* from = partials + (result.partial + head * result.parts * rows + row) * (width + 2);
+      const int64_t step = rows * (width + 2);
+      float largest = a.sinks ? a.sinks[query_head] : -INFINITY;
+      for (int64_t part = 0; part < result.parts; ++part) largest = std::max(largest, from[part * step]);
+      float total = a.sinks ? std::exp(a.sinks[query_head] - largest) : 0.f;
+      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t part = 0; part < result.parts; ++part) {
+        const float share = std::exp(from[part * step] - largest);
+        total += from[part * step + 1] * share;
+        for (int64_t i = 0; i < width; ++i) sums[i] += from[part * step + 2 + i] * share;
+      }
+      const int64_t token = a.starts[result.text] + result.first + row / group;
+      scalar_t* to = out + (token * a.heads + query_head) * width;
+      for (int64_t i = 0; i < width; ++i) round_to(sums[i] / total, to + find_channel(a.values, i));
+    }
+  }
+}
+
+Codes read_codes(const at::Tensor& codes, int64_t heads, int64_t width, int64_t bits, const at::Tensor& scale,
+                 const at::Tensor& offset, const std::optional<at::Tensor>& levels) {
+  TORCH_CHECK(bits >= 2 && bits <= 8, "bits=", bits, " is not in 2 … 8");
+  TORCH_CHECK(codes.dim() == 4 && codes.scalar_type() == at::kByte && codes.size(1) == heads &&
+                  codes.size(3) == (width * bits + 7) / 8 && codes.stride(3) == 1,
+              "codes ", codes.sizes(), " are not [pages, ", heads, ", page size, ", (width * bits + 7) / 8, "]");
+  return {codes.const_data_ptr<uint8_t>(), codes.stride(0), codes.stride(1), codes.stride(2), bits, width,
+          read_values(scale, heads * width, "scale"), read_values(offset, heads * width, "offset"),
+          levels ? read_values(*levels, int64_t{1} << bits, "levels") : nullptr};
+}
+
+const int32_t* read_indices(const at::Tensor& tensor, int64_t count, const char* name) {
+  TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count && tensor.scalar_type() == at::kInt, name, " needs ",
+              count, " values, int32 in contiguous memory");
+  return tensor.const_data_ptr<int32_t>();
+}
+
+void attend_codes(at::Tensor& out, const at::Tensor& queries, const at::Tensor& key_codes, const at::Tensor& value_codes,
+                  const at::Tensor& pages, const at::Tensor& starts, const at::Tensor& lengths, int64_t key_bits,
+                  const at::Tensor& key_scale, const at::Tensor& key_offset, const std::optional<at::Tensor>& key_levels,
+                  int64_t value_bits, const at::Tensor& value_scale, const at::Tensor& value_offset,
+                  const std::optional<at::Tensor>& value_levels, const std::optional<at::Tensor>& turn,
+                  const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& table,
+                  const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& sinks, double scale,
+                  int64_t window) {
+  check_values(queries);
+  TORCH_CHECK(queries.dim() == 3 && out.sizes() == queries.sizes() && out.scalar_type() == queries.scalar_type() &&
+                  out.is_contiguous(),
+              "expected queries [tokens, heads, head_dim], and out like them, contiguous");
+  const at::Tensor input = queries.contiguous();
+  const int64_t tokens = input.size(0), heads = input.size(1), width = input.size(2), texts = lengths.numel();
+  TORCH_CHECK(key_codes.dim() == 4 && key_codes.size(1) >= 1 && heads % key_codes.size(1) == 0,
+              "the number of query heads is not a multiple of the KV heads");
+  TORCH_CHECK(width % LANES == 0, "head_dim=", width, " is not a multiple of ", LANES);
+  const int64_t kv_heads = key_codes.size(1), page_size = key_codes.size(2);
+  TORCH_CHECK(pages.dim() == 2 && pages.size(0) == texts && value_codes.sizes().slice(0, 3) == key_codes.sizes().slice(0, 3),
+              "expected one row of pages per text, and as many pages of values as of keys");
+  CodeAttention a;
+  a.keys = read_codes(key_codes, kv_heads, width, key_bits, key_scale, key_offset, key_levels);
+  a.values = read_codes(value_codes, kv_heads, width, value_bits, value_scale, value_offset, value_levels);
+  a.pages = read_indices(pages, texts * pages.size(1), "pages");
+  a.starts = read_indices(starts, texts + 1, "starts");
+  a.lengths = read_indices(lengths, texts, "lengths");
+  a.page_columns = pages.size(1);
+  a.page_size = page_size;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.width = width;
+  a.window = window;
+  a.scale = static_cast<float>(scale);
+  a.turn = turn ? read_values(*turn, width * width, "turn") : nullptr;
+  a.mean = mean ? read_values(*mean, kv_heads * width, "mean") : nullptr;
+  TORCH_CHECK(!a.mean || (table && table->dim() == 3), "a mean needs a table of cosines and sines");
+  a.table = a.mean ? read_values(*table, table->size(0) * width * LANES, "table") : nullptr;
+  a.prefix_tokens = prefix ? prefix->size(2) : 0;
+  a.prefix = prefix ? read_values(*prefix, 2 * kv_heads * a.prefix_tokens * width, "prefix") : nullptr;
+  a.sinks = sinks ? read_values(*sinks, heads, "sinks") : nullptr;
+  for (int64_t head = 0; head < kv_heads; ++head)
+    for (int64_t i = 0; i < width; ++i) {
+      a.value_scale.push_back(a.values.scale[head * width + find_channel(a.values, i)]);
+      a.value_offset.push_back(a.values.offset[head * width + find_channel(a.values, i)]);
+    }
+  std::vector<Task> tasks;
+  std::vector<Result> results;
+  int64_t partials = 0, most = 0;
+  const int64_t group = a.count_group(), together = std::max<int64_t>(1, QUERY_ROWS / group);
+  for (int64_t text = 0; text < texts; ++text) {
+    const int64_t length = a.lengths[text], count = a.starts[text + 1] - a.starts[text];
+    TORCH_CHECK(a.starts[text] >= 0 && count >= 0 && a.starts[text + 1] <= tokens && count <= length,
+                "text ", text, ": queries ", a.starts[text], " to ", a.starts[text + 1], " of ", tokens, ", length ", length);
+    if (count == 0) continue;
+    TORCH_CHECK((length - 1) / page_size < a.page_columns, "text ", text, " of ", length, " tokens has too few pages");
+    TORCH_CHECK(!a.mean || length <= table->size(0) * LANES, "length ", length, " is outside a table of ",
+                table->size(0) * LANES);
+    for (int64_t first = 0; first < count; first += together) {
+      const int64_t rows = std::min(together, count - first), position = length - count + first;
+      const int64_t start = std::max<int64_t>(0, window > 0 ? position - window + 1 : 0) / BLOCK * BLOCK;
+      const int64_t stop = position + rows, parts = count == 1 ? (stop - start + SPLIT - 1) / SPLIT : 1;
+      for (int64_t place = start / page_size; place <= (stop - 1) / page_size; ++place) {
+        const int64_t page = a.pages[text * a.page_columns + place];
+        TORCH_CHECK(page >= 0 && page < key_codes.size(0), "page ", page, " is outside a cache of ", key_codes.size(0));
+      }
+      results.push_back({text, first, rows, parts, partials});
+      most = std::max(most, rows * group);
+      for (int64_t head = 0; head < kv_heads; ++head)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t from = start + part * SPLIT, to = parts == 1 ? stop : std::min(stop, from + SPLIT);
+          tasks.push_back({text, head, first, rows, from, to, partials});
+          partials += rows * group;
+        }
+    }
+  }
+  std::vector<float> buffer(partials * (width + 2));
+  auto run = [&](const auto* from, auto* to) {
+    std::atomic<int64_t> next{static_cast<int64_t>(tasks.size()) - 1};  // the last ones take longest
+    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks.size()), 1, [&](int64_t, int64_t) {
+      Rows memory(most, width);
+      for (int64_t task = next--; task >= 0; task = next--) run_task(a, tasks[task], from, memory, buffer.data());
+    });
+    at::parallel_for(0, results.size(), std::max<int64_t>(1, GRAIN / (heads * width)), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) write_result(a, results[i], buffer.data(), to);
+    });
+  };
+  if (input.scalar_type() == at::kBFloat16)
+    run(input.const_data_ptr<at::BFloat16>(), out.data_ptr<at::BFloat16>());
+  else
+    run(input.const_data_ptr<float>(), out.data_ptr<float>());
+}
+
+// Copy the codes of tokens to their places in a cache [pages, heads, page size, bytes]: place = page * page size + row.
+// Tokens with a negative place are left out.
+void store_codes(at::Tensor& cache, const at::Tensor& codes, const at::Tensor& places) {
+  TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == at::kByte && cache.stride(3) == 1 && codes.dim() == 2 &&
+                  codes.scalar_type() == at::kByte && codes.size(1) == cache.size(1) * cache.size(3) &&
+                  places.numel() <= codes.size(0) && places.scalar_type() == at::kLong,
+              "codes ", codes.sizes(), " do not fit a cache ", cache.sizes());
+  const at::Tensor input = codes.contiguous(), rows = places.contiguous();
+  const int64_t heads = cache.size(1), size = cache.size(2), bytes = cache.size(3);
+  const int64_t* place = rows.const_data_ptr<int64_t>();
+  const uint8_t* from = input.const_data_ptr<uint8_t>();
+  uint8_t* to = cache.data_ptr<uint8_t>();
+  for (int64_t token = 0; token < rows.numel(); ++token) {
+    if (place[token] < 0) continue;
+    TORCH_CHECK(place[token] < cache.size(0) * size, "place ", place[token], " is outside the cache");
+    uint8_t* page = to + place[token] / size * cache.stride(0) + place[token] % size * cache.stride(2);
+    for (int64_t head = 0; head < heads; ++head)
+      std::memcpy(page + head * cache.stride(1), from + (token * heads + head) * bytes, bytes);
+  }
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------------
@@ -696,6 +1239,15 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
       "unpack_states(Tensor(a!) out, Tensor packed, int first, int bits, int lowest, Tensor scale, Tensor? zero_point, "
       "Tensor? shift, Tensor? matrix, Tensor? mean, Tensor? places, Tensor? table) -> ()");
   library.def(
+      "key_codes(Tensor keys, Tensor positions, Tensor? table, Tensor? mean, Tensor scale, Tensor? zero_point, "
+      "int sylvester, int lowest, int bits) -> Tensor");
+  library.def(
+      "attend_codes(Tensor(a!) out, Tensor queries, Tensor key_codes, Tensor value_codes, Tensor pages, Tensor starts, "
+      "Tensor lengths, int key_bits, Tensor key_scale, Tensor key_offset, Tensor? key_levels, int value_bits, "
+      "Tensor value_scale, Tensor value_offset, Tensor? value_levels, Tensor? turn, Tensor? mean, Tensor? table, "
+      "Tensor? prefix, Tensor? sinks, float scale, int window) -> ()");
+  library.def("store_codes(Tensor(a!) cache, Tensor codes, Tensor places) -> ()");
+  library.def(
       "nibble_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype) "
       "-> Tensor");
   library.def(
@@ -708,6 +1260,9 @@ TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {
   library.impl("cached_keys", &cached_keys);
   library.impl("pack_states", &pack_states);
   library.impl("unpack_states", &unpack_states);
+  library.impl("key_codes", &key_codes);
+  library.impl("attend_codes", &attend_codes);
+  library.impl("store_codes", &store_codes);
   library.impl("nibble_product", &nibble_product);
   library.impl("served_product", &served_product);
 }

@@ -28,7 +28,12 @@ def pack_states(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor
     """Return packed codes of states x [B, heads, T, d]: uint8 [B, heads, T, bytes]."""
     if not fits_kernels(quantizer, x):
         return quantizer.encode(x)
-    return torch.ops.prefixquant.pack_states(x.detach(), *_describe(quantizer))
+    return encode_states(quantizer, x.detach())
+
+
+def encode_states(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """Return the same as `pack_states`. Only where `fits_kernels`."""
+    return torch.ops.prefixquant.pack_states(x, *_describe(quantizer))
 
 
 def unpack_states_(

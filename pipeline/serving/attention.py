@@ -11,6 +11,9 @@ Placeholders take those positions (placeholders.py), in every text, at any place
 into chunks: only the position counts. The outputs of the model at these positions have no reader, because later tokens
 read only the cache. In a layer with a sliding window they leave the window like any other token.
 
+A cache of codes (`packed_cache`, code_backend.py) gets codes from PackedKeys and PackedValues. Its attention reads the
+prefix from a tensor of its own, and nothing reads the codes at positions 0 … P-1.
+
 vLLM does not tell its attention the positions. They travel with the keys, in two more columns, so that no module holds
 the state of a call.
 """
@@ -21,7 +24,9 @@ import torch
 from torch import nn
 
 from pipeline.blocks.kv_cache import KeyQuantizer, Positions
+from pipeline.kernels.code_attention import CodeAttention, describe_codes, make_turn
 from pipeline.kernels.compiler import find_kernels
+from pipeline.kernels.packed_states import encode_states, fits_kernels
 from pipeline.numerics.formats import INT
 from pipeline.numerics.hadamard import CPU, HadamardTransform, factor_hadamard
 from pipeline.numerics.quantizer import ActivationQuantizer, integer_range
@@ -88,18 +93,20 @@ class TurnedKeys(nn.Module):
         """Return queries and keys after RoPE, the keys quantized."""
         if self.quantizer.before_rope:
             return self.rope(positions, queries, self.quantize(keys))
-        if self.in_one_pass:
-            queries, keys = self.rope(positions, queries, keys)
-            return queries, self.quantize_in_one_pass(keys, positions)
-        tables = None
-        if self.quantizer.mean_taken_out and not self.quantizer.turns:
-            tables = keys, keys  # the mean is the same at all positions
-        elif self.quantizer.mean_taken_out:
-            table = cast(Rope, self.rope).cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
-            cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
-            tables = cos, sin
         queries, keys = self.rope(positions, queries, keys)
-        return queries, self.quantize(keys, tables)
+        if self.in_one_pass:
+            return queries, self.quantize_in_one_pass(keys, positions)
+        return queries, self.quantize(keys, self.find_tables(positions, keys))
+
+    def find_tables(self, positions: torch.Tensor, keys: torch.Tensor) -> Positions | None:
+        """Return the cos and sin of positions, [1, T, d] each; None if no mean is taken out."""
+        if not self.quantizer.mean_taken_out:
+            return None
+        if not self.quantizer.turns:
+            return keys, keys  # nothing reads them: without RoPE the mean is the same at all positions
+        table = cast(Rope, self.rope).cos_sin_cache.to(keys.dtype)[positions].unsqueeze(0)
+        cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
+        return cos, sin
 
     def quantize(self, keys: torch.Tensor, tables: Positions | None = None) -> torch.Tensor:
         """Quantize keys [T, K d]. `tables` are the cos and sin of their positions, which a mean needs."""
@@ -116,6 +123,92 @@ class TurnedKeys(nn.Module):
         return torch.ops.prefixquant.cached_keys(
             keys, positions, table, mean, inner.scale, zero_point, order, lowest, highest
         )
+
+
+class PackedKeys(TurnedKeys):
+    """Takes the place of a layer's RoPE, for a cache of codes: (positions, queries, keys) -> queries and key codes.
+
+    The codes are uint8 [T, K bytes], of the keys that `TurnedKeys` returns. Those of the prefix have no reader.
+    """
+
+    def forward(
+        self, positions: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, keys = self.rope(positions, queries, keys)
+        outer, inner = self.quantizer, self.quantizer.quantizer
+        if not self.in_one_pass:
+            tables = self.find_tables(positions, keys)
+            varying, _ = outer.split(as_heads(keys, outer.heads), tables)
+            return queries, as_rows(inner.encode(varying))
+        lowest, _ = integer_range(inner.spec.bits, inner.spec.symmetric)
+        mean = outer.mean if outer.mean_taken_out else None
+        zero_point = None if inner.spec.symmetric else inner.zero_point
+        table = cast(Rope, self.rope).cos_sin_cache.to(keys.dtype) if outer.mean_taken_out else None
+        order = outer.head_dim if outer.rotate else 1
+        codes = torch.ops.prefixquant.key_codes(
+            keys, positions, table, mean, inner.scale, zero_point, order, lowest, inner.spec.bits
+        )
+        return queries, codes
+
+
+class PackedValues(nn.Module):
+    """Values [T, K d] -> their packed codes, uint8 [T, K bytes]."""
+
+    def __init__(self, quantizer: ActivationQuantizer, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.quantizer, self.heads = quantizer.to(device), heads
+        # Chosen once: compiled code cannot ask whether the operators can be compiled.
+        self.in_one_pass = fits_kernels(quantizer, torch.empty(1, heads, 1, 1, dtype=dtype, device=device))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        states = as_heads(values, self.heads)
+        codes = encode_states(self.quantizer, states) if self.in_one_pass else self.quantizer.encode(states)
+        return as_rows(codes)
+
+
+def find_code_attention(
+    keys: KeyQuantizer,
+    values: ActivationQuantizer,
+    *,
+    scale: float,
+    window: int,
+    prefix_kv: torch.Tensor | None,
+    table: torch.Tensor | None,
+) -> CodeAttention:
+    """Return the attention over the codes of `PackedKeys` and `PackedValues`.
+
+    Args:
+        scale: the factor of the scores.
+        window: positions that a position attends to; 0 for all before it.
+        prefix_kv: [2, K, P, d] or None.
+        table: from `code_attention.make_table`; only a mean needs it.
+    """
+    return CodeAttention(
+        describe_codes(keys.quantizer, keys.heads, keys.head_dim),
+        describe_codes(values, keys.heads, keys.head_dim),
+        scale=scale,
+        turn=make_turn(keys.head_dim) if keys.rotate else None,
+        mean=keys.mean.float().contiguous() if keys.mean_taken_out else None,
+        table=table if keys.mean_taken_out else None,
+        prefix=None if prefix_kv is None else prefix_kv.float().contiguous(),
+        window=window,
+    )
+
+
+def explain_no_codes(keys: KeyQuantizer, values: ActivationQuantizer) -> str | None:
+    """Return why the cache of a layer cannot hold codes: the setting, the reason and a remedy. None if it can."""
+    remedy = "Leave packed_cache out, or quantize with other settings"
+    if keys.before_rope:
+        return f"keys.before_rope=true: their codes would have to be turned at each reading. {remedy}"
+    for name, quantizer in (("keys", keys.quantizer), ("values", values)):
+        spec = quantizer.spec
+        if not spec.enabled:
+            return f"{name}.bits={spec.bits}: they are not quantized. {remedy}"
+        if spec.dynamic:
+            return f"{name}.mode=dynamic: every token would need scales of its own in the cache. {remedy}"
+        if not quantizer.stores_codes:
+            return f"{name}.format={spec.format}: its scales are found at run time and not stored. {remedy}"
+    return None
 
 
 def fits_one_pass(quantizer: KeyQuantizer) -> bool:

@@ -4,7 +4,8 @@ vLLM builds its model as for any checkpoint. When it passes the tensors, each bl
 filled; missing and unexpected tensors are errors. Then the block is taken apart and dropped:
 
     q_proj, k_proj, v_proj, …         side by side into vLLM's fused linears (linear.py)
-    key and value quantizers, prefix  around RoPE and attention (attention.py)
+    key and value quantizers, prefix  around RoPE and attention (attention.py), or with a cache of codes
+                                      (code_backend.py)
     norms, embedding, lm_head         vLLM's own loading
 
 Batching, paging, chunks, cached prefixes and sampling work as for any model.
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.apertus import ApertusForCausalLM
 from vllm.model_executor.models.exaone4 import Exaone4ForCausalLM
@@ -36,17 +38,28 @@ from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.inference.packed_block import find_packed_linear, find_rotation
 from pipeline.inference.prefixed_model import PrefixedModel
 from pipeline.inference.transformers_quantizer import ExportError, build_packed_, find_missing
+from pipeline.kernels.code_attention import fits_attention, make_table
 from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_sliding_window, uses_rope
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.models.layers import DecoderLayer, list_layers
 from pipeline.models.sites import Site
-from pipeline.serving.attention import CachedValues, NoRope, Rope, TurnedKeys
+from pipeline.serving.attention import (
+    CachedValues,
+    NoRope,
+    PackedKeys,
+    PackedValues,
+    Rope,
+    TurnedKeys,
+    explain_no_codes,
+    find_code_attention,
+)
+from pipeline.serving.code_backend import CodeLayer, match_rows_, replace_attention_
 from pipeline.serving.families import SLIDES_BY_LAYER, ServingError
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.parallel import count_outputs, find_kv_heads, find_part, select_heads_
 from pipeline.serving.product import find_product
-from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine
+from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine, wants_packed_cache
 
 _ROPE_TOLERANCE = 1e-2  # tables may be in bfloat16
 
@@ -139,9 +152,12 @@ class PrefixQuantModel(nn.Module):
         layers = [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
         check_sliding(layers, skeleton)
         check_rope_tables(layers, skeleton, device)
+        tables: dict[nn.Module, torch.Tensor] = {}
         for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
-            fill_layer_(layer, block, prefix_kv, self.config_of_engine.model_config.dtype, device)
+            fill_linears_(layer, block, self.config_of_engine.model_config.dtype, device)
+            fill_cache_(layer, block, prefix_kv, self.config_of_engine, device, tables)
+        match_rows_([module for module in self.modules() if isinstance(module, CodeLayer)])
         self._skeleton = (None,)
         return loaded
 
@@ -253,18 +269,11 @@ def hash_contents(tensors: dict[str, torch.Tensor], has_kernels: bool) -> str:
     return contents.hexdigest()
 
 
-def fill_layer_(
-    layer: FusedLayer,
-    block: DecoderLayer,
-    prefix_kv: torch.Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Put a loaded block of transformers, except its norms, into a decoder layer of vLLM.
+def fill_linears_(layer: FusedLayer, block: DecoderLayer, dtype: torch.dtype, device: torch.device) -> None:
+    """Put the linears of a loaded block of transformers into a decoder layer of vLLM.
 
     Args:
         layer: changed in place.
-        prefix_kv: [2, kv_heads, P, d] or None.
         dtype, device: the dtype and device of the model's computations.
 
     Raises:
@@ -307,17 +316,70 @@ def fill_layer_(
         fused.quant_method.take(fused, served)
     if len(architecture.mlp_readers) == 1:  # vLLM's xIELU has parameters in bfloat16
         layer.mlp.act_fn = cast(nn.Module, block.mlp.act_fn).to(device)
+
+
+def fill_cache_(
+    layer: FusedLayer,
+    block: DecoderLayer,
+    prefix_kv: torch.Tensor | None,
+    config: VllmConfig,
+    device: torch.device,
+    tables: dict[nn.Module, torch.Tensor],
+) -> None:
+    """Put the quantizers of keys and values, and the prefix, into a decoder layer of vLLM.
+
+    Args:
+        layer: changed in place.
+        prefix_kv: [2, kv_heads, P, d] or None.
+        device: the device of the model's computations.
+        tables: RoPE -> its cosines and sines as a cache of codes reads them; grows here.
+
+    Raises:
+        ServingError: the cache should hold codes (`packed_cache`), and cannot.
+    """
+    attention, dtype = layer.self_attn, config.model_config.dtype
     exported, heads = as_quantized_attention(block.self_attn), find_kv_heads(attention.qkv_proj)
     keys, values = exported.key_quantizer, exported.value_quantizer
     for quantizer in (keys, values):
         select_heads_(quantizer, heads)
     prefix_kv = None if prefix_kv is None else prefix_kv[:, heads]
-    prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
     rope = cast(Rope, attention.rotary_emb) if keys.turns else NoRope()
     if hasattr(attention, "apply_rope_all_layers"):  # of EXAONE 4, which would not call it in layers without RoPE
         attention.__dict__["apply_rope_all_layers"] = True
-    attention.rotary_emb = TurnedKeys(rope, keys, dtype, device, prefix_tokens)
-    attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
+    if not wants_packed_cache(config):
+        prefix_tokens = 0 if prefix_kv is None else prefix_kv.shape[2]
+        attention.rotary_emb = TurnedKeys(rope, keys, dtype, device, prefix_tokens)
+        attention.attn = CachedValues(attention.attn, values, keys.heads, prefix_kv, device)
+        return
+    if (reason := explain_no_codes(keys, values)) is not None:
+        raise ServingError(f"packed_cache=true: the cache cannot hold codes, because of {reason}.")
+    if not fits_attention(keys.head_dim, dtype, device):
+        raise ServingError(
+            f"packed_cache=true: attention over codes needs a C++ compiler and heads of a multiple of 16 channels; they "
+            f"have {keys.head_dim}. Leave packed_cache out."
+        )
+    engine = cast(Attention, attention.attn)
+    if cap := getattr(engine.impl, "logits_soft_cap", None):
+        raise ServingError(f"packed_cache=true: attention over codes has no cap of scores ({cap}). Leave packed_cache out.")
+    if keys.mean_taken_out and rope not in tables:
+        tables[rope] = make_table(find_turns(rope, keys.head_dim, config.model_config.max_model_len).to(dtype))
+    code_attention = find_code_attention(
+        keys,
+        values,
+        scale=engine.impl.scale,
+        window=engine.sliding_window or 0,
+        prefix_kv=prefix_kv,
+        table=tables.get(rope),
+    )
+    attention.rotary_emb = PackedKeys(rope, keys, dtype, device)
+    attention.attn = replace_attention_(config, engine, code_attention, PackedValues(values, keys.heads, dtype, device))
+
+
+def find_turns(rope: Rope | NoRope, width: int, length: int) -> torch.Tensor:
+    """Return cosines and then sines of `length` positions, [length, width]; 1 and 0 without RoPE."""
+    if isinstance(rope, NoRope):
+        return torch.tensor([1.0, 0.0]).repeat_interleave(width // 2).expand(length, width)
+    return rope.cos_sin_cache[:length]
 
 
 class PrefixQuantApertusForCausalLM(PrefixQuantModel, ApertusForCausalLM):

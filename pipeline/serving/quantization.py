@@ -88,6 +88,19 @@ class ServedLinearMethod(LinearMethodBase):
         return served(x)
 
 
+def wants_packed_cache(config: VllmConfig) -> bool:
+    """Return whether vLLM's cache should hold codes: `--additional-config '{"packed_cache": true}'`.
+
+    Raises:
+        ServingError: the value is not a boolean.
+    """
+    options = config.additional_config
+    value = options.get("packed_cache", False) if isinstance(options, dict) else False
+    if not isinstance(value, bool):
+        raise ServingError(f"packed_cache={value!r}: expected true or false in --additional-config.")
+    return value
+
+
 def check_engine(config: VllmConfig) -> None:
     """Refuse engine settings under which an exported model would compute other results.
 
@@ -116,6 +129,16 @@ def check_engine(config: VllmConfig) -> None:
         and model.max_model_len > limit
         and f"beyond {limit} positions RoPE changes for all of them, the prefix included. Pass --max-model-len {limit}",
     }
+    if wants_packed_cache(config):
+        shards = parallel.decode_context_parallel_size
+        refused |= {
+            f"packed_cache=true on device={device}": device != "cpu"
+            and "attention over codes has a kernel for CPUs only. Leave packed_cache out",
+            "packed_cache=true with kv_transfer_config": config.kv_transfer_config is not None
+            and "pages of codes are of no use without the scales of this engine. Leave one of the two out",
+            f"packed_cache=true with decode_context_parallel_size={shards}": shards > 1
+            and "attention over codes reads whole texts. Use 1",
+        }
     if config.model_config.quantization_config is not None:
         refused["online quantization"] = "the weights are quantized already. Leave it out"
     problems = [f"{setting}: {reason}." for setting, reason in refused.items() if reason]
