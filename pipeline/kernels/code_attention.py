@@ -3,9 +3,9 @@
     value = level scale + offset                  of each code, by channel; `level` is the code, or an entry of a table
     score = scale (q turn) · value + q · RoPE(mean)
 
-Queries are turned into the basis of the codes, once per call, in place of keys turned out of it. The mean of keys, which
-was taken out before RoPE, is turned by the position of the key, so its score is a product with a row of cosines and
-sines. The scales of keys go into the queries. Positions 0 to P - 1 are the prefix, in full precision.
+Queries are turned into the basis of the codes, once per call, so that no key is turned out of it. The mean of keys was
+taken out before RoPE. It turns with the position of the key, so its score is a product with a row of cosines and sines.
+The scales of keys go into the queries. Positions 0 to P - 1 are the prefix, in full precision.
 
 Codes lie in pages, as in a cache of vLLM. Everything is computed in float32, in blocks of 32 positions with a running
 maximum (arXiv:2205.14135). A single query reads its text in parts of 512 positions, on all threads. The result does not

@@ -10,11 +10,12 @@ for any model, with smaller pages. The prefix is not in the pages; its placehold
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
@@ -42,8 +43,8 @@ class CodeBackend(AttentionBackend):
     """Attention over pages of codes, [pages, K, tokens, bytes]."""
 
     forward_includes_kv_cache_update = False
-    supported_dtypes = [torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes = ["auto", "float32", "bfloat16"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float32", "bfloat16"]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -117,7 +118,12 @@ class CodeImpl(AttentionImpl[CodeMetadata]):
         self.scale, self.sliding_window = attention.scale, attention.window
 
     def do_kv_cache_update(
-        self, layer: nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        layer: nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
         """Write key codes and value codes, uint8 [T, K bytes] each, to their places in the pages."""
         keys, values = self.split(kv_cache)
@@ -212,7 +218,9 @@ class CodeLayer(nn.Module, AttentionLayerBase):
         return output.flatten(1)
 
 
-def replace_attention_(config: VllmConfig, engine: Attention, attention: CodeAttention, values: PackedValues) -> CodeLayer:
+def replace_attention_(
+    config: VllmConfig, engine: Attention, attention: CodeAttention, values: PackedValues
+) -> CodeLayer:
     """Return a `CodeLayer` that vLLM's runner finds in place of a layer's attention."""
     layer = CodeLayer(engine, attention, values)
     config.compilation_config.static_forward_context[layer.layer_name] = layer

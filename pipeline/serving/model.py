@@ -355,8 +355,8 @@ def fill_cache_(
         raise ServingError(f"packed_cache=true: the cache cannot hold codes, because of {reason}.")
     if not fits_attention(keys.head_dim, dtype, device):
         raise ServingError(
-            f"packed_cache=true: attention over codes needs a C++ compiler and heads of a multiple of 16 channels; they "
-            f"have {keys.head_dim}. Leave packed_cache out."
+            f"packed_cache=true: attention over codes needs a C++ compiler and a head_dim that is a multiple of 16 (it "
+            f"is {keys.head_dim}). Leave packed_cache out."
         )
     engine = cast(Attention, attention.attn)
     if cap := getattr(engine.impl, "logits_soft_cap", None):

@@ -53,7 +53,7 @@ def find_attention(keys, values, width, *, rotate=True, mean=False, prefix=0, si
 
 def attend_slowly(attention, turns, queries, keys, values):
     """Return the attention of one text's last queries [T, heads, d] over states [kv_heads, N, d], float64."""
-    length, width = keys.shape[1:]
+    length = keys.shape[1]
     keys, values = keys.double(), values.double()
     if attention.turn is not None:
         keys = hadamard_transform(keys, True)

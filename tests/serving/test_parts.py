@@ -13,9 +13,9 @@ from pipeline.inference.loading import load
 from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.models.architectures import find_architecture
-from pipeline.numerics.quantizer import QuantizerSpec
+from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.serving import attention
-from pipeline.serving.attention import CachedValues, TurnedKeys
+from pipeline.serving.attention import CachedValues, PackedKeys, PackedValues, TurnedKeys
 from pipeline.serving.linear import WHOLE, LayerPart, ServedLinear
 from tests.export.test_folder import make_export
 from tests.gpu_double import CUDA, GpuDouble
@@ -239,6 +239,56 @@ def test_keys_of_one_pass_equal_their_quantizer(width, rotate, symmetric, center
     assert difference.amax() <= 1.01 * step
     same = difference.amax(-1) <= (1e-5 if dtype == torch.float32 else 2**-7) * expected.abs().max()
     assert same.float().mean() >= (0.99 if dtype == torch.float32 or centered else 0.5)
+
+
+@pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("width", "rotate"), [(8, True), (64, True), (12, False), (12, True)])
+@torch.no_grad()
+def test_key_codes_stand_for_the_keys_that_a_cache_of_states_gets(width, rotate, symmetric, centered, dtype):
+    keys, turned = make_keys(width, QuantizerSpec(4, symmetric, centered=centered), rotate, dtype)
+    packed = PackedKeys(turned.rope, keys, dtype)
+    generator = torch.Generator().manual_seed(8)
+    queries, states = (torch.randn(50, HEADS * width, generator=generator).to(dtype) for _ in range(2))
+    positions = torch.randint(0, 64, (50,), generator=generator)
+    served_queries, codes = packed(positions, queries, states)
+    expected_queries, expected = turned(positions, queries, states)
+    assert torch.equal(served_queries, expected_queries)
+    assert codes.shape == (50, HEADS * -(-width // 2))
+    decoded = keys.quantizer.decode(attention.as_heads(codes, HEADS), width, torch.float32 if centered else dtype)
+    tables = turned.find_tables(positions, dtype)
+    constant = keys.turn_mean(*tables) if centered else None
+    states = attention.as_rows(keys.join(decoded, constant, dtype))
+    # measured: 2e-6; in bfloat16 without a mean, torch's transforms are rounded to bfloat16
+    assert (states - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-6) * expected.abs().max()
+
+
+@torch.no_grad()
+def test_value_codes_are_those_of_the_quantizer():
+    for options in ({}, {"symmetric": False, "centered": True}, {"group_size": 4}):
+        quantizer = ActivationQuantizer(QuantizerSpec(4, **options), 8, HEADS)
+        quantizer.calibrate_(**{name: torch.rand(buffer.shape) for name, buffer in quantizer.named_buffers()})
+        values = torch.randn(5, HEADS * 8)
+        codes = PackedValues(quantizer, HEADS, torch.float32, torch.device("cpu"))(values)
+        assert torch.equal(codes, attention.as_rows(quantizer.encode(attention.as_heads(values, HEADS))))
+
+
+def test_settings_without_codes_are_named():
+    def explain(keys, values, before_rope=False):
+        quantizers = KeyQuantizer(keys, HEADS, 8, False, before_rope), ActivationQuantizer(values, 8, HEADS)
+        for quantizer in (quantizers[0].quantizer, quantizers[1]):
+            quantizer.calibrated = True
+        return attention.explain_no_codes(*quantizers)
+
+    static = QuantizerSpec(4)
+    assert explain(static, static) is None
+    assert explain(static, QuantizerSpec(8, format="fp8_e4m3")) is None
+    assert "keys.before_rope=true" in explain(static, static, before_rope=True)
+    assert "keys.bits=16" in explain(QuantizerSpec(16), static)
+    assert "values.mode=dynamic" in explain(static, QuantizerSpec(4, dynamic=True))
+    assert "values.format=nvfp4" in explain(static, QuantizerSpec(4, format="nvfp4"))
 
 
 def test_keys_of_other_settings_are_not_quantized_in_one_pass():

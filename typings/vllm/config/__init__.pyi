@@ -13,6 +13,7 @@ class ModelConfig:
 
 class ParallelConfig:
     tensor_parallel_size: int
+    decode_context_parallel_size: int
     pipeline_parallel_size: int
 
 class DeviceConfig:
@@ -20,12 +21,18 @@ class DeviceConfig:
 
 class CacheConfig:
     cache_dtype: str
+    block_size: int
     sliding_window: int | None
 
 class LoadConfig:
     load_format: str
 
+class CompilationConfig:
+    static_forward_context: dict[str, object]
+
 class VllmConfig:
+    compilation_config: CompilationConfig
+    kv_transfer_config: object | None
     model_config: ModelConfig
     parallel_config: ParallelConfig
     device_config: DeviceConfig

@@ -1,0 +1,1 @@
+CacheDType = str

@@ -1,0 +1,9 @@
+from enum import Enum
+
+from vllm.v1.attention.backend import AttentionBackend
+
+class AttentionBackendEnum(Enum):
+    CPU_ATTN = ...
+    def get_class(self) -> type[AttentionBackend]: ...
+
+def register_backend(backend: AttentionBackendEnum | str, class_path: str | None = None) -> object: ...
