@@ -44,6 +44,31 @@ class Rope(nn.Module):
     cos_sin_cache: torch.Tensor
 
 
+class TableRope(nn.Module):
+    """Llama's RoPE by tables of transformers, for the types of RoPE that vLLM computes in another way or not at all."""
+
+    cos_sin_cache: torch.Tensor
+
+    def __init__(self, cos_sin_cache: torch.Tensor) -> None:
+        """Take tables [positions, d], cosines and then sines of half of the channels each."""
+        super().__init__()
+        self.register_buffer("cos_sin_cache", cos_sin_cache, persistent=False)
+
+    def forward(
+        self, positions: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.cos_sin_cache.to(keys.dtype)[positions].unsqueeze(1)
+        cos, sin = (half.repeat(1, 1, 2) for half in table.chunk(2, dim=-1))
+        return _turn_heads(queries, cos, sin), _turn_heads(keys, cos, sin)
+
+
+def _turn_heads(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn rows [T, heads * d]; cos and sin are [T, 1, d]."""
+    x = rows.unflatten(-1, (-1, cos.shape[-1]))
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
 class NoRope(nn.Module):
     """Takes the place of RoPE in layers without it."""
 
@@ -61,7 +86,7 @@ class TurnedKeys(nn.Module):
 
     def __init__(
         self,
-        rope: Rope | NoRope,
+        rope: Rope | TableRope | NoRope,
         quantizer: KeyQuantizer,
         dtype: torch.dtype,
         device: torch.device = CPU,

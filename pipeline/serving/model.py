@@ -33,7 +33,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from pipeline.blocks.kv_cache import as_quantized_attention, turn_keys
+from pipeline.blocks.kv_cache import as_quantized_attention
 from pipeline.blocks.quantized import find_site_quantizers
 from pipeline.inference.packed_block import find_packed_linear, find_rotation
 from pipeline.inference.prefixed_model import PrefixedModel
@@ -50,6 +50,7 @@ from pipeline.serving.attention import (
     PackedKeys,
     PackedValues,
     Rope,
+    TableRope,
     TurnedKeys,
     explain_no_codes,
     find_code_attention,
@@ -151,7 +152,7 @@ class PrefixQuantModel(nn.Module):
             raise ServingError(f"{len(unfilled)} tensors of vLLM's model were not loaded: {', '.join(unfilled[:3])}.")
         layers = [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
         check_sliding(layers, skeleton)
-        check_rope_tables(layers, skeleton, device)
+        settle_rope_(layers, skeleton, self.config_of_engine.model_config.max_model_len, device)
         tables: dict[nn.Module, torch.Tensor] = {}
         for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
@@ -200,33 +201,41 @@ def check_sliding(layers: list[FusedLayer], skeleton: PreTrainedModel) -> None:
             )
 
 
-def check_rope_tables(layers: list[FusedLayer], skeleton: PreTrainedModel, device: torch.device) -> None:
-    """Check that vLLM's RoPE turns keys as transformers' does, in each layer that has RoPE.
+def settle_rope_(layers: list[FusedLayer], skeleton: PreTrainedModel, length: int, device: torch.device) -> None:
+    """Have vLLM's layers turn keys as transformers' do: by vLLM's RoPE where it agrees, else by transformers' tables.
 
-    Raises:
-        ServingError: it turns them in another way, for example because it reads other keys of `rope_parameters`.
+    Args:
+        length: max_model_len.
     """
     config: Any = skeleton.config
     rotary: Any = type(skeleton.base_model.rotary_emb)(config)
-    positions = torch.tensor([1, 7, min(1009, config.max_position_embeddings - 1)])
-    for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
-        attention: Any = block.self_attn
+    positions = torch.arange(length)
+    ropes: dict[str | None, TableRope] = {}
+    for layer, block in zip(layers, list_layers(skeleton), strict=True):
         if not uses_rope(config, block):
             continue
-        width = attention.head_dim
-        keys = torch.randn(len(positions), width, generator=torch.Generator().manual_seed(index))
+        attention: Any = block.self_attn
         kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
-        kinds = [kind] if kind in config.rope_parameters else []
-        cos, sin = rotary(keys[None], positions[None], *kinds)
-        expected = turn_keys(keys[None, None], cos, sin)[0, 0]
-        rope: Any = layer.self_attn.rotary_emb
-        moved = keys.to(device)
-        _, served = rope.forward_native(positions.to(device), moved.clone(), moved.clone())
-        if not (served.float().cpu() - expected).abs().max() <= _ROPE_TOLERANCE * expected.abs().max():
-            raise ServingError(
-                f"rope_parameters={config.rope_parameters}: vLLM's RoPE turns the keys of layer {index} in another way "
-                "than transformers'. Use pipeline.quantized_model.load."
-            )
+        kind = kind if kind in config.rope_parameters else None
+        if kind not in ropes:
+            tables = rotary(torch.empty(0), positions[None], *([] if kind is None else [kind]))
+            halves = [table[0, :, : attention.head_dim // 2] for table in tables]
+            ropes[kind] = TableRope(torch.cat(halves, dim=-1).float().to(device))
+        if not agrees(layer.self_attn.rotary_emb, ropes[kind], attention.head_dim):
+            layer.self_attn.rotary_emb = ropes[kind]
+
+
+def agrees(rope: Any, expected: TableRope, width: int) -> bool:
+    """Return whether a RoPE of vLLM turns a head of `width` channels as expected."""
+    if not hasattr(rope, "cos_sin_cache") or not hasattr(rope, "forward_native"):
+        return False
+    tables = expected.cos_sin_cache
+    last = len(tables) - 1
+    positions = torch.tensor([min(position, last) for position in (1, 7, 1009)], device=tables.device)
+    keys = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(tables.device)
+    _, turned = expected(positions, keys, keys)
+    _, served = rope.forward_native(positions, keys.clone(), keys.clone())
+    return bool((served.float() - turned).abs().max() <= _ROPE_TOLERANCE * turned.abs().max())
 
 
 def match_sliding_(config: VllmConfig, skeleton: PreTrainedModel) -> None:
@@ -360,7 +369,9 @@ def fill_cache_(
         )
     engine = cast(Attention, attention.attn)
     if cap := getattr(engine.impl, "logits_soft_cap", None):
-        raise ServingError(f"packed_cache=true: attention over codes has no cap of scores ({cap}). Leave packed_cache out.")
+        raise ServingError(
+            f"packed_cache=true: attention over codes cannot cap scores (at {cap}). Leave packed_cache out."
+        )
     if keys.mean_taken_out and rope not in tables:
         tables[rope] = make_table(find_turns(rope, keys.head_dim, config.model_config.max_model_len).to(dtype))
     code_attention = find_code_attention(

@@ -120,7 +120,7 @@ def check_engine(config: VllmConfig) -> None:
         and "the prefix and all blocks are loaded in one process. Use 1",
         "speculative decoding": config.speculative_config is not None and "a draft model has no prefix. Leave it out",
         "LoRA": config.lora_config is not None
-        and "vLLM would give adapters the input of q, k, v, gate and up before it is rotated and quantized, and not the "
+        and "vLLM would give adapters the input of q, k, v, gate and up before rotation and quantization, and not the "
         "one they were trained on. Use PEFT on top of pipeline.quantized_model.load",
         f"kv_cache_dtype={cache}": cache not in ("auto", "float32", "bfloat16")
         and "the model quantizes keys and values itself, and the prefix must stay exact. Use auto",

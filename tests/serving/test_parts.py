@@ -258,7 +258,7 @@ def test_key_codes_stand_for_the_keys_that_a_cache_of_states_gets(width, rotate,
     assert torch.equal(served_queries, expected_queries)
     assert codes.shape == (50, HEADS * -(-width // 2))
     decoded = keys.quantizer.decode(attention.as_heads(codes, HEADS), width, torch.float32 if centered else dtype)
-    tables = turned.find_tables(positions, dtype)
+    tables = turned.find_tables(positions, expected)
     constant = keys.turn_mean(*tables) if centered else None
     states = attention.as_rows(keys.join(decoded, constant, dtype))
     # measured: 2e-6; in bfloat16 without a mean, torch's transforms are rounded to bfloat16

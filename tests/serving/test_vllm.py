@@ -15,11 +15,13 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GlmConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
@@ -100,6 +102,9 @@ _KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attent
 _HEADS = {"head_dim": 32}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 _YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+_LONG_ROPE |= {"short_factor": [1 + 0.1 * i for i in range(12)], "long_factor": [1 + 0.5 * i for i in range(12)]}
+_LONG_ROPE |= {"original_max_position_embeddings": 512}
 _CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0, "query_pre_attn_scalar": 40}
 NEAR = {
     "apertus": ApertusConfig(
@@ -107,6 +112,13 @@ NEAR = {
     ),
     "cwm": CwmConfig(**WIDE_SIZES, **_HEADS, **_KINDS, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "exaone4": Exaone4Config(**WIDE_SIZES, **_KINDS),  # the second layer has no RoPE
+    "glm": GlmConfig(**WIDE_SIZES, **_HEADS),  # RoPE on a half of each head; imported as llama
+    "phi3": Phi3Config(  # LongRoPE on three quarters of each head; imported as mistral
+        **WIDE_SIZES,
+        tie_word_embeddings=True,
+        rope_parameters=_LONG_ROPE,
+        original_max_position_embeddings=512,
+    ),
     "gemma": GemmaConfig(**WIDE_SIZES, **_HEADS),
     "gemma2": Gemma2Config(**WIDE_SIZES, **_HEADS, **_KINDS, **_CAPS),
     "gemma3_text": Gemma3TextConfig(**WIDE_SIZES, **_HEADS, **_KINDS),
