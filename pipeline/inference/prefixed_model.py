@@ -150,9 +150,9 @@ class PrefixedModel(PreTrainedModel):
                 argument; transformers uses the second since 5.24.
 
         Raises:
-            ValueError: neither `input_ids` nor `inputs_embeds`, a cache of another kind or under both names, a mask
-                that is not [B, past + T], packed texts with a cache, with a mask or for kernels that take no mask, or
-                gradient checkpointing.
+            ValueError: neither `input_ids` nor `inputs_embeds`, or empty ones, a cache of another kind or under both
+                names, a mask that is not [B, past + T], positions that are not [B or 1, T] or are negative, packed
+                texts with a cache, with a mask or for kernels that take no mask, or gradient checkpointing.
             UnsupportedModelError: a text so long that RoPE would turn the keys in the cache in another way.
         """
         if self.training and any(getattr(block, "gradient_checkpointing", False) for block in self._body.layers):
@@ -174,6 +174,16 @@ class PrefixedModel(PreTrainedModel):
             raise ValueError("there is nothing to read. Pass input_ids or inputs_embeds.")
         shape, past, prefix = tokens.shape[:2], cache.get_seq_length(), cache.prefix_tokens
         length = shape[1]
+        if shape[0] == 0 or length == 0:
+            raise ValueError(
+                f"the input has shape {list(tokens.shape)}: there is nothing to read. Pass at least one text with at "
+                "least one token."
+            )
+        if position_ids is not None and position_ids.dim() != 2:
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)}. Pass [batch, {length}] or [1, {length}], counted "
+                "without the prefix."
+            )
         if prefix + past:  # a text that is read in one go, without a prefix, has no keys that were turned before
             check_rope(self.config, prefix + past + length)
         whole_mask = None
@@ -389,12 +399,20 @@ def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_c
         keeps_cache: whether the call has a cache.
 
     Raises:
-        ValueError: positions restart, and the call has a mask, or a cache, which holds one text.
+        ValueError: positions restart, and the call has a mask, or a cache, which holds one text; or they are negative.
     """
     steps = position_ids.diff(dim=-1)
     numbers = torch.nn.functional.pad(steps != 1, (1, 0)).cumsum(-1)
     if torch.compiler.is_compiling():  # no branch on data
         return numbers if mask is None and not keeps_cache else None
+    negative = position_ids < 0
+    if mask is not None:
+        negative = negative & mask.bool()  # positions of padding mean nothing
+    if negative.any():
+        raise ValueError(
+            f"position_ids has {position_ids.min()}: negative positions are those of the prefix. Count from 0, without "
+            "the prefix."
+        )
     if mask is None and not keeps_cache:
         return numbers if (numbers > 0).any() else None
     restarts = steps <= 0

@@ -343,6 +343,25 @@ def test_packed_texts_longer_than_the_window(imported):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_empty_inputs_and_positions_of_other_forms_are_refused(imported):
+    model, _, _ = prefixed(imported)
+    token_ids, positions = torch.tensor([[5, 6, 8, 40]]), torch.arange(4).unsqueeze(0)
+    for empty in (token_ids[:, :0], token_ids[:0]):
+        with pytest.raises(
+            ValueError, match=r"the input has shape \[\d, \d\]: there is nothing to read. Pass at least"
+        ):
+            model(empty)
+    with pytest.raises(ValueError, match=r"position_ids has shape \[4\]. Pass \[batch, 4\] or \[1, 4\]"):
+        model(token_ids, position_ids=positions[0])
+    mask = torch.tensor([[0, 1, 1, 1]])
+    for options in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(mask)}):
+        with pytest.raises(ValueError, match="position_ids has -1: negative positions are those of the prefix"):
+            model(token_ids, position_ids=positions - 1, **options)
+    padded = model(token_ids, position_ids=positions - 1, attention_mask=mask).logits[:, 1:]
+    torch.testing.assert_close(padded, model(token_ids[:, 1:]).logits)
+
+
 def test_other_forms_of_packed_texts_are_refused(imported):
     model, _, _ = prefixed(imported)
     token_ids, restarting = torch.tensor([[5, 6, 8, 40]]), torch.tensor([[0, 1, 0, 1]])
