@@ -156,7 +156,7 @@ _FREE_KEYS = frozenset(
         *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "transformers_weights"),
         *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits"),
         *("attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "problem_type"),
-        *("id2label", "label2id", "num_labels", "chunk_size_feed_forward", "pretraining_tp"),
+        *("id2label", "label2id", "num_labels", "chunk_size_feed_forward", "pretraining_tp", "gradient_checkpointing"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     }
 )

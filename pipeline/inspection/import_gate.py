@@ -33,6 +33,7 @@ from pipeline.importing.source import Read, Source
 from pipeline.inspection.layer_arguments import check_layer_arguments, record_model_calls
 from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.experts import split_experts, stack_experts
 from pipeline.models.layers import CausalModel, Movable
 from pipeline.models.lm_head import LmHead
 from pipeline.runtime.errors import PipelineError
@@ -107,8 +108,8 @@ class _Unrounded(Checkpoint):
 
     def load_block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         prefix = self.architecture.tensor_prefix(index)
-        written = self._written.load_block_tensors(index)
-        return {name: self._read_exactly(prefix + name, tensor) for name, tensor in written.items()}
+        written = stack_experts(self._written.load_block_tensors(index))  # the source has the experts of a block joined
+        return split_experts({name: self._read_exactly(prefix + name, tensor) for name, tensor in written.items()})
 
     def load_tensor(self, name: str) -> torch.Tensor:
         written = self._written.load_tensor(name)
