@@ -136,7 +136,8 @@ def run_experiment(overrides: list[str], project: Path, scratch: Path | None) ->
     dvc = [sys.executable, "-m", "dvc"]
     shown = subprocess.run([*dvc, "cache", "dir"], cwd=project, check=True, stdout=subprocess.PIPE, text=True)
     cache = project / shown.stdout.strip()
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=scratch) as folder:
+    # DVC's daemon may still write into the clone when it is removed.
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=scratch, ignore_cleanup_errors=True) as folder:
         environment["DVC_SITE_CACHE_DIR"] = str(Path(folder) / "site-cache")
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(project), str(clone)], check=True)
