@@ -17,7 +17,7 @@ class Point:
     Attributes:
         x: a number, or a text, which is a category.
         y: a number.
-        label: the text next to the point.
+        label: the text next to the point, below it in odd groups.
         group: points of a group have one colour, the CSS class `groupN`, N being `group` modulo 4.
         title: the text that a reader gets who points at it.
     """
@@ -60,10 +60,11 @@ def draw_scatter(points: Sequence[Point], *, x_label: str, y_label: str) -> str:
         )
     for point, x in zip(points, places, strict=True):
         across, down = place_x(x), place_y(point.y)
+        beside = down + (12 if point.group % 2 else -4)  # so that two texts of one run keep apart
         parts.append(
             f'<g class="group{point.group % 4}"><title>{html.escape(f"{point.title}: {point.y:g}")}</title>'
             f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4"/></g>'
-            f'<text x="{across + 6:.1f}" y="{down - 4:.1f}">{html.escape(point.label)}</text>'
+            f'<text x="{across + 6:.1f}" y="{beside:.1f}">{html.escape(point.label)}</text>'
         )
     middle = (_TOP + bottom) / 2
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>')
