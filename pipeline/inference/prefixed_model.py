@@ -144,8 +144,10 @@ class PrefixedModel(PreTrainedModel):
         Args:
             attention_mask: [B, past + T], 0 for padding on either side. Without `position_ids`, positions count what it
                 does not mask.
-            position_ids: [B or 1, T], without the prefix. If they restart within a row, several texts are packed in
-                it. Each is read with the prefix and without the others. That needs `use_cache=False` and no mask.
+            position_ids: [B or 1, T], without the prefix. They may begin later than at 0 or leave gaps: the result is
+                that of the original with the prefix at 0 to P - 1 and the text at P + `position_ids`. If they restart
+                at 0 within a row, several texts are packed in it. Each is read with the prefix and without the others.
+                That needs `use_cache=False` and no mask. Gaps in such a call are refused.
             past_key_values, cache: None, the cache returned by an earlier call, or `make_cache()`. Two names of one
                 argument; transformers uses the second since 5.24.
 
@@ -399,7 +401,8 @@ def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_c
         keeps_cache: whether the call has a cache.
 
     Raises:
-        ValueError: positions restart, and the call has a mask, or a cache, which holds one text; or they are negative.
+        ValueError: positions restart, and the call has a mask, or a cache, which holds one text; a packed text does not
+            begin at 0; or positions are negative.
     """
     steps = position_ids.diff(dim=-1)
     numbers = torch.nn.functional.pad(steps != 1, (1, 0)).cumsum(-1)
@@ -414,6 +417,15 @@ def _number_texts(position_ids: torch.Tensor, mask: torch.Tensor | None, keeps_c
             "the prefix."
         )
     if mask is None and not keeps_cache:
+        jumps = (steps != 1) & (position_ids[:, 1:] != 0)
+        if jumps.any():
+            row, place = jumps.nonzero()[0].tolist()
+            before, after = position_ids[row, place : place + 2].tolist()
+            raise ValueError(
+                f"position_ids jump from {before} to {after} in row {row}. With use_cache=False and no attention_mask, "
+                "that would begin another text, and the prefix would not come right before it. Pass an attention_mask "
+                "of ones to read one text with a gap, or positions that begin at 0 in each packed text."
+            )
         return numbers if (numbers > 0).any() else None
     restarts = steps <= 0
     if mask is not None:

@@ -343,7 +343,6 @@ def test_packed_texts_longer_than_the_window(imported):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_empty_inputs_and_positions_of_other_forms_are_refused(imported):
     model, _, _ = prefixed(imported)
     token_ids, positions = torch.tensor([[5, 6, 8, 40]]), torch.arange(4).unsqueeze(0)
@@ -405,6 +404,48 @@ def test_position_ids_of_one_text_change_nothing(imported, use_cache):
     text = torch.tensor(TEXTS[:1])
     logits = model(text, position_ids=torch.arange(6)[None], use_cache=use_cache).logits
     assert torch.allclose(logits[0], reference_logits(original, embeddings, TEXTS[0]), atol=1e-4)
+
+
+POSITIONS = {
+    "as usual": [*range(40)],
+    "shifted": [*range(4, 44)],
+    "a gap": [*range(5), *range(9, 44)],
+    "a gap after the first": [0, *range(6, 45)],
+    "every second": [*range(0, 80, 2)],
+}
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_positions_that_are_shifted_or_have_gaps_are_those_after_the_prefix(imported, family):
+    model, original, embeddings = prefixed(imported, family)
+    text = torch.randint(2, 320, (1, 40), generator=torch.Generator().manual_seed(1))
+    embedded = torch.cat((embeddings[None], original.model.embed_tokens(text)), dim=1)
+    prefix = len(embeddings)
+    for name, positions in POSITIONS.items():
+        ids, ones = torch.tensor([positions]), torch.ones_like(text)
+        whole = torch.cat((torch.arange(prefix)[None], ids + prefix), dim=1)
+        mask = torch.ones_like(whole)
+        expected = original(inputs_embeds=embedded, position_ids=whole, attention_mask=mask).logits[:, prefix:]
+        in_steps, cache = [], model.make_cache()
+        for part in (slice(0, 3), slice(3, 7), slice(7, 8), slice(8, 40)):
+            in_steps.append(model(text[:, part], position_ids=ids[:, part], past_key_values=cache).logits)
+        for logits in (
+            model(text, position_ids=ids).logits,
+            model(text, position_ids=ids, attention_mask=ones).logits,
+            model(text, position_ids=ids, attention_mask=ones, use_cache=False).logits,
+            torch.cat(in_steps, dim=1),
+        ):
+            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()  # measured: 2e-6
+        if name in ("as usual", "shifted"):
+            logits = model(text, position_ids=ids, use_cache=False).logits
+            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+        else:  # transformers reads a jump as the beginning of another text
+            with pytest.raises(ValueError, match=r"position_ids jump from \d to \d in row 0.*attention_mask of ones"):
+                model(text, position_ids=ids, use_cache=False)
+    restarts_at_one = torch.tensor([[*range(20), *range(1, 21)]])
+    with pytest.raises(ValueError, match=r"jump from 19 to 1 in row 0.*begin at 0 in each packed text"):
+        model(text, position_ids=restarts_at_one, use_cache=False)
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "mistral", "gemma3_text"])
