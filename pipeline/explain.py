@@ -1,6 +1,6 @@
 """Say whether a model can be quantized, and with how much memory, without loading its weights.
 
-    python -m pipeline.explain SOURCE
+    prefixquant explain SOURCE
 
 SOURCE is a folder, a GGUF file, a hub id or `packaged:smollm2-135m`. The answer is one sentence on whether the model is
 supported, and if not, why not: which feature, in which layers. Then follow the format of the weights, the parts that an

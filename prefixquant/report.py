@@ -34,7 +34,7 @@ def find_work_folder(folder: Path) -> Path:
         if (place / _STAGES).is_file():
             return place
     if not folder.is_dir():
-        raise ArgumentError(f"{folder}: there is no such folder.")
+        raise ArgumentError(f"{folder}: there is no such folder. Give the --out or the work folder of a run.")
     if (folder / MANIFEST).is_file():
         raise ArgumentError(
             f"{folder}: is a quantized model, and its work folder {beside} does not exist. Name the work folder, if it "

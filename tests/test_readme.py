@@ -153,7 +153,9 @@ class ParsedError(Exception):
 
 def list_documented_commands():
     """Return the words of each `prefixquant …` in pages, docstrings and model cards, and whether it is a whole line."""
-    sources = [*(ROOT / "prefixquant").glob("*.py"), ROOT / "pipeline/export/model_card.py"]
+    helps = ("explain.py", "evaluation/texts.py", "inference/generation.py")
+    sources = [*(ROOT / "prefixquant").glob("*.py"), *(ROOT / "pipeline" / name for name in helps)]
+    sources.append(ROOT / "pipeline/export/model_card.py")
     text = "\n".join([ALL, *(path.read_text(encoding="utf-8") for path in sources)])
     lines = dict.fromkeys(re.findall(r"^    (prefixquant [a-z-].*)$", text, re.MULTILINE), True)
     inline = dict.fromkeys(re.findall(r"`(prefixquant [a-z-][^`…]*)`", text), False)

@@ -1,8 +1,8 @@
 """Evaluate a folder outside of the pipeline: perplexity on any text, and lm-eval tasks.
 
-    python -m pipeline.evaluate artifacts/export --text my.txt --length 2048
-    python -m pipeline.evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
-    python -m pipeline.evaluate artifacts/export --original path/to/original --text my.txt
+    prefixquant evaluate artifacts/export --text my.txt --length 2048
+    prefixquant evaluate artifacts/export --tasks piqa,arc_easy --limit 200 --json results.json
+    prefixquant evaluate artifacts/export --original path/to/original --text my.txt
 
 The folder is an exported one, or a plain Hugging Face model (perplexity only). With --original both are evaluated on
 the same windows. The results then hold the ratio of both perplexities, the KL divergence in nats per token and the

@@ -1,7 +1,7 @@
 """Generate text from an exported folder, printed as it is made.
 
-    python -m pipeline.generate artifacts/export "Once upon a time" --max-new-tokens 64
-    python -m pipeline.generate artifacts/export --chat
+    prefixquant generate artifacts/export "Once upon a time" --max-new-tokens 64
+    prefixquant chat artifacts/export
 
 On a CPU integers are multiplied as integers. `--arithmetic float` is slower and computes exactly the numbers that the
 pipeline evaluated.
