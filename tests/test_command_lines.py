@@ -6,18 +6,22 @@ import runpy
 import shutil
 import sys
 
+import lm_eval
 import pytest
 import torch
 import yaml
 
 from pipeline.blocks.kv_cache import PrefixCache
 from pipeline.evaluation import harness, texts
+from pipeline.evaluation.params import TaskParams
+from pipeline.evaluation.task_data import open_tasks
 from pipeline.evaluation.texts import main as evaluate
 from pipeline.inference import generation
 from pipeline.inference.generation import main as generate
+from pipeline.inference.loading import load
 from pipeline.runtime.errors import PipelineError, run_main
 from tests.conftest import PROSE_FILE, write_params
-from tests.evaluation.test_harness import local_task
+from tests.evaluation.test_harness import local_task, write_task
 from tests.export.test_folder import make_export
 
 pytestmark = pytest.mark.usefixtures("lm_eval_read_once")
@@ -121,6 +125,41 @@ def test_lm_eval_continues_without_the_gpu_it_asks_for(folder, tmp_path, monkeyp
     assert call(harness.run_command_line, *arguments, monkeypatch=monkeypatch) is None
     assert "device=cuda:99 does not exist here, " in caplog.text
     assert list(results.rglob("*.json"))
+
+
+def test_a_task_of_a_folder_gets_the_same_answers_in_stages_and_on_lm_evals_command_line(folder, tmp_path, monkeypatch):
+    """Texts are generated after examples, as in gsm8k."""
+    tasks, results = tmp_path / "tasks", tmp_path / "results"
+    tasks.mkdir()
+    rows = [{"question": f"The house {i}.", "label": str(i)} for i in range(6)]
+    write_task(tasks, "sums", rows, "Question: {{question}}\nAnswer:", None)
+    path = tasks / "sums.yaml"
+    generation = {"until": ["Question:"], "do_sample": False, "max_gen_toks": 6}
+    task = yaml.safe_load(path.read_text()) | {"output_type": "generate_until", "generation_kwargs": generation}
+    del task["doc_to_choice"]
+    task |= {"fewshot_split": "test", "num_fewshot": 2, "metric_list": [{"metric": "exact_match"}]}
+    path.write_text(yaml.safe_dump(task))
+    evaluate, samples = lm_eval.simple_evaluate, []
+
+    def keep_samples(**options):
+        outcome = evaluate(**options | {"log_samples": True})
+        samples.extend(outcome["samples"]["sums"])
+        return outcome
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", keep_samples)
+    opened = open_tasks({"sums": TaskParams(limit=4)}, str(tasks))
+    metrics = harness.run_tasks(*load(folder), opened, batch_size=3)
+    monkeypatch.undo()
+    arguments = ["run", "--model", "prefixquant", "--model_args", f"path={folder}", "--tasks", "sums", "--limit", 4]
+    arguments += ["--include_path", tasks, "--device", "cpu", "--output_path", results, "--log_samples"]
+    assert call(harness.run_command_line, *arguments, monkeypatch=monkeypatch) is None
+    (written,) = results.rglob("samples_sums_*.jsonl")
+    others = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(samples) == len(others) == metrics["task_items"]["sums"] == 4
+    for one, other in zip(samples, others, strict=True):
+        assert one["arguments"][0][0] == other["arguments"]["gen_args_0"]["arg_0"]
+        assert (one["resps"], one["exact_match"]) == (other["resps"], other["exact_match"])
+    assert any(sample["resps"][0][0] for sample in samples)
 
 
 @pytest.mark.parametrize(

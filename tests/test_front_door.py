@@ -136,6 +136,32 @@ def test_security_notes_are_about_the_pinned_diskcache_and_make_moves_its_folder
     assert "/tmp" in (ROOT / ".dvc/.gitignore").read_text().splitlines()
 
 
+def test_make_says_how_to_begin_a_repository(tmp_path, monkeypatch):
+    """Cases: no repository, a DVC that needs none, a repository without a commit, and one with a commit."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def make(target):
+        command = ["make", "-f", ROOT / "Makefile", "-o", "setup", target]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.stderr.split(" Run: ")[0].replace("\t", "") if done.returncode else None
+
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    assert re.search(r"error: DVC needs a git\s+repository in this folder\.$", make("repository"))
+    assert re.search(r"error: experiments need a git repository with a\s+commit\.$", make("commit"))
+    program = tmp_path / ".venv/bin/dvc"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n[ \"$*\" = 'config core.no_scm' ] && echo true\n")
+    program.chmod(0o755)
+    assert make("repository") is None  # DVC was told that there is no git
+    program.unlink()
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
+    assert make("repository") is None
+    assert "repository with a" in make("commit")
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], cwd=tmp_path, check=True)
+    assert make("repository") is None
+    assert make("commit") is None
+
+
 def test_files_other_than_modules_are_in_the_package_and_in_the_smoke_test():
     package_data = PROJECT["tool"]["setuptools"]["package-data"]["pipeline"]
     folder = ROOT / "pipeline"
