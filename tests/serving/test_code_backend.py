@@ -44,6 +44,11 @@ def test_a_cache_of_codes_computes_what_transformers_does(exports, name):
     assert parity["rounded_otherwise"] <= 0.02
 
 
+def test_layers_without_rope_and_layers_that_slide_have_codes(exports):
+    """In EXAONE 4 the sliding layers turn keys, and the global layers have no RoPE."""
+    compare(exports, "exaone4", "--eager", "--packed-cache")
+
+
 def test_two_processes_have_codes_of_their_own_heads(exports):
     compare(exports, "llama, static", "--eager", "--processes", "2", "--packed-cache")
 
@@ -122,12 +127,19 @@ print(json.dumps(messages))
     assert "packed_cache=true with decode_context_parallel_size=2: " in messages[2]
 
 
-def test_a_model_without_codes_is_refused(exports):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mistral, keys before RoPE, 8 bits", "the cache cannot hold codes, because of keys.before_rope=true"),
+        ("gemma2", "attention over codes cannot cap scores (at 4.0)"),
+    ],
+)
+def test_a_model_without_codes_is_refused(exports, name, reason):
     program = f"""
 from vllm import LLM
-LLM({str(exports["mistral, keys before RoPE, 8 bits"])!r}, dtype="float32", enforce_eager=True,
+LLM({str(exports[name])!r}, dtype="float32", enforce_eager=True,
     additional_config={{"packed_cache": True}})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "packed_cache=true: the cache cannot hold codes, because of keys.before_rope=true" in done.stderr
+    assert f"packed_cache=true: {reason}" in done.stderr
