@@ -2,11 +2,13 @@
 
     python -m benchmarks.speed.inference                        # artifacts/model and artifacts/export of the last run
     python -m benchmarks.speed.inference --json inference.json --w4a16 FOLDER
+    python -m benchmarks.speed.inference --context 4096 --batches 8
 
 Each row runs several times in processes of its own, with rows in turn. Times are medians over the rounds. Prefill is
-one forward of a batch of texts of 512 tokens, by default of one text and of eight. Decoding is 64 tokens one by one
-after them. Peak memory includes loading and excludes the memory after the imports; vLLM's includes its cache of 1 GiB.
-Perplexity is on the windows of artifacts/calibration/evaluation/wikipedia.
+one forward of a batch of texts of 512 tokens (`--context`), by default of one text and of eight. Decoding is the
+median of the steps that make 64 tokens one by one after them. Peak memory includes loading and excludes the memory
+after the imports; vLLM's includes its cache of 1 GiB. Perplexity is on the windows of
+artifacts/calibration/evaluation/wikipedia.
 
 Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its prefix caching.
 `--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
@@ -19,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ class Row:
     Attributes:
         arithmetic: argument of `load`; None: transformers' own loading.
         unpacked: argument of `load`.
+        packed_cache: whether vLLM's cache holds codes (docs/serving.md#a-cache-of-codes).
     """
 
     engine: str
@@ -51,6 +54,7 @@ class Row:
     dtype: str = "float32"
     arithmetic: str | None = None
     unpacked: bool = True
+    packed_cache: bool = False
 
 
 ROWS = {
@@ -64,6 +68,7 @@ ROWS = {
     "vLLM, W4A16, bfloat16": Row("vllm", "w4a16", "bfloat16"),
     "vLLM, export, bfloat16": Row("vllm", "export", "bfloat16"),
     "vLLM, export, float32": Row("vllm", "export"),
+    "vLLM, export, cache of codes, bfloat16": Row("vllm", "export", "bfloat16", packed_cache=True),
 }
 ROUNDS, BATCHES = 3, (1, 8)
 _PREFILL, _DECODED = 512, 64
@@ -78,12 +83,13 @@ def main() -> None:
     parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
     parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
     parser.add_argument("--batches", type=whole(1), nargs="+", default=list(BATCHES), help="texts in a batch")
+    parser.add_argument("--context", type=whole(1), default=_PREFILL, help=f"tokens of a text (default: {_PREFILL})")
     parser.add_argument("--child", choices=list(ROWS), help=argparse.SUPPRESS)  # one row, in this process
     arguments = parser.parse_args()
     artifacts = arguments.artifacts.resolve()
     folders = {"model": artifacts / "model", "export": artifacts / "export", "w4a16": arguments.w4a16}
     if arguments.child:
-        print(json.dumps(measure(ROWS[arguments.child], folders, artifacts, arguments.batches)))
+        print(json.dumps(measure(ROWS[arguments.child], folders, artifacts, arguments.batches, arguments.context)))
         return
     names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
     if any(ROWS[name].folder == "w4a16" for name in names) and arguments.w4a16 is None:
@@ -104,6 +110,8 @@ def main() -> None:
                 str(artifacts),
                 "--batches",
                 *map(str, arguments.batches),
+                "--context",
+                str(arguments.context),
             ]
             command += ["--w4a16", str(arguments.w4a16.resolve())] if arguments.w4a16 else []
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
@@ -111,23 +119,27 @@ def main() -> None:
     for name, measured in rounds.items():
         values = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
         append_row(arguments.json, rows, name, values)
-    print(format_table(rows, arguments.batches))
+    print(format_table(rows, arguments.batches, arguments.context))
 
 
-def measure(row: Row, folders: dict[str, Path], artifacts: Path, batches: Sequence[int]) -> dict[str, float]:
+def measure(
+    row: Row, folders: dict[str, Path], artifacts: Path, batches: Sequence[int], context: int
+) -> dict[str, float]:
     """Return size and peak memory in GiB, seconds to load, to prefill and per decoded token, and perplexity."""
     windows = load_windows(artifacts / "calibration/evaluation/wikipedia.safetensors").token_ids
     return_freed_memory()
     before = current_rss_gib()
     folder = folders[row.folder]
     run = run_vllm if row.engine == "vllm" else run_transformers
-    values = run(row, folder, windows, batches)
+    values = run(row, folder, windows, batches, context)
     values["memory"] = values.pop("peak") - before
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     return values | {"size": size}
 
 
-def run_transformers(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int]) -> dict[str, float]:
+def run_transformers(
+    row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int], context: int
+) -> dict[str, float]:
     """Measure a row in transformers."""
     start = time.perf_counter()
     dtype = getattr(torch, row.dtype)
@@ -137,7 +149,7 @@ def run_transformers(row: Row, folder: Path, windows: torch.Tensor, batches: Seq
         model, _ = load(folder, arithmetic=row.arithmetic, dtype=dtype, unpacked=row.unpacked)
     values = {"load": time.perf_counter() - start}
     for batch in batches:
-        for kind, seconds in time_steps(model, cut_texts(windows, batch)).items():
+        for kind, seconds in time_steps(model, cut_texts(windows, batch, context)).items():
             values[f"{kind} {batch}"] = seconds
     values["peak"] = peak_rss_gib()
     return values | {"perplexity": compute_perplexity([score(model, window) for window in windows.tolist()])}
@@ -158,51 +170,66 @@ def time_steps(model: PreTrainedModel, token_ids: torch.Tensor) -> dict[str, flo
     return {"prefill": statistics.median(prefill[1:]), "decode": statistics.median(decode[1:])}
 
 
-def run_vllm(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int]) -> dict[str, float]:
+def run_vllm(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[int], context: int) -> dict[str, float]:
     """Measure a row in vLLM."""
     set_up_vllm()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     start = time.perf_counter()
     llm = LLM(
         str(folder),
         dtype=row.dtype,
         max_num_seqs=max(batches),
-        max_num_batched_tokens=max(batches) * (_PREFILL + 64),
-        max_model_len=windows.shape[1] + 64,
+        max_num_batched_tokens=max(batches) * (min(context, _PREFILL) + 64),
+        max_model_len=max(windows.shape[1], context + _DECODED) + 64,
         enable_prefix_caching=False,
+        additional_config={"packed_cache": row.packed_cache},
     )
     values = {"load": time.perf_counter() - start}
-
-    def generate(texts: torch.Tensor, tokens: int) -> float:
-        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(as_prompts(texts.tolist()), sampling, use_tqdm=False)
-        return time.perf_counter() - start
-
+    runs = max(1, 5 * _PREFILL // context)
     for batch in batches:
-        texts = cut_texts(windows, batch)
-        prefill = take_median(lambda texts=texts: generate(texts, 1))
-        values[f"prefill {batch}"] = prefill
-        values[f"decode {batch}"] = (
-            take_median(lambda texts=texts: generate(texts, 1 + _DECODED)) - prefill
-        ) / _DECODED
+        texts = as_prompts(cut_texts(windows, batch, context).tolist())
+        values[f"prefill {batch}"] = statistics.median([sum(generate(llm, texts, 1)[0]) for _ in range(runs + 1)][1:])
+        values[f"decode {batch}"] = statistics.median(
+            [statistics.median(generate(llm, texts, 1 + _DECODED)[1]) for _ in range(runs)]
+        )
     values["peak"] = peak_rss_gib()
     return values | {"perplexity": compute_perplexity(score_served(llm, windows.tolist()))}
 
 
-def take_median(run: Callable[[], float]) -> float:
-    """Return the median of five runs, after a first one that does not count."""
-    return statistics.median([run() for _ in range(6)][1:])
+def generate(llm: Any, texts: list[dict[str, list[int]]], tokens: int) -> tuple[list[float], list[float]]:
+    """Continue texts in vLLM.
+
+    Returns:
+        The seconds of all of its steps before all texts have a second token, and of those after it in which all texts
+        get a token.
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    prefill, decode = [], []
+    for place, text in enumerate(texts):
+        engine.add_request(str(place), text, sampling)
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        outputs = engine.step()
+        seconds = time.perf_counter() - start
+        is_decode = len(outputs) == len(texts) and min(len(output.outputs[0].token_ids) for output in outputs) > 1
+        (decode if is_decode else prefill).append(seconds)
+    return prefill, decode
 
 
-def cut_texts(windows: torch.Tensor, batch: int) -> torch.Tensor:
-    """Return different texts, [batch, 512]."""
-    texts = windows.unfold(1, _PREFILL, _PREFILL // 4).flatten(0, 1)
+def cut_texts(windows: torch.Tensor, batch: int, context: int = _PREFILL) -> torch.Tensor:
+    """Return different texts, [batch, context]. Texts longer than a window go on in the next one."""
+    if context > windows.shape[1]:
+        tokens = windows.flatten().repeat(1 + context // windows.numel())
+        return torch.stack([tokens.roll(-place * _PREFILL)[:context] for place in range(batch)])
+    texts = windows.unfold(1, context, _PREFILL // 4).flatten(0, 1)
     return texts[:: len(texts) // batch][:batch]
 
 
-def format_table(rows: dict[str, Any], batches: Sequence[int] = BATCHES) -> str:
+def format_table(rows: dict[str, Any], batches: Sequence[int] = BATCHES, context: int = _PREFILL) -> str:
     """Return a Markdown table, with speeds as ratios to the first row's."""
     base = next(iter(rows.values()))
     times = [(kind, batch) for batch in batches for kind in _KINDS]
@@ -212,9 +239,7 @@ def format_table(rows: dict[str, Any], batches: Sequence[int] = BATCHES) -> str:
     for name, row in rows.items():
         speeds = [f"{base[f'{kind} {batch}'] / row[f'{kind} {batch}']:.2f}" for kind, batch in times]
         lines.append([name, f"{row['size'] * 1024:.0f}", f"{row['memory']:.2f}", *speeds, f"{row['perplexity']:.2f}"])
-    speeds = [
-        f"{batch * (_PREFILL if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in times
-    ]
+    speeds = [f"{batch * (context if kind == 'prefill' else 1) / base[f'{kind} {batch}']:.0f}" for kind, batch in times]
     table = format_markdown([*head, "perplexity"], lines)
     return f"{table}\n\n1.00 is {', '.join(speeds)} tokens per second."
 

@@ -553,7 +553,7 @@ void unpack_states(at::Tensor& out, const at::Tensor& packed, int64_t first_plac
 constexpr int64_t BLOCK = 2 * LANES;   // positions that are dequantized together
 constexpr int64_t SPLIT = 512;         // positions that one task reads for a single query
 constexpr int64_t QUERY_ROWS = 64;     // queries times heads that one task computes, about
-constexpr int ROWS = 4;                // rows that are multiplied together
+constexpr int MOST_ROWS = 4;           // rows that are multiplied together
 
 using Integers = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 using Words = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -670,6 +670,7 @@ void unpack_values(const uint8_t* from, const Codes& codes, const float* scale, 
 
 // Compute scores[r, block position] = rows[r] · keys, for ROWS rows of `width` and two groups of LANES positions. Keys
 // are columns, [width, LANES] for each group.
+template <int ROWS>
 void multiply_keys(const float* rows, const float* one, const float* other, int64_t width, Lanes sums[ROWS][2]) {
   Lanes total[ROWS][2];
   for (int r = 0; r < ROWS; ++r)
@@ -687,7 +688,7 @@ void multiply_keys(const float* rows, const float* one, const float* other, int6
 }
 
 // Add to sums[r] the sum over BLOCK positions of shares[r, position] values[position], for COUNT * LANES columns.
-template <int COUNT>
+template <int ROWS, int COUNT>
 void add_values(const float* shares, const float* values, int64_t width, int64_t column, float* sums) {
   Lanes total[ROWS][COUNT];
   for (int r = 0; r < ROWS; ++r)
@@ -711,9 +712,6 @@ struct CodeAttention {
   std::vector<float> value_scale, value_offset;  // [kv_heads, width], in the order of `find_channel`
 
   int64_t count_group() const { return heads / kv_heads; }
-  int64_t find_page(int64_t text, int64_t position) const {
-    return pages[text * page_columns + position / page_size];
-  }
   const float* find_prefix(int64_t kind, int64_t head, int64_t position) const {
     return prefix + ((kind * kv_heads + head) * prefix_tokens + position) * width;
   }
@@ -724,18 +722,18 @@ struct Task {
   int64_t text, head, first, count, start, stop, partial;
 };
 
-// The memory of a thread. A task uses `padded` rows, a multiple of ROWS.
+// The memory of a thread. A task uses `padded` rows, a multiple of MOST_ROWS.
 struct Rows {
   int64_t padded;
   std::vector<float> plain, turned, means, bias, shares, sums, largest, total, keys, values;
 
   Rows(int64_t most, int64_t width)
-      : padded((most + ROWS - 1) / ROWS * ROWS), plain(padded * width), turned(padded * width), means(padded * width),
-        bias(padded), shares(padded * BLOCK), sums(padded * width), largest(padded), total(padded),
-        keys(BLOCK * width), values(BLOCK * width) {}
+      : padded((most + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS), plain(padded * width), turned(padded * width),
+        means(padded * width), bias(padded), shares(padded * BLOCK), sums(padded * width), largest(padded),
+        total(padded), keys(BLOCK * width), values(BLOCK * width) {}
 
   void begin(int64_t rows) {
-    padded = (rows + ROWS - 1) / ROWS * ROWS;
+    padded = (rows + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
     for (std::vector<float>* values_of_rows : {&plain, &sums, &total})
       std::fill(values_of_rows->begin(), values_of_rows->end(), 0.f);
     std::fill(largest.begin(), largest.end(), -INFINITY);
@@ -751,8 +749,8 @@ void read_queries(const CodeAttention& a, const Task& task, const scalar_t* quer
     for (int64_t i = 0; i < width; ++i) rows.plain[row * width + i] = static_cast<float>(from[i]) * a.scale;
   }
   if (a.turn) {
-    static_assert(ROWS == TOGETHER_ROWS);
-    for (int64_t row = 0; row < rows.padded; row += ROWS)
+    static_assert(MOST_ROWS == TOGETHER_ROWS);
+    for (int64_t row = 0; row < rows.padded; row += MOST_ROWS)
       multiply_matrix_rows(rows.plain.data() + row * width, a.turn, width, rows.turned.data() + row * width);
   } else {
     std::copy_n(rows.plain.begin(), rows.padded * width, rows.turned.begin());
@@ -782,12 +780,16 @@ void read_queries(const CodeAttention& a, const Task& task, const scalar_t* quer
 void read_block(const CodeAttention& a, const Task& task, int64_t start, int64_t stop, Rows& rows) {
   const int64_t width = a.width;
   const uint8_t *key_rows[BLOCK], *value_rows[BLOCK];
+  int64_t column = start / a.page_size, place = start % a.page_size;
   for (int64_t k = 0; k < BLOCK; ++k) {
-    const int64_t position = std::min(start + k, stop - 1);
-    const int64_t page = a.find_page(task.text, position), place = position % a.page_size;
+    const int64_t page = a.pages[task.text * a.page_columns + column];
     key_rows[k] = a.keys.from + page * a.keys.page_stride + task.head * a.keys.head_stride + place * a.keys.row_stride;
     value_rows[k] =
         a.values.from + page * a.values.page_stride + task.head * a.values.head_stride + place * a.values.row_stride;
+    if (start + k + 1 < stop && ++place == a.page_size) {
+      place = 0;
+      ++column;
+    }
   }
   for (int64_t k = 0; k < BLOCK; k += LANES)
     if (k == 0 || start + k < stop) unpack_any_columns(key_rows + k, a.keys, rows.keys.data() + k * width);
@@ -804,16 +806,17 @@ void read_block(const CodeAttention& a, const Task& task, int64_t start, int64_t
 }
 
 // Compute the scores of ROWS rows at the BLOCK positions from `start` on, masked by minus infinity.
+template <int ROWS>
 void score_block(const CodeAttention& a, const Task& task, int64_t start, int64_t stop, const Rows& rows, int64_t row,
                  Lanes scores[ROWS][2]) {
   const int64_t width = a.width, group = a.count_group();
   for (int r = 0; r < ROWS; ++r) scores[r][0] = scores[r][1] = Lanes{} + rows.bias[row + r];
   const float* keys = rows.keys.data();
-  multiply_keys(rows.turned.data() + row * width, keys, keys + LANES * width, width, scores);
+  multiply_keys<ROWS>(rows.turned.data() + row * width, keys, keys + LANES * width, width, scores);
   if (a.mean) {
     const float* table = a.table + start / LANES * LANES * width;
-    multiply_keys(rows.means.data() + row * width, table, start + LANES < stop ? table + LANES * width : table, width,
-                  scores);
+    multiply_keys<ROWS>(rows.means.data() + row * width, table, start + LANES < stop ? table + LANES * width : table,
+                        width, scores);
   }
   const int64_t query = a.lengths[task.text] - (a.starts[task.text + 1] - a.starts[task.text]) + task.first;
   for (int r = 0; r < ROWS; ++r) {
@@ -834,6 +837,39 @@ void score_block(const CodeAttention& a, const Task& task, int64_t start, int64_
   }
 }
 
+// Attend from ROWS rows of a task to the BLOCK positions from `start` on.
+template <int ROWS>
+void attend_block(const CodeAttention& a, const Task& task, int64_t start, Rows& rows, int64_t row) {
+  const int64_t width = a.width;
+  Lanes scores[ROWS][2];
+  score_block<ROWS>(a, task, start, task.stop, rows, row, scores);
+  for (int r = 0; r < ROWS; ++r) {
+    float *shares = rows.shares.data() + (row + r) * BLOCK, *sums = rows.sums.data() + (row + r) * width;
+    const float before = rows.largest[row + r];
+    const Lanes higher = scores[r][0] > scores[r][1] ? scores[r][0] : scores[r][1];
+    const float largest = std::max(before, find_largest(higher));
+    if (largest == -INFINITY) {  // no position so far
+      std::fill(shares, shares + BLOCK, 0.f);
+      continue;
+    }
+    const Lanes one = exponential(scores[r][0] - largest), other = exponential(scores[r][1] - largest);
+    store(shares, one);
+    store(shares + LANES, other);
+    float shrunk = 1;
+    if (largest != before) {
+      shrunk = std::exp(before - largest);
+      for (int64_t i = 0; i < width; ++i) sums[i] *= shrunk;
+      rows.largest[row + r] = largest;
+    }
+    rows.total[row + r] = rows.total[row + r] * shrunk + add_lanes(one + other);
+  }
+  const float *shares = rows.shares.data() + row * BLOCK, *values = rows.values.data();
+  float* sums = rows.sums.data() + row * width;
+  int64_t column = 0;
+  for (; column + 4 * LANES <= width; column += 4 * LANES) add_values<ROWS, 4>(shares, values, width, column, sums);
+  for (; column < width; column += LANES) add_values<ROWS, 1>(shares, values, width, column, sums);
+}
+
 // Write for each row of a task: the largest score, the sum of e^(score - largest), and the sum of values times it.
 template <typename scalar_t>
 void run_task(const CodeAttention& a, const Task& task, const scalar_t* queries, Rows& rows, float* partials) {
@@ -842,35 +878,14 @@ void run_task(const CodeAttention& a, const Task& task, const scalar_t* queries,
   read_queries(a, task, queries, rows);
   for (int64_t start = task.start / BLOCK * BLOCK; start < task.stop; start += BLOCK) {
     read_block(a, task, start, task.stop, rows);
-    for (int64_t row = 0; row < rows.padded; row += ROWS) {
-      Lanes scores[ROWS][2];
-      score_block(a, task, start, task.stop, rows, row, scores);
-      for (int r = 0; r < ROWS; ++r) {
-        float *shares = rows.shares.data() + (row + r) * BLOCK, *sums = rows.sums.data() + (row + r) * width;
-        const float before = rows.largest[row + r];
-        const Lanes higher = scores[r][0] > scores[r][1] ? scores[r][0] : scores[r][1];
-        const float largest = std::max(before, find_largest(higher));
-        if (largest == -INFINITY) {  // no position so far
-          std::fill(shares, shares + BLOCK, 0.f);
-          continue;
-        }
-        const Lanes one = exponential(scores[r][0] - largest), other = exponential(scores[r][1] - largest);
-        store(shares, one);
-        store(shares + LANES, other);
-        float shrunk = 1;
-        if (largest != before) {
-          shrunk = std::exp(before - largest);
-          for (int64_t i = 0; i < width; ++i) sums[i] *= shrunk;
-          rows.largest[row + r] = largest;
-        }
-        rows.total[row + r] = rows.total[row + r] * shrunk + add_lanes(one + other);
-      }
-      const float *shares = rows.shares.data() + row * BLOCK, *values = rows.values.data();
-      float* sums = rows.sums.data() + row * width;
-      int64_t column = 0;
-      for (; column + 4 * LANES <= width; column += 4 * LANES) add_values<4>(shares, values, width, column, sums);
-      for (; column < width; column += LANES) add_values<1>(shares, values, width, column, sums);
-    }
+    int64_t row = 0;
+    for (; row + MOST_ROWS <= count; row += MOST_ROWS) attend_block<MOST_ROWS>(a, task, start, rows, row);
+    if (count - row == 3)
+      attend_block<3>(a, task, start, rows, row);
+    else if (count - row == 2)
+      attend_block<2>(a, task, start, rows, row);
+    else if (count - row == 1)
+      attend_block<1>(a, task, start, rows, row);
   }
   for (int64_t row = 0; row < count; ++row) {
     float* to = partials + (task.partial + row) * (width + 2);
@@ -1002,6 +1017,9 @@ void attend_codes(at::Tensor& out, const at::Tensor& queries, const at::Tensor& 
         }
     }
   }
+  // Tasks that read the same rows of the table follow each other, so that these stay in the processor's cache.
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& one, const Task& other) { return one.start < other.start; });
   std::vector<float> buffer(partials * (width + 2));
   auto run = [&](const auto* from, auto* to) {
     std::atomic<int64_t> next{static_cast<int64_t>(tasks.size()) - 1};  // the last ones take longest

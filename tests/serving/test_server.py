@@ -1,11 +1,13 @@
 """vLLM's HTTP server, asked by the `openai` client, generates what transformers does with a tiny exported model."""
 
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,20 +33,30 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(folder, tmp_path_factory):
+    with serve(folder, tmp_path_factory.mktemp("server") / "log") as url:
+        yield make_client(url)
+
+
+def make_client(url):
     from openai import OpenAI
 
+    return OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+
+
+@contextmanager
+def serve(folder, log, *options):
+    """Start a server, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
-    command += ["--chat-template", TEMPLATE, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--chat-template", TEMPLATE, "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(60)
@@ -75,23 +87,39 @@ def continue_greedily(model, ids):
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
 
-def test_completions_equal_transformers_alone_and_together(folder, client):
-    """Prompts are texts and token ids, in four requests at a time. Tokens and log-probabilities are compared."""
-    model, tokenizer = load(folder)
-    ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    expected = [continue_greedily(model, prompt_ids) for prompt_ids in ids]
-
+def ask_together(client, prompts):
     def ask(prompt):
         return client.completions.create(
             model="tiny", prompt=prompt, max_tokens=NEW, temperature=0, logprobs=0, extra_body=EXTRA
         )
 
     with ThreadPoolExecutor(4) as pool:
-        answers = [*pool.map(ask, PROMPTS), *pool.map(ask, ids)]
+        return list(pool.map(ask, prompts))
+
+
+def test_completions_equal_transformers_alone_and_together(folder, client):
+    """Prompts are texts and token ids, in four requests at a time. Tokens and log-probabilities are compared."""
+    model, tokenizer = load(folder)
+    ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    expected = [continue_greedily(model, prompt_ids) for prompt_ids in ids]
+
+    answers = ask_together(client, PROMPTS + ids)
     for answer, prompt_ids, (tokens, log_p) in zip(answers, ids * 2, expected * 2, strict=True):
         assert answer.choices[0].token_ids == tokens
         assert answer.choices[0].logprobs.token_logprobs == pytest.approx(log_p, abs=1e-4)
         assert answer.usage.prompt_tokens == len(prompt_ids) + PREFIX
+
+
+def test_two_engines_share_the_requests(folder, tmp_path):
+    """vLLM's own data parallelism: both engines load one folder, and each has its own cache."""
+    model, tokenizer = load(folder)
+    expected = {prompt: continue_greedily(model, tokenizer(prompt)["input_ids"])[0] for prompt in PROMPTS}
+    with serve(folder, tmp_path / "log", "--data-parallel-size", "2") as url:
+        for prompt, answer in zip(PROMPTS * 2, ask_together(make_client(url), PROMPTS * 2), strict=True):
+            assert answer.choices[0].token_ids == expected[prompt]
+        metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    answered = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".* ([0-9.e+]+)$', metrics, flags=re.MULTILINE)
+    assert {engine for engine, tokens in answered if float(tokens) > 0} == {"0", "1"}
 
 
 def test_a_chat_is_rendered_by_the_template(folder, client):
