@@ -132,7 +132,7 @@ def _describe_operators() -> None:
         ),
         "unpack_states": lambda *arguments: None,
         "key_codes": lambda keys, *rest: keys.new_empty(
-            (len(keys), len(rest[3]) * packed_width(keys.shape[1] // len(rest[3]), rest[7])), dtype=torch.uint8
+            (keys.shape[0], len(rest[3]) * packed_width(keys.shape[1] // len(rest[3]), rest[7])), dtype=torch.uint8
         ),
         "attend_codes": lambda *arguments: None,
         "store_codes": lambda *arguments: None,

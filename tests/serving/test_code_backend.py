@@ -49,6 +49,10 @@ def test_layers_without_rope_and_layers_that_slide_have_codes(exports):
     compare(exports, "exaone4", "--eager", "--packed-cache")
 
 
+def test_compiled_blocks_write_and_read_codes(exports):
+    compare(exports, "llama, static", "--packed-cache")
+
+
 def test_two_processes_have_codes_of_their_own_heads(exports):
     compare(exports, "llama, static", "--eager", "--processes", "2", "--packed-cache")
 

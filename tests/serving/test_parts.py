@@ -13,6 +13,7 @@ from pipeline.inference.loading import load
 from pipeline.kernels.compiler import find_kernels
 from pipeline.kernels.integer_product import IntegerProduct
 from pipeline.models.architectures import find_architecture
+from pipeline.numerics.hadamard import CPU
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.serving import attention
 from pipeline.serving.attention import CachedValues, PackedKeys, PackedValues, TurnedKeys
@@ -263,6 +264,27 @@ def test_key_codes_stand_for_the_keys_that_a_cache_of_states_gets(width, rotate,
     states = attention.as_rows(keys.join(decoded, constant, dtype))
     # measured: 2e-6; in bfloat16 without a mean, torch's transforms are rounded to bfloat16
     assert (states - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-6) * expected.abs().max()
+
+
+@pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
+@torch.no_grad()
+def test_codes_are_compiled_for_any_number_of_tokens():
+    """`len(x)` in the description of an operator would fix the number, and vLLM could not start."""
+    keys, turned = make_keys(8, QuantizerSpec(4, centered=True), True, torch.float32)
+    quantizer = ActivationQuantizer(QuantizerSpec(4), 8, HEADS)
+    quantizer.calibrate_(scale=torch.rand(quantizer.scale.shape))
+    packed, values = PackedKeys(turned.rope, keys, torch.float32), PackedValues(quantizer, HEADS, torch.float32, CPU)
+
+    def encode(positions, queries, states):
+        return *packed(positions, queries, states), values(states)
+
+    compiled = torch.compile(encode, backend="eager", fullgraph=True)
+    for tokens in (5, 9):
+        operands = torch.arange(tokens), *(torch.randn(tokens, HEADS * 8) for _ in range(2))
+        for tensor in operands:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        for output, expected in zip(compiled(*operands), encode(*operands), strict=True):
+            assert torch.equal(output, expected)
 
 
 @torch.no_grad()
