@@ -34,7 +34,7 @@ def test_no_module_imports_from_a_folder_that_builds_on_it(folder, forbidden):
 
 
 def test_every_program_is_in_a_folder_by_topic():
-    assert len(PROGRAMS) == 21
+    assert len(PROGRAMS) == 22
     assert {program.split(".")[1] for program in PROGRAMS} == {"quality", "speed", "serving", "robustness", "peers"}
     for topic in ("quality", "robustness"):
         assert (ROOT / "benchmarks" / topic / "__main__.py").is_file()

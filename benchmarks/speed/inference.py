@@ -189,10 +189,10 @@ def run_vllm(row: Row, folder: Path, windows: torch.Tensor, batches: Sequence[in
     runs = max(1, 5 * _PREFILL // context)
     for batch in batches:
         texts = as_prompts(cut_texts(windows, batch, context).tolist())
-        values[f"prefill {batch}"] = statistics.median([sum(generate(llm, texts, 1)[0]) for _ in range(runs + 1)][1:])
-        values[f"decode {batch}"] = statistics.median(
-            [statistics.median(generate(llm, texts, 1 + _DECODED)[1]) for _ in range(runs)]
-        )
+        generate(llm, as_prompts(windows[:1, : min(context, _PREFILL)].tolist() * batch), 2)  # does not count
+        timed = [generate(llm, texts, 1 + _DECODED) for _ in range(runs)]
+        values[f"prefill {batch}"] = statistics.median(sum(prefill) for prefill, _ in timed)
+        values[f"decode {batch}"] = statistics.median(statistics.median(decode) for _, decode in timed)
     values["peak"] = peak_rss_gib()
     return values | {"perplexity": compute_perplexity(score_served(llm, windows.tolist()))}
 
@@ -201,22 +201,27 @@ def generate(llm: Any, texts: list[dict[str, list[int]]], tokens: int) -> tuple[
     """Continue texts in vLLM.
 
     Returns:
-        The seconds of all of its steps before all texts have a second token, and of those after it in which all texts
-        get a token.
+        The seconds of the steps until all texts have a first token, and of the later steps in which all texts get one.
     """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-    prefill, decode = [], []
+    prefill: list[float] = []
+    decode: list[float] = []
+    started: set[str] = set()
     for place, text in enumerate(texts):
         engine.add_request(str(place), text, sampling)
     while engine.has_unfinished_requests():
+        are_started = len(started) == len(texts)
         start = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
-        is_decode = len(outputs) == len(texts) and min(len(output.outputs[0].token_ids) for output in outputs) > 1
-        (decode if is_decode else prefill).append(seconds)
+        if not are_started:
+            prefill.append(seconds)
+        elif len(outputs) == len(texts):
+            decode.append(seconds)
+        started |= {output.request_id for output in outputs}
     return prefill, decode
 
 
