@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.blocks.walk import BlockRunner
+from pipeline.models.architectures import find_max_positions
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.constants import (
     EVALUATION_PASSES,
@@ -74,8 +75,10 @@ def measure_token(checkpoint: Checkpoint, device: torch.device) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    few = min(run(_FEW_TOKENS) for _ in range(_FEWEST_RUNS))  # kernels are chosen in the first one
-    tokens = _MANY_TOKENS if few * _MANY_TOKENS / _FEW_TOKENS < _ENOUGH_SECONDS else _FEW_TOKENS
+    longest = find_max_positions(checkpoint.config)
+    few_tokens, many_tokens = min(_FEW_TOKENS, longest), min(_MANY_TOKENS, longest)
+    few = min(run(few_tokens) for _ in range(_FEWEST_RUNS))  # kernels are chosen in the first one
+    tokens = many_tokens if few * many_tokens / few_tokens < _ENOUGH_SECONDS else few_tokens
     times = [run(tokens) for _ in range(_FEWEST_RUNS)]
     while sum(times) < _ENOUGH_SECONDS:
         times.append(run(tokens))

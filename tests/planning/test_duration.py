@@ -57,6 +57,18 @@ def test_the_forward_pass_of_a_tiny_model_is_measured(imported, monkeypatch):
     assert measure_token(Checkpoint(imported["llama_tied"], "model"), torch.device("cpu")) > 1e-8
 
 
+def test_a_model_of_few_positions_is_measured_within_them(imported, monkeypatch):
+    monkeypatch.setattr(duration, "_ENOUGH_SECONDS", 0.0)
+    checkpoint, lengths = Checkpoint(imported["llama_tied"], "model"), []
+    checkpoint.config.max_position_embeddings = 20  # fewer than _FEW_TOKENS
+    run = duration.BlockRunner.run
+    monkeypatch.setattr(
+        duration.BlockRunner, "run", lambda *arguments: lengths.append(arguments[2].shape[1]) or run(*arguments)
+    )
+    assert measure_token(checkpoint, torch.device("cpu")) > 1e-8
+    assert set(lengths) == {20}
+
+
 def test_a_model_whose_block_does_not_fit_has_no_plan_of_time(imported):
     checkpoint = Checkpoint(imported["llama_tied"], "model")
     params = override(read_params(), {"runtime.max_memory": "0.001MiB", "runtime.device": "cpu"})
