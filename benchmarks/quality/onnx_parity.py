@@ -23,10 +23,11 @@ import onnx
 import onnxruntime
 import torch
 from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
 
 from benchmarks.quality.onnx import measure_perplexity, start_token_list
 from pipeline.blocks.prefix_kv import PREFIX, load_prefix_kv
-from pipeline.inference.prefixed_model import PrefixedModel, assemble_model
+from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.onnx_session import OnnxModel, make_options
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.numerics.quantizer import ActivationQuantizer
@@ -84,7 +85,7 @@ def cut_texts(windows: torch.Tensor, count: int, tokens: int, start_token: int |
 
 
 @torch.no_grad()
-def compare_logits(model: PrefixedModel, session: OnnxModel, texts: torch.Tensor) -> str:
+def compare_logits(model: PreTrainedModel, session: OnnxModel, texts: torch.Tensor) -> str:
     """Return a Markdown table of the differences to the model's logits, for each way to read texts [N, T]."""
     expected = [model(text[None]).logits[0] for text in texts]
     readings = {
@@ -144,7 +145,7 @@ def read_by_token(session: OnnxModel, texts: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, 1))
 
 
-def read_model_by_token(model: PrefixedModel, text: torch.Tensor) -> torch.Tensor:
+def read_model_by_token(model: PreTrainedModel, text: torch.Tensor) -> torch.Tensor:
     """Return the model's logits of a text [T], one forward for each token, [T, V]."""
     cache, parts = None, []
     for token in text.tolist():
@@ -155,7 +156,7 @@ def read_model_by_token(model: PrefixedModel, text: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def compare_integers(model: PrefixedModel, session: OnnxModel, folder: Path, texts: torch.Tensor) -> str:
+def compare_integers(model: PreTrainedModel, session: OnnxModel, folder: Path, texts: torch.Tensor) -> str:
     """Return a Markdown table of the integers that differ between graph and model, for each block.
 
     Args:
@@ -175,7 +176,7 @@ def compare_integers(model: PrefixedModel, session: OnnxModel, folder: Path, tex
     return format_markdown(["block", "integers differ", "by 2 or more", "largest, steps", "most at"], lines)
 
 
-def record_integers(model: PrefixedModel, texts: torch.Tensor) -> dict[str, torch.Tensor]:
+def record_integers(model: PreTrainedModel, texts: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the name of each static quantizer of the blocks -> its integers for texts [N, T]."""
     integers: dict[str, torch.Tensor] = {}
     hooks = []
