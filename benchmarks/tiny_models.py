@@ -20,6 +20,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GraniteConfig,
     GraniteMoeConfig,
@@ -28,6 +29,7 @@ from transformers import (
     HunYuanDenseV1Config,
     HyperCLOVAXConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
@@ -181,6 +183,26 @@ MOE_FAMILIES = {
     "olmoe": OlmoeConfig(**SIZES | _EXPERTS | {"norm_topk_prob": False}),
 }
 FAMILIES |= MOE_FAMILIES
+_TWO_BLOCKS = SIZES | {"num_hidden_layers": 2}
+# Routers with a correction bias.
+NEAR_FAMILIES |= {
+    "glm4_moe": Glm4MoeConfig(
+        **_TWO_BLOCKS,
+        head_dim=16,
+        use_qk_norm=True,
+        attention_bias=True,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+    "minimax_m2": MiniMaxM2Config(
+        **_TWO_BLOCKS, head_dim=16, num_local_experts=4, num_experts_per_tok=2, partial_rotary_factor=0.75
+    ),
+}
 PROSE_FILE = Path(__file__).with_name("prose.txt")
 PROSE = PROSE_FILE.read_text(encoding="utf-8")
 
@@ -211,6 +233,9 @@ def randomize_(model: torch.nn.Module) -> torch.nn.Module:
                 parameter.normal_(0, 0.3)
             else:
                 parameter.normal_(0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
     return model
 
 

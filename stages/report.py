@@ -19,6 +19,7 @@ import torch
 from pipeline.blocks.quantized import find_site_quantizers, load_block, require_settings
 from pipeline.export.model_card import describe_bits
 from pipeline.inspection.routing import count_tokens
+from pipeline.models.architectures import count_experts
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import Site
 from pipeline.params import Params
@@ -169,7 +170,7 @@ def draw_experts(checkpoint: Checkpoint, folder: Path) -> list[Path]:
         title="Tokens with the same experts as in the original, held-out text",
         y_label="share of tokens",
     )
-    draw_expert_tokens(tokens, count_tokens(choices["original"], checkpoint.config.num_experts))
+    draw_expert_tokens(tokens, count_tokens(choices["original"], count_experts(checkpoint.config)))
     return [agreement, tokens]
 
 

@@ -32,6 +32,7 @@ from pipeline.models.architectures import Architecture, uses_rope
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import RoutedExperts, split_experts
 from pipeline.models.layers import DecoderLayer, find_linear
+from pipeline.models.routing import keeps_float32
 from pipeline.models.sites import RESIDUAL_SITES, Site, base_site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
@@ -468,7 +469,7 @@ def fill_block(
     # Float weights and biases take the dtype that the model computes in. Integers and quantizers keep theirs.
     dtype = dtype or checkpoint.dtype
     cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(_BUFFERS) else tensor
+        name: tensor.to(dtype) if tensor.is_floating_point() and not _keeps_dtype(name, dtype) else tensor
         for name, tensor in split_experts(tensors).items()
     }
     calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
@@ -479,6 +480,11 @@ def fill_block(
     for quantizer in find_site_quantizers(block, checkpoint.architecture).values():
         quantizer.calibrated = calibrated and quantizer.spec.enabled
     return block.requires_grad_(False).to(device)
+
+
+def _keeps_dtype(name: str, dtype: torch.dtype) -> bool:
+    """Return whether a tensor keeps its dtype in a block that computes in `dtype`: quantizers, and what is float32."""
+    return name.endswith(_BUFFERS) or (keeps_float32(name) and dtype.itemsize < torch.float32.itemsize)
 
 
 def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:

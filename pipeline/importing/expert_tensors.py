@@ -3,8 +3,8 @@
 Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own, which
 may be transposed:
 
-    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe
-    model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral (w1, w3, w2: gate, up, down)
+    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe, glm4_moe
+    model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral, minimax_m2 (gate, up, down: w1, w3, w2)
     model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]             as transformers saves it
     model.language_model.layers.0.mlp.experts.gate_up_proj         the same [E, D, 2I]: qwen3_vl_moe
 """
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from pipeline.importing.source import ModelImportError, Read
-from pipeline.models.architectures import UnsupportedModelError, find_architecture
+from pipeline.models.architectures import UnsupportedModelError, count_experts, find_architecture
 
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NAME = re.compile(
@@ -53,7 +53,7 @@ def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: R
         projection = _MIXTRAL.get(match["projection"], match["projection"])
         blocks.setdefault(block, {}).setdefault(projection, {})[int(match["expert"])] = name
     for block, projections in blocks.items():
-        _check_count(source, block, projections, config.num_experts)
+        _check_count(source, block, projections, count_experts(config))
         for fused, parts in _FUSED.items():
             stored = [projections[part] for part in parts]
             joined[f"{block}.experts.{fused}"] = lambda stored=stored: _join(read, stored)
@@ -75,10 +75,10 @@ def turn_experts(name: str, tensor: torch.Tensor, hidden: int) -> torch.Tensor:
 def name_in_checkpoint(model_type: str, name: str) -> str:
     """Return the name that checkpoints of a family have for a tensor or module of one expert, or for its router.
 
-    mixtral: model.layers.0.mlp.experts.3.gate_proj -> model.layers.0.block_sparse_moe.experts.3.w1. Other families
-    and other names are returned unchanged.
+    mixtral, minimax_m2: model.layers.0.mlp.experts.3.gate_proj -> model.layers.0.block_sparse_moe.experts.3.w1. Other
+    families and other names are returned unchanged.
     """
-    if model_type != "mixtral" or ".mlp." not in name:
+    if model_type not in ("mixtral", "minimax_m2") or ".mlp." not in name:
         return name
     for stored, projection in _MIXTRAL.items():
         name = name.replace(f".{projection}", f".{stored}")

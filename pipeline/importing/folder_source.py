@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.importing.expert_tensors import turn_experts
+from pipeline.importing.expert_tensors import name_in_checkpoint, turn_experts
 from pipeline.importing.obstacles import explain_obstacles
 from pipeline.importing.source import (
     Dropped,
@@ -43,6 +43,7 @@ from pipeline.models.architectures import UnsupportedModelError, find_architectu
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
 from pipeline.models.experts import EAGER
 from pipeline.models.layers import CausalModel
+from pipeline.models.routing import keeps_float32
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -110,7 +111,9 @@ def open_folder(source: str, folder: Path, stack: ExitStack, headers: dict[str, 
             options["experts_implementation"] = EAGER  # the only one that computes in float64
         with loading(source, "this folder"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-            return check_complete(source, *loaded)
+            model = check_complete(source, *loaded)
+        _restore_biases_(model, config, weights.names, weights.read, 0)
+        return model
 
     def load_block(index: int, token_ids: torch.Tensor, dtype: torch.dtype) -> CausalModel:
         return _load_block(
@@ -251,4 +254,23 @@ def _load_block(
     small._experts_implementation = EAGER
     options = {"dtype": dtype, "state_dict": tensors, "output_loading_info": True}
     with loading(source, "this folder"):
-        return check_complete(source, *model_class.from_pretrained(None, config=small, **options))
+        model = check_complete(source, *model_class.from_pretrained(None, config=small, **options))
+    _restore_biases_(model, config, names, read, index)
+    return model
+
+
+def _restore_biases_(model: CausalModel, config: PreTrainedConfig, names: set[str], read: Read, first: int) -> None:
+    """Give routers their correction biases in float32, which transformers has rounded to the model's dtype in some
+    families.
+
+    Args:
+        first: number in the checkpoint of the model's first block.
+    """
+    architecture = find_architecture(config)
+    for index in range(model.config.num_hidden_layers):
+        prefix = architecture.tensor_prefix(index)
+        for name, bias in model.named_buffers():
+            if name.startswith(prefix) and keeps_float32(name):
+                stored = architecture.tensor_prefix(first + index) + name.removeprefix(prefix)
+                stored = stored if stored in names else name_in_checkpoint(config.model_type, stored)
+                bias.data = read(stored).to(bias.device, torch.float32)

@@ -45,6 +45,7 @@ from pipeline.models.architectures import (
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.experts import route_experts_
 from pipeline.models.layers import CausalModel, DecoderLayer, as_decoder_layer
+from pipeline.models.routing import keeps_float32
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -75,7 +76,7 @@ def import_model(
     Args:
         source: see the module's docstring and params.yaml.
         revision: revision of a hub id; other sources ignore it.
-        dtype: floating-point tensors are cast to it, once.
+        dtype: floating-point tensors are cast to it, once. Correction biases of routers are float32 in every dtype.
         folder: replaced as a whole after everything went well, untouched otherwise.
         check_plan: called with {site: width}, the number of blocks, the longest text, prefix included, and the sliding
             window (or None), before any tensor is read. May raise.
@@ -120,7 +121,8 @@ def import_model(
             problem = f"model.source={source!r}: {name} cannot be read"
             with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):
                 tensor = _check_tensor(source, name, plain.read(name), expected[name])
-                return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+                target = torch.float32 if keeps_float32(name) else dtype
+                return (tensor.to(target) if tensor.is_floating_point() else tensor).contiguous()
 
         with replacing_folder(folder) as partial:
             portable = _make_portable(config, dtype)

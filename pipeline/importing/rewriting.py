@@ -8,6 +8,8 @@
     granite          four multipliers                                      -> llama
     granitemoehybrid the same, with a fused MLP, neither experts nor mamba -> llama
     granitemoe       four multipliers, other names of experts and router   -> mixtral
+    glm4_moe         RoPE on a part of each head                           -> itself, with RoPE on all of it
+    minimax_m2       the same                                              -> itself, likewise
     hyperclovax      four multipliers, maybe norms after attention and MLP -> llama, hyperclovax without multipliers
 
 **Fused linears** are split by rows. **RoPE** of Llama turns channels (i, i + d/2) of a head. Where a family turns
@@ -23,6 +25,7 @@ m_a q k, the stream is divided by m_e. An RMSNorm gives the same output if eps i
 Embedding and lm_head keep their values, and may stay tied.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -104,6 +107,7 @@ class _Plan:
         modules: module in a block -> its parts in the plain family, with their rows; one part None: all rows.
         channels: channels of each head of q and k, as indices into the stored ones, [d].
         channel_factors: factors of the channels of each head of q and k, [d] float64.
+        head_norms: norm of queries or keys before RoPE -> how many heads its weight has channels of.
         tensors: tensor in a block -> its name in the plain family; looked up before `modules`.
         factors: module (or tensor of `tensors`) in a block of the plain family -> factor of weight and bias.
         final_norm: factor of the final norm.
@@ -116,6 +120,7 @@ class _Plan:
     tensors: dict[str, str] = field(default_factory=dict)
     channels: list[int] | None = None
     channel_factors: torch.Tensor | None = None
+    head_norms: dict[str, int] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     final_norm: float = 1.0
     zero_biases: dict[str, int] = field(default_factory=dict)
@@ -167,6 +172,7 @@ def _list_parts(plan: _Plan, names: set[str]) -> dict[str, _Part]:
     heads = {
         "self_attn.q_proj": config.num_attention_heads,
         "self_attn.k_proj": config.num_key_value_heads or config.num_attention_heads,
+        **plan.head_norms,
     }
     for name in names:
         whole = _TENSOR.fullmatch(name)
@@ -448,6 +454,35 @@ def _plan_hyperclovax(config: Any) -> _Plan:
     return plan
 
 
+def _plan_partial_rope(config: Any, head_norms: dict[str, int]) -> _Plan:
+    """Plan a model as one of its own family whose RoPE has tables for all channels of a head.
+
+    Args:
+        head_norms: as in `_Plan`.
+    """
+    plan = _Plan(copy.deepcopy(config), head_norms=head_norms)
+    rope = config.rope_parameters
+    if rope["rope_type"] == "proportional":  # its tables have all channels already
+        return plan
+    if head_norms and rope["rope_type"] == "longrope" and rope.get("partial_rotary_factor", 1.0) != 1:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r} with rope_type='longrope' is not supported: q_proj and k_proj would be "
+            "divided by its factor, which norms of queries and keys undo."
+        )
+    _turn_like_llama_(plan, config, neighbours=False)
+    return plan
+
+
+def _plan_glm4_moe(config: Any) -> _Plan:
+    norms = {"self_attn.q_norm": 1, "self_attn.k_norm": 1} if config.use_qk_norm else {}
+    return _plan_partial_rope(config, norms)
+
+
+def _plan_minimax(config: Any) -> _Plan:
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}  # norms over the whole width
+    return _plan_partial_rope(config, {f"self_attn.{name}_norm": count for name, count in heads.items()})
+
+
 _PLANNERS: dict[str, Callable[[Any], _Plan]] = {
     "phi3": _plan_phi3,
     "glm": _plan_glm,
@@ -457,5 +492,7 @@ _PLANNERS: dict[str, Callable[[Any], _Plan]] = {
     "granite": _plan_granite,
     "granitemoehybrid": _plan_granite_hybrid,
     "granitemoe": _plan_granite_moe,
+    "glm4_moe": _plan_glm4_moe,
+    "minimax_m2": _plan_minimax,
     "hyperclovax": _plan_hyperclovax,
 }

@@ -36,6 +36,7 @@ from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import Checkpoint, build_skeleton
 from pipeline.models.layers import Body, Generates, Movable, list_layers
+from pipeline.models.routing import keeps_float32
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,20 @@ class PrefixedModel(PreTrainedModel):
         return cast(Body, self.base_model)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Cast or move the model, but never cast the frequencies of RoPE: the prefix was turned by exact ones."""
+        """Cast or move the model, but not what decides in float32: frequencies of RoPE, which turned the prefix, and
+        correction biases of routers.
+        """
         rotary = self._body.rotary_emb
         exact = dict(rotary.named_buffers())
+        biases = _list_correction_biases(self._body)
         super()._apply(fn, recurse)
         for name, buffer in rotary.named_buffers():
             if buffer.dtype != exact[name].dtype:
                 setattr(rotary, name, exact[name].to(buffer.device))
+        for (module, name), bias in biases.items():
+            cast_bias = getattr(module, name)
+            if cast_bias.dtype != bias.dtype:
+                setattr(module, name, bias.to(cast_bias.device))
         return self.keep_unpacked_(self.unpacked)
 
     def keep_unpacked_(self, keep: bool | None) -> Self:
@@ -374,6 +382,16 @@ class PrefixedModel(PreTrainedModel):
                 "outliers back. Leave it out (add_special_tokens=False, or strip_start_token).",
                 self.start_token_id,
             )
+
+
+def _list_correction_biases(body: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
+    """Return (module, name in it) -> the buffer that `keeps_float32`."""
+    return {
+        (module, name): buffer
+        for module in body.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if keeps_float32(name)
+    }
 
 
 def _require_prefix(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from pipeline.inference.prefixed_model import PrefixedModel, prefix_model_
 from pipeline.models.architectures import find_architecture
 from pipeline.models.experts import route_experts_
 from pipeline.models.layers import list_layers
+from pipeline.models.routing import CORRECTION_BIAS
 from pipeline.runtime.files import write_json
 
 GUARD = f"{METHOD} (import pipeline.hf)"
@@ -117,6 +118,7 @@ class PrefixQuantizer(HfQuantizer):
     ) -> None:
         if model.config._attn_implementation == GUARD:
             model.set_attn_implementation(find_architecture(model.config).kernel)
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CORRECTION_BIAS}
         files = checkpoint_files or []
         check_depth(model.config, files)
         check_function(model.config, files)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.models.experts import PROJECTIONS, RoutedExperts
 from pipeline.models.layers import DecoderLayer, read_input_width
+from pipeline.models.routing import ExpertScores
 from pipeline.models.sites import Site, base_site
 from pipeline.runtime.errors import PipelineError
 
@@ -46,6 +47,7 @@ class Architecture:
         experts, shared_expert: in blocks with a mixture of experts, the module of the routed experts, and the MLP that
             every token passes as well; None in dense families, and where there is no shared expert.
         routers: the linears that read the MLP's input in full precision: the router, and the gate of the shared expert.
+        expert_scores: how the router turns its logits into scores (models/routing.py).
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
     """
 
@@ -71,6 +73,7 @@ class Architecture:
     experts: str | None = None
     shared_expert: str | None = None
     routers: tuple[str, ...] = ()
+    expert_scores: ExpertScores = "softmax"
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -386,6 +389,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts="mlp.experts", shared_expert="mlp.shared_expert", routers=("mlp.gate", "mlp.shared_expert_gate")
     ),
     "qwen3_moe": Architecture(slides_throughout=True, **_ROUTED),
+    "glm4_moe": Architecture(shared_expert="mlp.shared_experts", expert_scores="sigmoid", **_ROUTED),
+    "minimax_m2": Architecture(expert_scores="sigmoid", **_ROUTED),
 }
 # Imported as another family that computes the same (importing/rewriting.py).
 IMPORTED_AS = {
@@ -420,6 +425,12 @@ def find_family(model_type: str | None) -> Architecture:
         supported = ", ".join(sorted(ARCHITECTURES | IMPORTED_AS))
         raise UnsupportedModelError(f"model_type={model_type!r} is not supported. Supported are: {supported}")
     return ARCHITECTURES[family]
+
+
+def count_experts(config: PreTrainedConfig) -> int:
+    """Return how many routed experts a block with experts has."""
+    names = ("num_experts", "num_local_experts")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def find_logit_cap(config: PreTrainedConfig) -> float | None:

@@ -2,7 +2,8 @@
 
 transformers holds the experts of a block as two 3-D parameters, which hooks on linears never reach. `route_experts_`
 replaces this module by `RoutedExperts`, in which each expert has three linears of its own. So all code for the
-linears of a dense block works for experts too. Router, shared expert and the block's forward do not change.
+linears of a dense block works for experts too. Router, shared expert and the block's forward do not change, except that
+`SharedMixture` hands one tensor to the experts of glm4_moe.
 
 The tensors of E experts have three layouts (I is the width of an expert, D the hidden size):
 
@@ -114,6 +115,27 @@ class RoutedExperts(nn.Module):
         return self.activate(expert.gate_proj(x)) * expert.up_proj(x)
 
 
+class SharedMixture(nn.Module):
+    """The router, the routed experts and the shared experts of glm4_moe, which all read one tensor [n, D].
+
+    In transformers' own module, routed and shared experts read two views of it, so that a quantizer would get all
+    tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.
+    """
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.gate = mixture.get_submodule("gate")
+        self.experts = mixture.get_submodule("experts")
+        self.shared_experts = mixture.get_submodule("shared_experts")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the experts' outputs for hidden states [..., D]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, chosen = self.gate(x)
+        shared = self.shared_experts(x)
+        return (self.experts(x, chosen, weights) + shared).view_as(hidden_states)
+
+
 def _check_plain(experts: nn.Module) -> None:
     name, gate = type(experts).__name__, getattr(type(experts), "_apply_gate", None)
     reasons = {
@@ -147,6 +169,9 @@ def route_experts_(block: nn.Module, name: str) -> None:
     experts = getattr(block.get_submodule(parent), child, None)
     if experts is not None and not isinstance(experts, RoutedExperts):
         block.set_submodule(name, RoutedExperts(experts))
+        mixture = block.get_submodule(parent)
+        if hasattr(mixture, "shared_experts"):
+            block.set_submodule(parent, SharedMixture(mixture))
 
 
 def split_experts(tensors: Tensors) -> Tensors:

@@ -2,8 +2,9 @@
 
 An expert's statistics come from the tokens that the router sends to it. If these are fewer than `FLOOR`, tokens with
 the next best routing scores are added: those with the smallest distance between the expert's logit and the last chosen
-one's. They run only through this expert and only for its statistics. No output of an expert that the router did not
-choose reaches the hidden states. So every expert gets a range, whatever the router does.
+one's. Where a correction bias decides, scores with it take the place of logits, whatever the expert's group. These
+tokens run only through this expert and only for its statistics. No output of an expert that the router did not choose
+reaches the hidden states. So every expert gets a range, whatever the router does.
 
 Nothing depends on batches or ranks. The sampled tokens of an expert have the smallest hashes of their numbers.
 """
@@ -21,6 +22,7 @@ from pipeline.blocks.walk import BlockRunner, batches
 from pipeline.models.architectures import Architecture
 from pipeline.models.experts import RoutedExperts
 from pipeline.models.layers import DecoderLayer
+from pipeline.models.routing import ExpertScores, find_correction_bias, rank_experts
 from pipeline.models.sites import Site
 from pipeline.quantization.site_statistics import SiteStatistics
 from pipeline.runtime.ranks import Ranks
@@ -72,6 +74,7 @@ class ExpertRecorder:
         experts = block.get_submodule(architecture.experts)
         assert isinstance(experts, RoutedExperts)
         self.experts, self.router = experts, block.get_submodule(architecture.routers[0])
+        self.scores: ExpertScores = architecture.expert_scores
         name = architecture.experts.removeprefix(f"{architecture.mlp}.")
         self.names = [f"{Site.MLP_HIDDEN}.{name}.{index}" for index in range(len(experts))]
         self.statistics = [sites[site] for site in self.names]
@@ -98,8 +101,8 @@ class ExpertRecorder:
         def make_hook(index: int) -> Any:
             return lambda module, args: self._add_(index, args[0], self._tokens)
 
-        def keep_distances(module: nn.Module, args: tuple[torch.Tensor], output: RouterOutput) -> None:
-            self._keep_distances(output)
+        def keep_distances(module: nn.Module, args: tuple[torch.Tensor, ...], output: RouterOutput) -> None:
+            self._keep_distances(args, output)
 
         handles = [
             quantizer.register_forward_pre_hook(make_hook(index)) for index, quantizer in enumerate(self._quantizers)
@@ -117,11 +120,12 @@ class ExpertRecorder:
         """Say which of this rank's windows is the first of the batch that runs next."""
         self._first = first
 
-    def _keep_distances(self, output: RouterOutput) -> None:
-        """Keep how far each expert's logit is below the last chosen one's, [n, E]; -inf for the chosen ones."""
+    def _keep_distances(self, args: tuple[torch.Tensor, ...], output: RouterOutput) -> None:
+        """Keep how far each expert ranks below the last chosen one, [n, E]; -inf for the chosen ones."""
         logits, _, indices = output
-        last = logits.gather(1, indices).amin(1, keepdim=True)
-        self._distances.append((logits - last).float().scatter(1, indices, -torch.inf).cpu())
+        ranks = rank_experts(self.scores, logits, find_correction_bias(self.router, args))
+        last = ranks.gather(1, indices).amin(1, keepdim=True)
+        self._distances.append((ranks - last).float().scatter(1, indices, -torch.inf).cpu())
 
     def _number(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the numbers of tokens of the batch that runs among the tokens of all ranks."""

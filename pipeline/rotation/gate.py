@@ -21,6 +21,7 @@ from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError, check_attention_arguments, find_architecture
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layers import DecoderLayer, Norm, as_norm
+from pipeline.models.routing import ExpertScores, choose_experts, find_correction_bias, weigh_experts
 from pipeline.rotation.matrices import Rotation, count_rows
 from pipeline.runtime.errors import PipelineError
 
@@ -143,10 +144,11 @@ def compute_exactly_(block: DecoderLayer) -> None:
         UnsupportedModelError: a norm is not that of the family's entry in `ARCHITECTURES`.
     """
     config = block.self_attn.config
+    architecture = find_architecture(config)
     for module in block.modules():
-        if type(module).__name__.endswith("TopKRouter"):
-            module.register_forward_hook(_route_exactly)
-    offset = find_architecture(config).norm_offset
+        if type(module).__name__.lower().endswith("topkrouter"):
+            module.register_forward_hook(functools.partial(_route_exactly, architecture.expert_scores))
+    offset = architecture.norm_offset
     for module in block.modules():
         if type(module).__name__.endswith("RMSNorm"):
             if not isinstance(getattr(module, "weight", None), torch.Tensor):
@@ -161,18 +163,21 @@ def compute_exactly_(block: DecoderLayer) -> None:
 
 
 def _route_exactly(
-    router: nn.Module, args: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    kind: ExpertScores,
+    router: nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose experts by softmax in the dtype of the logits [n, E]; return logits, weights and indices [n, k]."""
-    logits, rounded, _ = output
-    top_k = router.top_k
-    assert isinstance(top_k, int)
-    weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
-    if getattr(router, "norm_topk_prob", True):
-        weights = weights / weights.sum(-1, keepdim=True)
-    error = (weights - rounded).abs().max()
-    assert error < 1e-5, f"{type(router).__name__} does not compute softmax and top-k"  # float32
-    return logits, weights, indices
+    """Choose experts in float64; return logits [n, E], weights and indices [n, k]."""
+    _, rounded, chosen = output
+    weight = router.weight
+    assert isinstance(weight, torch.Tensor)
+    logits = nn.functional.linear(args[0].reshape(-1, weight.shape[1]), weight)
+    bias = find_correction_bias(router, args)
+    error = (weigh_experts(router, kind, logits, chosen) - rounded).abs().max()
+    assert error < 1e-5, f"{type(router).__name__} does not weigh experts by a {kind} of logits"  # float32
+    indices = choose_experts(router, kind, logits, bias)
+    return logits, weigh_experts(router, kind, logits, indices), indices
 
 
 def normalise(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:

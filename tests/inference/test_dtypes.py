@@ -14,6 +14,7 @@ from pipeline.importing.import_model import import_model
 from pipeline.inference.loading import load
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.runtime.artifacts import load_tensors, make_header
+from tests.conftest import make_model
 from tests.export.test_folder import RESULTS, TEXT
 from tests.inference.test_prefixed_model import QUANTIZERS, make_quantized
 
@@ -139,3 +140,20 @@ def test_float16_is_nearer_to_float32_than_bfloat16_until_activations_are_rounde
         errors[dtype] = ((logits - expected).abs().max() / expected.abs().max()).item()
     assert errors[torch.float16] < 0.01  # measured: 0.002 to 0.005
     assert errors[torch.float16] < errors[torch.bfloat16] < 0.06  # measured: 0.016 to 0.041
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
+@torch.no_grad()
+def test_correction_biases_of_routers_stay_float32(exported, family):
+    folder, checkpoint, _ = exported(family, "dynamic")
+    expected = assemble(checkpoint)(TEXT).logits
+    model = load(folder)[0]
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    source = [buffer for name, buffer in make_model(family).named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases
+    assert torch.equal(model(TEXT).logits, expected)
+    for cast in (lambda: None, model.half, model.float):
+        cast()
+        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        assert {bias.dtype for bias in biases} == {torch.float32}
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(biases, source, strict=True))

@@ -19,7 +19,7 @@ from pipeline.serving.families import served_class
 from tests.conftest import SIZES, make_model
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "glm4_moe", "minimax_m2"])
 def test_routed_experts_compute_the_same_as_transformers(family, token_ids):
     model = make_model(family)
     model.set_experts_implementation("eager")
@@ -138,7 +138,7 @@ def test_skeleton_keeps_transformers_own_names(imported):
     assert "model.layers.0.mlp.experts.gate_up_proj" in names
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "glm4_moe", "minimax_m2"])
 def test_vllm_is_refused_by_name(family):
     with pytest.raises(UnsupportedModelError, match=f"model_type='{family}': vLLM serves only"):
         served_class(family)
