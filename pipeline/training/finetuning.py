@@ -15,6 +15,7 @@ import torch
 
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import require_settings
+from pipeline.models.checkpoint import Checkpoint, load_block_file
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
 from pipeline.text.windows import TokenRows, unpack_start_token
@@ -78,6 +79,8 @@ def finetune(
         report["end_to_end"] = vars(outcome)
         metrics |= summarise_end_to_end(outcome)
     if place.ranks.first:
+        if params.end_to_end.enabled and params.end_to_end.weights != "fixed":
+            metrics["changed_integers"] = round(_measure_changes(initial, block_folder, place), 5)
         names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
         assemble_checkpoint(
             initial,
@@ -143,6 +146,18 @@ def _finetune_end_to_end(
         return outcome, None
     block_folder.mkdir(exist_ok=True)
     return outcome, trainer.write_(block_folder)
+
+
+def _measure_changes(initial: Checkpoint, block_folder: Path, place: Place) -> float:
+    """Return the share of the integers of all weights that differ between `initial` and the blocks in a folder."""
+    changed = count = 0
+    for index in range(initial.block_count):
+        before = initial.load_block_tensors(index)
+        after = load_block_file(block_folder, initial.architecture, index, place.header.stage)
+        integers = [name for name, codes in after.items() if name.endswith(".weight") and not codes.is_floating_point()]
+        changed += sum(int(torch.ne(after[name], before[name]).sum()) for name in integers)
+        count += sum(after[name].numel() for name in integers)
+    return changed / count
 
 
 def write_losses(folder: Path, report: dict[str, Any]) -> None:

@@ -129,7 +129,10 @@ def test_weights_are_trained_from_the_values_before_rounding(weights, quantized,
     assert before == fixed["end_to_end"]["kl_before"]
     assert after < fixed["end_to_end"]["kl_after"]
     integers, initial = read_integers(checkpoint), read_integers(models.initial)
-    assert 0 < (integers != initial).float().mean() < 0.5
+    changed = (integers != initial).float().mean().item()
+    assert 0 < changed < 0.5
+    assert metrics["changed_integers"] == round(changed, 5)
+    assert fixed["changed_integers"] == 0
     assert -8 <= integers.min() < integers.max() <= 7
     runner = BlockRunner(models.rotated, torch.device("cpu"), 2)
     prefix_kv = load_prefix_kv(checkpoint.folder, "finetuning")
