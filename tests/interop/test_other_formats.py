@@ -15,6 +15,7 @@ from pipeline.export.folder import export_model
 from pipeline.inference.prefixed_model import assemble_model
 from pipeline.interop.compressed_tensors import pack_words
 from pipeline.interop.other_formats import FormatError, compare_formats, write_formats
+from pipeline.models.architectures import count_experts
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import PROJECTIONS
 from pipeline.numerics.quantizer import integer_range
@@ -243,7 +244,8 @@ def test_only_safetensors_and_json_are_written(imported, tmp_path):
     assert "prefixquant" not in config
 
 
-EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "minimax_m2"]
+MIXTRAL_NAMES = ("mixtral", "minimax_m2")
 ENGINE_INPUTS = {"activations.bits": 8, "activations.mode": "dynamic", "activations.clipping": False}
 
 
@@ -270,12 +272,12 @@ def test_each_expert_and_projection_has_a_tensor_under_its_published_name(import
     assert contents["compressed-tensors"].load == "vllm.LLM(folder)"
     tensors = load_file(folder / "model-00001-of-00001.safetensors")
     checkpoint = Checkpoint(imported[family], "model")
-    config, parts = checkpoint.config, ("w1", "w3", "w2") if family == "mixtral" else PROJECTIONS
-    module = "block_sparse_moe" if family == "mixtral" else "mlp"
+    config, parts = checkpoint.config, ("w1", "w3", "w2") if family in MIXTRAL_NAMES else PROJECTIONS
+    module = "block_sparse_moe" if family in MIXTRAL_NAMES else "mlp"
     sparse = [index for index in range(3) if f"model.layers.{index}.{module}.gate.weight" in tensors]
-    assert len(sparse) == {"qwen2_moe": 1, "qwen3_moe": 2}.get(family, 3)
+    assert len(sparse) == {"qwen2_moe": 1, "glm4_moe": 1, "mixtral": 3, "olmoe": 3}.get(family, 2)
     for index in sparse:
-        for expert in range(config.num_experts):
+        for expert in range(count_experts(config)):
             for part in parts:
                 name = f"model.layers.{index}.{module}.experts.{expert}.{part}"
                 weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
