@@ -56,8 +56,9 @@ def run_generate() -> None:
 
 
 def run_chat() -> None:
-    sys.argv.append("--chat")
-    run_generate()
+    from pipeline.inference.generation import main
+
+    main(takes_turns=True)
 
 
 def run_evaluate() -> None:

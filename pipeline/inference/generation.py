@@ -7,6 +7,7 @@ On a CPU integers are multiplied as integers. `--arithmetic float` is slower and
 pipeline evaluated.
 """
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +22,20 @@ from pipeline.runtime.arguments import ArgumentError, Parser, device, non_negati
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import return_freed_memory
 
+_CHAT = """Talk to an exported model, by its chat template. An empty line ends the conversation.
+
+    prefixquant chat artifacts/export
+"""
 _COLDEST = 1e-6  # logits divided by a lower temperature overflow
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
+def main(*, takes_turns: bool = False) -> None:
+    """Run `prefixquant generate`, or `prefixquant chat` if `takes_turns`, with the arguments of the command line."""
+    parser = Parser(description=_CHAT if takes_turns else __doc__)
     parser.add_argument("folder", type=Path, help="an exported model")
     parser.add_argument("prompt", nargs="?", type=text, help="text to continue; read from the terminal if left out")
-    parser.add_argument("--chat", action="store_true", help="take turns, by the model's chat template")
+    turns = argparse.SUPPRESS if takes_turns else "take turns, by the model's chat template"
+    parser.add_argument("--chat", action="store_true", default=takes_turns, help=turns)
     parser.add_argument("--max-new-tokens", type=whole(1), default=64)
     parser.add_argument("--temperature", type=non_negative, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--seed", type=whole(0), default=0)
@@ -41,7 +48,8 @@ def main() -> None:
     interface = read_interface(arguments.folder)
     check_generation_config(arguments.folder)
     if arguments.chat and interface.tokenizer.chat_template is None:
-        raise ArgumentError("--chat: this model's tokenizer has no chat template. Leave it out.")
+        name, remedy = ("chat", "Use prefixquant generate.") if takes_turns else ("--chat", "Leave it out.")
+        raise ArgumentError(f"{name}: this model's tokenizer has no chat template. {remedy}")
     prompt = _read(arguments.prompt)
     if arguments.chat and not prompt:
         return

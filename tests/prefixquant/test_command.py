@@ -55,7 +55,7 @@ def test_every_subcommand_has_help_under_its_own_name(name):
 def test_generate_continues_a_text_and_chat_needs_a_template(imported, tmp_path, call, monkeypatch):
     folder = make_export(imported, tmp_path)[0]
     assert call("generate", folder, "The house on", "--max-new-tokens", 4).strip()
-    with pytest.raises(PipelineError, match="--chat: this model's tokenizer has no chat template"):
+    with pytest.raises(PipelineError, match=r"^chat: this model's tokenizer has no chat template\. Use"):
         call("chat", folder, "Hello")
 
 
