@@ -184,7 +184,7 @@ MOE_FAMILIES = {
 }
 FAMILIES |= MOE_FAMILIES
 _TWO_BLOCKS = SIZES | {"num_hidden_layers": 2}
-# Routers with a correction bias.
+# Their routers have a correction bias.
 NEAR_FAMILIES |= {
     "glm4_moe": Glm4MoeConfig(
         **_TWO_BLOCKS,

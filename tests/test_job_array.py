@@ -1,6 +1,8 @@
 """A job array by submitit's own executors, in a project of one small stage."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -50,9 +52,9 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
-def test_jobs_run_side_by_side_a_failure_stops_none_and_the_cache_is_shared(project, tmp_path, capsys):
-    def run(*numbers):
-        options = {"project": project, "cluster": "local", "slurm": {}, "scratch": tmp_path, "logs": tmp_path / "logs"}
+def test_jobs_run_side_by_side_a_failure_stops_none_and_the_cache_is_shared(project, tmp_path, capsys, monkeypatch):
+    def run(*numbers, cluster="local"):
+        options = {"project": project, "cluster": cluster, "slurm": {}, "scratch": tmp_path, "logs": tmp_path / "logs"}
         return run_array([f"number={','.join(map(str, numbers))}"], **options)
 
     assert run(0, 3) == ["number-0"]  # 1 / 0
@@ -61,8 +63,19 @@ def test_jobs_run_side_by_side_a_failure_stops_none_and_the_cache_is_shared(proj
     assert experiments.keys() == {"number-3"}
     lock = read_committed("dvc.lock", experiments["number-3"])
     assert "number: 3" in lock
-    # The second array renews the first one's experiment from the cache.
-    assert run(3) == []
+    # The second array renews the first one's experiment from the cache. A process of DVC still writes into its clone.
+    remove, full = os.rmdir, []
+
+    def refuse_to_remove(path, **options):
+        if path != "tmp":
+            return remove(path, **options)
+        full.append(path)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse_to_remove)
+        assert run(3, cluster="debug") == []
+    assert full
     assert (tmp_path / "calls").read_text().split().count("3") == 1
     assert list_experiments().keys() == {"number-3"}
     subprocess.run([sys.executable, "-m", "dvc", "exp", "apply", "--quiet", "number-3"], check=True)

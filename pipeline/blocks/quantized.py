@@ -483,7 +483,7 @@ def fill_block(
 
 
 def _keeps_dtype(name: str, dtype: torch.dtype) -> bool:
-    """Return whether a tensor keeps its dtype in a block that computes in `dtype`: quantizers, and what is float32."""
+    """Return whether a quantizer's tensor or a correction bias keeps its dtype in a block that computes in `dtype`."""
     return name.endswith(_BUFFERS) or (keeps_float32(name) and dtype.itemsize < torch.float32.itemsize)
 
 

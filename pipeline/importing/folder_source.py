@@ -260,8 +260,9 @@ def _load_block(
 
 
 def _restore_biases_(model: CausalModel, config: PreTrainedConfig, names: set[str], read: Read, first: int) -> None:
-    """Give routers their correction biases in float32, which transformers has rounded to the model's dtype in some
-    families.
+    """Give routers their correction biases in float32 again.
+
+    In some families transformers has rounded them to the model's dtype.
 
     Args:
         first: number in the checkpoint of the model's first block.

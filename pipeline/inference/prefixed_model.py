@@ -77,8 +77,9 @@ class PrefixedModel(PreTrainedModel):
         return cast(Body, self.base_model)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Cast or move the model, but not what decides in float32: frequencies of RoPE, which turned the prefix, and
-        correction biases of routers.
+        """Cast or move the model. Frequencies of RoPE and correction biases of routers keep their dtype.
+
+        The prefix was turned by exact frequencies, and small steps of a bias decide between experts.
         """
         rotary = self._body.rotary_emb
         exact = dict(rotary.named_buffers())

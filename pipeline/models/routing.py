@@ -19,7 +19,7 @@ CORRECTION_BIAS = "e_score_correction_bias"
 
 
 def keeps_float32(name: str) -> bool:
-    """Return whether a tensor is float32 in models of every dtype: correction biases, whose small steps decide."""
+    """Return whether a tensor is a correction bias: its small steps decide, so it is float32 in every model."""
     return name.endswith(CORRECTION_BIAS)
 
 
@@ -27,14 +27,14 @@ def find_correction_bias(router: nn.Module, args: tuple[torch.Tensor, ...]) -> t
     """Return the bias [E] that a router adds to scores before it chooses, or None.
 
     Args:
-        args: the arguments of its call, after which some families pass the bias.
+        args: the arguments of its call. Some families pass the bias as the second one.
     """
     bias = getattr(router, CORRECTION_BIAS, args[1] if len(args) > 1 else None)
     return None if bias is None else bias.flatten()
 
 
 def rank_experts(kind: ExpertScores, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return values [n, E] in the order of which a router without groups chooses, for logits [n, E]."""
+    """Return the values [n, E] by which a router without groups ranks experts, for logits [n, E]."""
     if bias is None:
         return logits
     return _score(kind, logits) + bias
