@@ -16,7 +16,7 @@ Each finished block, and the hidden states after it, are on disk before the next
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,11 +295,23 @@ def _finetune_block(
 
 def _measure_changes(block: DecoderLayer, initial: Checkpoint, index: int) -> float:
     """Return the share of the integers of a block's weights that differ from `initial`."""
-    tensors = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
     names = initial.architecture.of_block(block).linears
-    pairs = [(find_quantized_linear(block, name).weight, tensors[f"{name}.weight"]) for name in names]
-    changed = sum(int(torch.ne(after.cpu(), before).sum()) for after, before in pairs)
-    return changed / sum(before.numel() for _, before in pairs)
+    after = {f"{name}.weight": find_quantized_linear(block, name).weight.cpu() for name in names}
+    before = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
+    changed, count = count_changes(before, after)
+    return changed / count
+
+
+def count_changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Return how many elements of the weights of `after` differ from those of `before`, and how many there are.
+
+    Args:
+        before, after: name -> tensor, on the same device; `before` may have more names. Only those in `after` that end
+            in `.weight` and hold integers count.
+    """
+    names = [name for name, codes in after.items() if name.endswith(".weight") and not codes.is_floating_point()]
+    changed = sum(int(torch.ne(after[name], before[name]).sum()) for name in names)
+    return changed, sum(after[name].numel() for name in names)
 
 
 def load_scales(initial: Checkpoint) -> dict[str, torch.Tensor]:

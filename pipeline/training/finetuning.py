@@ -19,7 +19,7 @@ from pipeline.models.checkpoint import Checkpoint, load_block_file
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
 from pipeline.text.windows import TokenRows, unpack_start_token
-from pipeline.training.block_wise import Models, finetune_blocks
+from pipeline.training.block_wise import Models, count_changes, finetune_blocks
 from pipeline.training.end_to_end import EmbeddedWindows, EndToEndTrainer, ModelData
 from pipeline.training.params import FinetuningParams
 from pipeline.training.place import Place
@@ -150,13 +150,14 @@ def _finetune_end_to_end(
 
 def _measure_changes(initial: Checkpoint, block_folder: Path, place: Place) -> float:
     """Return the share of the integers of all weights that differ between `initial` and the blocks in a folder."""
-    changed = count = 0
-    for index in range(initial.block_count):
-        before = initial.load_block_tensors(index)
-        after = load_block_file(block_folder, initial.architecture, index, place.header.stage)
-        integers = [name for name, codes in after.items() if name.endswith(".weight") and not codes.is_floating_point()]
-        changed += sum(int(torch.ne(after[name], before[name]).sum()) for name in integers)
-        count += sum(after[name].numel() for name in integers)
+    counts = [
+        count_changes(
+            initial.load_block_tensors(index),
+            load_block_file(block_folder, initial.architecture, index, place.header.stage),
+        )
+        for index in range(initial.block_count)
+    ]
+    changed, count = (sum(values) for values in zip(*counts, strict=True))
     return changed / count
 
 
