@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files that take minutes first, so that several workers end together."""
-    items.sort(key=lambda item: item.path.name not in ("test_stages.py", "test_repro.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_stages.py", "test_repro.py", "test_project.py"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -299,7 +299,7 @@ def _measure_changes(block: DecoderLayer, initial: Checkpoint, index: int) -> fl
     after = {f"{name}.weight": find_quantized_linear(block, name).weight.cpu() for name in names}
     before = initial.load_block_tensors(index)  # read again, rather than kept in memory during training
     changed, count = count_changes(before, after)
-    return changed / count
+    return changed / max(count, 1)  # weights of 16 bits have no integers
 
 
 def count_changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[int, int]:

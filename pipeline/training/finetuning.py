@@ -158,7 +158,7 @@ def _measure_changes(initial: Checkpoint, block_folder: Path, place: Place) -> f
         for index in range(initial.block_count)
     ]
     changed, count = (sum(values) for values in zip(*counts, strict=True))
-    return changed / count
+    return changed / max(count, 1)
 
 
 def write_losses(folder: Path, report: dict[str, Any]) -> None:
