@@ -10,6 +10,7 @@ the rest. Start an interrupted sweep again with the same command: finished stage
 `check` lists experiments whose stages did not all run. `dvc exp show` shows them with the numbers of an earlier run.
 """
 
+import hashlib
 import re
 import subprocess
 from functools import partial
@@ -33,10 +34,16 @@ def list_combinations(overrides: list[str]) -> list[list[str]]:
 
 
 def name_experiment(overrides: list[str]) -> str:
-    """Return a name that DVC accepts: ["quantizer_init.weights.bits=4"] -> "weights.bits-4"."""
+    """Return a name that DVC accepts: ["quantizer_init.weights.bits=4"] -> "weights.bits-4".
+
+    Where characters are replaced or left out, a hash is added, so that other overrides have another name:
+    ["model.source=../a"] -> "model.source---a-2942ab".
+    """
     pairs = [override.partition("=")[::2] for override in overrides]
-    parts = [f"{'.'.join(key.split('.')[-2:])}-{value}" for key, value in pairs]
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
+    plain = "-".join(f"{'.'.join(key.split('.')[-2:])}-{value}" for key, value in pairs)
+    # git refuses "..", ".lock" at the end, and names of more than 255 bytes.
+    name = re.sub(r"[^\w.-]+|\.\.+", "-", plain)[:60].strip("-.")
+    return name if name == plain and not name.endswith(".lock") else f"{name}-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}"
 
 
 def run_sweep(overrides: list[str]) -> list[str]:

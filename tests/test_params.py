@@ -499,6 +499,42 @@ def test_one_override_changes_one_line(group, tmp_path):
             assert changed_lines[1].partition(":")[0].removeprefix("+ ").strip() == key.rpartition(".")[2]
 
 
+@pytest.mark.parametrize("value", ["\"it's: 'a'\"", "'~/ä b/c'", "/x" * 30, "packaged:a", "'#1'"])
+def test_one_override_changes_one_line_whatever_its_text(value, tmp_path):
+    lines = override_text(tmp_path / "params.yaml", f"model.source={value}").splitlines()
+    (changed_line,) = set(lines) - set(TEXT.splitlines())
+    assert len(lines) == len(TEXT.splitlines())
+    text = value[1:-1] if value[0] in "\"'" else value
+    assert yaml.safe_load(changed_line) == {"source": text}
+    assert yaml.safe_load("\n".join(lines))["model"]["source"] == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "removed", "added"),
+    [
+        (["+corpora.mine.source=/x.jsonl"], [], ["  mine:", "    source: /x.jsonl"]),
+        (["+evaluation.tasks.piqa.limit=5"], [], ["    piqa:", "      limit: 5"]),
+        (["~evaluation.tasks.word_analogies"], ["    word_analogies:", "      limit: 64"], []),
+        (["calibration.train.corpora=[news]"], ["    - wikipedia"], []),
+        (
+            ["~calibration.train.corpora", "+calibration.train.corpora={wikipedia: 5, news: 1}"],
+            ["    - wikipedia", "    - news"],
+            ["      wikipedia: 5", "      news: 1"],
+        ),
+        (
+            ["quantizer_init.overrides=[{sites: [key], bits: 8}]"],
+            ["  overrides: []"],
+            ["  overrides:", "  - sites:", "    - key", "    bits: 8"],
+        ),
+    ],
+)
+def test_entries_that_come_and_go_change_their_own_lines(overrides, removed, added, tmp_path):
+    changed_text = override_text(tmp_path / "params.yaml", *overrides)
+    compared = list(difflib.ndiff(TEXT.splitlines(), changed_text.splitlines()))
+    assert sorted(line[2:] for line in compared if line[0] == "-") == sorted(removed)
+    assert sorted(line[2:] for line in compared if line[0] == "+") == sorted(added)
+
+
 def test_overrides_of_lists_keep_every_comment(tmp_path):
     comments = [line for line in TEXT.splitlines() if line.lstrip().startswith("#")]
     lists = [key for key, value in list_leaves(DEFAULT) if isinstance(value, list)]

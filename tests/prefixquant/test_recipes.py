@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
 
 from pipeline.params import parse_params
 from pipeline.runtime.errors import PipelineError
@@ -41,6 +42,23 @@ def test_every_recipe_gives_valid_params_with_every_comment(recipe):
     assert parse_params(yaml.safe_load(text)).model.source == "org/model"
     comments = [[line for line in file.splitlines() if line.lstrip().startswith("#")] for file in (DEFAULTS, text)]
     assert comments[0] == comments[1]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"bits": "W4A8KV4", "finetune": "none"},
+        {"texts": ["/a/ä b.txt", "/c.txt"]},
+        {"settings": {"quantizer_init.overrides": [{"sites": ["key"], "bits": 8}], "evaluation.tasks.piqa.limit": 5}},
+    ],
+)
+def test_params_of_a_work_folder_have_the_form_that_dvc_writes(choices, tmp_path):
+    """So that `dvc exp run -S` in a work folder changes one line."""
+    path = tmp_path / "params.yaml"
+    path.write_text(make_params("/a model/x", **choices), encoding="utf-8")
+    with modify_yaml(path):
+        pass
+    assert path.read_text(encoding="utf-8") == make_params("/a model/x", **choices)
 
 
 def test_choices_win_over_the_recipe_and_settings_over_all():
