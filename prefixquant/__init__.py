@@ -14,8 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.version import VERSION
-from prefixquant.registration import register_with_transformers
+from prefixquant.hidden_packages import check_not_hidden
+
+check_not_hidden("pipeline")
+
+from pipeline.version import VERSION  # noqa: E402
+from prefixquant.registration import register_with_transformers  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

@@ -28,9 +28,13 @@ from pipeline.runtime.files import replacing
 from pipeline.runtime.sources import as_path, describe_hub_model, describe_package, find_local_source, read_json
 from pipeline.text.hub import HUB_CORPORA
 from pipeline.text.params import PACKAGED_CORPORA
+from prefixquant.hidden_packages import check_not_hidden
 from prefixquant.package_data import SOURCE_ROOT, find_data, is_installed
 from prefixquant.recipes import DEFAULT_RECIPE, make_params
-from stages.sources import PACKAGES
+
+check_not_hidden("stages")
+
+from stages.sources import PACKAGES  # noqa: E402
 
 EXPORT = Path("artifacts/export")
 MARKER = ".dvc/config"  # by which a work folder is recognized

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from pipeline.runtime.sources import as_path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).with_name("tasks")
+PACKAGED = {path.stem for path in FOLDER.glob("*.yaml")}
 
 
 class TaskError(PipelineError):
@@ -42,6 +44,29 @@ def check_tasks(params: EvaluationParams) -> None:
     """Raise TaskError unless all tasks can be loaded with their data, or may be skipped."""
     if params.tasks:
         open_tasks(params.tasks, params.task_folder, params.skip_unavailable)
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads task files, in which lm-eval has tags of its own such as `!function`. Their values are left out."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def find_own_tasks(folder: Path) -> dict[str, list[Path]]:
+    """Return the tasks that YAML files in a folder define -> the files, relative to the folder.
+
+    Of several files with one task lm-eval takes the first. Files that it could not read either are left out.
+    """
+    places: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            task = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(task, dict) and isinstance(task.get("task"), str) and "group" not in task:
+            places.setdefault(task["task"], []).append(path.relative_to(folder))
+    return places
 
 
 def check_task_tokenizer(params: EvaluationParams, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -73,7 +98,15 @@ def open_tasks(asked: Mapping[str, TaskParams], folder: str | None = None, skip_
         if not asked.keys() <= set(manager.all_subtasks):  # reading lm-eval's 14,000 files takes seconds
             manager = TaskManager(include_path=paths)
     problems = {}
+    places = find_own_tasks(as_path(folder)) if folder else {}
     for name in asked:
+        if len(places.get(name, [])) > 1:
+            files = " and ".join(str(path) for path in places[name])
+            problems[name] = f"{files} in evaluation.task_folder both define it. Rename one."
+            continue
+        if name in places and name in PACKAGED:
+            problems[name] = f"{places[name][0]} in evaluation.task_folder has the name of a packaged task. Rename it."
+            continue
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             similar = f" Similar: {', '.join(close)}." if close else ""

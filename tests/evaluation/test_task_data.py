@@ -37,6 +37,35 @@ def test_unavailable_tasks_are_named_together_or_skipped(tmp_path):
         open_tasks(asked, str(tmp_path / "nowhere"))
 
 
+def test_a_task_that_two_files_define_is_refused_if_it_is_asked(tmp_path):
+    """lm-eval would take the first file, and its warning is not shown."""
+    local_task(tmp_path, "colours")
+    (tmp_path / "old").mkdir()
+    task = (tmp_path / "colours.yaml").read_text()
+    (tmp_path / "old/x.yaml").write_text(task + "process_docs: !function x.y\n")
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(TaskError, match=r"tasks\.colours: colours\.yaml and old/x\.yaml in .* both define it\. Rename"):
+        open_tasks({"colours": TaskParams()}, str(tmp_path))
+    assert open_tasks({"word_analogies": TaskParams()}, str(tmp_path)).asked
+    assert open_tasks({"colours": TaskParams()}, str(tmp_path), skip_unavailable=True).skipped == ["colours"]
+
+
+@pytest.mark.parametrize("name", ["word_analogies", "last_word_wikipedia"])
+def test_a_task_with_the_name_of_a_packaged_one_is_refused(name, tmp_path):
+    local_task(tmp_path, "colours")
+    path = tmp_path / "colours.yaml"
+    path.write_text(path.read_text().replace("task: colours", f"task: {name}"))
+    with pytest.raises(TaskError, match=rf"{name}: colours\.yaml in .* has the name of a packaged task\. Rename"):
+        open_tasks({name: TaskParams()}, str(tmp_path))
+
+
+def test_a_task_of_the_folder_takes_the_place_of_lm_evals(tmp_path):
+    local_task(tmp_path, "piqa")
+    for asked in ({"piqa": TaskParams()}, {"piqa": TaskParams(), "arc_easy": TaskParams()}):
+        tasks = open_tasks(asked, str(tmp_path), skip_unavailable=True)
+        assert tasks.manager.task_index["piqa"].yaml_path == tmp_path / "piqa.yaml"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
