@@ -43,7 +43,9 @@ def name_experiment(overrides: list[str]) -> str:
     plain = "-".join(f"{'.'.join(key.split('.')[-2:])}-{value}" for key, value in pairs)
     # git refuses "..", ".lock" at the end, and names of more than 255 bytes.
     name = re.sub(r"[^\w.-]+|\.\.+", "-", plain)[:60].strip("-.")
-    return name if name == plain and not name.endswith(".lock") else f"{name}-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}"
+    if name == plain and not name.endswith(".lock"):
+        return name
+    return f"{name}-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}"
 
 
 def run_sweep(overrides: list[str]) -> list[str]:

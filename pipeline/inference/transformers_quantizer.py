@@ -132,6 +132,10 @@ class PrefixQuantizer(HfQuantizer):
             raise TypeError(f"{type(model).__name__} was not built by this quantizer")
         return model.keep_unpacked_(None)
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Raise ValueError, as the model's own method does."""
+        return model.dequantize(dtype)
+
     def complete_folder(self, folder: Path) -> None:
         """Turn the folder that `save_pretrained` wrote into an exported one: with the guards and a manifest."""
         path = folder / "config.json"

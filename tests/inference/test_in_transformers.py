@@ -380,10 +380,21 @@ def test_keys_that_leave_the_function_alone_are_free(exported):
 
 def test_dequantize_says_why_not(exported):
     folder, evaluated, _ = exported
-    for model in (load(folder)[0], evaluated):
-        for call in (model.dequantize, lambda model=model: model.dequantize(torch.bfloat16)):
-            with pytest.raises(ValueError, match=r"dequantize\(\) has no unquantized model.*Load the original"):
-                call()
+    loaded, body = load(folder)[0], AutoModel.from_pretrained(folder)
+    calls = [
+        loaded.dequantize,
+        evaluated.dequantize,
+        body.dequantize,
+        lambda: loaded.dequantize(torch.bfloat16),
+        lambda: loaded.hf_quantizer.dequantize(loaded),
+        lambda: loaded.hf_quantizer.dequantize(loaded, dtype=torch.float32),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"dequantize\(\) has no unquantized model.*Load the original"):
+            call()
+    with torch.no_grad():
+        assert torch.equal(loaded(TEXT).logits, evaluated(TEXT).logits)
+        assert loaded.is_quantized
 
 
 def test_weights_are_kept_unpacked_where_memory_allows(exported, monkeypatch):
