@@ -43,6 +43,26 @@ import pipeline.hf
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """,
+    "a function pipeline that is used": """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+import prefixquant
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+(row,) = generate("The house", max_new_tokens=5, do_sample=False)
+ids = model.generate(**tokenizer("The house", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+assert row["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+assert pipeline.__module__.startswith("transformers")
+""",
+    "every module by its whole name": """
+import json, sys
+import pipeline.hf
+from transformers import AutoModelForCausalLM, pipeline as make_pipeline
+import pipeline.generate
+assert pipeline.hf.PrefixQuantizer and callable(make_pipeline)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+""",
     "prefixquant.load": BEGIN
     + """
 model, tokenizer = prefixquant.load(sys.argv[1])
