@@ -60,11 +60,83 @@ class LayerPart:
 WHOLE = LayerPart()
 
 
-class ServedLinear(nn.Module):
-    """Compute [T, sum of outs] from x [T, in], in the dtype of x, or the part of one process (parallel.py)."""
+class ServedInput(nn.Module):
+    """Turn the input x [T, in] of linears into what `ServedWeights` multiplies: rotated, then codes or rounded values."""
+
+    def __init__(
+        self,
+        quantizer: ActivationQuantizer,
+        width: int,
+        *,
+        rotate: bool,
+        dtype: torch.dtype,
+        block_size: int = -1,
+        device: torch.device = CPU,
+    ) -> None:
+        """Take the settings of a quantizer. It gives codes if it is set to (`emit_codes_`).
+
+        Args:
+            width: channels of the input.
+            rotate, dtype, block_size, device: as in `ServedLinear`.
+        """
+        super().__init__()
+        self.codes: nn.Module | None = None
+        if quantizer.code_of_zero is not None:
+            self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
+            return
+        self.quantizer = quantizer.to(device)
+        self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.codes is not None:
+            return self.codes(x)
+        return self.quantizer(x if self.transform is None else self.transform(x))
+
+
+class ServedWeights(nn.Module):
+    """Compute [T, sum of outs] from the output [T, in] of a `ServedInput`.
+
+    Attributes:
+        width: output channels of all parts together, in all processes.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        parts: Sequence[PackedLinear],
+        quantizer: ActivationQuantizer,
+        *,
+        dtype: torch.dtype,
+        make_product: Callable[[IntegerOperands, torch.dtype], nn.Module] | None,
+        device: torch.device = CPU,
+        layer_part: LayerPart = WHOLE,
+    ) -> None:
+        """Fuse exported linears. Where integers are multiplied, `quantizer` is set to give codes. See `ServedLinear`."""
+        super().__init__()
+        self.width = sum(part.out_features for part in parts)
+        self.product: nn.Module | None = None
+        if make_product is not None and fits_integers(quantizer, parts):
+            operands = layer_part.cut_operands(gather_operands(quantizer, parts))
+            self.product = make_product(operands, dtype).to(device)
+            return
+        weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]), None
+        if any(part.bias is not None for part in parts):
+            biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            bias = torch.cat([part_bias.to(dtype) for part_bias in biases])
+        weight, bias = layer_part.cut(weight, bias)
+        self.register_buffer("weight", weight.to(device), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(device), persistent=False)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self.product is not None:
+            return self.product(values)
+        return nn.functional.linear(values, self.weight, self.bias)
+
+
+class ServedLinear(nn.Module):
+    """Compute [T, sum of outs] from x [T, in], in the dtype of x, or the part of one process (parallel.py)."""
 
     def __init__(
         self,
@@ -92,29 +164,23 @@ class ServedLinear(nn.Module):
         """
         super().__init__()
         self.layer_part = layer_part
-        self.width, width = sum(part.out_features for part in parts), parts[0].in_features
-        self.codes: nn.Module | None = None
-        self.product: nn.Module | None = None
-        if make_product is not None and fits_integers(quantizer, parts):
-            operands = layer_part.cut_operands(gather_operands(quantizer, parts))
-            self.product = make_product(operands, dtype).to(device)
-            self.codes = make_codes(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
-            return
-        self.quantizer = quantizer.to(device)
-        self.transform = HadamardTransform(width, dtype, block_size, device) if rotate else None
-        weight, bias = torch.cat([part.dense_weight(dtype).to(dtype) for part in parts]), None
-        if any(part.bias is not None for part in parts):
-            biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-            bias = torch.cat([part_bias.to(dtype) for part_bias in biases])
-        weight, bias = layer_part.cut(weight, bias)
-        self.register_buffer("weight", weight.to(device), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.to(device), persistent=False)
+        self.weights = ServedWeights(
+            parts, quantizer, dtype=dtype, make_product=make_product, device=device, layer_part=layer_part
+        )
+        width = parts[0].in_features
+        self.input = ServedInput(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size, device=device)
+
+    @property
+    def width(self) -> int:
+        """Output channels, in all processes together."""
+        return self.weights.width
+
+    @property
+    def product(self) -> nn.Module | None:
+        """The product of integers, or None."""
+        return self.weights.product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.layer_part.gather is not None:
             x = self.layer_part.gather(x)
-        if self.product is not None and self.codes is not None:
-            return self.product(self.layer_part.cut_input(self.codes(x)))
-        if self.transform is not None:
-            x = self.transform(x)
-        return nn.functional.linear(self.layer_part.cut_input(self.quantizer(x)), self.weight, self.bias)
+        return self.weights(self.layer_part.cut_input(self.input(x)))

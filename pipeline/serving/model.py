@@ -6,6 +6,7 @@ filled; missing and unexpected tensors are errors. Then the block is taken apart
     q_proj, k_proj, v_proj, …         side by side into vLLM's fused linears (linear.py)
     key and value quantizers, prefix  around RoPE and attention (attention.py), or with a cache of codes
                                       (code_backend.py)
+    a mixture of experts              in place of vLLM's own (experts.py, mixture.py)
     norms, embedding, lm_head         vLLM's own loading
 
 Batching, paging, chunks, cached prefixes and sampling work as for any model.
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.apertus import ApertusForCausalLM
@@ -27,11 +29,17 @@ from vllm.model_executor.models.exaone4 import Exaone4ForCausalLM
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.glm4_moe import Glm4MoeForCausalLM
 from vllm.model_executor.models.hyperclovax import HyperCLOVAXForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.minimax_m2 import MiniMaxM2ForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.mixtral import MixtralForCausalLM
+from vllm.model_executor.models.olmoe import OlmoeForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen2_moe import Qwen2MoeForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from pipeline.blocks.kv_cache import as_quantized_attention
 from pipeline.blocks.quantized import find_site_quantizers
@@ -56,8 +64,10 @@ from pipeline.serving.attention import (
     find_code_attention,
 )
 from pipeline.serving.code_backend import CodeLayer, match_rows_, replace_attention_
+from pipeline.serving.experts import Share, has_experts, take_mixture
 from pipeline.serving.families import SLIDES_BY_LAYER, ServingError
 from pipeline.serving.linear import ServedLinear
+from pipeline.serving.mixture import ServedMixture, replace_mixture_
 from pipeline.serving.parallel import count_outputs, find_kv_heads, find_part, select_heads_
 from pipeline.serving.product import find_product
 from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine, wants_packed_cache
@@ -87,7 +97,7 @@ class FusedLayer(nn.Module):
     """The type of vLLM's decoder layer."""
 
     self_attn: FusedAttention
-    mlp: FusedMlp
+    mlp: FusedMlp  # in blocks with experts a `ServedMixture`, which some classes call `block_sparse_moe`
 
 
 class LoadsWeights(Protocol):
@@ -112,11 +122,15 @@ class PrefixQuantModel(nn.Module):
         with torch.device("cpu"):  # vLLM has set the engine's device
             skeleton = build_packed_(build_skeleton(skeleton_config), self.exported)
         match_sliding_(vllm_config, skeleton)
-        state_query_scale_(vllm_config.model_config.hf_config)
+        state_keys_(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         for module in self.modules():
             if isinstance(module, LinearBase) and isinstance(module.quant_method, ServedLinearMethod):
                 module.bias = None  # `ServedLinear` has its own bias
+        self._mixtures: dict[int, ServedMixture] = {}
+        for index, (layer, block) in enumerate(zip(self._list_layers(), list_layers(skeleton), strict=True)):
+            if has_experts(block):
+                self._mixtures[index] = replace_mixture_(vllm_config, layer, index)
         self.config_of_engine = vllm_config
         self._skeleton: tuple[PrefixedModel | None] = (
             skeleton,
@@ -150,17 +164,24 @@ class PrefixQuantModel(nn.Module):
         )
         if unfilled := sorted(parameters - loaded):
             raise ServingError(f"{len(unfilled)} tensors of vLLM's model were not loaded: {', '.join(unfilled[:3])}.")
-        layers = [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
+        layers = self._list_layers()
         check_sliding(layers, skeleton)
         settle_rope_(layers, skeleton, self.config_of_engine.model_config.max_model_len, device)
         tables: dict[nn.Module, torch.Tensor] = {}
         for index, (layer, block) in enumerate(zip(layers, list_layers(skeleton), strict=True)):
             prefix_kv = None if skeleton.prefix_kv is None else skeleton.prefix_kv[index].clone()
-            fill_linears_(layer, block, self.config_of_engine.model_config.dtype, device)
+            dtype = self.config_of_engine.model_config.dtype
+            fill_linears_(layer, block, dtype, device)
+            if index in self._mixtures:
+                share = Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+                self._mixtures[index].take(take_mixture(block, dtype, find_product(dtype, device, ()), share))
             fill_cache_(layer, block, prefix_kv, self.config_of_engine, device, tables)
         match_rows_([module for module in self.modules() if isinstance(module, CodeLayer)])
         self._skeleton = (None,)
         return loaded
+
+    def _list_layers(self) -> list[FusedLayer]:
+        return [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
 
     def _check_tie(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raise ServingError if vLLM's class computes logits from the embedding, and the exported lm_head differs."""
@@ -173,8 +194,10 @@ class PrefixQuantModel(nn.Module):
             )
 
 
-def state_query_scale_(config: Any) -> None:
-    """State the scale of queries by position, of Ministral 3, under the key that vLLM reads."""
+def state_keys_(config: Any) -> None:
+    """State settings under the keys that vLLM reads: Ministral 3's scale of queries by position, MiniMax M2's RoPE."""
+    if config.model_type == "minimax_m2":
+        config.rotary_dim = config.head_dim  # as imported, RoPE turns all channels
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("llama_4_scaling_beta"):
         config.llama_4_scaling = {
@@ -279,7 +302,7 @@ def hash_contents(tensors: dict[str, torch.Tensor], has_kernels: bool) -> str:
 
 
 def fill_linears_(layer: FusedLayer, block: DecoderLayer, dtype: torch.dtype, device: torch.device) -> None:
-    """Put the linears of a loaded block of transformers into a decoder layer of vLLM.
+    """Put the linears of a loaded block of transformers into a decoder layer of vLLM, except those of experts.
 
     Args:
         layer: changed in place.
@@ -288,19 +311,22 @@ def fill_linears_(layer: FusedLayer, block: DecoderLayer, dtype: torch.dtype, de
     Raises:
         ServingError: a linear of the layer has another shape than the exported ones.
     """
-    architecture = find_architecture(block.self_attn.config)
+    architecture = find_architecture(block.self_attn.config).of_block(block)
     quantizers = find_site_quantizers(block, architecture)
     attention = layer.self_attn
     fused_linears: dict[str, LinearBase] = {
         Site.ATTENTION_INPUT: attention.qkv_proj,
         Site.ATTENTION_OUTPUT: attention.o_proj,
-        Site.MLP_INPUT: layer.mlp.gate_up_proj if hasattr(layer.mlp, "gate_up_proj") else layer.mlp.up_proj,
-        Site.MLP_HIDDEN: layer.mlp.down_proj,
     }
-    for site, readers in architecture.site_readers.items():
+    if architecture.experts is None:
+        mlp = layer.mlp
+        fused_linears[Site.MLP_INPUT] = mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.up_proj
+        fused_linears[Site.MLP_HIDDEN] = mlp.down_proj
+    for site, fused in fused_linears.items():
+        readers = architecture.site_readers[site]
         parts = [find_packed_linear(block, reader) for reader in readers]
         rotate, block_size = find_rotation(block, architecture, site)
-        fused, widths = fused_linears[site], [part.out_features for part in parts]
+        widths = [part.out_features for part in parts]
         layer_part = find_part(fused, widths)
         divided = [width // fused.tp_size for width in (parts[0].in_features, *widths)]
         product = find_product(dtype, device, divided)
@@ -413,6 +439,10 @@ class PrefixQuantGemma3ForCausalLM(PrefixQuantModel, Gemma3ForCausalLM):
     """Gemma 3, text only."""
 
 
+class PrefixQuantGlm4MoeForCausalLM(PrefixQuantModel, Glm4MoeForCausalLM):
+    """GLM 4.5 and 4.6."""
+
+
 class PrefixQuantHyperCLOVAXForCausalLM(PrefixQuantModel, HyperCLOVAXForCausalLM):
     """HyperCLOVA X, and GLM 4, which is imported as such."""
 
@@ -421,13 +451,33 @@ class PrefixQuantLlamaForCausalLM(PrefixQuantModel, LlamaForCausalLM):
     """Llama, Seed-OSS, SmolLM 3 and CWM."""
 
 
+class PrefixQuantMiniMaxM2ForCausalLM(PrefixQuantModel, MiniMaxM2ForCausalLM):
+    """MiniMax M2."""
+
+
 class PrefixQuantMistralForCausalLM(PrefixQuantModel, MistralForCausalLM):
     """Mistral, Ministral and Ministral 3."""
+
+
+class PrefixQuantMixtralForCausalLM(PrefixQuantModel, MixtralForCausalLM):
+    """Mixtral, and Granite MoE, which is imported as such."""
+
+
+class PrefixQuantOlmoeForCausalLM(PrefixQuantModel, OlmoeForCausalLM):
+    """OLMoE."""
 
 
 class PrefixQuantQwen2ForCausalLM(PrefixQuantModel, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5."""
 
 
+class PrefixQuantQwen2MoeForCausalLM(PrefixQuantModel, Qwen2MoeForCausalLM):
+    """Qwen2 and Qwen1.5 with experts."""
+
+
 class PrefixQuantQwen3ForCausalLM(PrefixQuantModel, Qwen3ForCausalLM):
     """Qwen3."""
+
+
+class PrefixQuantQwen3MoeForCausalLM(PrefixQuantModel, Qwen3MoeForCausalLM):
+    """Qwen3 with experts."""

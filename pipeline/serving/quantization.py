@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
@@ -18,6 +20,7 @@ from pipeline.inference.transformers_quantizer import METHOD, PrefixQuantConfig
 from pipeline.models.architectures import find_rope_limit
 from pipeline.serving.families import ServingError, served_class
 from pipeline.serving.linear import ServedLinear
+from pipeline.serving.mixture import NoWeights
 
 
 class ServedQuantization(QuantizationConfig):
@@ -47,7 +50,9 @@ class ServedQuantization(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "ServedQuantization":
         return cls(PrefixQuantConfig(**config))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return NoWeights(layer.moe_config)
         return ServedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
