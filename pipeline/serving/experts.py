@@ -1,18 +1,17 @@
 """A mixture of experts in vLLM: transformers' own module of the exported block, with other modules for its experts.
 
-    mlp                   transformers' forward: the router, the weights of the chosen experts, the sum with the shared one
+    mlp                   transformers' forward: router, weights of the chosen experts, sum with the shared expert
     mlp.gate              as exported: it reads the norm's output, without R1 and quantizer
     mlp.experts           -> ServedExperts   quantizes the input once, and runs the experts that got tokens
     mlp.shared_expert     -> ServedShared    quantizes the same input for the shared expert
 
-gate_proj and up_proj of an expert are one linear. With static ranges and one scale per channel, the experts gather codes,
-and integers are multiplied. The tokens of each expert are chosen at run time, so `torch.compile` cannot read this code:
-vLLM runs the whole module as one operator (mixture.py).
+gate_proj and up_proj of an expert are one linear. With static ranges and one scale per channel, the experts gather
+codes, and integers are multiplied. The tokens of each expert are chosen at run time, so `torch.compile` cannot read
+this code: vLLM runs the whole module as one operator (mixture.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn

@@ -61,7 +61,7 @@ WHOLE = LayerPart()
 
 
 class ServedInput(nn.Module):
-    """Turn the input x [T, in] of linears into what `ServedWeights` multiplies: rotated, then codes or rounded values."""
+    """Turn the input x [T, in] of linears into the input of `ServedWeights`: rotated, then as codes or rounded."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class ServedWeights(nn.Module):
         device: torch.device = CPU,
         layer_part: LayerPart = WHOLE,
     ) -> None:
-        """Fuse exported linears. Where integers are multiplied, `quantizer` is set to give codes. See `ServedLinear`."""
+        """Fuse exported linears, as `ServedLinear` does. Where integers are multiplied, `quantizer` gives codes."""
         super().__init__()
         self.width = sum(part.out_features for part in parts)
         self.product: nn.Module | None = None

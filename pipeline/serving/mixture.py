@@ -1,7 +1,7 @@
 """The place of a mixture of experts in vLLM's model, and the operator that computes it.
 
-vLLM builds its own fused experts first. They get no weights (`NoWeights`), and model.py puts a `ServedMixture` into their
-place. Compiled code calls the operator, which finds the module by the layer's name, as vLLM finds its attention.
+vLLM builds its own fused experts first. They get no weights (`NoWeights`), and model.py puts a `ServedMixture` into
+their place. Compiled code calls the operator, which finds the module by the layer's name, as vLLM finds its attention.
 """
 
 from typing import Any, cast
@@ -13,6 +13,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 _OPERATORS = torch.library.Library("prefixquant", "FRAGMENT")
 _OPERATORS.define("served_mixture(Tensor x, str name) -> Tensor")
@@ -55,8 +56,8 @@ def replace_mixture_(config: VllmConfig, layer: nn.Module, index: int) -> Served
     child = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
     context, layers = config.compilation_config.static_forward_context, config.compilation_config.static_all_moe_layers
     for module in layer.get_submodule(child).modules():
-        name = getattr(module, "layer_name", None)
-        if name in layers:
+        name = module.layer_name if isinstance(module, RoutedExperts) else None
+        if name in layers and name is not None:
             layers.remove(name)
             del context[name]
     served = ServedMixture(f"prefixquant.layers.{index}.mixture", config.parallel_config.tensor_parallel_size)

@@ -17,10 +17,12 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from pipeline.inference.transformers_quantizer import METHOD, PrefixQuantConfig
-from pipeline.models.architectures import find_rope_limit
+from pipeline.models.architectures import find_architecture, find_rope_limit
 from pipeline.serving.families import ServingError, served_class
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.mixture import NoWeights
+
+_EPS_OF_OLMOE = 1e-5
 
 
 class ServedQuantization(QuantizationConfig):
@@ -117,6 +119,7 @@ def check_engine(config: VllmConfig) -> None:
     limit = find_rope_limit(model.hf_config)
     is_known = device == "cpu" or (device == "cuda" and current_platform.is_cuda())  # AMD's GPUs say cuda, too
     processes, channels = parallel.tensor_parallel_size, model.hf_config.intermediate_size
+    has_experts = find_architecture(model.hf_config).experts is not None
     refused = {
         f"tensor_parallel_size={processes}": channels % processes != 0
         and f"it does not divide the {channels} hidden channels of the MLP. Use a size that does",
@@ -136,6 +139,18 @@ def check_engine(config: VllmConfig) -> None:
         and model.max_model_len > limit
         and f"beyond {limit} positions RoPE changes for all of them, the prefix included. Pass --max-model-len {limit}",
     }
+    if has_experts:
+        copies = parallel.data_parallel_size
+        refused |= {
+            f"device={device} for a mixture of experts": device != "cpu"
+            and "its experts are chosen and run on a CPU only. Use pipeline.quantized_model.load",
+            f"data_parallel_size={copies} for a mixture of experts": copies > 1
+            and "vLLM would divide the experts among the engines. Start one server for each copy",
+            f"rms_norm_eps={model.hf_config.rms_norm_eps}": model.hf_config.model_type == "olmoe"
+            and model.hf_config.rms_norm_eps != _EPS_OF_OLMOE
+            and f"vLLM's class adds {_EPS_OF_OLMOE} in every norm. Use pipeline.quantized_model.load",
+            "enable_eplb": parallel.enable_eplb and "the experts of a process are fixed. Leave it out",
+        }
     if wants_packed_cache(config):
         shards = parallel.decode_context_parallel_size
         refused |= {

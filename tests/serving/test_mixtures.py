@@ -1,5 +1,8 @@
 """vLLM computes what transformers does with tiny exported mixtures of experts, and refuses what it would not."""
 
+import subprocess
+import sys
+
 import pytest
 from transformers import (
     Glm4MoeConfig,
@@ -11,7 +14,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.serving.test_vllm import DYNAMIC, GROUPS, ONLINE, WIDE_SIZES, compare, make_served
+from tests.conftest import ROOT
+from tests.serving.test_vllm import DYNAMIC, ENVIRONMENT, GROUPS, ONLINE, WIDE_SIZES, compare, make_served
 
 pytestmark = pytest.mark.serving
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -86,3 +90,56 @@ def test_vllm_equals_transformers(exports, name):
     parity = compare(exports, name, "--eager")
     assert parity["median_block"] <= 1e-5
     assert parity["rounded_otherwise"] <= 0.02
+    if name == "mixtral, weights alone":
+        assert parity["largest_difference"] <= 1e-4
+        assert parity["largest_tie"] <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe, asymmetric groups"])
+def test_compiled_blocks_equal_transformers(exports, name):
+    """One model multiplies integers and has a shared expert, the other dequantizes weights."""
+    compare(exports, name)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "glm4_moe"])
+def test_two_processes_equal_transformers(exports, name):
+    """Each process has half of the experts, and the first one the shared expert. Dense blocks are split as ever."""
+    compare(exports, name, "--eager", "--processes", "2")
+
+
+def test_experts_with_a_cache_of_codes_equal_transformers(exports):
+    compare(exports, "qwen3_moe", "--eager", "--packed-cache")
+
+
+REFUSED = {
+    "data_parallel_size=2 for a mixture of experts": ("qwen2_moe", {"data_parallel_size": 2}),
+    "enable_eplb": (
+        "qwen2_moe",
+        {"enable_eplb": True, "enable_expert_parallel": True, "tensor_parallel_size": 2},
+    ),
+    "rms_norm_eps=0.01": ("olmoe", {"hf_overrides": {"rms_norm_eps": 0.01}}),
+    "device=cuda for a mixture of experts": ("qwen2_moe", {}),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_settings_that_change_results_are_refused(exports, setting):
+    name, options = REFUSED[setting]
+    program = f"""
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from pipeline.serving.quantization import check_engine
+config = EngineArgs(model={str(exports[name])!r}, dtype="float32", enforce_eager=True).create_engine_config()
+options = {options!r}
+for key, value in options.pop("hf_overrides", {{}}).items():
+    setattr(config.model_config.hf_config, key, value)
+for key, value in options.items():
+    setattr(config.parallel_config, key, value)
+if "cuda" in {setting!r}:
+    config.device_config.device_type = "cuda"
+check_engine(config)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"{setting}: " in done.stderr.splitlines()[-1]

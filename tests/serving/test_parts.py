@@ -17,6 +17,7 @@ from pipeline.numerics.hadamard import CPU
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 from pipeline.serving import attention
 from pipeline.serving.attention import CachedValues, PackedKeys, PackedValues, TurnedKeys
+from pipeline.serving.experts import Share, has_experts, take_mixture
 from pipeline.serving.linear import WHOLE, LayerPart, ServedLinear
 from tests.export.test_folder import make_export
 from tests.gpu_double import CUDA, GpuDouble
@@ -122,6 +123,35 @@ def test_linears_compute_on_the_gpu(imported, tmp_path, make_product, kind):
             assert not gpu.waits
             assert output.device == CUDA
             assert (output.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("integers", [True, False])
+@torch.no_grad()
+def test_served_experts_equal_exported_ones(imported, tmp_path, integers, family, kind):
+    """The parts of two processes add up, and no tensor is a view of the mapped file."""
+    block, *_ = load_block(imported, tmp_path, family, kind)
+    assert has_experts(block)
+    x = torch.randn(1, 40, 48, generator=torch.Generator().manual_seed(5))
+    expected, routed = block.mlp(x), list(block.mlp.experts.hits)
+    assert sum(routed) == 80
+    make_product = IntegerProduct if integers else None
+    served = take_mixture(copy.deepcopy(block), torch.float32, make_product)
+    gathers_codes = all(mlp.gate_up.product is not None for mlp in served.experts.mlps.values())
+    assert gathers_codes == (integers and kind in ("static", "keys before RoPE"))
+    largest = expected.abs().max()
+    assert (served(x) - expected).abs().max() <= 1e-5 * largest  # measured: 1e-6
+    assert (served(x[:, :1]) - expected[:, :1]).abs().max() <= 1e-5 * largest
+    halves = [take_mixture(copy.deepcopy(block), torch.float32, make_product, Share(rank, 2)) for rank in (0, 1)]
+    assert [sorted(half.experts.mlps) for half in halves] == [["0", "2"], ["1", "3"]]
+    assert (sum(half(x) for half in halves) - expected).abs().max() <= 1e-5 * largest
+    narrow = take_mixture(copy.deepcopy(block), torch.bfloat16, make_product)
+    biases = [name for name, _ in narrow.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == (family in ("glm4_moe", "minimax_m2"))
+    assert all(narrow.get_buffer(name).dtype == torch.float32 for name in biases)
+    assert narrow.gate.weight.dtype == torch.bfloat16
+    assert torch.isfinite(narrow(x.bfloat16())).all()
 
 
 class Rope(nn.Module):

@@ -12,6 +12,8 @@ class ModelConfig:
     runner_type: str
 
 class ParallelConfig:
+    data_parallel_size: int
+    enable_eplb: bool
     tensor_parallel_size: int
     decode_context_parallel_size: int
     pipeline_parallel_size: int
@@ -29,6 +31,7 @@ class LoadConfig:
 
 class CompilationConfig:
     static_forward_context: dict[str, object]
+    static_all_moe_layers: list[str]
 
 class VllmConfig:
     compilation_config: CompilationConfig
