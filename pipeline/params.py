@@ -177,6 +177,11 @@ def _contradictions(params: Params) -> list[str]:
     if "peft" in params.export.formats and "compressed-tensors" not in params.export.formats:
         problems.append("export.formats: peft is an adapter of the compressed-tensors folder. Add compressed-tensors.")
     problems += export.find_contradictions(params.export)
+    if params.export.formats and params.quantizer_init.lm_head_bits < 16:
+        problems.append(
+            f"export.formats: {params.export.formats[0]} cannot carry quantizer_init.lm_head_bits="
+            f"{params.quantizer_init.lm_head_bits}. Set lm_head_bits: 16."
+        )
     has_matrices = params.export.onnx.widest_rotation > 0  # then online rotations may be in the graph
     others = [name for name in params.export.formats if name != "peft" and not (name == "onnx" and has_matrices)]
     chosen = params.rotation

@@ -18,7 +18,7 @@ from pipeline.evaluation.perplexity import LOGIT_POSITIONS, Scores, add_scores_
 from pipeline.inference.manifest import MANIFEST, METHOD, ExportError
 from pipeline.inference.text_interface import TextInterface
 from pipeline.models.architectures import find_logit_cap, find_max_positions
-from pipeline.models.lm_head import LmHead
+from pipeline.models.lm_head import find_head
 from pipeline.runtime.arguments import ArgumentError
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import hide_bars, show_progress
@@ -116,7 +116,7 @@ def open_plain(model: PreTrainedModel, windows: dict[str, torch.Tensor], text_st
 
 def open_exported(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> Side:
     """Return the side of an exported model that `evaluate_model` has evaluated, with the tensors that it returned."""
-    lm_head = LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config))
+    lm_head = find_head(model.lm_head, find_logit_cap(model.config))
 
     def open_window(name: str, row: int) -> Logits:
         hidden = tensors[f"hidden.{name}"][row]

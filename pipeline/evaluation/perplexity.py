@@ -28,7 +28,7 @@ from pipeline.inspection.saturation import Report, advance_probed_, summarise_sa
 from pipeline.models.architectures import find_architecture, find_logit_cap
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layers import list_layers
-from pipeline.models.lm_head import LmHead
+from pipeline.models.lm_head import LmHead, find_head
 from pipeline.runtime.artifacts import ArtifactError, check_input, load_tensors
 from pipeline.runtime.errors import PipelineError
 from pipeline.runtime.progress import show_progress
@@ -195,7 +195,7 @@ def evaluate_model(
     rank_windows = {corpus: ids[ranks.slice_windows(len(ids))] for corpus, ids in windows.items()}
     return _score_run(
         run_model(model, rank_windows, batch_size),
-        LmHead(model.lm_head.weight.detach(), find_logit_cap(model.config)),
+        find_head(model.lm_head, find_logit_cap(model.config)),
         windows,
         settings=_describe_settings(windows, model.prefix_kv, model.text_start_token_id),
         original=original,

@@ -25,7 +25,7 @@ from pipeline.export.source_facts import read_source_facts
 from pipeline.inference.manifest import FORMAT_VERSION, METHOD, write_manifest
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.transformers_quantizer import GUARDS
-from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, Checkpoint, copy_companions
+from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX, LM_HEAD, Checkpoint, copy_companions
 from pipeline.models.layers import find_linear
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
 from pipeline.runtime.progress import show_progress
@@ -63,7 +63,7 @@ def export_model(
 
     Returns:
         Metrics of the safetensors files: `size_mib`, `original_mib`, `size_ratio` of the two, and `promised_ratio`: the
-        size divided by the size that the bits of the weights promise, embedding and lm_head unquantized.
+        size divided by the size that the bits of the weights promise, embedding and lm_head as they are stored.
     """
     kv = prefix.get("kv")
     token_ids = prefix["token_ids"].tolist()
@@ -73,11 +73,13 @@ def export_model(
     quantization = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
-        "blocks": checkpoint.settings,
+        "blocks": {name: values for name, values in checkpoint.settings.items() if name != LM_HEAD},
         "prefix": {"tokens": tokens, "token_ids": token_ids, "start_token_id": start_token_id},
     }
     if text_start_token_id is not None:  # only then: versions that do not know the key refuse the folder
         quantization["text_start_token_id"] = text_start_token_id
+    if LM_HEAD in checkpoint.settings:
+        quantization[LM_HEAD] = checkpoint.settings[LM_HEAD]
     with replacing_folder(folder) as partial:
         sizes = write_shards(_packed_parts(checkpoint, kv), partial, parse_size(max_shard_size), header)
         copy_companions(checkpoint.folder, partial)
@@ -159,9 +161,9 @@ def write_shards(parts: Iterable[dict[str, torch.Tensor]], folder: Path, limit: 
 def _packed_parts(checkpoint: Checkpoint, kv: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
     """Yield tensors under their full names: embedding, norm, head and prefix, then block by block."""
     architecture = checkpoint.architecture
-    names = (architecture.embedding, architecture.final_norm, architecture.lm_head)
-    rest = {name: checkpoint.load_tensor(name) for name in names}
-    if torch.equal(rest[architecture.embedding], rest[architecture.lm_head]):  # tied, and rotation left them equal
+    rest = checkpoint.load_embeddings()
+    embedding, lm_head = rest[architecture.embedding], rest[architecture.lm_head]
+    if embedding.dtype == lm_head.dtype and torch.equal(embedding, lm_head):  # tied, and rotation left them equal
         rest.pop(architecture.lm_head)
     yield rest | ({} if kv is None else {"prefix_kv": kv.float()})
     for index in show_progress(range(checkpoint.block_count), checkpoint.block_count, "packing"):

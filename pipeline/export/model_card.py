@@ -9,7 +9,7 @@ import yaml
 from pipeline.blocks.quantized import BlockSettings, require_settings
 from pipeline.export.source_facts import README, SourceFacts
 from pipeline.models.architectures import find_max_positions
-from pipeline.models.checkpoint import REPORT, Checkpoint, build_skeleton
+from pipeline.models.checkpoint import LM_HEAD, REPORT, Checkpoint, build_skeleton
 from pipeline.models.sites import REPRESENTATIVES
 from pipeline.numerics.formats import INT
 from pipeline.runtime.artifacts import load_json
@@ -201,6 +201,8 @@ def _describe_settings(checkpoint: Checkpoint, settings: BlockSettings, prefix: 
         bits = spec.bits if spec.format == INT else f"{spec.bits} ({spec.format})"
         cells = [title, bits, "yes" if spec.symmetric else "no", size, "dynamic" if spec.dynamic else "static"]
         lines.append(_format_row(cells))
+    if LM_HEAD in checkpoint.settings:
+        lines.append(_format_row(["lm_head and its input", checkpoint.settings[LM_HEAD]["bits"], "yes", "all", ""]))
     texts = [repr(checkpoint.tokenizer.decode([token])) for token in prefix["token_ids"]]
     continuous = f"{prefix['tokens']} continuous embeddings" if prefix["tokens"] else "none"
     online = {name: getattr(settings, f"online_{name.lower()}") for name in ("R1", "R3", "R4", "R5")}

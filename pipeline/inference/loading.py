@@ -25,6 +25,7 @@ from pipeline.inference.packed_block import multiply_integers_
 from pipeline.inference.prefixed_model import PrefixedModel
 from pipeline.models.architectures import find_architecture
 from pipeline.models.layers import Movable, list_layers
+from pipeline.models.lm_head import QuantizedHead
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import hide_bars
 
@@ -94,6 +95,10 @@ def use_integers_(model: PrefixedModel) -> None:
         model.prefix_kv = model.prefix_kv.clone()
     for block in list_layers(model):
         multiply_integers_(block, architecture)
+    head: nn.Module = model.lm_head
+    if isinstance(head, QuantizedHead):
+        _copy_tensors_(head)
+        head.multiply_integers_()
 
 
 def _copy_tensors_(module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from pipeline.kernels.operands import IntegerOperands
 from pipeline.kernels.rotated_codes import RotatedCodes
 from pipeline.models.architectures import Architecture
 from pipeline.models.layers import DecoderLayer
+from pipeline.models.lm_head import QuantizedHead
 from pipeline.models.sites import RESIDUAL_SITES, Site
 from pipeline.numerics.formats import INT
 from pipeline.numerics.packing import pack_integers, packed_width, unpack_integers
@@ -91,6 +92,10 @@ class PackedLinear(QuantizedLinear, nn.Linear):
         sources = (self.weight_packed, self.weight_scale, self.weight_common, self.weight_zero_point)
         return self._keep_dequantized(dtype, sources)
 
+    def forget_(self) -> None:
+        """Drop the dequantized weight."""
+        self._dequantized = None
+
     def _dequantize(self) -> torch.Tensor:
         grid = self.spec.stored_grid
         scale = grid.unpack_scale(self.scales, self.weight_common)
@@ -124,23 +129,25 @@ def pack_block_(block: nn.Module, architecture: Architecture) -> None:
 
 
 def keep_unpacked_(model: nn.Module, keep: bool | None, dtype: torch.dtype) -> None:
-    """Have the packed linears of a model keep their weights after the first call that unpacks them, or drop them.
+    """Have packed linears and a quantized lm_head keep unpacked weights after their first call, or drop them.
 
     Args:
         keep: None for a choice by memory: they are kept if all weights on a device take at most half of its free
             memory, and none is offloaded.
         dtype: in which the model computes.
     """
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear | QuantizedHead)]
     if keep is None:
         needed: Counter[torch.device] = Counter()
         for linear in linears:
-            needed[linear.weight_packed.device] += linear.in_features * linear.out_features * dtype.itemsize
+            is_head = isinstance(linear, QuantizedHead)
+            packed, itemsize = (linear.weight, 4) if is_head else (linear.weight_packed, dtype.itemsize)
+            needed[packed.device] += linear.in_features * linear.out_features * itemsize
         keep = all(2 * size <= measure_free(device) for device, size in needed.items())
     for linear in linears:
         linear.keeps_unpacked = keep
         if not keep:
-            linear._dequantized = None
+            linear.forget_()
 
 
 def fits_integers(quantizer: ActivationQuantizer, readers: Sequence[QuantizedLinear]) -> bool:

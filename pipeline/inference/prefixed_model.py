@@ -34,7 +34,7 @@ from pipeline.blocks.sliding import count_places, make_mask
 from pipeline.inference.packed_block import keep_unpacked_
 from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
-from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.checkpoint import LM_HEAD, Checkpoint, build_skeleton
 from pipeline.models.layers import Body, Generates, Movable, list_layers
 from pipeline.models.routing import keeps_float32
 
@@ -536,7 +536,11 @@ def assemble_model(
         model.model.layers[index] = block
     table = checkpoint.load_tensor(architecture.embedding).to(device, checkpoint.dtype)
     model.model.embed_tokens = checkpoint.build_embedding(table)
-    model.lm_head.weight = nn.Parameter(checkpoint.load_lm_head().weight.to(device), requires_grad=False)
+    quantized_head = checkpoint.load_quantized_head()
+    if quantized_head is not None:
+        model.set_submodule(LM_HEAD, quantized_head.to(device))
+    else:
+        model.lm_head.weight = nn.Parameter(checkpoint.load_lm_head().weight.to(device), requires_grad=False)
     model.model.norm = checkpoint.load_final_norm().requires_grad_(False).to(device)
     model.model.rotary_emb = checkpoint.build_rotary_embedding().to(device)
     model.tie_weights()

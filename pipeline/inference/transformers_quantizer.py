@@ -36,8 +36,10 @@ from pipeline.inference.manifest import METHOD, TOKENIZER_FILES, ExportError, ch
 from pipeline.inference.packed_block import pack_block_
 from pipeline.inference.prefixed_model import PrefixedModel, prefix_model_
 from pipeline.models.architectures import find_architecture
+from pipeline.models.checkpoint import LM_HEAD
 from pipeline.models.experts import route_experts_
-from pipeline.models.layers import list_layers
+from pipeline.models.layers import find_linear, list_layers
+from pipeline.models.lm_head import QuantizedHead
 from pipeline.models.routing import CORRECTION_BIAS
 from pipeline.runtime.files import write_json
 
@@ -58,6 +60,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
             must not begin with, because the prefix ends in it, or None}.
         format_version: version of the layout of tensors.
         text_start_token_id: the start token that is put between the prefix and every text, or None.
+        lm_head: {"bits": 8, "rotate": whether it has a Hadamard transform before it}, or None: it is not quantized.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         prefix: dict[str, Any],
         format_version: int,
         text_start_token_id: int | None = None,
+        lm_head: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -77,6 +81,7 @@ class PrefixQuantConfig(QuantizationConfigMixin):
         self.blocks = blocks
         self.prefix = prefix
         self.text_start_token_id = text_start_token_id
+        self.lm_head = lm_head
 
 
 class PrefixQuantizer(HfQuantizer):
@@ -273,6 +278,11 @@ def build_packed_(model: PreTrainedModel, config: PrefixQuantConfig) -> Prefixed
             pack_block_(block, architecture)
             for quantizer in find_site_quantizers(block, architecture).values():
                 quantizer.calibrated = quantizer.spec.enabled
+        if config.lm_head is not None:
+            head = find_linear(model, LM_HEAD)
+            integers = torch.empty(head.weight.shape, dtype=torch.int8)
+            scale = torch.empty(head.out_features, dtype=torch.float32)
+            model.set_submodule(LM_HEAD, QuantizedHead(integers, scale, config.lm_head["rotate"]))
         tokens = config.prefix["tokens"]
         layers = list_layers(model)
         shape = (len(layers), 2, heads, tokens, layers[0].self_attn.head_dim)

@@ -33,7 +33,7 @@ from pipeline.interop.compressed_tensors import (
 from pipeline.interop.gguf_writer import FILE, find_gguf_obstacles, write_gguf
 from pipeline.interop.onnx_folder import find_onnx_obstacles, write_onnx
 from pipeline.models.architectures import find_narrowest_window
-from pipeline.models.checkpoint import Checkpoint, build_skeleton
+from pipeline.models.checkpoint import LM_HEAD, Checkpoint, build_skeleton
 from pipeline.models.layers import list_layers
 from pipeline.models.sites import Site, site_group
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_folder_header, write_json
@@ -161,6 +161,11 @@ def compare_formats(
         problems += find_onnx_obstacles(checkpoint, all_settings, OnnxParams() if onnx is None else onnx)
     window = find_narrowest_window(checkpoint.config, list_layers(build_skeleton(checkpoint.config)))
     problems += find_misfits(formats, window)
+    if LM_HEAD in checkpoint.settings:
+        problems.append(
+            f"quantizer_init.lm_head_bits={checkpoint.settings[LM_HEAD]['bits']}: {' and '.join(formats)} cannot hold "
+            "lm_head with its rotation and the ranges of its input. Use 16."
+        )
     enabled = {site for settings in all_settings for site, spec in settings.sites.items() if spec.enabled}
     lost = {"activations": ""}  # part -> reason
     if GGUF in formats:

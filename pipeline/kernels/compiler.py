@@ -126,6 +126,10 @@ def _describe_operators() -> None:
 
     descriptions = {
         "rotated_codes": lambda x, *rest: x.new_empty(x.shape, dtype=torch.uint8),
+        "row_codes": lambda x, *rest: (
+            x.new_empty(x.shape, dtype=torch.int8),
+            x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+        ),
         "cached_keys": lambda keys, *rest: keys.new_empty(keys.shape),
         "pack_states": lambda x, bits, *rest: x.new_empty(
             (*x.shape[:-1], packed_width(x.shape[-1], bits)), dtype=torch.uint8

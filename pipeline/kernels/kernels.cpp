@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -223,6 +224,50 @@ at::Tensor rotated_codes(const at::Tensor& x, const std::vector<at::Tensor>& pal
   else
     run(input.const_data_ptr<float>());
   return codes;
+}
+
+// Round each row of x, times the matrix, to integers from -127 to 127 with a scale of its own.
+std::tuple<at::Tensor, at::Tensor> row_codes(const at::Tensor& x, const std::vector<at::Tensor>& paley,
+                                             int64_t sylvester) {
+  check_values(x);
+  const at::Tensor input = x.contiguous();
+  const Transform transform(paley, sylvester);
+  const int64_t width = input.size(-1), rows = input.numel() / width;
+  const int64_t order = transform.order == 1 ? width : transform.order;
+  TORCH_CHECK(width % order == 0, "a transform of order ", order, " does not divide a width of ", width);
+  auto shape = input.sizes().vec();
+  at::Tensor codes = at::empty(shape, input.options().dtype(at::kChar));
+  shape.back() = 1;
+  at::Tensor scales = at::empty(shape, input.options().dtype(at::kFloat));
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(transform.order)));
+  auto run = [&](const auto* from) {
+    int8_t* to = codes.data_ptr<int8_t>();
+    float* scale = scales.data_ptr<float>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / width), [&](int64_t first, int64_t last) {
+      std::vector<float> buffer(2 * order), row_values(width);
+      for (int64_t row = first; row < last; ++row) {
+        float largest = 0;
+        for (int64_t start = 0; start < width; start += order) {
+          float* values = buffer.data();
+          for (int64_t i = 0; i < order; ++i) values[i] = static_cast<float>(from[row * width + start + i]);
+          if (transform.order > 1) values = transform.apply(values, values + order);
+          for (int64_t i = 0; i < order; ++i) {
+            row_values[start + i] = values[i] * norm;
+            largest = std::max(largest, std::abs(row_values[start + i]));
+          }
+        }
+        scale[row] = largest > 0 ? largest / 127 : 1;
+        for (int64_t i = 0; i < width; ++i)
+          to[row * width + i] =
+              static_cast<int8_t>(std::min(std::max(std::nearbyint(row_values[i] / scale[row]), -128.f), 127.f));
+      }
+    });
+  };
+  if (input.scalar_type() == at::kBFloat16)
+    run(input.const_data_ptr<at::BFloat16>());
+  else
+    run(input.const_data_ptr<float>());
+  return {codes, scales};
 }
 
 // ---- Keys -----------------------------------------------------------------------------------------------------------
@@ -1248,6 +1293,7 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
   library.def(
       "rotated_codes(Tensor x, Tensor[] paley, int sylvester, Tensor shift, float scale, int zero_point, int largest) "
       "-> Tensor");
+  library.def("row_codes(Tensor x, Tensor[] paley, int sylvester) -> (Tensor, Tensor)");
   library.def(
       "cached_keys(Tensor keys, Tensor positions, Tensor? table, Tensor? mean, Tensor scale, Tensor? zero_point, "
       "int sylvester, int lowest, int highest) -> Tensor");
@@ -1275,6 +1321,7 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
 
 TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {
   library.impl("rotated_codes", &rotated_codes);
+  library.impl("row_codes", &row_codes);
   library.impl("cached_keys", &cached_keys);
   library.impl("pack_states", &pack_states);
   library.impl("unpack_states", &unpack_states);

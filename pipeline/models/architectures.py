@@ -79,6 +79,10 @@ class Architecture:
     final_norm: str = "model.norm.weight"
     lm_head: str = "lm_head.weight"
 
+    def head_names(self, quantized: bool) -> tuple[str, ...]:
+        """Return the names of the tensors of lm_head: its weight, and its scales if it is quantized."""
+        return (self.lm_head, f"{self.lm_head}_scale") if quantized else (self.lm_head,)
+
     @property
     def linears(self) -> tuple[str, ...]:
         """The quantized linears of a block, in the order data flows through them."""

@@ -5,12 +5,12 @@ a time, and a stage that stops half-way leaves whole blocks on disk:
 
     config.json  generation_config.json  tokenizer files  artifact.json
     model.safetensors.index.json
-    embeddings.safetensors            embedding, final norm, lm_head (absent when tied)
+    embeddings.safetensors            embedding, final norm, lm_head (absent when tied), its scales if it has 8 bits
     block-00000.safetensors  …
 
 It is an ordinary checkpoint, which transformers loads through the index. Everything that is *not* ordinary is recorded
-in config.json under the key `prefixquant`: the online rotations that the weights expect, and the quantizers (see
-`blocks/quantized.py`).
+in config.json under the key `prefixquant`: the online rotations that the weights expect, the quantizers (see
+`blocks/quantized.py`), and `lm_head` where that is quantized (see `lm_head.py`).
 """
 
 import copy
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.models.architectures import Architecture, find_architecture, find_logit_cap, find_widest_window
 from pipeline.models.experts import EAGER, route_experts_, split_experts, stack_experts
 from pipeline.models.layers import CausalModel, DecoderLayer, Norm, as_causal_model, as_decoder_layer, list_layers
-from pipeline.models.lm_head import LmHead
+from pipeline.models.lm_head import LmHead, QuantizedHead, find_head
 from pipeline.runtime.artifacts import (
     FOLDER_HEADER,
     ArtifactError,
@@ -46,6 +46,7 @@ from pipeline.runtime.files import CHAT_TEMPLATES
 
 CONFIG = "config.json"
 CONFIG_KEY = "prefixquant"
+LM_HEAD = "lm_head"  # in the settings of a checkpoint, where lm_head is quantized: {"bits": 8, "rotate": …}
 REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = "embeddings.safetensors"
@@ -179,7 +180,26 @@ class Checkpoint:
 
     def load_lm_head(self) -> LmHead:
         """Return lm_head in the checkpoint's dtype. It has no bias in any supported family."""
-        return LmHead(self.load_tensor(self.architecture.lm_head).to(self.dtype), find_logit_cap(self.config))
+        cap = find_logit_cap(self.config)
+        quantized = self.load_quantized_head()
+        if quantized is not None:
+            return find_head(quantized, cap)
+        return LmHead(self.load_tensor(self.architecture.lm_head).to(self.dtype), cap)
+
+    def load_quantized_head(self) -> QuantizedHead | None:
+        """Return the module of an lm_head in 8 bits; None: it is not quantized."""
+        settings = self.settings.get(LM_HEAD)
+        if settings is None:
+            return None
+        integers, scale = (self.load_tensor(name) for name in self.architecture.head_names(quantized=True))
+        return QuantizedHead(integers, scale, settings["rotate"])
+
+    def load_embeddings(self) -> dict[str, torch.Tensor]:
+        """Return embedding, final norm and lm_head with its scales, as they are stored, by their full names."""
+        architecture = self.architecture
+        heads = architecture.head_names(LM_HEAD in self.settings)
+        names = (architecture.embedding, architecture.final_norm, *heads)
+        return {name: self.load_tensor(name) for name in names}
 
 
 class CheckpointWriter:

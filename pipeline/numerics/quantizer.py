@@ -229,6 +229,21 @@ def dequantize_weight(
     return dequantize(grouped, scale.unsqueeze(-1), zero_point).reshape(codes.shape)
 
 
+def round_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row of x [..., C], float32, to symmetric integers whose largest is its largest value.
+
+    Returns:
+        The integers, held as float32, and the scale of each row [..., 1]. The integers pass gradients straight through.
+    """
+    fixed = x.detach()
+    scale, _ = choose_parameters(*measure_range(fixed.unsqueeze(-2)), bits)
+    integers = quantize(fixed, scale, bits)
+    if x.requires_grad and torch.is_grad_enabled():
+        through = x / scale
+        integers = integers + (through - through.detach())
+    return integers, scale
+
+
 class OnePass(Protocol):
     """Applies the rotation before a quantizer and returns the codes, in one pass."""
 

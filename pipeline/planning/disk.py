@@ -82,15 +82,25 @@ def count_export(rotated: Checkpoint, params: QuantizerInitParams, prefix_tokens
     names = rotated.architecture.embedding, rotated.architecture.lm_head
     with open_tensors(rotated.folder / EMBEDDINGS, rotated.stage) as (file, _):
         embedding, lm_head = (file.get_slice(name)[:_COMPARED_ROWS] for name in names)
-    tables = sizes.table_entries * (1 if torch.equal(embedding, lm_head) else 2)
+    itemsize, tables = getattr(torch, params.embedding_dtype).itemsize, count_rounded_tables(sizes, params)
+    if params.lm_head_bits == 16 and torch.equal(embedding, lm_head):
+        tables -= sizes.table_entries * itemsize
     head_dim = rotated.build_block(0).self_attn.head_dim
     prefix = sizes.blocks * 2 * config.num_key_value_heads * head_dim * prefix_tokens
-    return blocks + tables * getattr(torch, params.embedding_dtype).itemsize + 4 * prefix  # exported in float32
+    return blocks + tables + 4 * prefix  # exported in float32
 
 
 def count_tables(sizes: Sizes, dtype: torch.dtype) -> int:
     """Return the bytes of embedding and lm_head, stored apart."""
     return 2 * sizes.table_entries * dtype.itemsize
+
+
+def count_rounded_tables(sizes: Sizes, params: QuantizerInitParams) -> int:
+    """Return the bytes of embedding and lm_head, stored apart, in a quantized checkpoint."""
+    dtype = getattr(torch, params.embedding_dtype)
+    if params.lm_head_bits == 16:
+        return count_tables(sizes, dtype)
+    return sizes.table_entries * (dtype.itemsize + 1) + 4 * sizes.vocabulary  # integers, and a scale for each row
 
 
 def measure_companions(checkpoint: Checkpoint) -> int:
@@ -122,6 +132,7 @@ class OtherFiles:
         with open_tensors(checkpoint.folder / EMBEDDINGS, checkpoint.stage) as (file, _):
             embedding, lm_head = (file.get_slice(name)[:_COMPARED_ROWS] for name in names)
         repeated = Sizes.of(checkpoint).table_entries * embedding.element_size()
-        distinct_tables = tables - repeated if torch.equal(embedding, lm_head) else tables
+        are_equal = embedding.dtype == lm_head.dtype and torch.equal(embedding, lm_head)
+        distinct_tables = tables - repeated if are_equal else tables
         prefix = (checkpoint.folder / PREFIX).stat().st_size
         return cls(tables, distinct_tables, prefix, measure_companions(checkpoint))

@@ -12,8 +12,6 @@ All ways give the same results, so a plan takes the first one that fits.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.constants import (
     AUTOCAST_GRAPH,
@@ -24,7 +22,7 @@ from pipeline.planning.constants import (
     TRAINED_BLOCK_BYTES_THROUGH_HOST,
     TRAINED_MODEL_BYTES,
 )
-from pipeline.planning.disk import BlockFiles, count_quantized_blocks, count_tables, measure_companions
+from pipeline.planning.disk import BlockFiles, count_quantized_blocks, count_rounded_tables, measure_companions
 from pipeline.planning.need import Need, fits, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
@@ -59,7 +57,7 @@ def plan_finetuning(
         quantizer_init: params that the quantized model was made with.
     """
     sizes = Sizes.of(rotated)
-    tables = count_tables(sizes, getattr(torch, quantizer_init.embedding_dtype))
+    tables = count_rounded_tables(sizes, quantizer_init)
     plan = _Plan(
         sizes=sizes,
         block_files=count_quantized_blocks(rotated, quantizer_init),

@@ -1,7 +1,5 @@
 """Memory and disk of `quantizer_init`."""
 
-import torch
-
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning.constants import (
     BLOCK_BYTES_THROUGH_HOST,
@@ -9,7 +7,7 @@ from pipeline.planning.constants import (
     GPTQ_COPIES,
     SENSITIVITY_LOGITS,
 )
-from pipeline.planning.disk import count_quantized_blocks, count_tables, measure_companions
+from pipeline.planning.disk import count_quantized_blocks, count_rounded_tables, measure_companions
 from pipeline.planning.need import Need, make_need
 from pipeline.planning.sizes import Sizes
 from pipeline.planning.workload import Workload
@@ -59,7 +57,7 @@ def plan_quantizer_init(checkpoint: Checkpoint, workload: Workload, params: Quan
         checking = 2 * sizes.block + 8 * sizes.weights + 2 * 8 * sizes.hidden * sizes.inner
         compute = max(compute, equalizing, checking)
     # The host rounds embedding and lm_head.
-    tables = count_tables(sizes, getattr(torch, params.embedding_dtype))
+    tables = count_rounded_tables(sizes, params)
     if not on_gpu:
         compute = max(compute, sizes.table + tables)
     rounded_tables = tables + (sizes.table if sizes.itemsize == 4 else 0)

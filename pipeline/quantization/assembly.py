@@ -9,7 +9,7 @@ import torch
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import BlockSettings, describe_blocks
 from pipeline.inspection.saturation import SATURATION, write_saturation
-from pipeline.models.checkpoint import BLOCK, REPORT, Checkpoint, CheckpointWriter, copy_companions
+from pipeline.models.checkpoint import BLOCK, LM_HEAD, REPORT, Checkpoint, CheckpointWriter, copy_companions
 from pipeline.runtime.artifacts import Header, replacing_folder, save_tensors, write_json
 
 UNROUNDED = "unrounded-{index:05d}.safetensors"  # of a block: for each linear, `gptq.measure_offsets`
@@ -22,6 +22,7 @@ def assemble_checkpoint(
     work_folder: Path,
     settings: Sequence[BlockSettings],
     embeddings: dict[str, torch.Tensor],
+    lm_head: dict[str, Any] | None = None,
     prefix: dict[str, torch.Tensor],
     report: dict[str, Any],
     header: Header,
@@ -34,7 +35,8 @@ def assemble_checkpoint(
         folder: replaced as a whole.
         work_folder: holds the finished blocks.
         settings: settings of every block, for config.json.
-        embeddings: embedding, final norm and lm_head by their full names.
+        embeddings: embedding, final norm, and lm_head with its scales, by their full names.
+        lm_head: the settings of a quantized lm_head, or None.
         prefix: token_ids [P], and kv [L, 2, kv_heads, P, d] if P > 0; start_token [1] if texts have one.
         report: for report.json: {"blocks": [{"block", "saturation", …}, …], …}.
         write_extras: called with the unfinished folder, to add the files of one stage alone.
@@ -51,4 +53,5 @@ def assemble_checkpoint(
         if write_extras is not None:
             write_extras(partial)
         copy_companions(source.folder, partial)
-        writer.finish(source.read_config(), describe_blocks(settings))
+        described = describe_blocks(settings) | ({} if lm_head is None else {LM_HEAD: lm_head})
+        writer.finish(source.read_config(), described)

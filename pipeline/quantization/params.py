@@ -100,13 +100,18 @@ class QuantizerInitParams(Group):
     equalize: list[EqualizedSite] = Field(default_factory=lambda: list(get_args(EqualizedSite)))
     mse_samples: Annotated[int, Field(ge=1)] = 4
     embedding_dtype: FloatDtype = "bfloat16"
+    lm_head_bits: Literal[8, 16] = 16
     budget: BudgetParams = BudgetParams()
     keep_unrounded: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Return the values that determine a result, for headers: without `budget` and `keep_unrounded` where off."""
-        off = {"budget"} if not self.budget.bounds else set[str]()
-        return self.model_dump(exclude=off if self.keep_unrounded else off | {"keep_unrounded"})
+        """Return the values that determine a result, for headers. Keys that were added later are left out where off."""
+        is_off = {
+            "budget": not self.budget.bounds,
+            "keep_unrounded": not self.keep_unrounded,
+            "lm_head_bits": self.lm_head_bits == 16,
+        }
+        return self.model_dump(exclude={name for name, off in is_off.items() if off})
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from pipeline.inspection.saturation import advance_probed_, summarise_saturation
 from pipeline.models.architectures import UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, save_block_file
 from pipeline.models.layers import DecoderLayer
+from pipeline.models.lm_head import quantize_head
 from pipeline.models.sites import Site, base_site, site_group
 from pipeline.numerics.quantizer import QuantizerSpec
 from pipeline.quantization.assembly import UNROUNDED, assemble_checkpoint
@@ -404,11 +405,14 @@ def _write_checkpoint(
         scaled = [scale_prefix(kv, select_block(scales, index), r2) for index, kv in enumerate(prefix["kv"])]
         prefix = prefix | {"kv": torch.stack(scaled)}
     embedding_dtype = getattr(torch, params.embedding_dtype)
-    embeddings = {
-        name: checkpoint.load_tensor(name).to(embedding_dtype)
-        for name in (architecture.embedding, architecture.lm_head)
-    }
-    embeddings[architecture.final_norm] = checkpoint.load_tensor(architecture.final_norm)
+    embeddings = checkpoint.load_embeddings()
+    for name in (architecture.embedding, architecture.lm_head):
+        embeddings[name] = embeddings[name].to(embedding_dtype)
+    lm_head: dict[str, Any] | None = None
+    if params.lm_head_bits < 16:
+        lm_head = {"bits": params.lm_head_bits, "rotate": load_rotation(checkpoint.folder, "r1").is_identity}
+        rounded = quantize_head(checkpoint.load_tensor(architecture.lm_head), lm_head["rotate"])
+        embeddings |= dict(zip(architecture.head_names(quantized=True), rounded, strict=True))
 
     def write_scales(unfinished: Path) -> None:
         if scales:
@@ -422,6 +426,7 @@ def _write_checkpoint(
         work_folder=work_folder,
         settings=[resolve_settings(params, checkpoint, index)[0] for index in indices],
         embeddings=embeddings,
+        lm_head=lm_head,
         prefix=prefix,
         report=report,
         header=header,

@@ -33,6 +33,11 @@ class Rotation:
     block_size: int = -1
     signs_after: torch.Tensor | None = None
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return self.signs is None and self.matrix is None
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x R for x [..., n], in x's dtype."""
         if self.signs is not None:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.blocks.prefix_kv import PREFIX
 from pipeline.blocks.quantized import require_settings
-from pipeline.models.checkpoint import Checkpoint, load_block_file
+from pipeline.models.checkpoint import LM_HEAD, Checkpoint, load_block_file
 from pipeline.quantization.assembly import assemble_checkpoint
 from pipeline.runtime.artifacts import load_tensors, write_rows
 from pipeline.text.windows import TokenRows, unpack_start_token
@@ -63,7 +63,7 @@ def finetune(
     Returns:
         The stage's metrics.
     """
-    initial, architecture = models.initial, models.initial.architecture
+    initial = models.initial
     blocks = finetune_blocks(models, windows.train, windows.validation, params, place)
     report: dict[str, Any] = {"blocks": blocks}
     metrics = summarise_blocks(blocks)
@@ -81,13 +81,13 @@ def finetune(
     if place.ranks.first:
         if params.end_to_end.enabled and params.end_to_end.weights != "fixed":
             metrics["changed_integers"] = round(_measure_changes(initial, block_folder, place), 5)
-        names = (architecture.embedding, architecture.lm_head, architecture.final_norm)
         assemble_checkpoint(
             initial,
             folder,
             work_folder=block_folder,
             settings=[require_settings(initial, index) for index in range(initial.block_count)],
-            embeddings={name: initial.load_tensor(name) for name in names},
+            embeddings=initial.load_embeddings(),
+            lm_head=initial.settings.get(LM_HEAD),
             prefix=prefix,
             report=report,
             header=place.header,
