@@ -53,7 +53,7 @@ def test_loaded_model_is_the_evaluated_model(imported, tmp_path, family, r1):
 def test_head_is_the_models_own_rounded_and_the_embedding_stays(imported, tmp_path):
     """The tied head gets weights of its own."""
     exact, _ = make_quantized(imported, tmp_path / "16")
-    checkpoint, runner = make_quantized(imported, tmp_path / "8", changes=EIGHT, prefix=[])
+    checkpoint, _runner = make_quantized(imported, tmp_path / "8", changes=EIGHT, prefix=[])
     names = checkpoint.architecture
     embedding = checkpoint.load_tensor(names.embedding)
     assert torch.equal(embedding, exact.load_tensor(names.embedding))
