@@ -22,6 +22,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -133,6 +134,15 @@ NEAR_FAMILIES = {
     "arcee": ArceeConfig(**SIZES, head_dim=12, attention_bias=True, mlp_bias=True),
     "apertus": ApertusConfig(**SIZES, dtype="float32", rope_parameters=ROPE_SCALING),
 }
+_YARN = {  # as gpt-oss
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
 _MULTIPLIERS = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
 _LONG_ROPE = {  # of 16 channels of a head, 12 are turned
     "rope_type": "longrope",
@@ -203,6 +213,18 @@ NEAR_FAMILIES |= {
         **_TWO_BLOCKS, head_dim=16, num_local_experts=4, num_experts_per_tok=2, partial_rotary_factor=0.75
     ),
 }
+# Attention sinks, and experts with biases and a clamped gate. The limit is low, so that some values are clamped.
+NEAR_FAMILIES |= {
+    "gpt_oss": GptOssConfig(
+        **_TWO_BLOCKS | {"intermediate_size": 32},
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        swiglu_limit=1.5,
+        rope_parameters=_YARN,
+    ),
+}
 PROSE_FILE = Path(__file__).with_name("prose.txt")
 PROSE = PROSE_FILE.read_text(encoding="utf-8")
 
@@ -229,7 +251,7 @@ def randomize_(model: torch.nn.Module) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 2.0)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.normal_(0, 0.3)
             else:
                 parameter.normal_(0, 0.15)

@@ -353,13 +353,22 @@ def _wrap_cache(
     cache = kwargs.get(CACHE)
     if cache is None:  # a caller that wants neither cache nor quantizers
         return args, kwargs
-    return args, kwargs | {CACHE: QuantizingCache(cache, module, kwargs["position_embeddings"])}
+    tables = complete_tables(kwargs["position_embeddings"], module.head_dim)
+    return args, kwargs | {CACHE: QuantizingCache(cache, module, tables)}
 
 
 def find_key_source(attention: Attention) -> nn.Module:
     """Return the module whose output RoPE turns into keys, or whose output is the keys where `uses_rope` says no."""
     name = find_architecture(attention.config).key_norm
     return attention.get_submodule(name if hasattr(attention, name) else "k_proj")
+
+
+def complete_tables(tables: Positions, width: int) -> Positions:
+    """Return cos and sin [B or 1, T, d] with a column for each channel, where a family has one for each pair."""
+    cos, sin = tables
+    if 2 * cos.shape[-1] != width:
+        return tables
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -470,7 +470,7 @@ def fill_block(
     dtype = dtype or checkpoint.dtype
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() and not _keeps_dtype(name, dtype) else tensor
-        for name, tensor in split_experts(tensors).items()
+        for name, tensor in split_experts(tensors, checkpoint.architecture.interleaved_experts).items()
     }
     calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
     missing, unexpected = block.load_state_dict(cast, strict=False, assign=True)

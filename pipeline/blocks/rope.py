@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import Cache
 
-from pipeline.blocks.kv_cache import CACHE, find_key_source, hook_keys_, make_layer, turn_keys
+from pipeline.blocks.kv_cache import CACHE, complete_tables, find_key_source, hook_keys_, make_layer, turn_keys
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError, find_architecture, find_max_positions, uses_rope
 from pipeline.models.layers import DecoderLayer
@@ -93,7 +93,7 @@ def _turn(
 
     The third value are the tables of RoPE. Values, queries and the input are of no interest: the input is zero.
     """
-    attention, config = block.self_attn, runner.config
+    attention, config, width = block.self_attn, runner.config, block.self_attn.head_dim
     weight = attention.o_proj.weight
     last = find_max_positions(config) - 1
     positions = torch.tensor([[min(position, last) for position in _POSITIONS]], device=weight.device)
@@ -116,4 +116,4 @@ def _turn(
         )
     finally:
         handle.remove()
-    return layer.read()[0], replaced[0], tables
+    return layer.read()[0], replaced[0], complete_tables(tables, width)

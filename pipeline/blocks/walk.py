@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from pipeline.blocks.kv_cache import CACHE, make_block_cache, make_layer
+from pipeline.blocks.kv_cache import CACHE, complete_tables, make_block_cache, make_layer
 from pipeline.blocks.prefetch import prefetch_blocks
 from pipeline.blocks.quantized import load_block
 from pipeline.models.architectures import check_window, find_sliding_window
@@ -98,12 +98,12 @@ class BlockRunner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) of the positions of hidden [B, T, D] after a prefix, each [1, T, d]."""
         positions = torch.arange(prefix_tokens, prefix_tokens + hidden.shape[1], device=self.device).unsqueeze(0)
-        return self.tables_at(block, hidden, positions)
+        return complete_tables(self.tables_at(block, hidden, positions), block.self_attn.head_dim)
 
     def tables_at(
         self, block: DecoderLayer, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (cos, sin) at positions [1, T], each [1, T, d] in the dtype of `hidden`."""
+        """Return (cos, sin) at positions [1, T] [1, T, d or d / 2], as the block takes them, in `hidden`'s dtype."""
         kind = self._rope_kind(block)
         return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
 

@@ -41,7 +41,6 @@ _MULTIPLIERS = (
 _WIDTH_KEYS = (("head_dim",), ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads"))
 # Features that no key of the config states.
 _BY_FAMILY = {
-    "gpt_oss": "attention sinks (a learned logit per head) in all layers",
     "bloom": "ALiBi in place of RoPE in all layers",
     "cohere": "RoPE that pairs channels 2i and 2i + 1 in all layers",
     "cohere2": "RoPE that pairs channels 2i and 2i + 1 in all layers",
@@ -71,7 +70,7 @@ _NEEDS = {
     "several residual streams": "a walk over all streams",
     "attention that selects": "keys of the indexer in the prefix",
     "cross-attention": "a copy without these layers",
-    "attention sinks": "sinks in every attention function of this project",
+    "attention sinks": "an entry with the kernel eager, as for gpt_oss (docs/new_family.md)",
     "attention within chunks": "a prefix at the start of each chunk",
     "clipped queries": "rotations and scales that leave the clipped values alone",
     "LayerNorm": "weights centred at import, and a bias of lm_head where the final norm has one",

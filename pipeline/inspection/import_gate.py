@@ -108,8 +108,10 @@ class _Unrounded(Checkpoint):
 
     def load_block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         prefix = self.architecture.tensor_prefix(index)
-        written = stack_experts(self._written.load_block_tensors(index))  # the source has the experts of a block joined
-        return split_experts({name: self._read_exactly(prefix + name, tensor) for name, tensor in written.items()})
+        interleaved = self.architecture.interleaved_experts  # the source has the experts of a block joined
+        written = stack_experts(self._written.load_block_tensors(index), interleaved)
+        exact = {name: self._read_exactly(prefix + name, tensor) for name, tensor in written.items()}
+        return split_experts(exact, interleaved)
 
     def load_tensor(self, name: str) -> torch.Tensor:
         written = self._written.load_tensor(name)

@@ -98,6 +98,11 @@ def find_expert_obstacles(checkpoint: Checkpoint, all_settings: list[BlockSettin
     if checkpoint.architecture.experts is None:
         return []
     problems = []
+    if checkpoint.architecture.interleaved_experts:
+        problems.append(
+            f"export.formats: {METHOD} is written for plain experts, and those of "
+            f"model_type={checkpoint.config.model_type!r} have biases and a gate of their own. Leave it out."
+        )
     for index, settings in enumerate(all_settings):
         kinds = [settings.spec(f"experts.0.{part}") for part in PROJECTIONS]
         if any(kind != kinds[0] for kind in kinds):

@@ -35,17 +35,19 @@ class Architecture:
         attention, mlp: the modules.
         attention_output, mlp_output: the linears that write to the residual stream, or to a post-norm.
         value: the linear whose output R2 rotates, head by head.
-        kernel: transformers' attention implementation; eager if scores are capped, which the others cannot do.
+        kernel: transformers' attention implementation; eager if scores are capped or there are learned sinks, which
+            sdpa cannot do.
         query_norm, key_norm: the norms of queries and keys inside attention, in families that have them.
         norms_follow_rope: whether these norms act on queries and keys that RoPE has turned, and write to the cache.
         heads_first: whether the key norm reads keys as [B, heads, T, d] and not as [B, T, …].
         norm_offset: a constant that norms add to their weight before they multiply by it (1 in Gemma).
         nope_without_window: whether layers without a sliding window have no RoPE, where others have a window.
-        hidden_degree: multiplying up_proj by t multiplies the input of down_proj by t ** hidden_degree: 1 with a gate,
-            2 for relu squared; None if no power does.
+        hidden_degree: multiplying up_proj by t multiplies the input of down_proj by t ** hidden_degree: 1 where a gate
+            is multiplied by it, 2 for relu squared; None if no power does.
         slides_throughout: whether `sliding_window` applies to all blocks, and not only to those in config.layer_types.
         experts, shared_expert: in blocks with a mixture of experts, the module of the routed experts, and the MLP that
             every token passes as well; None in dense families, and where there is no shared expert.
+        interleaved_experts: the layout of the routed experts' tensors in full precision (models/experts.py).
         routers: the linears that read the MLP's input in full precision: the router, and the gate of the shared expert.
         expert_scores: how the router turns its logits into scores (models/routing.py).
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
@@ -73,6 +75,7 @@ class Architecture:
     experts: str | None = None
     shared_expert: str | None = None
     routers: tuple[str, ...] = ()
+    interleaved_experts: bool = False
     expert_scores: ExpertScores = "softmax"
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
@@ -395,6 +398,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture(slides_throughout=True, **_ROUTED),
     "glm4_moe": Architecture(shared_expert="mlp.shared_experts", expert_scores="sigmoid", **_ROUTED),
     "minimax_m2": Architecture(expert_scores="sigmoid", **_ROUTED),
+    "gpt_oss": Architecture(
+        kernel="eager",
+        hidden_degree=None,
+        experts="mlp.experts",
+        interleaved_experts=True,
+        routers=("mlp.router",),
+    ),
 }
 # Imported as another family that computes the same (importing/rewriting.py).
 IMPORTED_AS = {
@@ -475,15 +485,17 @@ def find_widest_window(config: PreTrainedConfig, blocks: Iterable[DecoderLayer])
     return max((window for window in windows if window is not None), default=None)
 
 
-def check_attention_arguments(arguments: Mapping[str, object]) -> None:
+def check_attention_arguments(arguments: Mapping[str, object], computed: Collection[str] = ()) -> None:
     """Check the keyword arguments of an attention function that does not compute all that transformers may pass.
 
+    Args:
+        computed: further arguments that this function computes, such as `s_aux`, the learned sinks of some families.
+
     Raises:
-        UnsupportedModelError: one would have an effect, such as `s_aux`, the learned sinks of some families.
+        UnsupportedModelError: another one would have an effect.
     """
-    unknown = sorted(
-        name for name, value in arguments.items() if value is not None and name not in _ATTENTION_ARGUMENTS
-    )
+    known = {*_ATTENTION_ARGUMENTS, *computed}
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise UnsupportedModelError(
             f"attention gets {', '.join(unknown)}, which is not supported: the results would silently lack it (s_aux "

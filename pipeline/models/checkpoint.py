@@ -220,7 +220,8 @@ class CheckpointWriter:
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard of block `index`. Names are those inside the block, or of transformers' own block."""
-        prefix, tensors = self.architecture.tensor_prefix(index), stack_experts(tensors)
+        prefix = self.architecture.tensor_prefix(index)
+        tensors = stack_experts(tensors, self.architecture.interleaved_experts)
         self._write(BLOCK.format(index=index), {prefix + name: tensor for name, tensor in tensors.items()})
 
     def adopt_block(self, index: int, path: Path) -> None:
@@ -261,7 +262,7 @@ def save_block_file(
     folder: Path, architecture: Architecture, index: int, tensors: dict[str, torch.Tensor], header: Header
 ) -> None:
     """Write the shard of one block, for `CheckpointWriter.adopt_block`. Names are those inside the block."""
-    prefix, stacked = architecture.tensor_prefix(index), stack_experts(tensors)
+    prefix, stacked = architecture.tensor_prefix(index), stack_experts(tensors, architecture.interleaved_experts)
     save_tensors(folder / BLOCK.format(index=index), {prefix + name: t for name, t in stacked.items()}, header)
 
 
@@ -269,7 +270,8 @@ def load_block_file(folder: Path, architecture: Architecture, index: int, stage:
     """Return the tensors of a block's shard, named as inside the block. Raises ArtifactError."""
     prefix = architecture.tensor_prefix(index)
     with open_tensors(folder / BLOCK.format(index=index), stage) as (file, _):
-        return split_experts({name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return split_experts(tensors, architecture.interleaved_experts)
 
 
 def build_skeleton(config: PreTrainedConfig) -> CausalModel:

@@ -9,6 +9,9 @@ The tensors of E experts have three layouts (I is the width of an expert, D the 
 
     fused       mlp.experts.gate_up_proj [E, 2I, D]        transformers' own; a model in full precision on disk
                 mlp.experts.down_proj [E, D, I]
+    interleaved mlp.experts.gate_up_proj [E, D, 2I]        the same in gpt_oss: transposed, gate and up by turns
+                mlp.experts.down_proj [E, I, D]
+                mlp.experts.gate_up_proj_bias [E, 2I], down_proj_bias [E, D]
     by expert   mlp.experts.3.gate_proj.weight [I, D], …   in memory: the names inside a block
     stacked     mlp.experts.gate_proj.weight [E, I, D], …  a quantized model on disk
 """
@@ -27,7 +30,7 @@ EAGER = "eager"  # transformers' implementation of experts that computes in ever
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _BY_EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<expert>\d+)\.(?P<rest>.+)")
 _STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<rest>(?:gate_proj|up_proj|down_proj)\..+)")
-_FUSED = re.compile(r"(?P<module>.*\bexperts)\.(?P<kind>gate_up_proj|down_proj)")
+_FUSED = re.compile(r"(?P<module>.*\bexperts)\.(?P<kind>gate_up_proj|down_proj)(?P<bias>_bias)?")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -36,28 +39,57 @@ class UnsupportedExpertsError(PipelineError):
 
 
 class Expert(nn.Module):
-    """The three linears of one expert, without biases: gate_proj and up_proj [I, D], down_proj [D, I]."""
+    """The three linears of one expert: gate_proj and up_proj [I, D], down_proj [D, I]."""
 
-    def __init__(self, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+
+
+class ProductGate(nn.Module):
+    """activation(gate) * up."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the input of down_proj, [n, I], from the outputs of gate_proj and up_proj."""
+        return self.activation(gate) * up
+
+
+class ClampedGate(nn.Module):
+    """gate sigmoid(alpha gate) (up + 1), of gates up to a limit and ups within it (gpt_oss)."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the input of down_proj, [n, I], from the outputs of gate_proj and up_proj."""
+        gate = gate.clamp(max=self.limit)
+        return (up.clamp(min=-self.limit, max=self.limit) + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 class _FusedExperts(nn.Module):
-    """The type of transformers' plain experts. No object is an instance of it."""
+    """The type of transformers' experts. No object is an instance of it. gpt_oss has `alpha` and no `act_fn`."""
 
     gate_up_proj: nn.Parameter
     act_fn: nn.Module
+    alpha: float
+    limit: float
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
 
 class RoutedExperts(nn.Module):
-    """Experts "0" to "E - 1", each of which computes down_proj(activate(gate_proj(x)) * up_proj(x)).
+    """Experts "0" to "E - 1", each of which computes down_proj(combine(gate_proj(x), up_proj(x))).
 
     An expert runs on the tokens that the router has sent to it, and only on those.
 
     Attributes:
+        combine: the gate, which has no parameters.
         hits: how many tokens each of the E experts has computed since the block was loaded.
         watchers: functions that are called before each call of a down_proj with the expert, its tokens [m], and the
             input of down_proj before R4 [m, I].
@@ -67,16 +99,17 @@ class RoutedExperts(nn.Module):
         """Take the place of transformers' experts, with uninitialised linears of the same dtype on the same device.
 
         Raises:
-            UnsupportedExpertsError: these experts are not plain gated MLPs.
+            UnsupportedExpertsError: these experts are not gated MLPs of a known kind.
         """
         super().__init__()
-        _check_plain(experts)
+        combine = _find_gate(experts)
         fused = cast(_FusedExperts, experts)
-        count, double, hidden = fused.gate_up_proj.shape
-        with torch.device(fused.gate_up_proj.device):
+        gate_up, bias = fused.gate_up_proj, getattr(experts, "has_bias", False)
+        count, double, hidden = (gate_up.mT if getattr(experts, "is_transposed", False) else gate_up).shape
+        with torch.device(gate_up.device):
             for index in range(count):
-                self.add_module(str(index), Expert(hidden, double // 2, fused.gate_up_proj.dtype))
-        self.activate = fused.act_fn
+                self.add_module(str(index), Expert(hidden, double // 2, bias, gate_up.dtype))
+        self.combine = combine
         self.hits = [0] * count
         self.watchers: list[Callable[[int, torch.Tensor, torch.Tensor], None]] = []
 
@@ -112,7 +145,7 @@ class RoutedExperts(nn.Module):
     def compute_inner(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Return the input of an expert's down_proj, [n, I], before R4, for tokens x [n, D]."""
         expert = self.expert(index)
-        return self.activate(expert.gate_proj(x)) * expert.up_proj(x)
+        return self.combine(expert.gate_proj(x), expert.up_proj(x))
 
 
 class SharedMixture(nn.Module):
@@ -136,18 +169,27 @@ class SharedMixture(nn.Module):
         return (self.experts(x, chosen, weights) + shared).view_as(hidden_states)
 
 
-def _check_plain(experts: nn.Module) -> None:
-    name, gate = type(experts).__name__, getattr(type(experts), "_apply_gate", None)
+def _find_gate(experts: nn.Module) -> nn.Module:
+    """Return the gate of transformers' experts. Raise UnsupportedExpertsError if they are of an unknown kind."""
+    fused, gate = cast(_FusedExperts, experts), getattr(type(experts), "_apply_gate", None)
+    transposed, interleaved = getattr(experts, "is_transposed", False), not getattr(experts, "is_concatenated", True)
+    clamped = ClampedGate(fused.alpha, fused.limit) if interleaved and hasattr(experts, "alpha") else None
+    if clamped is not None:
+        gate_up = torch.linspace(-3, 3, 32) * clamped.limit
+        if not torch.equal(clamped(gate_up[::2], gate_up[1::2]), fused._apply_gate(gate_up)):
+            clamped = None
     reasons = {
-        "their weights are transposed": getattr(experts, "is_transposed", False),
-        "they have biases": getattr(experts, "has_bias", False),
+        "their weights are transposed": transposed and not interleaved,
         "they have no gate": not getattr(experts, "has_gate", True),
         "a norm follows each expert": getattr(experts, "has_post_expert_norm", False),
-        "gate and up are interleaved": not getattr(experts, "is_concatenated", True),
-        "their gate is not activation(gate) * up": gate is not moe._default_apply_gate,
+        "gate and up are interleaved": interleaved and not transposed,
+        "their gate is neither activation(gate) * up nor that of gpt_oss": clamped is None
+        and gate is not moe._default_apply_gate,
     }
     if wrong := [reason for reason, holds in reasons.items() if holds]:
+        name = type(experts).__name__
         raise UnsupportedExpertsError(f"{name}: {'; '.join(wrong)}. Such experts are not supported. Use another model.")
+    return ProductGate(fused.act_fn) if clamped is None else clamped
 
 
 def group_tokens(top_k_index: torch.Tensor, count: int) -> Iterable[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -174,8 +216,12 @@ def route_experts_(block: nn.Module, name: str) -> None:
             block.set_submodule(parent, SharedMixture(mixture))
 
 
-def split_experts(tensors: Tensors) -> Tensors:
-    """Return tensors of a block by expert, as views; other tensors are passed on. Accepts all three layouts."""
+def split_experts(tensors: Tensors, interleaved: bool = False) -> Tensors:
+    """Return tensors of a block by expert; other tensors are passed on. Accepts all layouts.
+
+    Args:
+        interleaved: the layout of fused tensors. Otherwise results are views.
+    """
     result: Tensors = {}
     for name, tensor in tensors.items():
         fused, stacked = _FUSED.fullmatch(name), _STACKED.fullmatch(name)
@@ -183,12 +229,16 @@ def split_experts(tensors: Tensors) -> Tensors:
             result |= _number(stacked["module"], stacked["rest"], tensor)
         elif fused is None:
             result[name] = tensor
-        elif fused["kind"] == "down_proj":
-            result |= _number(fused["module"], "down_proj.weight", tensor)
         else:
-            gate, up = tensor.chunk(2, dim=1)
-            result |= _number(fused["module"], "gate_proj.weight", gate)
-            result |= _number(fused["module"], "up_proj.weight", up)
+            parameter = "bias" if fused["bias"] else "weight"
+            rows = tensor.mT if interleaved and parameter == "weight" else tensor  # [E, out, in] or [E, out]
+            parts = {"down_proj": rows}
+            if fused["kind"] == "gate_up_proj":
+                gate, up = (rows[:, ::2], rows[:, 1::2]) if interleaved else rows.chunk(2, dim=1)
+                parts = {"gate_proj": gate, "up_proj": up}
+            for projection, part in parts.items():
+                part = part.contiguous() if interleaved else part
+                result |= _number(fused["module"], f"{projection}.{parameter}", part)
     return result
 
 
@@ -196,10 +246,13 @@ def _number(module: str, rest: str, tensor: torch.Tensor) -> Tensors:
     return {f"{module}.{index}.{rest}": part for index, part in enumerate(tensor)}
 
 
-def stack_experts(tensors: Tensors) -> Tensors:
+def stack_experts(tensors: Tensors, interleaved: bool = False) -> Tensors:
     """Return the tensors of a block with all experts stacked, [E, …], or fused if they are only floats.
 
     Other tensors are passed on.
+
+    Args:
+        interleaved: the layout of fused tensors.
 
     Raises:
         ValueError: an expert lacks a tensor that another one has.
@@ -217,14 +270,21 @@ def stack_experts(tensors: Tensors) -> Tensors:
         if len(parts) != count:
             raise ValueError(f"{name}: {len(parts)} of {count} experts have it")
         result[name] = torch.stack([parts[index] for index in range(count)])
-    return _fuse(result) if stacks else result
+    return _fuse(result, interleaved) if stacks else result
 
 
-def _fuse(tensors: Tensors) -> Tensors:
-    """Return stacked tensors as transformers names them if the experts have float weights and nothing else."""
+def _fuse(tensors: Tensors, interleaved: bool) -> Tensors:
+    """Return stacked tensors as transformers names them if the experts have float weights, maybe biases, alone."""
     kinds = {match["rest"]: match["module"] for name in tensors if (match := _STACKED.fullmatch(name))}
-    if kinds.keys() != {f"{part}.weight" for part in PROJECTIONS}:
+    parameters = {rest.partition(".")[2] for rest in kinds}
+    complete = {f"{part}.{parameter}" for part in PROJECTIONS for parameter in parameters}
+    if kinds.keys() != complete or parameters not in ({"weight"}, {"weight", "bias"}):
         return tensors
-    module = next(iter(kinds.values()))
-    gate, up, down = (tensors.pop(f"{module}.{part}.weight") for part in PROJECTIONS)
-    return tensors | {f"{module}.gate_up_proj": torch.cat((gate, up), dim=1), f"{module}.down_proj": down}
+    module, fused = next(iter(kinds.values())), dict[str, torch.Tensor]()
+    for parameter in sorted(parameters):
+        gate, up, down = (tensors.pop(f"{module}.{part}.{parameter}") for part in PROJECTIONS)
+        gate_up = torch.stack((gate, up), dim=2).flatten(1, 2) if interleaved else torch.cat((gate, up), dim=1)
+        for name, part in (("gate_up_proj", gate_up), ("down_proj", down)):
+            turned = part.mT.contiguous() if interleaved and parameter == "weight" else part
+            fused[f"{module}.{name}{'_bias' if parameter == 'bias' else ''}"] = turned
+    return tensors | fused

@@ -65,12 +65,13 @@ def watch_token_maxima_(block: nn.Module, architecture: Architecture, collect: C
         source = getattr(down, "input_quantizer", None) or down
         source.register_forward_pre_hook(lambda module, args: collect(token_maxima(args[0])))
         return
-    maxima = torch.zeros(0)
+    maxima, shape = torch.zeros(0), torch.Size()
     tokens: torch.Tensor | slice = slice(None)
 
     def begin(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        nonlocal maxima, tokens
-        maxima, tokens = args[0].new_zeros(args[0].shape[0] * args[0].shape[1], dtype=torch.float32), slice(None)
+        nonlocal maxima, shape, tokens
+        shape = args[0].shape[:2]
+        maxima, tokens = args[0].new_zeros(shape.numel(), dtype=torch.float32), slice(None)
 
     def locate(index: int, expert_tokens: torch.Tensor, inner: torch.Tensor) -> None:
         nonlocal tokens
@@ -79,8 +80,8 @@ def watch_token_maxima_(block: nn.Module, architecture: Architecture, collect: C
     def raise_maxima(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         maxima[tokens] = torch.maximum(maxima[tokens], token_maxima(args[0]))
 
-    def end(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        collect(maxima.view(output.shape[:2]))
+    def end(module: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
+        collect(maxima.view(shape))
 
     mlp = block.get_submodule(architecture.mlp)
     mlp.register_forward_pre_hook(begin)

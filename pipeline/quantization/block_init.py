@@ -309,6 +309,7 @@ class _Chooser:
             scaling=attention.scaling,
             cap=getattr(attention, "attn_logit_softcapping", None),
             window=find_sliding_window(self.runner.config, self.block),
+            sinks=getattr(attention, "sinks", None),
         )
 
     def _make_rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -325,6 +325,7 @@ class AttentionProbabilities:
         scaling: float,
         cap: float | None = None,
         window: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Keep every few queries and compute the scores of the prefix, which never change.
 
@@ -334,6 +335,7 @@ class AttentionProbabilities:
             scaling: the factor of the scores.
             cap: the bound within which the scores are softly capped (Gemma 2), or None.
             window: the number of positions of prefix and text that a query reads in a sliding block, or None for all.
+            sinks: a learned score of each head that has no key, [heads], or None.
         """
         length = queries.shape[2]
         rows = torch.arange(0, length, max(1, length // _QUERIES), device=queries.device)
@@ -342,6 +344,7 @@ class AttentionProbabilities:
         distance = rows.unsqueeze(1) - torch.arange(length, device=queries.device)  # [t, T]
         self.masked = distance < 0 if window is None else (distance < 0) | (distance >= window)
         self.cap = cap
+        self.sinks = None if sinks is None else sinks.to(queries).view(1, kv_heads, -1, 1, 1)
         self.prefix_scores = None
         if prefix_keys is not None:
             scores = self._cap(torch.einsum("bkatd,kpd->bkatp", self.queries, prefix_keys))
@@ -355,7 +358,10 @@ class AttentionProbabilities:
         scores = self._cap(torch.einsum("bkatd,bksd->bkats", self.queries, keys)).masked_fill_(self.masked, -math.inf)
         if self.prefix_scores is not None:
             scores = torch.cat((self.prefix_scores, scores), dim=-1)
-        return scores.softmax(dim=-1)
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        scores = torch.cat((self.sinks.expand(*scores.shape[:-1], 1), scores), dim=-1)
+        return scores.softmax(dim=-1)[..., 1:]
 
     def _cap(self, scores: torch.Tensor) -> torch.Tensor:
         return scores if self.cap is None else (scores / self.cap).tanh() * self.cap

@@ -6,17 +6,17 @@ R3 (or before both). The prefix is in the cache, and none of its positions is co
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with and without a cap
 
 from pipeline.blocks.kv_cache import as_quantized_attention, find_key_source, turn_keys
 from pipeline.blocks.quantized import find_quantized_linear, find_site_quantizers, read_input
@@ -32,7 +32,6 @@ from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.runtime.streams import Stream
 
 _RECORDING = "prefixquant_recording_"
-_KERNELS = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (eager_attention_forward, eager_mask)}
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -50,13 +49,25 @@ class RecordedAttention(Attention):
     recorded: tuple[torch.Tensor, torch.Tensor]
 
 
+def _attend_eagerly(module: nn.Module, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention as the eager function of the module's own family, with its caps on scores or its sinks."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+_KERNELS: dict[str, tuple[AttentionFunction, Callable[..., Any]]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (_attend_eagerly, eager_mask),
+}
+
+
 def _make_recording(attend: AttentionFunction) -> AttentionFunction:
     """Return an attention function that keeps its queries and the text's keys in `module.recorded`."""
+    computed = ("s_aux",) if attend is _attend_eagerly else ()
 
     def record(
         module: RecordedAttention, query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        check_attention_arguments(kwargs)
+        check_attention_arguments(kwargs, computed)
         module.recorded = query, key[:, :, -query.shape[2] :]
         return attend(module, query, key, *args, **kwargs)
 

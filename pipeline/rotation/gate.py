@@ -172,7 +172,7 @@ def _route_exactly(
     _, rounded, chosen = output
     weight = router.weight
     assert isinstance(weight, torch.Tensor)
-    logits = nn.functional.linear(args[0].reshape(-1, weight.shape[1]), weight)
+    logits = nn.functional.linear(args[0].reshape(-1, weight.shape[1]), weight, getattr(router, "bias", None))
     bias = find_correction_bias(router, args)
     error = (weigh_experts(router, kind, logits, chosen) - rounded).abs().max()
     assert error < 1e-5, f"{type(router).__name__} does not weigh experts by a {kind} of logits"  # float32
@@ -223,14 +223,18 @@ def _attend(
     *,
     scaling: float,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention with softly capped scores in the queries' dtype; returns [B, T, heads, d].
+    """Compute attention with softly capped scores or with sinks in the queries' dtype; returns [B, T, heads, d].
 
     transformers calls this function and passes its own arguments.
 
+    Args:
+        s_aux: attention sinks [heads], a score of each head that has no value.
+
     Raises:
-        UnsupportedModelError: an argument that is not computed here, such as attention sinks.
+        UnsupportedModelError: an argument that is not computed here.
     """
     check_attention_arguments(others)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -239,7 +243,9 @@ def _attend(
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+    return (scores.softmax(-1)[..., : key.shape[-2]] @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_EAGER, _attend)  # without a mask function: the runner makes eager's masks

@@ -78,7 +78,7 @@ def rotate_block(
         The same names with float64 tensors. The weight of a folded norm is one, or its signs.
     """
     signs = signs or {}
-    tensors = split_experts(tensors)
+    tensors = split_experts(tensors, architecture.interleaved_experts)
     architecture = architecture.of_tensors(tensors)
     folded = architecture.norms if architecture.rotates_residual or settings.online_r1 else {}
     rotate_input = hadamard_transform if settings.online_r1 else r1.apply

@@ -11,11 +11,7 @@ def test_the_text_level_is_found_below_several_wrappers():
 @pytest.mark.parametrize(
     ("values", "obstacle"),
     [
-        ({"num_local_experts": 32, "model_type": "gpt_oss"}, "experts (num_local_experts=32) in its layers"),
-        (
-            {"num_local_experts": 32, "model_type": "gpt_oss"},
-            "attention sinks (a learned logit per head) in all layers",
-        ),
+        ({"num_local_experts": 32}, "experts (num_local_experts=32) in its layers"),
         ({"num_experts": 1}, None),
         ({"num_experts": None, "rms_norm_eps": 1e-6}, None),
         ({"partial_rotary_factor": 0.5}, "RoPE on a part of each head (partial_rotary_factor=0.5) in all layers"),
@@ -84,7 +80,6 @@ GROUP_6 = {
     "stablelm": {"layer_norm_eps": 1e-5},
     "nemotron": {"norm_eps": 1e-5},
     "cohere2": {"layer_norm_eps": 1e-5},
-    "gpt_oss": {"num_local_experts": 32},
 }
 
 

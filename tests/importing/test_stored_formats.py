@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from benchmarks.tiny_models import randomize_
 from pipeline.importing.import_model import ModelImportError, import_model
 from pipeline.importing.stored_formats import (
     dequantize_fp8,
@@ -226,6 +227,38 @@ def test_mxfp4_pairs_get_the_name_of_the_weight():
         open_stored("x", stored, {"a.gate_up_proj_blocks"}, tensors.__getitem__, lambda name: "U8")
     with pytest.raises(ModelImportError, match=r"a\.gate_up_proj_scales belongs to no quantized weight"):
         open_stored("x", stored, {"a.gate_up_proj_scales"}, tensors.__getitem__, lambda name: "U8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_experts_in_mxfp4_is_imported_as_its_exact_values(dtype, model_folders, tmp_path):
+    """gpt-oss stores its experts like this, and all else in bfloat16. The widths are multiples of 32."""
+    sizes = {"hidden_size": 64, "num_experts_per_tok": 2, "num_local_experts": 3}
+    folder = shutil.copytree(model_folders["gpt_oss"], tmp_path / "source")
+    config = AutoConfig.from_pretrained(folder, **sizes)
+    model = randomize_(AutoModelForCausalLM.from_config(config))
+    generator, exact = torch.Generator().manual_seed(1), {}
+    tensors = dict(model.state_dict())
+    for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+        experts, inner, rows = tensors.pop(name).shape
+        shape = (experts, rows, inner // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 126, shape, dtype=torch.uint8, generator=generator)
+        exact[name] = unpack_slowly(blocks, scales).float()
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    assert len(exact) == 4
+    model.load_state_dict(exact, strict=False)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": settings}))
+    gate = functools.partial(check_import, limit=1e15)
+    metrics = import_model(str(folder), None, dtype, tmp_path / "out", check_result=gate)
+    assert metrics["import_gate"] == "by block"
+    assert metrics["max_logit_deviation"] < 1e-5  # measured: 0
+    assert (metrics["source_quantization"], metrics["dequantized_tensors"]) == ("mxfp4, groups of 32", 4)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(0, 320, (2, 40), generator=generator)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.to(dtype)(ids).logits)
 
 
 def test_damaged_mxfp4_is_refused():

@@ -298,6 +298,11 @@ def test_settings_that_engines_have_not_for_experts_are_refused_by_name(imported
         write(imported, tmp_path / "bias", "olmoe", {"weights.centered": True})
 
 
+def test_experts_with_a_clamped_gate_are_refused_by_name(imported, tmp_path):
+    with pytest.raises(FormatError, match="model_type='gpt_oss' have biases and a gate of their own"):
+        write(imported, tmp_path, "gpt_oss", {})
+
+
 @pytest.mark.parametrize("formats", [["gguf"], ["compressed-tensors", "peft"]])
 def test_other_formats_of_models_with_experts_are_refused_by_name(formats, imported):
     checkpoint = Checkpoint(imported["qwen3_moe"], "model")

@@ -1,5 +1,6 @@
 """Inputs are hooked where a family has them, and texts that would change RoPE's frequencies are refused."""
 
+import itertools
 import json
 import shutil
 
@@ -132,14 +133,37 @@ def test_sliding_windows_are_found_in_the_layers_that_slide():
 
 @pytest.mark.parametrize("attend", [gate._attend, statistics._make_recording(sdpa_attention_forward)])
 def test_attention_without_a_term_is_refused(attend):
-    """gpt_oss passes its learned sinks as s_aux. Functions that accept any argument would leave them out."""
+    """gpt_oss passes its learned sinks as s_aux. transformers' sdpa accepts any argument, and would leave them out."""
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 1, True
     q = torch.ones(1, 2, 3, 4)
     harmless = {"position_ids": torch.arange(3), "sliding_window": 2, "s_aux": None}
     assert attend(module, q, q, q, None, scaling=1.0, **harmless)[0].shape == (1, 3, 2, 4)
-    with pytest.raises(UnsupportedModelError, match=r"attention gets s_aux, .*\(s_aux are learned attention sinks\)"):
-        attend(module, q, q, q, None, scaling=1.0, **harmless | {"s_aux": torch.ones(2)})
+    unknown = "alibi" if attend is gate._attend else "s_aux"
+    with pytest.raises(
+        UnsupportedModelError, match=rf"attention gets {unknown}, .*\(s_aux are learned attention sinks\)"
+    ):
+        attend(module, q, q, q, None, scaling=1.0, **harmless | {unknown: torch.ones(2)})
+
+
+@pytest.mark.parametrize("attend", [gate._attend, statistics._make_recording(statistics._attend_eagerly)])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_attention_with_sinks_equals_transformers(attend, sliding):
+    attention = make_model("gpt_oss").double().model.layers[0].self_attn
+    draw = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, heads, 9, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    hidden = (distance < 0) | (distance >= 4) if sliding else distance < 0
+    mask = torch.zeros(1, 1, 9, 9, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    expected = torch.zeros(2, 9, 4, 16, dtype=torch.float64)  # a loop: the sink is a score that has no value
+    for batch, head, row in itertools.product(range(2), range(4), range(9)):
+        places = (~hidden[row]).nonzero().flatten()
+        weights = (k[batch, head // 2, places] @ q[batch, head, row] * 0.3).exp()
+        total = weights.sum() + attention.sinks[head].exp()
+        expected[batch, row, head] = weights @ v[batch, head // 2, places] / total
+    with torch.no_grad():
+        found, _ = attend(attention, q, k, v, mask, scaling=0.3, s_aux=attention.sinks)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_family_that_is_not_supported_is_refused_with_those_that_are():

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig
 
 from benchmarks.tiny_models import MOE_FAMILIES
 from pipeline.models.architectures import ARCHITECTURES, UnsupportedModelError
@@ -16,17 +15,19 @@ from pipeline.models.experts import (
 from pipeline.models.sites import base_site
 from pipeline.runtime.artifacts import open_tensors
 from pipeline.serving.families import served_class
-from tests.conftest import SIZES, make_model
+from tests.conftest import make_model
+
+FAMILIES = [*MOE_FAMILIES, "glm4_moe", "minimax_m2", "gpt_oss"]
 
 
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_routed_experts_compute_the_same_as_transformers(family, token_ids):
-    model = make_model(family)
+    model, interleaved = make_model(family), ARCHITECTURES[family].interleaved_experts
     model.set_experts_implementation("eager")
     with torch.no_grad():
         expected = model(token_ids).logits
         for layer in model.model.layers:
-            tensors = split_experts(layer.state_dict())
+            tensors = split_experts(layer.state_dict(), interleaved)
             route_experts_(layer, "mlp.experts")
             layer.load_state_dict(tensors, assign=True)
         assert torch.equal(model(token_ids).logits, expected)
@@ -74,6 +75,22 @@ def test_layouts_are_converted_without_changing_a_value():
         assert all(torch.equal(again[name], tensors[name]) for name in again)
 
 
+def test_interleaved_experts_are_converted_without_changing_a_value():
+    """gpt_oss: weights transposed, gate and up by turns, biases."""
+    stored = make_model("gpt_oss").model.layers[0].mlp.state_dict()
+    by_expert = split_experts(stored, interleaved=True)
+    gate_up, bias = stored["experts.gate_up_proj"], stored["experts.gate_up_proj_bias"]
+    for part, first in (("gate_proj", 0), ("up_proj", 1)):
+        assert torch.equal(by_expert[f"experts.2.{part}.weight"], gate_up[2, :, first::2].T)
+        assert torch.equal(by_expert[f"experts.2.{part}.bias"], bias[2, first::2])
+    assert torch.equal(by_expert["experts.1.down_proj.weight"], stored["experts.down_proj"][1].T)
+    assert torch.equal(by_expert["experts.1.down_proj.bias"], stored["experts.down_proj_bias"][1])
+    again = stack_experts(by_expert, interleaved=True)
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+    assert all(tensor.is_contiguous() for tensor in (*by_expert.values(), *again.values()))
+
+
 def test_dense_tensors_are_passed_on_untouched():
     tensors = {"mlp.down_proj.weight": torch.ones(2, 2), "self_attn.q_proj.bias": torch.ones(2)}
     for convert in (split_experts, stack_experts):
@@ -88,12 +105,34 @@ def test_a_missing_tensor_of_one_expert_is_refused():
         stack_experts(tensors | {"mlp.experts.1.down_proj.weight_scale": torch.ones(2)})
 
 
-def test_experts_of_another_shape_are_refused_by_name():
-    config = GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
-    with torch.device("meta"):
-        layer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").model.layers[0]
-    with pytest.raises(UnsupportedExpertsError, match="GptOssExperts: their weights are transposed; they have biases"):
-        RoutedExperts(layer.mlp.experts)
+def test_the_clamped_gate_is_that_of_transformers_and_clamps():
+    experts = make_model("gpt_oss").model.layers[0].mlp.experts
+    gate_up = torch.linspace(-4, 4, 64).view(2, 32)
+    routed = RoutedExperts(experts)
+    assert torch.equal(routed.combine(gate_up[:, ::2], gate_up[:, 1::2]), experts._apply_gate(gate_up))
+    experts.limit = 100.0
+    assert not torch.equal(routed.combine(gate_up[:, ::2], gate_up[:, 1::2]), experts._apply_gate(gate_up))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gpt_oss", {"is_transposed": False}, "gate and up are interleaved"),
+        (
+            "gpt_oss",
+            {"_apply_gate": torch.sigmoid},
+            r"their gate is neither activation\(gate\) \* up nor that of gpt_oss",
+        ),
+        ("mixtral", {"is_transposed": True, "has_gate": False}, "their weights are transposed; they have no gate"),
+        ("mixtral", {"has_post_expert_norm": True}, "a norm follows each expert"),
+    ],
+)
+def test_experts_of_another_shape_are_refused_by_name(family, changes, reason):
+    experts = make_model(family).model.layers[0].mlp.experts
+    for name, value in changes.items():
+        setattr(experts, name, value)
+    with pytest.raises(UnsupportedExpertsError, match=f"{type(experts).__name__}: {reason}\\. "):
+        RoutedExperts(experts)
 
 
 def test_imported_checkpoint_holds_transformers_own_tensors(imported):
@@ -138,7 +177,7 @@ def test_skeleton_keeps_transformers_own_names(imported):
     assert "model.layers.0.mlp.experts.gate_up_proj" in names
 
 
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_is_refused_by_name(family):
     with pytest.raises(UnsupportedModelError, match=f"model_type='{family}': vLLM serves only"):
         served_class(family)

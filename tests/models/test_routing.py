@@ -7,13 +7,13 @@ from pipeline.models.architectures import find_architecture
 from pipeline.models.routing import choose_experts, find_correction_bias, keeps_float32, rank_experts, weigh_experts
 from tests.conftest import make_model
 
-ROUTERS = ["mixtral", "qwen2_moe", "olmoe", "glm4_moe", "minimax_m2"]
+ROUTERS = ["mixtral", "qwen2_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"]
 
 
 def read_calls(family):
     """Return the router of a block with experts, the kind of its scores, and arguments and outputs of one call."""
     model, calls = make_model(family), []
-    router = model.model.layers[1].mlp.gate
+    router = model.model.layers[1].get_submodule(find_architecture(model.config).routers[0])
     router.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     with torch.no_grad():
         model(torch.randint(0, 320, (4, 64), generator=torch.Generator().manual_seed(0)))
@@ -28,7 +28,7 @@ def order(indices, weights):
 @pytest.mark.parametrize("family", ROUTERS)
 def test_choice_and_weights_are_the_routers_own(family):
     router, kind, args, (_, weights, indices) = read_calls(family)
-    logits = torch.nn.functional.linear(args[0].reshape(-1, 48), router.weight)
+    logits = torch.nn.functional.linear(args[0].reshape(-1, 48), router.weight, getattr(router, "bias", None))
     chosen = choose_experts(router, kind, logits, find_correction_bias(router, args))
     chosen, expected = order(chosen, weigh_experts(router, kind, logits, chosen))
     indices, weights = order(indices, weights)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def check(checkpoint, runner, rows=8, **changes):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama_untied_biases", "gemma3_text", "olmo2", "hunyuan_v1_dense", "arcee", "apertus"]
+    "family", ["llama_untied_biases", "gemma3_text", "olmo2", "hunyuan_v1_dense", "arcee", "apertus", "gpt_oss"]
 )
 def test_scaling_that_cancels_passes(family, imported, tmp_path):
     checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1="online")
@@ -44,6 +45,17 @@ def test_channels_of_a_pair_with_different_scales_are_refused(imported, tmp_path
     checkpoint, runner, _ = rotate(imported["llama_tied"], tmp_path / "out")
     with pytest.raises(EqualizationError, match="block 1: scaling the channels of key changes the block's output"):
         check(checkpoint, runner, key=torch.linspace(0.5, 2, 24).view(2, 12))
+
+
+def test_a_gate_that_adds_one_to_up_is_not_scaled(imported, tmp_path, monkeypatch):
+    """gpt_oss multiplies its gate by up + 1, within limits."""
+    checkpoint, runner, _ = rotate(imported["gpt_oss"], tmp_path / "out", r1="online")
+    name = "mlp_hidden.experts.1"
+    with pytest.raises(AssertionError, match="mlp_hidden cannot be scaled in this family"):
+        check(checkpoint, runner, **{name: torch.linspace(0.5, 2, 32)})
+    monkeypatch.setattr(checkpoint, "architecture", replace(checkpoint.architecture, hidden_degree=1))
+    with pytest.raises(EqualizationError, match=r"block 1: scaling the channels of mlp_hidden.* changes"):
+        check(checkpoint, runner)
 
 
 def test_an_mlp_without_a_gate_needs_its_degree(tmp_path, monkeypatch):

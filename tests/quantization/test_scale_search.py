@@ -176,17 +176,26 @@ def test_weight_factors_minimise_the_error_per_channel_and_group(symmetric, grou
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    ("dynamic", "cap", "window"),
-    [(True, None, None), (False, None, None), (False, 2.0, None), (False, None, 3), (False, None, 6)],
+    ("dynamic", "cap", "window", "has_sinks"),
+    [
+        (True, None, None, False),
+        (False, None, None, True),
+        (False, 2.0, None, False),
+        (False, None, 3, False),
+        (False, None, 6, True),
+    ],
 )
-def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(groups, dynamic, cap, window):
+def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
+    groups, dynamic, cap, window, has_sinks
+):
     """Compare with a loop over heads, masks and groups."""
     queries, keys, prefix = randn(2, 4, 7, 8), randn(2, 2, 7, 8), randn(2, 3, 8) * 2
     turn = torch.linalg.qr(randn(8, 8)).Q  # as RoPE between the quantizer and the scores
     shift = randn(2, 1, 8)
     spec = QuantizerSpec(4, group_size=8 // groups, dynamic=dynamic)
     candidate = candidate_for(spec, keys, (2, 1, groups), shift)
-    attend = AttentionProbabilities(queries, prefix, kv_heads=2, scaling=0.5, cap=cap, window=window)
+    sinks = randn(4) if has_sinks else None
+    attend = AttentionProbabilities(queries, prefix, kv_heads=2, scaling=0.5, cap=cap, window=window, sinks=sinks)
     objective = make_key_objective(attend, keys, candidate, finish=lambda k: k @ turn)
 
     def probabilities(k):
@@ -198,7 +207,9 @@ def test_key_factors_minimise_the_error_of_causal_probabilities_with_the_prefix(
                     visible = torch.cat((prefix[head // 2], k[batch, head // 2] @ turn))[first : 3 + row + 1]
                     scores = visible @ queries[batch, head, row] * 0.5
                     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-                    result[batch, head, row, first : 3 + row + 1] = scores.softmax(0)
+                    sink = -math.inf if sinks is None else sinks[head].item()
+                    weights = torch.cat((scores, torch.tensor([sink]))).softmax(0)[:-1]
+                    result[batch, head, row, first : 3 + row + 1] = weights
         return result
 
     def slow(factor):
