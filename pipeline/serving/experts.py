@@ -46,15 +46,15 @@ ALL = Share()
 
 
 class ServedMlp(nn.Module):
-    """Compute down_proj(activate(gate_proj(x)) * up_proj(x)), [n, D], from x [n, D] after a `ServedInput`."""
+    """Compute down_proj(combine(gate_proj(x), up_proj(x))), [n, D], from x [n, D] after a `ServedInput`."""
 
-    def __init__(self, gate_up: ServedWeights, activate: nn.Module, down: ServedLinear) -> None:
+    def __init__(self, gate_up: ServedWeights, combine: nn.Module, down: ServedLinear) -> None:
         super().__init__()
-        self.gate_up, self.activate, self.down = gate_up, activate, down
+        self.gate_up, self.combine, self.down = gate_up, combine, down
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(values).chunk(2, dim=-1)
-        return self.down(self.activate(gate) * up)
+        return self.down(self.combine(gate, up))
 
 
 class ServedExperts(nn.Module):
@@ -121,7 +121,7 @@ def take_mixture(
             continue
         parts = [find_packed_linear(block, name) for name in (gate, up)]
         gate_up = ServedWeights(parts, quantizer, dtype=dtype, make_product=make_first)
-        mlps[site] = ServedMlp(gate_up, experts.activate, _serve_down(block, architecture, site, dtype, make_product))
+        mlps[site] = ServedMlp(gate_up, experts.combine, _serve_down(block, architecture, site, dtype, make_product))
     rotate, block_size = find_rotation(block, architecture, Site.MLP_INPUT)
     width = readers[0].in_features
     source = ServedInput(quantizer, width, rotate=rotate, dtype=dtype, block_size=block_size)
