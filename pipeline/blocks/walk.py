@@ -103,7 +103,7 @@ class BlockRunner:
     def tables_at(
         self, block: DecoderLayer, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (cos, sin) at positions [1, T], [1, T, d or d / 2] each as the block takes them, in `hidden`'s dtype."""
+        """Return cos and sin at positions [1, T], each [1, T, d] or [1, T, d / 2], in the dtype of `hidden`."""
         kind = self._rope_kind(block)
         return self._rotary(hidden, positions) if kind is None else self._rotary(hidden, positions, kind)
 

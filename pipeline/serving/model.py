@@ -195,9 +195,13 @@ class PrefixQuantModel(nn.Module):
 
 
 def state_keys_(config: Any) -> None:
-    """State settings under the keys that vLLM reads: Ministral 3's scale of queries by position, MiniMax M2's RoPE."""
+    """State settings under the keys that vLLM reads: Ministral 3's scale of queries by position, MiniMax M2's RoPE.
+
+    vLLM asks MiniMax M2 for a score function, too, and does not use it: the exported router runs.
+    """
     if config.model_type == "minimax_m2":
         config.rotary_dim = config.head_dim  # as imported, RoPE turns all channels
+        config.scoring_func = "sigmoid"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("llama_4_scaling_beta"):
         config.llama_4_scaling = {

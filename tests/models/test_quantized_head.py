@@ -72,7 +72,7 @@ def test_all_forms_of_the_head_are_one_function(rotate, dtype):
 
 
 def test_gradients_pass_straight_through():
-    _weight, hidden, head = make_head(rotate=True)
+    _, hidden, head = make_head(rotate=True)
     quantized = find_head(head, 1.5)
     dense = hadamard_transform(head.weight.float() * head.weight_scale[:, None], inverse=True)
     hidden = hidden[0].requires_grad_()
