@@ -7,6 +7,7 @@ filled; missing and unexpected tensors are errors. Then the block is taken apart
     key and value quantizers, prefix  around RoPE and attention (attention.py), or with a cache of codes
                                       (code_backend.py)
     a mixture of experts              in place of vLLM's own (experts.py, mixture.py)
+    lm_head in 8 bits                 in place of vLLM's own (head.py)
     norms, embedding, lm_head         vLLM's own loading
 
 Batching, paging, chunks, cached prefixes and sampling work as for any model.
@@ -24,6 +25,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.apertus import ApertusForCausalLM
 from vllm.model_executor.models.exaone4 import Exaone4ForCausalLM
 from vllm.model_executor.models.gemma import GemmaForCausalLM
@@ -51,6 +53,7 @@ from pipeline.kernels.compiler import find_kernels
 from pipeline.models.architectures import find_architecture, find_sliding_window, uses_rope
 from pipeline.models.checkpoint import build_skeleton
 from pipeline.models.layers import DecoderLayer, list_layers
+from pipeline.models.lm_head import QuantizedHead
 from pipeline.models.sites import Site
 from pipeline.serving.attention import (
     CachedValues,
@@ -66,10 +69,11 @@ from pipeline.serving.attention import (
 from pipeline.serving.code_backend import CodeLayer, match_rows_, replace_attention_
 from pipeline.serving.experts import Share, has_experts, take_mixture
 from pipeline.serving.families import SLIDES_BY_LAYER, ServingError
+from pipeline.serving.head import ServedHead
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.mixture import ServedMixture, replace_mixture_
 from pipeline.serving.parallel import count_outputs, find_kv_heads, find_part, select_heads_
-from pipeline.serving.product import find_product
+from pipeline.serving.product import find_head_product, find_product
 from pipeline.serving.quantization import ServedLinearMethod, ServedQuantization, check_engine, wants_packed_cache
 
 _ROPE_TOLERANCE = 1e-2  # tables may be in bfloat16
@@ -153,7 +157,8 @@ class PrefixQuantModel(nn.Module):
                 f"the folder's tensors do not fit its config.json: missing {missing[:3]}, unexpected "
                 f"{unexpected[:3]}. Get an intact copy."
             )
-        self._check_tie(tensors)
+        if self.exported.lm_head is None:
+            self._check_tie(tensors)
         device = torch.device(self.config_of_engine.device_config.device_type)
         has_kernels = device.type == "cpu" and find_kernels()
         # vLLM's cache of compiled code is keyed by this config.
@@ -176,12 +181,37 @@ class PrefixQuantModel(nn.Module):
                 share = Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
                 self._mixtures[index].take(take_mixture(block, dtype, find_product(dtype, device, ()), share))
             fill_cache_(layer, block, prefix_kv, self.config_of_engine, device, tables)
+        if self.exported.lm_head is not None:
+            self._fill_head_(skeleton, device)
         match_rows_([module for module in self.modules() if isinstance(module, CodeLayer)])
         self._skeleton = (None,)
         return loaded
 
     def _list_layers(self) -> list[FusedLayer]:
         return [cast(FusedLayer, layer) for layer in self.get_submodule("model.layers").children()]
+
+    def _fill_head_(self, skeleton: PrefixedModel, device: torch.device) -> None:
+        """Put an exported lm_head in 8 bits, or the rows of this process, into vLLM's.
+
+        Raises:
+            ServingError: vLLM's class has no lm_head.
+        """
+        layer, head = getattr(self, "lm_head", None), cast(nn.Module, skeleton.lm_head)
+        if not isinstance(layer, ParallelLMHead) or not isinstance(layer.quant_method, ServedLinearMethod):
+            raise ServingError(
+                f"quantizer_init.lm_head_bits=8: vLLM's class ({type(self).__name__}) takes the embedding as lm_head. "
+                "Use pipeline.quantized_model.load, or lm_head_bits: 16."
+            )
+        assert isinstance(head, QuantizedHead), "build_packed_ follows the same settings"
+        served = ServedHead(
+            head,
+            dtype=self.config_of_engine.model_config.dtype,
+            make_product=find_head_product(device),
+            device=device,
+            first=layer.tp_rank * layer.num_embeddings_per_partition,
+            count=layer.num_embeddings_per_partition,
+        )
+        layer.quant_method.take(layer, served)
 
     def _check_tie(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raise ServingError if vLLM's class computes logits from the embedding, and the exported lm_head differs."""

@@ -73,6 +73,21 @@ class ServedProduct(nn.Module):
         return (product.float() + self.constant).to(self.dtype)
 
 
+class HeadProduct(nn.Module):
+    """Compute [T, out] in `dtype` from integers int8 [T, in] with a scale for each row [T, 1]."""
+
+    def __init__(self, integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = len(scale), dtype
+        scales = scale.unsqueeze(1).contiguous()  # kept as a buffer: the kernel reads this memory
+        self.handler = kernels.create_onednn_scaled_mm(integers.T, scales, dtype, dynamic_quant=True, use_azp=False)
+        self.register_buffer("handler_scales", scales, persistent=False)
+
+    def forward(self, codes: torch.Tensor, token_scale: torch.Tensor) -> torch.Tensor:
+        product = torch.empty(len(codes), self.width, dtype=self.dtype)
+        return kernels.onednn_scaled_mm(self.handler, codes, product, token_scale, None, None, None)
+
+
 class CutlassProduct(nn.Module):
     """Compute the same as `ServedProduct` on a GPU, in bfloat16. The kernel needs widths that are multiples of 16."""
 
@@ -114,6 +129,21 @@ def find_product(
         _warn_once(f"for {dtype} and widths {tuple(widths)}")
         return None
     return CutlassProduct if is_exact(CutlassProduct, dtype, device) else None
+
+
+def find_head_product(device: torch.device) -> type[HeadProduct] | None:
+    """Return the class that multiplies the integers of lm_head exactly on this device, or None."""
+    if device.type != "cpu" or not is_exact(ServedProduct, torch.float32, device):
+        return None
+    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)
+    codes = torch.arange(-127, 128, 4, dtype=torch.int8)
+    exact = (codes.long() * integers.long()).sum(1).float()
+    product = HeadProduct(integers, torch.ones(16), torch.float32)
+    rows = [product(codes.repeat(tokens, 1), torch.ones(tokens, 1)) for tokens in (1, 64)]
+    if all(torch.equal(found, exact.expand_as(found)) for found in rows):
+        return HeadProduct
+    _warn_once("for lm_head that is exact on this machine")
+    return None
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The quantization method `prefixquant` in vLLM, and the engine settings that it refuses.
 
 vLLM asks the method for each of its layers. Linears of the blocks get one that holds nothing until model.py puts the
-exported linears in. Embedding, lm_head and norms stay vLLM's own.
+exported linears in, and so does an lm_head in 8 bits. Embedding, other lm_heads and norms stay vLLM's own.
 """
 
 from typing import Any
@@ -13,12 +13,14 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from pipeline.inference.transformers_quantizer import METHOD, PrefixQuantConfig
 from pipeline.models.architectures import find_architecture, find_rope_limit
 from pipeline.serving.families import ServingError, served_class
+from pipeline.serving.head import ServedHead
 from pipeline.serving.linear import ServedLinear
 from pipeline.serving.mixture import NoWeights
 
@@ -55,6 +57,8 @@ class ServedQuantization(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
         if isinstance(layer, RoutedExperts):
             return NoWeights(layer.moe_config)
+        if isinstance(layer, ParallelLMHead) and self.exported.lm_head is not None:
+            return ServedLinearMethod()
         return ServedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
@@ -81,17 +85,17 @@ class ServedQuantization(QuantizationConfig):
 
 
 class ServedLinearMethod(LinearMethodBase):
-    """Computes a layer of vLLM by the `ServedLinear` that `take` has put into it."""
+    """Computes a layer of vLLM by the `ServedLinear` or `ServedHead` that `take` has put into it."""
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **options: Any) -> None:
         layer.add_module("served", None)
 
-    def take(self, layer: nn.Module, served: ServedLinear) -> None:
+    def take(self, layer: nn.Module, served: ServedLinear | ServedHead) -> None:
         layer.served = served
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         served = layer.served
-        assert isinstance(served, ServedLinear), "model.py fills every layer"
+        assert isinstance(served, ServedLinear | ServedHead), "model.py fills every layer"
         return served(x)
 
 

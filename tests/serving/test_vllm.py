@@ -46,6 +46,7 @@ GROUPS = {
     for key, value in (("symmetric", False), ("group_size", 16))
 }
 DYNAMIC = {f"{group}.mode": "dynamic" for group in ("activations", "keys", "values")}
+HEAD = {"lm_head_bits": 8}
 ONLINE = {"r1": "online"}  # as is the default
 # name -> config, changed params, prefix, rotations other than those of `rotate`, and how long texts may be
 MODELS = {
@@ -60,6 +61,8 @@ MODELS = {
     "llama, one KV head": (LlamaConfig(**WIDE_SIZES | {"num_key_value_heads": 1}), {}, [7, 9, 0], ONLINE, None),
     "llama, no prefix": (LlamaConfig(**WIDE_SIZES, attention_bias=True, mlp_bias=True), {}, [], {}, None),
     "llama, continuous prefix": (LlamaConfig(**WIDE_SIZES, head_dim=64), {}, None, ONLINE, None),
+    "llama, lm_head in 8 bits": (LlamaConfig(**WIDE_SIZES, tie_word_embeddings=True), HEAD, [7, 9, 0], ONLINE, None),
+    "llama, lm_head in 8 bits after a merged R1": (LlamaConfig(**WIDE_SIZES), HEAD, [7, 9, 0], {}, None),
     "qwen2, dynamic": (Qwen2Config(**WIDE_SIZES), DYNAMIC, [7, 9, 0], ONLINE, None),
     "qwen3, asymmetric groups": (
         Qwen3Config(**WIDE_SIZES, head_dim=32),
@@ -192,7 +195,7 @@ def test_vllm_equals_transformers(exports, name):
     assert parity["rounded_otherwise"] <= 0.02
 
 
-@pytest.mark.parametrize("name", ["llama, static", "qwen3, asymmetric groups"])
+@pytest.mark.parametrize("name", ["llama, static", "llama, lm_head in 8 bits", "qwen3, asymmetric groups"])
 def test_compiled_blocks_equal_transformers(exports, name):
     """One model multiplies integers, the other does not. Tensors between compiled blocks cannot be compared."""
     compare(exports, name)
@@ -213,7 +216,10 @@ def compare(exports, name, *options, longest=None):
     return parity
 
 
-@pytest.mark.parametrize("name", ["llama, static", "llama, one KV head", "qwen2, dynamic", "qwen3, asymmetric groups"])
+PARALLEL = ["llama, static", "llama, one KV head", "llama, lm_head in 8 bits"]
+
+
+@pytest.mark.parametrize("name", [*PARALLEL, "qwen2, dynamic", "qwen3, asymmetric groups"])
 def test_two_processes_equal_transformers(exports, name):
     """The query heads, the KV heads and the hidden channels are split, and R4 and R5 act on all channels."""
     compare(exports, name, "--eager", "--processes", "2")
