@@ -1,7 +1,7 @@
 """Time and memory of the exported model, against the original and in vLLM, in one table.
 
     python -m benchmarks.speed.inference                        # artifacts/model and artifacts/export of the last run
-    python -m benchmarks.speed.inference --json inference.json --w4a16 FOLDER
+    python -m benchmarks.speed.inference --json inference.json --w4a16 FOLDER --lm-head-8 FOLDER
     python -m benchmarks.speed.inference --context 4096 --batches 8
 
 Each row runs several times in processes of its own, with rows in turn. Times are medians over the rounds. Prefill is
@@ -11,7 +11,8 @@ after the imports; vLLM's includes its cache of 1 GiB. Perplexity is on the wind
 artifacts/calibration/evaluation/wikipedia.
 
 Rows of vLLM run where it is installed (`make serve-setup`; docs/serving.md), in process, without its prefix caching.
-`--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them.
+`--w4a16` is a folder in compressed-tensors (docs/formats.md) for one of them, `--lm-head-8` an export with
+`quantizer_init.lm_head_bits: 8` for another.
 """
 
 import argparse
@@ -67,9 +68,12 @@ ROWS = {
     "vLLM, original, bfloat16": Row("vllm", "model", "bfloat16"),
     "vLLM, W4A16, bfloat16": Row("vllm", "w4a16", "bfloat16"),
     "vLLM, export, bfloat16": Row("vllm", "export", "bfloat16"),
+    "vLLM, export, lm_head in 8 bits, bfloat16": Row("vllm", "lm_head_8", "bfloat16"),
     "vLLM, export, float32": Row("vllm", "export"),
     "vLLM, export, cache of codes, bfloat16": Row("vllm", "export", "bfloat16", packed_cache=True),
 }
+# Folders of rows that are not in the artifacts -> the option that names each.
+_OPTIONS = {"w4a16": "--w4a16", "lm_head_8": "--lm-head-8"}
 ROUNDS, BATCHES = 3, (1, 8)
 _PREFILL, _DECODED = 512, 64
 _KINDS = ("prefill", "decode")
@@ -77,23 +81,25 @@ _KINDS = ("prefill", "decode")
 
 def main() -> None:
     has_vllm = importlib.util.find_spec("vllm") is not None
-    default = [name for name, row in ROWS.items() if row.engine != "vllm" or (has_vllm and row.folder != "w4a16")]
+    default = [name for name, row in ROWS.items() if row.engine != "vllm" or (has_vllm and row.folder not in _OPTIONS)]
     parser = make_parser(__doc__, list(ROWS), default)
     parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts", help="of a finished run")
     parser.add_argument("--w4a16", type=Path, help="a folder in compressed-tensors: adds its row")
+    parser.add_argument("--lm-head-8", type=Path, help="an export with lm_head in 8 bits: adds its row")
     parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
     parser.add_argument("--batches", type=whole(1), nargs="+", default=list(BATCHES), help="texts in a batch")
     parser.add_argument("--context", type=whole(1), default=_PREFILL, help=f"tokens of a text (default: {_PREFILL})")
     parser.add_argument("--child", choices=list(ROWS), help=argparse.SUPPRESS)  # one row, in this process
     arguments = parser.parse_args()
     artifacts = arguments.artifacts.resolve()
-    folders = {"model": artifacts / "model", "export": artifacts / "export", "w4a16": arguments.w4a16}
+    given = {key: path.resolve() for key in _OPTIONS if (path := getattr(arguments, key)) is not None}
+    folders = {"model": artifacts / "model", "export": artifacts / "export", **given}
     if arguments.child:
         print(json.dumps(measure(ROWS[arguments.child], folders, artifacts, arguments.batches, arguments.context)))
         return
-    names = arguments.rows + ["vLLM, W4A16, bfloat16"] * (arguments.w4a16 is not None and has_vllm)
-    if any(ROWS[name].folder == "w4a16" for name in names) and arguments.w4a16 is None:
-        parser.error("--rows: the row of W4A16 needs --w4a16 FOLDER")
+    names = arguments.rows + [name for name, row in ROWS.items() if row.folder in given and has_vllm]
+    if missing := next((ROWS[name].folder for name in names if ROWS[name].folder not in folders), None):
+        parser.error(f"--rows: a row needs {_OPTIONS[missing]} FOLDER")
     if not names:
         parser.error("--rows: name at least one")
     rows = read_rows(arguments.json)
@@ -113,7 +119,8 @@ def main() -> None:
                 "--context",
                 str(arguments.context),
             ]
-            command += ["--w4a16", str(arguments.w4a16.resolve())] if arguments.w4a16 else []
+            for key, path in given.items():
+                command += [_OPTIONS[key], str(path)]
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             measured.append(json.loads(done.stdout.splitlines()[-1]))
     for name, measured in rounds.items():

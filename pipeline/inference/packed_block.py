@@ -174,7 +174,8 @@ def gather_operands(quantizer: ActivationQuantizer, readers: Sequence[PackedLine
     weight_scale = torch.cat([linear.scales[:, 0] for linear in readers])
     scale, zero_point = quantizer.scale.item(), quantizer.code_of_zero
     assert zero_point is not None, "emit_codes_ sets the code of zero"
-    return IntegerOperands(torch.cat(integers), weight_scale, scale, zero_point, torch.cat(constants))
+    largest = (1 << quantizer.spec.bits) - 1
+    return IntegerOperands(torch.cat(integers), weight_scale, scale, zero_point, torch.cat(constants), largest)
 
 
 def multiply_integers_(block: DecoderLayer, architecture: Architecture) -> None:

@@ -1250,11 +1250,12 @@ at::Tensor nibble_product(const at::Tensor& codes, const at::Tensor& packed, con
 }
 
 // Use vLLM's oneDNN kernel (`handler`) for more than `few` rows. It holds the same weights in its own layout and sums
-// exactly, too, but rounds to `dtype` before the constant is added.
+// exactly, too, but takes the constant in `dtype` (`bias`). Its codes are int8: code - `signed_offset`, which is 0 for
+// codes below 128 and 128 for others.
 at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& offset, const at::Tensor& constant, at::ScalarType dtype, int64_t few,
-                          const at::Tensor& input_scale, const at::Tensor& input_zero_point,
-                          const at::Tensor& handler) {
+                          int64_t signed_offset, const at::Tensor& input_scale, const at::Tensor& input_zero_point,
+                          const at::Tensor& bias, const at::Tensor& handler) {
   if (codes.size(0) <= few) return nibble_product(codes, packed, scale, offset, constant, dtype);
   using Optional = const std::optional<at::Tensor>&;
   static const auto multiply =
@@ -1262,30 +1263,21 @@ at::Tensor served_product(const at::Tensor& codes, const at::Tensor& packed, con
           .findSchemaOrThrow("_C::onednn_scaled_mm", "")
           .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, Optional, Optional, Optional,
                       const at::Tensor&)>();
+  TORCH_CHECK(signed_offset == 0 || signed_offset == 128, "signed_offset=", signed_offset, " is not 0 or 128");
   const at::Tensor input = codes.contiguous();
-  const int64_t rows = input.size(0), width = input.size(1), outputs = scale.size(0);
-  at::Tensor centered = at::empty(input.sizes(), input.options().dtype(at::kChar));  // code - 128
-  const uint8_t* from = input.const_data_ptr<uint8_t>();
-  int8_t* to = centered.data_ptr<int8_t>();
-  at::parallel_for(0, rows * width, GRAIN, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
-  });
-  at::Tensor result = at::empty({rows, outputs}, codes.options().dtype(dtype));
-  multiply.call(result, centered, input_scale, input_zero_point, std::nullopt, std::nullopt, handler);
-  const float* constants = read_values(constant, outputs, "constant");
-  auto add = [&](auto* values) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / outputs), [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row)
-        for (int64_t i = 0; i < outputs; ++i) {
-          auto* value = values + row * outputs + i;
-          round_to(static_cast<float>(*value) + constants[i], value);
-        }
+  at::Tensor centered;
+  if (signed_offset == 0) {
+    centered = input.view(at::kChar);
+  } else {
+    centered = at::empty(input.sizes(), input.options().dtype(at::kChar));
+    const uint8_t* from = input.const_data_ptr<uint8_t>();
+    int8_t* to = centered.data_ptr<int8_t>();
+    at::parallel_for(0, input.numel(), GRAIN, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) to[i] = static_cast<int8_t>(from[i] ^ 128);
     });
-  };
-  if (dtype == at::kBFloat16)
-    add(result.data_ptr<at::BFloat16>());
-  else
-    add(result.data_ptr<float>());
+  }
+  at::Tensor result = at::empty({input.size(0), scale.size(0)}, codes.options().dtype(dtype));
+  multiply.call(result, centered, input_scale, input_zero_point, std::nullopt, bias, handler);
   return result;
 }
 
@@ -1316,7 +1308,7 @@ TORCH_LIBRARY_FRAGMENT(prefixquant, library) {
       "-> Tensor");
   library.def(
       "served_product(Tensor codes, Tensor packed, Tensor scale, Tensor offset, Tensor constant, ScalarType dtype, "
-      "int few, Tensor input_scale, Tensor input_zero_point, Tensor handler) -> Tensor");
+      "int few, int signed_offset, Tensor input_scale, Tensor input_zero_point, Tensor bias, Tensor handler) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(prefixquant, CPU, library) {

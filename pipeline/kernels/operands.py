@@ -14,6 +14,7 @@ class IntegerOperands:
         weight_scale: float32 [out], scale_w.
         scale, zero_point: scale_x and zero point of the codes.
         constant: float32 [out].
+        largest: the largest code that can occur, at most 255.
     """
 
     integers: torch.Tensor
@@ -21,3 +22,4 @@ class IntegerOperands:
     scale: float
     zero_point: int
     constant: torch.Tensor
+    largest: int = 255

@@ -25,15 +25,16 @@ _FIRST, _BEYOND = 80, 100  # compute capabilities with int8 kernels: from Ampere
 class ServedProduct(nn.Module):
     """Compute [T, out] in `dtype` from codes uint8 [T, in], as `IntegerProduct` does.
 
-    The constant is added after vLLM's kernel, which would take it only in `dtype`. In bfloat16 the result is therefore
-    rounded twice for many tokens, and once for a few.
+    vLLM's kernel takes the constant in `dtype`. In bfloat16 it is therefore rounded for many tokens, but not for a few.
+    Codes below 128 are int8 as they are, without a pass over them.
     """
 
-    constant: torch.Tensor
+    bias: torch.Tensor
 
     def __init__(self, operands: IntegerOperands, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype = len(operands.constant), dtype
+        self.offset = _SIGNED if operands.largest >= _SIGNED else 0
         scales = (operands.weight_scale * operands.scale).unsqueeze(1)  # kept as a buffer: the kernel reads this memory
         weight = operands.integers.T
         self.handler = kernels.create_onednn_scaled_mm(weight, scales, dtype, dynamic_quant=False, use_azp=True)
@@ -41,13 +42,14 @@ class ServedProduct(nn.Module):
             "handler_scales": scales,
             "address": self.handler.handler_tensor,
             "input_scale": torch.ones(1, dtype=torch.float32),
-            "input_zero_point": torch.tensor([operands.zero_point - _SIGNED], dtype=torch.int32),
-            "constant": operands.constant,
+            "input_zero_point": torch.tensor([operands.zero_point - self.offset], dtype=torch.int32),
+            "bias": operands.constant.to(dtype),
         }
         nibbles = pack_nibbles(operands)
         self.has_nibbles = nibbles is not None
         if nibbles is not None:
-            buffers |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "offset": nibbles.offset}
+            buffers |= {"nibbles": nibbles.packed, "scale": nibbles.scale, "weight_offset": nibbles.offset}
+            buffers |= {"constant": operands.constant}
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -57,20 +59,22 @@ class ServedProduct(nn.Module):
                 codes,
                 self.nibbles,
                 self.scale,
-                self.offset,
+                self.weight_offset,
                 self.constant,
                 self.dtype,
                 FEW,
+                self.offset,
                 self.input_scale,
                 self.input_zero_point,
+                self.bias,
                 self.address,
             )
         product = torch.empty(len(codes), self.width, dtype=self.dtype)
-        signed = (codes ^ _SIGNED).view(torch.int8)
+        signed = (codes ^ self.offset if self.offset else codes).view(torch.int8)
         torch.ops._C.onednn_scaled_mm(
-            product, signed, self.input_scale, self.input_zero_point, None, None, self.address
+            product, signed, self.input_scale, self.input_zero_point, None, self.bias, self.address
         )
-        return (product.float() + self.constant).to(self.dtype)
+        return product
 
 
 class HeadProduct(nn.Module):
@@ -138,8 +142,9 @@ def find_head_product(device: torch.device) -> type[HeadProduct] | None:
     integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)
     codes = torch.arange(-127, 128, 4, dtype=torch.int8)
     exact = (codes.long() * integers.long()).sum(1).float()
-    product = HeadProduct(integers, torch.ones(16), torch.float32)
-    rows = [product(codes.repeat(tokens, 1), torch.ones(tokens, 1)) for tokens in (1, 64)]
+    ones = torch.ones(64, 1, dtype=torch.float32)  # vLLM loads with the model's dtype as the default one
+    product = HeadProduct(integers, ones[:16, 0], torch.float32)
+    rows = [product(codes.repeat(tokens, 1), ones[:tokens]) for tokens in (1, 64)]
     if all(torch.equal(found, exact.expand_as(found)) for found in rows):
         return HeadProduct
     _warn_once("for lm_head that is exact on this machine")
