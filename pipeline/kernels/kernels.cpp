@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -60,37 +61,62 @@ Lanes load(const float* from) {
 
 void store(float* to, Lanes values) { std::memcpy(to, &values, sizeof values); }
 
-// Sylvester's matrix of order LANES, with entries 1 and -1.
-struct Sylvester {
-  float rows[LANES][LANES];
-  Sylvester() {
-    for (int i = 0; i < LANES; ++i)
-      for (int j = 0; j < LANES; ++j) rows[i][j] = __builtin_popcount(i & j) % 2 ? -1.f : 1.f;
-  }
-};
-const Sylvester SYLVESTER;
+using Places = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+constexpr Places PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Multiply each of COUNT groups of LANES values by Sylvester's matrix of order LANES, in place.
+// One step within a vector: of two places whose numbers differ in the bit STEP, the lower one gets the sum and the other
+// one the difference.
+template <int STEP>
+Lanes combine_lanes(Lanes values) {
+#if defined(__clang__)
+  const Lanes others = [&]<int... I>(std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(values, values, (I ^ STEP)...);
+  }(std::make_integer_sequence<int, LANES>());
+#else
+  const Lanes others = __builtin_shuffle(values, PLACES ^ STEP);
+#endif
+  constexpr Places SIGNS = 1 - 2 * ((PLACES & STEP) / STEP);
+  return others + values * __builtin_convertvector(SIGNS, Lanes);
+}
+
+// Multiply COUNT * LANES values by Sylvester's matrix of that order, in place and in registers.
 template <int COUNT>
-void transform_lanes(float* values) {
-  Lanes sums[COUNT] = {};
-  for (int64_t i = 0; i < LANES; ++i) {
-    const Lanes row = load(SYLVESTER.rows[i]);
-    for (int place = 0; place < COUNT; ++place) sums[place] += values[place * LANES + i] * row;
-  }
-  for (int place = 0; place < COUNT; ++place) store(values + place * LANES, sums[place]);
+void transform_group(float* values) {
+  Lanes group[COUNT];
+#pragma GCC unroll 8
+  for (int place = 0; place < COUNT; ++place)
+    group[place] =
+        combine_lanes<8>(combine_lanes<4>(combine_lanes<2>(combine_lanes<1>(load(values + place * LANES)))));
+#pragma GCC unroll 3
+  for (int step = 1; step < COUNT; step *= 2)
+#pragma GCC unroll 8
+    for (int place = 0; place < COUNT; ++place)
+      if (!(place & step)) {
+        const Lanes one = group[place], other = group[place + step];
+        group[place] = one + other;
+        group[place + step] = one - other;
+      }
+  for (int place = 0; place < COUNT; ++place) store(values + place * LANES, group[place]);
+}
+
+// Multiply each of the groups of COUNT * LANES values of values[width], and return the size of a group.
+template <int COUNT>
+int64_t transform_groups(float* values, int64_t width) {
+  for (int64_t start = 0; start < width; start += COUNT * LANES) transform_group<COUNT>(values + start);
+  return COUNT * LANES;
 }
 
 // Multiply each group of `order` values of values[width] by Sylvester's matrix of that order, in place.
 void transform_sylvester(float* values, int64_t width, int64_t order) {
   int64_t step = 1;
-  if (order >= LANES) {
-    constexpr int TOGETHER = 8;  // independent sums, which run in parallel
-    int64_t start = 0;
-    for (; start + TOGETHER * LANES <= width; start += TOGETHER * LANES) transform_lanes<TOGETHER>(values + start);
-    for (; start < width; start += LANES) transform_lanes<1>(values + start);
-    step = LANES;
-  }
+  if (order >= 8 * LANES)
+    step = transform_groups<8>(values, width);
+  else if (order == 4 * LANES)
+    step = transform_groups<4>(values, width);
+  else if (order == 2 * LANES)
+    step = transform_groups<2>(values, width);
+  else if (order == LANES)
+    step = transform_groups<1>(values, width);
   for (; step < order; step *= 2) {
     for (int64_t start = 0; start < width; start += 2 * step) {
       float *low = values + start, *high = low + step;
@@ -147,10 +173,58 @@ void transform_columns(const float* from, float* to, const float* matrix, int64_
   }
 }
 
+// Paley's second construction makes a matrix from a conference matrix C of half the order:
+//
+//     C ⊗ [1 1; 1 -1] + I ⊗ [1 -1; -1 -1]
+//
+// With the sums s and the differences d of neighbouring values, the result is C s + d in even places and C d - s in odd
+// ones, half the work of the whole matrix. C is symmetric, with zeros on the diagonal.
+
+// Compute the results of C for its rows j = first … first + ROWS - 1, and for LANES columns of `width`. `from` holds s and
+// d by turns.
+template <int ROWS>
+void transform_pair_tile(const float* from, float* to, const float* conference, int64_t half, int64_t width,
+                         int64_t first) {
+  Lanes even[ROWS], odd[ROWS];
+  for (int row = 0; row < ROWS; ++row) {
+    even[row] = load(from + (2 * (first + row) + 1) * width);
+    odd[row] = -load(from + 2 * (first + row) * width);
+  }
+  for (int64_t i = 0; i < half; ++i) {
+    const Lanes sum = load(from + 2 * i * width), difference = load(from + (2 * i + 1) * width);
+    const float* entries = conference + i * half + first;
+    for (int row = 0; row < ROWS; ++row) {
+      even[row] += sum * entries[row];
+      odd[row] += difference * entries[row];
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    store(to + 2 * (first + row) * width, even[row]);
+    store(to + (2 * (first + row) + 1) * width, odd[row]);
+  }
+}
+
+// Compute the same as `transform_columns` for such a matrix. `width` is a multiple of LANES. Overwrites `from`.
+void transform_pairs(float* from, float* to, const float* conference, int64_t half, int64_t width) {
+  for (int64_t i = 0; i < half; ++i)
+    for (int64_t c = 0; c < width; c += LANES) {
+      float *low = from + 2 * i * width + c, *high = low + width;
+      const Lanes one = load(low), other = load(high);
+      store(low, one + other);
+      store(high, one - other);
+    }
+  for (int64_t c = 0; c < width; c += LANES) {
+    int64_t j = 0;
+    for (; j + 6 <= half; j += 6) transform_pair_tile<6>(from + c, to + c, conference, half, width, j);
+    for (; j < half; j += 2) transform_pair_tile<2>(from + c, to + c, conference, half, width, j);
+  }
+}
+
 // A Hadamard matrix: the Kronecker product of Paley's matrices, [order, order] each, and Sylvester's of order
 // `sylvester`.
 struct Transform {
   std::vector<const float*> paley;
+  std::vector<std::vector<float>> conferences;  // of each of Paley's matrices; empty for those of his first construction
   std::vector<int64_t> orders;
   int64_t sylvester, order;
 
@@ -161,9 +235,19 @@ struct Transform {
                       matrix.is_contiguous(),
                   "a Paley matrix must be square, contiguous, and of an order that is a multiple of 4");
       paley.push_back(matrix.data_ptr<float>());
+      conferences.push_back(find_conference(paley.back(), matrix.size(0)));
       orders.push_back(matrix.size(0));
       order *= matrix.size(0);
     }
+  }
+
+  static std::vector<float> find_conference(const float* matrix, int64_t size) {
+    if (matrix[1] > 0) return {};  // the first construction has a row of ones
+    const int64_t half = size / 2;
+    std::vector<float> conference(half * half);
+    for (int64_t i = 0; i < half; ++i)
+      for (int64_t j = 0; j < half; ++j) conference[i * half + j] = i == j ? 0 : matrix[2 * i * size + 2 * j];
+    return conference;
   }
 
   // Multiply values[order] by the matrix. Returns where the result is, in `values` or in `other`.
@@ -172,8 +256,12 @@ struct Transform {
     int64_t width = sylvester;
     for (int64_t place = static_cast<int64_t>(paley.size()) - 1; place >= 0; --place) {
       const int64_t size = orders[place] * width;
+      const bool in_pairs = width % LANES == 0 && !conferences[place].empty();
       for (int64_t start = 0; start < order; start += size)
-        transform_columns(values + start, other + start, paley[place], orders[place], width);
+        if (in_pairs)
+          transform_pairs(values + start, other + start, conferences[place].data(), orders[place] / 2, width);
+        else
+          transform_columns(values + start, other + start, paley[place], orders[place], width);
       std::swap(values, other);
       width = size;
     }

@@ -12,8 +12,8 @@ from pipeline.numerics.hadamard import factor_hadamard, hadamard_matrix
 from pipeline.numerics.quantizer import ActivationQuantizer, QuantizerSpec
 
 needs_kernels = pytest.mark.skipif(not find_kernels(), reason="no C++ compiler")
-# Sylvester's matrix alone, below and above 16 lanes; with one and with two of Paley's matrices; in blocks.
-WIDTHS = [1, 4, 8, 64, 256, 20, 48, 576, 1536, 1904, 156, 172]
+# Sylvester's matrix alone, below and above 16 lanes; with one and with two of Paley's matrices, of both constructions.
+WIDTHS = [1, 4, 8, 32, 64, 128, 512, 20, 48, 144, 576, 1296, 1536, 1904, 4864, 156, 172]
 
 
 def make_quantizer(width, bits=4, symmetric=True, centered=True, scale=0.3):
