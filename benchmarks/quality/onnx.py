@@ -164,7 +164,9 @@ def print_tables(rows: dict[str, Any], prompts: Sequence[str] = CHOSEN_PROMPTS) 
     ]
     titles = [title for corpus in corpora for title in (corpus, "in the pipeline")]
     print(format_markdown(["format", "rotation", "prefix", *titles], lines, titles=3))
-    lines = [[row, *(f"`{sample!r}`" for sample in values["samples"])] for row, values in rows.items()]
+    lines = [
+        [row, *(f"`{sample!r}`".replace("|", r"\|") for sample in values["samples"])] for row, values in rows.items()
+    ]
     print("\n" + format_markdown(["row", *prompts], lines, titles=1 + len(prompts)))
 
 
