@@ -11,7 +11,7 @@ formats and not rounding.
 Each row is quantized from a finished run in --artifacts, exported as `export.formats: [onnx]` does, and read by ONNX
 Runtime on the CPU. Rows with the same activations share one trace and differ in its tensors. `pipeline` is the
 perplexity of the same checkpoint in this project. Finished rows are kept in --json and skipped later. --keep keeps the
-folders, whose speed `benchmarks.speed.onnx` compares.
+folders, whose speed `benchmarks.speed.onnx` compares, and the checkpoint in each, for `benchmarks.quality.onnx_parity`.
 """
 
 import shutil
@@ -48,14 +48,14 @@ ROWS = [
     "float/none/none",
     *(
         f"{name}/{rotation}/{use}"
-        for name in ("W8A8", "W4A8")
+        for name in ("W8A8", "W4A8", "W8A16")
         for rotation in ("none", "merged")
         for use in ("none", "found")
     ),
-    "W8A16/merged/found",
 ]
 CHOSEN_PROMPTS = PROMPTS[:3]
 NEW_TOKENS = 20
+CHECKPOINT = "checkpoint"  # in the folder of a row: the quantized model that it was exported from
 
 
 def main() -> None:
@@ -106,29 +106,37 @@ class Exporter:
 
 
 def measure(bench: Bench, exporter: Exporter, row: str, folder: Path, threads: int) -> dict[str, Any]:
-    """Quantize and export one row into `folder`, and measure it."""
+    """Quantize and export one row into `folder`, with its checkpoint, and measure it."""
     name, rotation, use = row.split("/")
     quantized, start_token = bench.quantize(rotation, 32, use, FORMATS[name], searches_weights=name == "W4A8")
     evaluated = bench.evaluate(quantized, start_token)["perplexity"]
+    shutil.rmtree(folder, ignore_errors=True)
     exporter.write(name, quantized, folder, start_token)
     model = OnnxModel(folder, threads)
     perplexity = {
-        corpus: measure_perplexity(model, windows, start_token) for corpus, windows in bench.load_held_out().items()
+        corpus: measure_losses(model, windows, start_token).mean().exp().item()
+        for corpus, windows in bench.load_held_out().items()
     }
     samples = [continue_text(model, quantized.tokenizer, prompt, start_token) for prompt in CHOSEN_PROMPTS]
+    shutil.move(quantized.folder, folder / CHECKPOINT)
     shutil.rmtree(quantized.folder.parent)
     return {"perplexity": perplexity, "pipeline": evaluated, "samples": samples}
 
 
-def measure_perplexity(model: OnnxModel, windows: torch.Tensor, start_token: int | None) -> float:
-    """Return the perplexity of windows [N, T], each read in one call; the first token is not predicted."""
+def measure_losses(model: OnnxModel, windows: torch.Tensor, start_token: int | None) -> torch.Tensor:
+    """Return the mean loss of each window [N, T] in nats, float64 [N]; the first token is not predicted."""
     losses = []
     start = start_token_list(start_token)
     for window in windows.tolist():
-        logits, _ = model.read([start + window])
-        log_p = torch.from_numpy(logits[0, len(start) : -1]).double().log_softmax(-1)
-        losses.append(-log_p.gather(1, torch.tensor(window[1:])[:, None]).mean())
-    return float(torch.stack(losses).mean().exp())
+        logits, _ = model.read([start + window])  # one call for the whole window
+        losses.append(measure_loss(torch.from_numpy(logits[0, len(start) :]), torch.tensor(window)))
+    return torch.stack(losses)
+
+
+def measure_loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of a window [T] in nats, float64, from its logits [T, V]."""
+    log_p = logits[:-1].double().log_softmax(-1)
+    return -log_p.gather(1, window[1:, None]).mean()
 
 
 def continue_text(model: OnnxModel, tokenizer: Any, prompt: str, start_token: int | None) -> str:
@@ -156,7 +164,9 @@ def print_tables(rows: dict[str, Any], prompts: Sequence[str] = CHOSEN_PROMPTS) 
     ]
     titles = [title for corpus in corpora for title in (corpus, "in the pipeline")]
     print(format_markdown(["format", "rotation", "prefix", *titles], lines, titles=3))
-    lines = [[row, *(f"`{sample!r}`" for sample in values["samples"])] for row, values in rows.items()]
+    lines = [
+        [row, *(f"`{sample!r}`".replace("|", r"\|") for sample in values["samples"])] for row, values in rows.items()
+    ]
     print("\n" + format_markdown(["row", *prompts], lines, titles=1 + len(prompts)))
 
 

@@ -6,10 +6,12 @@ it gets the next integer, and logits of later positions move by the effect of on
 
 import logging
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pipeline.blocks.prefix_kv import load_prefix_kv
@@ -26,6 +28,8 @@ onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 
+from benchmarks.quality.onnx import measure_losses  # noqa: E402  (needs onnx)
+from benchmarks.quality.onnx_parity import compare_perplexity, record_integers, run_integers  # noqa: E402
 from pipeline.interop.onnx_folder import write_onnx  # noqa: E402  (needs onnx)
 from pipeline.interop.onnx_graph import GraphMismatchError, build_graph, fill_graph_  # noqa: E402
 from pipeline.interop.onnx_session import OnnxFolderError, OnnxModel  # noqa: E402  (needs onnxruntime)
@@ -159,6 +163,38 @@ def test_padding_on_the_left_changes_no_text(exported):
     for row, start in enumerate((0, 6, 11)):
         whole = torch.cat((TEXTS[row, start:], TEXTS[3 + row, :1]))
         assert_same(after[row], model(whole[None]).logits[0, -1:].numpy())
+
+
+@torch.no_grad()
+def test_the_same_integers_at_every_site_give_the_same_logits(exported):
+    model, session, folder = exported
+    if session.step is not None:
+        pytest.skip("a graph with static sizes reads its text in pieces")
+    integers, logits = run_integers(session, folder, TEXTS)
+    local, expected = record_integers(model, TEXTS, integers)
+    steps = torch.cat([(integers[name] - local[name]).abs().flatten() for name in local])
+    assert integers.keys() == local.keys()
+    assert steps.max() <= 1
+    wide = max(codes.max() for codes in integers.values()) > 255
+    # Integers of 16 bits are so fine that the order of sums decides more often: 7e-4. Of 8 bits: at most 3e-5.
+    assert (steps > 0).double().mean() < (2e-3 if wide else 1e-4)
+    assert (logits - expected).abs().max() < 1e-6 * expected.abs().max()  # measured: 3.5e-7
+
+
+@pytest.mark.parametrize("exported", ["W8A8"], indirect=True)
+@torch.no_grad()
+def test_perplexity_is_compared_by_window(exported):
+    model, session, _ = exported
+    windows, start = TEXTS[:3], [5]
+    logits = [torch.from_numpy(session.read([start + window])[0][0, 1:-1]) for window in windows.tolist()]
+    losses = torch.stack([cross_entropy(*pair) for pair in zip(logits, windows[:, 1:], strict=True)])
+    torch.testing.assert_close(measure_losses(session, windows, 5).float(), losses)
+    table = compare_perplexity(deepcopy(model).double(), session, {"news": windows}, {"news": losses + 0.01}, 5)
+    first, second = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    assert [cell.strip() for cell in first[:3]] == ["ONNX Runtime", "news", "3 x 14"]
+    assert float(first[3]) == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert first[5].strip() == "-1.00% ± 0.00%"
+    assert second[5].startswith(("-0.9", "-1.0"))  # the order of sums, and at most a few integers
 
 
 def test_the_graph_is_valid_and_says_that_it_holds_no_prefix(exported):
