@@ -14,6 +14,7 @@ from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
     CwmConfig,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -196,6 +197,15 @@ FAMILIES |= MOE_FAMILIES
 _TWO_BLOCKS = SIZES | {"num_hidden_layers": 2}
 # Their routers have a correction bias.
 NEAR_FAMILIES |= {
+    "ernie4_5_moe": Ernie4_5_MoeConfig(
+        **_TWO_BLOCKS,
+        tie_word_embeddings=True,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_intermediate_size=32,
+        moe_layer_start_index=1,
+    ),
     "glm4_moe": Glm4MoeConfig(
         **_TWO_BLOCKS,
         head_dim=16,

@@ -44,8 +44,6 @@ _BY_FAMILY = {
     "bloom": "ALiBi in place of RoPE in all layers",
     "cohere": "RoPE that pairs channels 2i and 2i + 1 in all layers",
     "cohere2": "RoPE that pairs channels 2i and 2i + 1 in all layers",
-    "ernie4_5_moe": "RoPE that pairs channels 2i and 2i + 1 in all layers, and experts chosen by a softmax with a "
-    "correction bias, which no family with Llama's RoPE has",
     "rwkv": "layers with a recurrent state in place of attention",
     "rwkv7": "layers with a recurrent state in place of attention",
     "gemma4_text": "a factor on the output of each layer (layer_scalar), and a norm of values",

@@ -3,7 +3,7 @@
 transformers holds the experts of a block as two 3-D parameters, which hooks on linears never reach. `route_experts_`
 replaces this module by `RoutedExperts`, in which each expert has three linears of its own. So all code for the
 linears of a dense block works for experts too. Router, shared expert and the block's forward do not change, except that
-`SharedMixture` hands one tensor to the experts of glm4_moe.
+`SharedMixture` hands one tensor to all experts of glm4_moe and ernie4_5_moe.
 
 The tensors of E experts have three layouts (I is the width of an expert, D the hidden size):
 
@@ -149,10 +149,10 @@ class RoutedExperts(nn.Module):
 
 
 class SharedMixture(nn.Module):
-    """The router, the routed experts and the shared experts of glm4_moe, which all read one tensor [n, D].
+    """The router, the routed experts and the shared experts of glm4_moe and ernie4_5_moe. All read one tensor [n, D].
 
-    In transformers' own module, routed and shared experts read two views of it, so that a quantizer would get all
-    tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.
+    In transformers' module of glm4_moe, routed and shared experts read two views of it, so that a quantizer would get
+    all tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.
     """
 
     def __init__(self, mixture: nn.Module) -> None:
@@ -212,7 +212,7 @@ def route_experts_(block: nn.Module, name: str) -> None:
     if experts is not None and not isinstance(experts, RoutedExperts):
         block.set_submodule(name, RoutedExperts(experts))
         mixture = block.get_submodule(parent)
-        if hasattr(mixture, "shared_experts"):
+        if getattr(mixture, "shared_experts", None) is not None:  # ernie4_5_moe may have none
             block.set_submodule(parent, SharedMixture(mixture))
 
 
