@@ -108,7 +108,7 @@ def test_the_block_objective_of_weights_lowers_the_error_of_the_block(imported, 
     assert errors["block"] < errors["max"]
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2", "ernie4_5_moe"])
 def test_keys_quantized_before_rope_are_judged_after_it(family, imported, tmp_path):
     """The factors minimise the error of the probabilities, RoPE and prefix included, and so the error of the block."""
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}

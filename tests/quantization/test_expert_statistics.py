@@ -33,7 +33,7 @@ LOPSIDED = 3 + torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(1)
 HIDDEN = torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["mixtral", "qwen2_moe"])
+@pytest.fixture(params=["mixtral", "qwen2_moe", "ernie4_5_moe"])
 def sparse(request, imported, tmp_path):
     """Return a rotated checkpoint, its runner, and the index of a block with experts."""
     return *rotate(imported[request.param], tmp_path / "rotation", r1="online")[:2], 1
@@ -71,9 +71,11 @@ def find_mlp_input(block, runner, hidden):
 
 
 def route(block, x):
-    """Return the chosen experts and their weights of tokens x [n, D], from the router's matrix."""
+    """Return the chosen experts and their weights of tokens x [n, D], from the router's matrix and its bias, if any."""
     p = (x @ block.mlp.gate.weight.T).softmax(-1)
-    weights, chosen = p.topk(2, dim=-1)
+    statics = getattr(block.mlp.gate, "moe_statics", None)
+    chosen = (p if statics is None else p + statics.e_score_correction_bias).topk(2, dim=-1).indices
+    weights = p.gather(1, chosen)
     return chosen, weights / weights.sum(-1, keepdim=True)
 
 
@@ -128,6 +130,8 @@ def test_quantized_experts_equal_a_loop_over_tokens(sparse, tmp_path):
         if hasattr(block.mlp, "shared_expert"):
             gate = torch.sigmoid(block.mlp.shared_expert_gate.weight @ x[token])
             expected[token] += gate * run_mlp(block.mlp.shared_expert, rotated[token])
+        if hasattr(block.mlp, "shared_experts"):
+            expected[token] += run_mlp(block.mlp.shared_experts, rotated[token])
     computed = block.mlp(x[None])[0]
     assert torch.allclose(computed, expected, atol=1e-5 * expected.abs().max())
     fired = count_fired_quantizers(block, checkpoint.architecture)
