@@ -83,7 +83,8 @@ _NEEDS = {
     "weights that": "a place for them in rotation and quantization",
     "a key norm after RoPE": "norms_follow_rope in its entry, as for hunyuan_v1_dense",
     "RoPE on a part": "q and k permuted at import, as for glm (pipeline/importing/rewriting.py)",
-    "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py)",
+    "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py), or "
+    "rope_neighbours in its entry, as for ernie4_5_moe",
     "multipliers": "multipliers folded at import, as for granite (pipeline/importing/rewriting.py)",
     "experts": "an entry with its router and experts, as for qwen3_moe (docs/new_family.md)",
 }
