@@ -3,7 +3,7 @@
 Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own, which
 may be transposed:
 
-    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe, glm4_moe, ernie4_5_moe
+    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe, glm4_moe and others
     model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral, minimax_m2 (gate, up, down: w1, w3, w2)
     model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]             as transformers saves it
     model.language_model.layers.0.mlp.experts.gate_up_proj         the same [E, D, 2I]: qwen3_vl_moe

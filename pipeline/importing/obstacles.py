@@ -50,7 +50,6 @@ _BY_FAMILY = {
     "gemma4": "a factor on the output of each layer (layer_scalar), and a norm of values",
     "llama4_text": "complex RoPE with an L2 norm after it, and chunked attention",
     "bitnet": "norms inside attention and MLP, which prevent merging R2 and R4, in all layers",
-    "hunyuan_v1_moe": "a key norm after RoPE in all layers",
 }
 # They have an RMSNorm, and call its eps that of a LayerNorm.
 _RMS_FAMILIES = ("exaone", "mamba", "mamba2", "nemotron_h", "qwen")

@@ -50,6 +50,7 @@ class Architecture:
             every token passes as well; None in dense families, and where there is no shared expert.
         interleaved_experts: the layout of the routed experts' tensors in full precision (models/experts.py).
         routers: the linears that read the MLP's input in full precision: the router, and the gate of the shared expert.
+        router_module: the module that chooses experts; None: the first of `routers`.
         expert_scores: how the router turns its logits into scores (models/routing.py).
         float32_routers: whether the weights of `routers` are float32 in models of every dtype.
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
@@ -78,6 +79,7 @@ class Architecture:
     experts: str | None = None
     shared_expert: str | None = None
     routers: tuple[str, ...] = ()
+    router_module: str | None = None
     interleaved_experts: bool = False
     expert_scores: ExpertScores = "softmax"
     float32_routers: bool = False
@@ -96,6 +98,11 @@ class Architecture:
     def head_names(self, quantized: bool) -> tuple[str, ...]:
         """Return the names of the tensors of lm_head: its weight, and its scales if it is quantized."""
         return (self.lm_head, f"{self.lm_head}_scale") if quantized else (self.lm_head,)
+
+    @property
+    def router(self) -> str:
+        """The module that returns logits [n, E], and weights and numbers of the chosen experts [n, k]."""
+        return self.router_module or self.routers[0]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -411,6 +418,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_neighbours=True, shared_expert="mlp.shared_experts", float32_routers=True, **_ROUTED
     ),
     "glm4_moe": Architecture(shared_expert="mlp.shared_experts", expert_scores="sigmoid", **_ROUTED),
+    "hunyuan_v1_moe": Architecture(
+        query_norm="query_layernorm",
+        key_norm="key_layernorm",
+        norms_follow_rope=True,
+        heads_first=True,
+        experts="mlp.experts",
+        shared_expert="mlp.shared_mlp",
+        routers=("mlp.gate.wg",),
+        router_module="mlp.gate",
+        float32_routers=True,
+    ),
     "minimax_m2": Architecture(expert_scores="sigmoid", **_ROUTED),
     "gpt_oss": Architecture(
         kernel="eager",

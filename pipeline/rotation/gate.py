@@ -32,6 +32,7 @@ GATE_TOLERANCE = 1e-9
 _WINDOWS, _LENGTH = 2, 64
 _EAGER = "prefixquant_exact_eager"
 _ROPE = "apply_rotary_pos_emb"
+_ROUTERS = ("topkrouter", "hunyuanmoev1gate")  # endings of names of transformers' classes
 
 
 class RotationError(PipelineError):
@@ -150,7 +151,7 @@ def compute_exactly_(block: DecoderLayer) -> None:
     config = block.self_attn.config
     architecture = find_architecture(config)
     for module in block.modules():
-        if type(module).__name__.lower().endswith("topkrouter"):
+        if type(module).__name__.lower().endswith(_ROUTERS):
             module.register_forward_hook(functools.partial(_route_exactly, architecture.expert_scores))
     offset = architecture.norm_offset
     for module in block.modules():
@@ -195,7 +196,7 @@ def _route_exactly(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose experts in float64; return logits [n, E], weights and indices [n, k]."""
     _, rounded, chosen = output
-    weight = router.weight
+    weight = getattr(router, "wg", router).weight
     assert isinstance(weight, torch.Tensor)
     logits = nn.functional.linear(args[0].reshape(-1, weight.shape[1]), weight, getattr(router, "bias", None))
     bias = find_correction_bias(router, args)

@@ -27,7 +27,7 @@ def copy_model(folder, target, change):
     return target
 
 
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "ernie4_5_moe"])
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "ernie4_5_moe", "hunyuan_v1_moe"])
 def test_import_equals_transformers_reading_of_one_tensor_per_expert(family, model_folders, tmp_path):
     names = load_file(model_folders[family] / WEIGHTS)
     assert any(".experts.3." in name for name in names)
@@ -47,7 +47,7 @@ def test_import_equals_transformers_reading_of_one_tensor_per_expert(family, mod
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe", "hunyuan_v1_moe"])
 def test_three_dimensional_tensors_give_the_same_checkpoint(family, model_folders, imported, tmp_path):
     def fuse(tensors):
         own = {".mlp.moe_statics.": ".mlp.gate.moe_statics."}  # a name in checkpoints -> in transformers' class
@@ -101,6 +101,34 @@ def test_a_bias_of_lm_head_is_refused_by_name(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "source")
     with pytest.raises(UnsupportedModelError, match="model_type='ernie4_5_moe': its config asks for a bias of lm_head"):
         import_model(str(tmp_path / "source"), None, torch.float32, tmp_path / "model")
+
+
+@pytest.mark.parametrize("limit", [1e12, 0], ids=["whole", "by block"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_hunyuan_in_bfloat16_is_imported_as_transformers_reads_it(tied, limit, tmp_path):
+    config = copy.deepcopy(NEAR_FAMILIES["hunyuan_v1_moe"])
+    config.tie_word_embeddings = tied
+    randomize_(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    gate = functools.partial(check_import, limit=limit)
+    metrics = import_model(str(tmp_path / "source"), None, torch.bfloat16, tmp_path / "model", check_result=gate)
+    assert (metrics["max_logit_deviation"], metrics["tied_embeddings"]) == (0, tied)
+    tensors = Checkpoint(tmp_path / "model", "model").load_block_tensors(1)
+    assert (tensors["mlp.gate.wg.weight"].dtype, tensors["self_attn.q_proj.weight"].dtype) == (
+        torch.float32,
+        torch.bfloat16,
+    )
+
+
+def test_one_number_of_chosen_experts_is_kept_and_several_are_refused(model_folders, imported, tmp_path):
+    """Hunyuan-A13B states the same number for each layer."""
+    assert NEAR_FAMILIES["hunyuan_v1_moe"].moe_topk == [2, 2]
+    assert Checkpoint(imported["hunyuan_v1_moe"], "model").config.num_experts_per_tok == 2
+    shutil.copytree(model_folders["hunyuan_v1_moe"], tmp_path / "mixed")
+    path = tmp_path / "mixed" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"moe_topk": [2, 1]}))
+    with pytest.raises(UnsupportedModelError, match=r"moe_topk=\[2, 1\] is not supported"):
+        import_model(str(tmp_path / "mixed"), None, torch.float32, tmp_path / "model")
 
 
 def test_a_missing_expert_is_refused_by_name(model_folders, tmp_path):

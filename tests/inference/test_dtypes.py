@@ -162,14 +162,17 @@ def test_correction_biases_of_routers_stay_float32(exported, family):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(biases, source, strict=True))
 
 
+@pytest.mark.parametrize(("family", "router"), [("ernie4_5_moe", "mlp.gate"), ("hunyuan_v1_moe", "mlp.gate.wg")])
 @torch.no_grad()
-def test_weights_of_a_float32_router_stay_float32(exported):
-    """transformers keeps them in ernie4_5_moe, whatever the model's dtype."""
-    folder, checkpoint, _ = exported("ernie4_5_moe", "dynamic")
-    stored = checkpoint.load_block_tensors(1)["mlp.gate.weight"]
+def test_weights_of_a_float32_router_stay_float32(exported, family, router):
+    """transformers keeps them in float32 in these families, whatever the model's dtype."""
+    folder, checkpoint, _ = exported(family, "dynamic")
+    stored = checkpoint.load_block_tensors(1)[f"{router}.weight"]
     assert (stored.dtype, stored.to(torch.bfloat16).float().equal(stored)) == (torch.float32, False)
     model = load(folder)[0]
+    assert torch.equal(model(TEXT).logits, assemble(checkpoint)(TEXT).logits)
     for cast in (lambda: None, model.half, model.float):
         cast()
-        assert torch.equal(model.model.layers[1].mlp.gate.weight, stored)
-        assert model.model.layers[1].mlp.gate.weight.dtype == torch.float32
+        weight = model.model.layers[1].get_submodule(router).weight
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, stored)

@@ -13,13 +13,13 @@ from pipeline.models.routing import (
 )
 from tests.conftest import make_model
 
-ROUTERS = ["mixtral", "qwen2_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss", "ernie4_5_moe"]
+ROUTERS = ["mixtral", "qwen2_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss", "ernie4_5_moe", "hunyuan_v1_moe"]
 
 
 def read_calls(family):
     """Return the router of a block with experts, the kind of its scores, and arguments and outputs of one call."""
     model, calls = make_model(family), []
-    router = model.model.layers[1].get_submodule(find_architecture(model.config).routers[0])
+    router = model.model.layers[1].get_submodule(find_architecture(model.config).router)
     router.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     with torch.no_grad():
         model(torch.randint(0, 320, (4, 64), generator=torch.Generator().manual_seed(0)))
@@ -34,7 +34,8 @@ def order(indices, weights):
 @pytest.mark.parametrize("family", ROUTERS)
 def test_choice_and_weights_are_the_routers_own(family):
     router, kind, args, (_, weights, indices) = read_calls(family)
-    logits = torch.nn.functional.linear(args[0].reshape(-1, 48), router.weight, getattr(router, "bias", None))
+    weight, bias = getattr(router, "wg", router).weight, getattr(router, "bias", None)
+    logits = torch.nn.functional.linear(args[0].reshape(-1, 48), weight, bias)
     chosen = choose_experts(router, kind, logits, find_correction_bias(router, args))
     chosen, expected = order(chosen, weigh_experts(router, kind, logits, chosen))
     indices, weights = order(indices, weights)
@@ -80,5 +81,7 @@ def test_names_of_float32_tensors():
     for family, router in (("ernie4_5_moe", True), ("glm4_moe", False), ("llama", False)):
         keeps = ARCHITECTURES[family].keeps_float32
         assert keeps("mlp.gate.weight") == router
+        assert not keeps("mlp.gate.wg.weight")
         assert keeps("model.layers.3.mlp.gate.moe_statics.e_score_correction_bias")
         assert not any(map(keeps, ("mlp.gate_proj.weight", "mlp.shared_experts.gate_proj.weight")))
+    assert ARCHITECTURES["hunyuan_v1_moe"].keeps_float32("mlp.gate.wg.weight")

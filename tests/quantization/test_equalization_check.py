@@ -44,6 +44,7 @@ def check(checkpoint, runner, rows=8, **changes):
         "apertus",
         "gpt_oss",
         "ernie4_5_moe",
+        "hunyuan_v1_moe",
     ],
 )
 def test_scaling_that_cancels_passes(family, imported, tmp_path):
