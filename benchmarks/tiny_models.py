@@ -14,6 +14,7 @@ from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
     CwmConfig,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -28,6 +29,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
     HyperCLOVAXConfig,
     LlamaConfig,
     MiniMaxM2Config,
@@ -196,6 +198,15 @@ FAMILIES |= MOE_FAMILIES
 _TWO_BLOCKS = SIZES | {"num_hidden_layers": 2}
 # Their routers have a correction bias.
 NEAR_FAMILIES |= {
+    "ernie4_5_moe": Ernie4_5_MoeConfig(
+        **_TWO_BLOCKS,
+        tie_word_embeddings=True,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_intermediate_size=32,
+        moe_layer_start_index=1,
+    ),
     "glm4_moe": Glm4MoeConfig(
         **_TWO_BLOCKS,
         head_dim=16,
@@ -211,6 +222,17 @@ NEAR_FAMILIES |= {
     ),
     "minimax_m2": MiniMaxM2Config(
         **_TWO_BLOCKS, head_dim=16, num_local_experts=4, num_experts_per_tok=2, partial_rotary_factor=0.75
+    ),
+}
+# Norms of queries and keys after RoPE, a shared expert, a router with a linear of its own.
+NEAR_FAMILIES |= {
+    "hunyuan_v1_moe": HunYuanMoEV1Config(
+        **_TWO_BLOCKS | {"intermediate_size": 32},
+        head_dim=16,
+        num_experts=4,
+        moe_topk=[2, 2],
+        attention_bias=True,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
     ),
 }
 # Attention sinks, and experts with biases and a clamped gate. The limit is low, so that some values are clamped.

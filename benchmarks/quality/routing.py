@@ -73,7 +73,7 @@ def main() -> None:
 
 def load_routers(original: Checkpoint) -> list[nn.Module]:
     """Return the router of each block of a model in full precision."""
-    name = original.architecture.routers[0]
+    name = original.architecture.router
     return [load_block(original, index).get_submodule(name) for index in range(original.block_count)]
 
 

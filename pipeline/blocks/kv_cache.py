@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # as in every family: blocks/rope.py checks
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # of most families: blocks/rope.py checks
 
 from pipeline.blocks.sliding import find_first_visible
 from pipeline.kernels.packed_states import fits_kernels, pack_states, takes_matrix, unpack_states_
@@ -60,6 +60,7 @@ class KeyQuantizer(KeepsDtype):
         mean: float32 [heads, d], of the keys before RoPE; only of a centered quantizer that acts after RoPE.
         transform: R3 and, called with True, its inverse.
         turns: whether the layer has RoPE.
+        neighbours: whether RoPE turns neighbouring channels together.
     """
 
     mean: torch.Tensor
@@ -73,9 +74,10 @@ class KeyQuantizer(KeepsDtype):
         before_rope: bool,
         *,
         turns: bool = True,
+        neighbours: bool = False,
     ) -> None:
         super().__init__()
-        self.turns = turns
+        self.turns, self.neighbours = turns, neighbours
         self.heads, self.head_dim = heads, head_dim
         self.rotate = rotate
         self.before_rope = before_rope
@@ -140,7 +142,7 @@ class KeyQuantizer(KeepsDtype):
         Without RoPE it is the mean, [1, heads, 1, d].
         """
         mean = self.mean[None, :, None]
-        return turn_keys(mean, cos.float(), sin.float()) if self.turns else mean
+        return turn_keys(mean, cos.float(), sin.float(), self.neighbours) if self.turns else mean
 
     def hook_before_rope_(self, attention: Attention, heads_first: bool) -> None:
         """Apply it to the output of the key norm where the family has one, of k_proj otherwise.
@@ -322,7 +324,8 @@ def decode_keys_(
     turned = None if table is None else table.to(out.device)
     wide = quantizer.mean_taken_out or out.dtype == torch.float32
     matrix = find_single_matrix(width, True) if quantizer.rotate and takes_matrix(width) else None
-    if fits_kernels(inner, out) and (not quantizer.rotate or (matrix is not None and wide)):
+    turns_halves = table is None or not quantizer.neighbours  # the kernel turns a mean as Llama does
+    if fits_kernels(inner, out) and turns_halves and (not quantizer.rotate or (matrix is not None and wide)):
         mean = quantizer.mean if quantizer.mean_taken_out else None
         unpack_states_(out, codes, first, inner, matrix=matrix, mean=mean, places=places, table=turned)
         return
@@ -371,9 +374,17 @@ def complete_tables(tables: Positions, width: int) -> Positions:
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
-def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to keys [B, heads, T, d]; cos and sin are [B or 1, T, d]."""
-    return apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+def turn_keys(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neighbours: bool) -> torch.Tensor:
+    """Apply RoPE to keys [B, heads, T, d]; cos and sin are [B or 1, T, d], with the frequencies twice, side by side.
+
+    Args:
+        neighbours: whether channels (2i, 2i + 1) are turned by frequency i, and not (i, i + d/2).
+    """
+    if not neighbours:
+        return apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+    halves = torch.cat((keys[..., ::2], keys[..., 1::2]), dim=-1)
+    turned = apply_rotary_pos_emb(halves, halves, cos, sin)[1]
+    return torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
 def hook_keys_(

@@ -32,7 +32,6 @@ from pipeline.models.architectures import Architecture, uses_rope
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import RoutedExperts, split_experts
 from pipeline.models.layers import DecoderLayer, find_linear
-from pipeline.models.routing import keeps_float32
 from pipeline.models.sites import RESIDUAL_SITES, Site, base_site, site_group
 from pipeline.numerics.grids import StoredGrid
 from pipeline.numerics.hadamard import hadamard_transform
@@ -362,6 +361,7 @@ def add_quantizers_(block: DecoderLayer, architecture: Architecture, settings: B
         rotate,
         before_rope,
         turns=uses_rope(attention.config, block),
+        neighbours=architecture.rope_neighbours,
     )
     if before_rope:
         attention.key_quantizer.hook_before_rope_(attention, architecture.heads_first)
@@ -461,30 +461,32 @@ def fill_block(
     Raises:
         RuntimeError: the tensors are not those that the settings ask for; the message lists them.
     """
-    block = checkpoint.build_block(index)
+    block, architecture = checkpoint.build_block(index), checkpoint.architecture
     if settings is not None:
-        add_quantizers_(block, checkpoint.architecture, settings, checkpoint.config.num_key_value_heads)
+        add_quantizers_(block, architecture, settings, checkpoint.config.num_key_value_heads)
     for linear in _linears(block) if any(name.endswith(".weight_scale") for name in tensors) else ():
         linear.declare_quantized_()
     # Float weights and biases take the dtype that the model computes in. Integers and quantizers keep theirs.
     dtype = dtype or checkpoint.dtype
     cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and not _keeps_dtype(name, dtype) else tensor
-        for name, tensor in split_experts(tensors, checkpoint.architecture.interleaved_experts).items()
+        name: tensor.to(dtype) if tensor.is_floating_point() and not _keeps_dtype(architecture, name, dtype) else tensor
+        for name, tensor in split_experts(tensors, architecture.interleaved_experts).items()
     }
     calibrated = any(name.endswith(_QUANTIZER) for name in tensors)
     missing, unexpected = block.load_state_dict(cast, strict=False, assign=True)
     missing = [name for name in missing if calibrated or "quantizer." not in name]
     if missing or unexpected:
         raise RuntimeError(f"block {index}: missing tensors {missing}, unexpected {unexpected}")
-    for quantizer in find_site_quantizers(block, checkpoint.architecture).values():
+    for quantizer in find_site_quantizers(block, architecture).values():
         quantizer.calibrated = calibrated and quantizer.spec.enabled
     return block.requires_grad_(False).to(device)
 
 
-def _keeps_dtype(name: str, dtype: torch.dtype) -> bool:
-    """Return whether a quantizer's tensor or a correction bias keeps its dtype in a block that computes in `dtype`."""
-    return name.endswith(_BUFFERS) or (keeps_float32(name) and dtype.itemsize < torch.float32.itemsize)
+def _keeps_dtype(architecture: Architecture, name: str, dtype: torch.dtype) -> bool:
+    """Return whether a quantizer's or a router's tensor keeps its dtype in a block that computes in `dtype`."""
+    if name.endswith(_BUFFERS):
+        return True
+    return architecture.keeps_float32(name) and dtype.itemsize < torch.float32.itemsize
 
 
 def describe_blocks(settings: Sequence[BlockSettings]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Which channels RoPE turns together, and whether a family's keys are turned as this project assumes.
 
 Equalization, centered key quantizers and the choice of key ranges work with keys before RoPE. They assume that keys in
-the cache are Llama's RoPE of the output of `find_key_source`, or that output itself in layers without RoPE. Families
-differ: RoPE may turn neighbours (2i, 2i + 1) in place of (i, i + d/2), or only a part of each head, and a norm may
-follow it. So the attention module itself is run, its keys before RoPE are replaced by chosen vectors, and those in the
-cache are read.
+the cache are RoPE of the output of `find_key_source`, or that output itself in layers without RoPE. They also assume
+that RoPE turns channels (i, i + d/2) of a head together, or (2i, 2i + 1) where `Architecture.rope_neighbours` says so.
+Families differ: RoPE may turn a part of each head, and a norm may follow it. So the attention module itself is run, its
+keys before RoPE are replaced by chosen vectors, and those in the cache are read.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def find_rope_groups(block: DecoderLayer, runner: BlockRunner) -> torch.Tensor:
 
 @torch.no_grad()
 def check_rope(block: DecoderLayer, index: int, runner: BlockRunner) -> None:
-    """Check that the keys in the cache are Llama's RoPE of the keys before it, or these keys in a layer without RoPE.
+    """Check that the keys in the cache are the family's RoPE of those before it, or these keys in a layer without RoPE.
 
     Args:
         block: decoder layer `index`.
@@ -67,22 +67,23 @@ def check_rope(block: DecoderLayer, index: int, runner: BlockRunner) -> None:
     if keys.shape != before.shape:
         reason = f"{list(before.shape)}, in the cache {list(keys.shape)}"
         raise UnsupportedModelError(misshapen.format(reason=reason))
-    turns = uses_rope(config, block)
-    expected = turn_keys(before, *tables) if turns and tables[0].shape[-1] == width else before
+    turns, neighbours = uses_rope(config, block), find_architecture(config).rope_neighbours
+    expected = turn_keys(before, *tables, neighbours) if turns and tables[0].shape[-1] == width else before
     if not (keys - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         groups = find_rope_groups(block, runner).tolist()
         partners = [channel for channel, group in enumerate(groups) if group == groups[0]]
         alone = sum(groups.count(group) == 1 for group in groups)
+        assumed = [number // 2 for number in range(width)] if neighbours else list(range(width // 2)) * 2
         pairing = (
             f"RoPE turns channels {partners} of a head together, and {alone} of {width} channels not at all; expected "
-            f"are channels {[0, width // 2] if turns else [0]}"
-            if (groups != list(range(width // 2)) * 2 and turns) or (alone != width and not turns)
+            f"are channels {[0, 1 if neighbours else width // 2] if turns else [0]}"
+            if (groups != assumed and turns) or (alone != width and not turns)
             else "something acts on the keys after RoPE, such as a norm"
         )
         raise UnsupportedModelError(
-            f"{problem}keys in the cache are not those before RoPE, turned as Llama turns them: {pairing}. Centered "
-            "key quantizers and equalization would be wrong. A permutation of the rows of q_proj and k_proj at import "
-            "may help (docs/new_family.md)."
+            f"{problem}keys in the cache are not those before RoPE, turned as rope_neighbours={neighbours} says: "
+            f"{pairing}. Centered key quantizers and equalization would be wrong. Correct its entry in ARCHITECTURES, "
+            "or permute the rows of q_proj and k_proj at import (docs/new_family.md)."
         )
 
 

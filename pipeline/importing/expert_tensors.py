@@ -3,10 +3,12 @@
 Checkpoints store one tensor for each expert and projection, in names of two kinds, or already transformers' own, which
 may be transposed:
 
-    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe, glm4_moe
+    model.layers.0.mlp.experts.3.gate_proj.weight [I, D]           qwen2_moe, qwen3_moe, olmoe, glm4_moe and others
     model.layers.0.block_sparse_moe.experts.3.w1.weight [I, D]     mixtral, minimax_m2 (gate, up, down: w1, w3, w2)
     model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]             as transformers saves it
     model.language_model.layers.0.mlp.experts.gate_up_proj         the same [E, D, 2I]: qwen3_vl_moe
+
+The correction bias of ernie4_5_moe is in `mlp.moe_statics` there, and in `mlp.gate.moe_statics` in transformers' class.
 """
 
 import re
@@ -22,6 +24,7 @@ _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NAME = re.compile(
     r"(?P<block>.+\.layers\.(?P<index>\d+)\..+)\.experts\.(?P<expert>\d+)\.(?P<projection>[a-z0-9_]+)\.weight"
 )
+_STATICS = {".mlp.moe_statics.": ".mlp.gate.moe_statics."}  # in checkpoints -> in the model class
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -47,7 +50,8 @@ def join_experts(source: str, config: PreTrainedConfig, names: set[str], read: R
     for name in names:
         match = _NAME.fullmatch(name)
         if match is None or int(match["index"]) >= config.num_hidden_layers:  # heads for multi-token prediction
-            joined[name.replace(".block_sparse_moe.", ".mlp.")] = lambda name=name: read(name)
+            renamed = _replace(name.replace(".block_sparse_moe.", ".mlp."), _STATICS)
+            joined[renamed] = lambda name=name: read(name)
             continue
         block = match["block"].replace(".block_sparse_moe", ".mlp")
         projection = _MIXTRAL.get(match["projection"], match["projection"])
@@ -75,14 +79,22 @@ def turn_experts(name: str, tensor: torch.Tensor, hidden: int) -> torch.Tensor:
 def name_in_checkpoint(model_type: str, name: str) -> str:
     """Return the name that checkpoints of a family have for a tensor or module of one expert, or for its router.
 
-    mixtral, minimax_m2: model.layers.0.mlp.experts.3.gate_proj -> model.layers.0.block_sparse_moe.experts.3.w1. Other
-    families and other names are returned unchanged.
+    mixtral, minimax_m2: model.layers.0.mlp.experts.3.gate_proj -> model.layers.0.block_sparse_moe.experts.3.w1.
+    ernie4_5_moe: the place of the correction bias. Other families and other names are returned unchanged.
     """
+    if model_type == "ernie4_5_moe":
+        return _replace(name, {there: here for here, there in _STATICS.items()})
     if model_type not in ("mixtral", "minimax_m2") or ".mlp." not in name:
         return name
     for stored, projection in _MIXTRAL.items():
         name = name.replace(f".{projection}", f".{stored}")
     return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def _replace(name: str, parts: dict[str, str]) -> str:
+    for part, replacement in parts.items():
+        name = name.replace(part, replacement)
+    return name
 
 
 def _join(read: Read, stored: list[dict[int, str]]) -> torch.Tensor:

@@ -43,7 +43,7 @@ from pipeline.models.architectures import UnsupportedModelError, find_architectu
 from pipeline.models.checkpoint import CONFIG, CONFIG_KEY, INDEX
 from pipeline.models.experts import EAGER
 from pipeline.models.layers import CausalModel
-from pipeline.models.routing import keeps_float32
+from pipeline.models.routing import is_correction_bias
 
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
@@ -271,7 +271,7 @@ def _restore_biases_(model: CausalModel, config: PreTrainedConfig, names: set[st
     for index in range(model.config.num_hidden_layers):
         prefix = architecture.tensor_prefix(index)
         for name, bias in model.named_buffers():
-            if name.startswith(prefix) and keeps_float32(name):
+            if name.startswith(prefix) and is_correction_bias(name):
                 stored = architecture.tensor_prefix(first + index) + name.removeprefix(prefix)
                 stored = stored if stored in names else name_in_checkpoint(config.model_type, stored)
                 bias.data = read(stored).to(bias.device, torch.float32)

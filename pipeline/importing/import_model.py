@@ -45,7 +45,6 @@ from pipeline.models.architectures import (
 from pipeline.models.checkpoint import CONFIG, REPORT, CheckpointWriter, build_skeleton, copy_companions
 from pipeline.models.experts import route_experts_
 from pipeline.models.layers import CausalModel, DecoderLayer, as_decoder_layer
-from pipeline.models.routing import keeps_float32
 from pipeline.runtime.artifacts import replacing_folder, write_json
 from pipeline.runtime.errors import reading
 from pipeline.runtime.progress import show_progress
@@ -76,7 +75,7 @@ def import_model(
     Args:
         source: see the module's docstring and params.yaml.
         revision: revision of a hub id; other sources ignore it.
-        dtype: floating-point tensors are cast to it, once. Correction biases of routers are float32 in every dtype.
+        dtype: floating-point tensors are cast to it, once. Some tensors of routers are float32 in every dtype.
         folder: replaced as a whole after everything went well, untouched otherwise.
         check_plan: called with {site: width}, the number of blocks, the longest text, prefix included, and the sliding
             window (or None), before any tensor is read. May raise.
@@ -121,7 +120,7 @@ def import_model(
             problem = f"model.source={source!r}: {name} cannot be read"
             with reading(lambda reason: ModelImportError(f"{problem} ({reason}).")):
                 tensor = _check_tensor(source, name, plain.read(name), expected[name])
-                target = torch.float32 if keeps_float32(name) else dtype
+                target = torch.float32 if architecture.keeps_float32(name) else dtype
                 return (tensor.to(target) if tensor.is_floating_point() else tensor).contiguous()
 
         with replacing_folder(folder) as partial:
@@ -165,6 +164,10 @@ def _check_modules(skeleton: CausalModel, layers: list[DecoderLayer]) -> None:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: the final norm ({type(norm).__name__}) has the tensors "
             f"{sorted(norm.state_dict())}; supported is an RMSNorm, with a weight alone"
+        )
+    if skeleton.lm_head.bias is not None:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r}: its config asks for a bias of lm_head, which is not supported"
         )
     names = {architecture.attention_output, *architecture.attention_readers, *architecture.post_norms}
     names |= {name for name in (architecture.attention_norm, architecture.mlp_norm) if name is not None}

@@ -44,15 +44,12 @@ _BY_FAMILY = {
     "bloom": "ALiBi in place of RoPE in all layers",
     "cohere": "RoPE that pairs channels 2i and 2i + 1 in all layers",
     "cohere2": "RoPE that pairs channels 2i and 2i + 1 in all layers",
-    "ernie4_5_moe": "RoPE that pairs channels 2i and 2i + 1 in all layers, and experts chosen by a softmax with a "
-    "correction bias, which no family with Llama's RoPE has",
     "rwkv": "layers with a recurrent state in place of attention",
     "rwkv7": "layers with a recurrent state in place of attention",
     "gemma4_text": "a factor on the output of each layer (layer_scalar), and a norm of values",
     "gemma4": "a factor on the output of each layer (layer_scalar), and a norm of values",
     "llama4_text": "complex RoPE with an L2 norm after it, and chunked attention",
     "bitnet": "norms inside attention and MLP, which prevent merging R2 and R4, in all layers",
-    "hunyuan_v1_moe": "a key norm after RoPE in all layers",
 }
 # They have an RMSNorm, and call its eps that of a LayerNorm.
 _RMS_FAMILIES = ("exaone", "mamba", "mamba2", "nemotron_h", "qwen")
@@ -85,7 +82,8 @@ _NEEDS = {
     "weights that": "a place for them in rotation and quantization",
     "a key norm after RoPE": "norms_follow_rope in its entry, as for hunyuan_v1_dense",
     "RoPE on a part": "q and k permuted at import, as for glm (pipeline/importing/rewriting.py)",
-    "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py)",
+    "RoPE that pairs": "q and k permuted at import, as for helium (pipeline/importing/rewriting.py), or "
+    "rope_neighbours in its entry, as for ernie4_5_moe",
     "multipliers": "multipliers folded at import, as for granite (pipeline/importing/rewriting.py)",
     "experts": "an entry with its router and experts, as for qwen3_moe (docs/new_family.md)",
 }

@@ -10,6 +10,7 @@
     granitemoe       four multipliers, other names of experts and router   -> mixtral
     glm4_moe         RoPE on a part of each head                           -> itself, with RoPE on all of it
     minimax_m2       the same                                              -> itself, likewise
+    hunyuan_v1_moe   the same number of chosen experts stated by layer     -> itself, with one number
     hyperclovax      four multipliers, maybe norms after attention and MLP -> llama, hyperclovax without multipliers
 
 **Fused linears** are split by rows. **RoPE** of Llama turns channels (i, i + d/2) of a head. Where a family turns
@@ -483,6 +484,19 @@ def _plan_minimax(config: Any) -> _Plan:
     return _plan_partial_rope(config, {f"self_attn.{name}_norm": count for name, count in heads.items()})
 
 
+def _plan_hunyuan_moe(config: Any) -> _Plan:
+    plan = _Plan(copy.deepcopy(config))
+    if isinstance(config.moe_topk, list):
+        counts = set(config.moe_topk[: config.num_hidden_layers])
+        if len(counts) != 1:
+            raise UnsupportedModelError(
+                f"model_type={config.model_type!r} with moe_topk={config.moe_topk} is not supported: its layers choose "
+                "different numbers of experts."
+            )
+        plan.config.moe_topk = counts.pop()
+    return plan
+
+
 _PLANNERS: dict[str, Callable[[Any], _Plan]] = {
     "phi3": _plan_phi3,
     "glm": _plan_glm,
@@ -494,5 +508,6 @@ _PLANNERS: dict[str, Callable[[Any], _Plan]] = {
     "granitemoe": _plan_granite_moe,
     "glm4_moe": _plan_glm4_moe,
     "minimax_m2": _plan_minimax,
+    "hunyuan_v1_moe": _plan_hunyuan_moe,
     "hyperclovax": _plan_hyperclovax,
 }

@@ -36,7 +36,6 @@ from pipeline.inspection.saturation import SaturationProbe
 from pipeline.models.architectures import check_rope, find_architecture, find_sliding_window
 from pipeline.models.checkpoint import LM_HEAD, Checkpoint, build_skeleton
 from pipeline.models.layers import Body, Generates, Movable, list_layers
-from pipeline.models.routing import keeps_float32
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +76,32 @@ class PrefixedModel(PreTrainedModel):
         return cast(Body, self.base_model)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Cast or move the model. Frequencies of RoPE and correction biases of routers keep their dtype.
+        """Cast or move the model. Frequencies of RoPE, and what is float32 in routers, keep their dtype.
 
         The prefix was turned by exact frequencies, and small steps of a bias decide between experts.
         """
         rotary = self._body.rotary_emb
         exact = dict(rotary.named_buffers())
-        biases = _list_correction_biases(self._body)
+        decisive = self._list_float32()
         super()._apply(fn, recurse)
         for name, buffer in rotary.named_buffers():
             if buffer.dtype != exact[name].dtype:
                 setattr(rotary, name, exact[name].to(buffer.device))
-        for (module, name), bias in biases.items():
-            cast_bias = getattr(module, name)
-            if cast_bias.dtype != bias.dtype:
-                setattr(module, name, bias.to(cast_bias.device))
+        for (module, name), tensor in decisive.items():
+            changed = getattr(module, name)
+            if changed.dtype != tensor.dtype:
+                changed.data = tensor.to(changed.device)
         return self.keep_unpacked_(self.unpacked)
+
+    def _list_float32(self) -> dict[tuple[nn.Module, str], torch.Tensor]:
+        """Return (module, name in it) -> the tensor, of those that are float32 in every dtype. They share memory."""
+        architecture = find_architecture(self.config)
+        return {
+            (module, name): tensor.detach()
+            for path, module in self._body.named_modules()
+            for name, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False))
+            if architecture.keeps_float32(f"{path}.{name}")
+        }
 
     def keep_unpacked_(self, keep: bool | None) -> Self:
         """Keep the weights of an exported model unpacked between calls, or drop them after each layer.
@@ -383,16 +392,6 @@ class PrefixedModel(PreTrainedModel):
                 "outliers back. Leave it out (add_special_tokens=False, or strip_start_token).",
                 self.start_token_id,
             )
-
-
-def _list_correction_biases(body: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Return (module, name in it) -> the buffer that `keeps_float32`."""
-    return {
-        (module, name): buffer
-        for module in body.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if keeps_float32(name)
-    }
 
 
 def _require_prefix(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

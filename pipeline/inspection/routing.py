@@ -21,7 +21,7 @@ class RoutingProbe:
 
     def __init__(self, block: nn.Module, architecture: Architecture) -> None:
         architecture = architecture.of_block(block)
-        self._router = block.get_submodule(architecture.routers[0]) if architecture.routers else None
+        self._router = block.get_submodule(architecture.router) if architecture.routers else None
         self._chosen: list[torch.Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 

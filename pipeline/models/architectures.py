@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.models.experts import PROJECTIONS, RoutedExperts
 from pipeline.models.layers import DecoderLayer, read_input_width
-from pipeline.models.routing import ExpertScores
+from pipeline.models.routing import ExpertScores, is_correction_bias
 from pipeline.models.sites import Site, base_site
 from pipeline.runtime.errors import PipelineError
 
@@ -39,6 +39,7 @@ class Architecture:
             sdpa cannot do.
         query_norm, key_norm: the norms of queries and keys inside attention, in families that have them.
         norms_follow_rope: whether these norms act on queries and keys that RoPE has turned, and write to the cache.
+        rope_neighbours: whether RoPE turns channels (2i, 2i + 1) of a head together, and not (i, i + d/2).
         heads_first: whether the key norm reads keys as [B, heads, T, d] and not as [B, T, …].
         norm_offset: a constant that norms add to their weight before they multiply by it (1 in Gemma).
         nope_without_window: whether layers without a sliding window have no RoPE, where others have a window.
@@ -49,7 +50,9 @@ class Architecture:
             every token passes as well; None in dense families, and where there is no shared expert.
         interleaved_experts: the layout of the routed experts' tensors in full precision (models/experts.py).
         routers: the linears that read the MLP's input in full precision: the router, and the gate of the shared expert.
+        router_module: the module that chooses experts; None: the first of `routers`.
         expert_scores: how the router turns its logits into scores (models/routing.py).
+        float32_routers: whether the weights of `routers` are float32 in models of every dtype.
         block_prefix, embedding, final_norm, lm_head: names in the checkpoint.
     """
 
@@ -67,6 +70,7 @@ class Architecture:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     norms_follow_rope: bool = False
+    rope_neighbours: bool = False
     heads_first: bool = False
     norm_offset: float = 0.0
     hidden_degree: int | None = 1
@@ -75,16 +79,30 @@ class Architecture:
     experts: str | None = None
     shared_expert: str | None = None
     routers: tuple[str, ...] = ()
+    router_module: str | None = None
     interleaved_experts: bool = False
     expert_scores: ExpertScores = "softmax"
+    float32_routers: bool = False
     block_prefix: str = "model.layers.{index}."
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     lm_head: str = "lm_head.weight"
 
+    def keeps_float32(self, name: str) -> bool:
+        """Return whether a tensor is float32 in models of every dtype: small steps of it decide between experts."""
+        if is_correction_bias(name):
+            return True
+        routers = tuple(f"{router}.weight" for router in self.routers)
+        return self.float32_routers and name.endswith(routers)
+
     def head_names(self, quantized: bool) -> tuple[str, ...]:
         """Return the names of the tensors of lm_head: its weight, and its scales if it is quantized."""
         return (self.lm_head, f"{self.lm_head}_scale") if quantized else (self.lm_head,)
+
+    @property
+    def router(self) -> str:
+        """The module that returns logits [n, E], and weights and numbers of the chosen experts [n, k]."""
+        return self.router_module or self.routers[0]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -396,7 +414,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts="mlp.experts", shared_expert="mlp.shared_expert", routers=("mlp.gate", "mlp.shared_expert_gate")
     ),
     "qwen3_moe": Architecture(slides_throughout=True, **_ROUTED),
+    "ernie4_5_moe": Architecture(
+        rope_neighbours=True, shared_expert="mlp.shared_experts", float32_routers=True, **_ROUTED
+    ),
     "glm4_moe": Architecture(shared_expert="mlp.shared_experts", expert_scores="sigmoid", **_ROUTED),
+    "hunyuan_v1_moe": Architecture(
+        query_norm="query_layernorm",
+        key_norm="key_layernorm",
+        norms_follow_rope=True,
+        heads_first=True,
+        experts="mlp.experts",
+        shared_expert="mlp.shared_mlp",
+        routers=("mlp.gate.wg",),
+        router_module="mlp.gate",
+        float32_routers=True,
+    ),
     "minimax_m2": Architecture(expert_scores="sigmoid", **_ROUTED),
     "gpt_oss": Architecture(
         kernel="eager",

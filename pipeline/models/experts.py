@@ -3,7 +3,7 @@
 transformers holds the experts of a block as two 3-D parameters, which hooks on linears never reach. `route_experts_`
 replaces this module by `RoutedExperts`, in which each expert has three linears of its own. So all code for the
 linears of a dense block works for experts too. Router, shared expert and the block's forward do not change, except that
-`SharedMixture` hands one tensor to the experts of glm4_moe.
+`SharedMixture` hands one tensor to all experts where shared ones are called `shared_experts` or `shared_mlp`.
 
 The tensors of E experts have three layouts (I is the width of an expert, D the hidden size):
 
@@ -28,6 +28,7 @@ from pipeline.runtime.errors import PipelineError
 
 EAGER = "eager"  # transformers' implementation of experts that computes in every dtype
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_SHARED = ("shared_experts", "shared_mlp")
 _BY_EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<expert>\d+)\.(?P<rest>.+)")
 _STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<rest>(?:gate_proj|up_proj|down_proj)\..+)")
 _FUSED = re.compile(r"(?P<module>.*\bexperts)\.(?P<kind>gate_up_proj|down_proj)(?P<bias>_bias)?")
@@ -149,23 +150,25 @@ class RoutedExperts(nn.Module):
 
 
 class SharedMixture(nn.Module):
-    """The router, the routed experts and the shared experts of glm4_moe, which all read one tensor [n, D].
+    """The router, the routed and the shared experts of ernie4_5_moe, glm4_moe, hunyuan_v1_moe. All read one [n, D].
 
-    In transformers' own module, routed and shared experts read two views of it, so that a quantizer would get all
-    tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.
+    In transformers' modules of the last two, routed and shared experts read two views of it, so that a quantizer would
+    get all tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.
     """
 
-    def __init__(self, mixture: nn.Module) -> None:
+    def __init__(self, mixture: nn.Module, shared: str) -> None:
+        """Take over the modules of transformers' mixture; `shared` is the name of the shared experts."""
         super().__init__()
         self.gate = mixture.get_submodule("gate")
         self.experts = mixture.get_submodule("experts")
-        self.shared_experts = mixture.get_submodule("shared_experts")
+        self.add_module(shared, mixture.get_submodule(shared))
+        self.shared_name = shared
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the sum of the experts' outputs for hidden states [..., D]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, chosen = self.gate(x)
-        shared = self.shared_experts(x)
+        shared = self.get_submodule(self.shared_name)(x)
         return (self.experts(x, chosen, weights) + shared).view_as(hidden_states)
 
 
@@ -212,8 +215,9 @@ def route_experts_(block: nn.Module, name: str) -> None:
     if experts is not None and not isinstance(experts, RoutedExperts):
         block.set_submodule(name, RoutedExperts(experts))
         mixture = block.get_submodule(parent)
-        if hasattr(mixture, "shared_experts"):
-            block.set_submodule(parent, SharedMixture(mixture))
+        for shared in _SHARED:
+            if getattr(mixture, shared, None) is not None:  # ernie4_5_moe may have none
+                block.set_submodule(parent, SharedMixture(mixture, shared))
 
 
 def split_experts(tensors: Tensors, interleaved: bool = False) -> Tensors:

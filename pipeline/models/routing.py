@@ -5,8 +5,10 @@ is a softmax or a sigmoid of the logits. Some families add a correction bias to 
 among the best groups of experts only:
 
     mixtral, qwen2_moe, qwen3_moe, olmoe   softmax
+    hunyuan_v1_moe                         softmax; the weight is that of a linear in the router
     glm4_moe                               sigmoid, correction bias of the router, groups, factor on the weights
     minimax_m2                             sigmoid, correction bias of the block
+    ernie4_5_moe                           softmax, correction bias of a module in the router, least sum of weights
 """
 
 from typing import Literal
@@ -18,7 +20,7 @@ ExpertScores = Literal["softmax", "sigmoid"]
 CORRECTION_BIAS = "e_score_correction_bias"
 
 
-def keeps_float32(name: str) -> bool:
+def is_correction_bias(name: str) -> bool:
     """Return whether a tensor is a correction bias: its small steps decide, so it is float32 in every model."""
     return name.endswith(CORRECTION_BIAS)
 
@@ -29,7 +31,8 @@ def find_correction_bias(router: nn.Module, args: tuple[torch.Tensor, ...]) -> t
     Args:
         args: the arguments of its call. Some families pass the bias as the second one.
     """
-    bias = getattr(router, CORRECTION_BIAS, args[1] if len(args) > 1 else None)
+    holder = getattr(router, "moe_statics", router)
+    bias = getattr(holder, CORRECTION_BIAS, args[1] if len(args) > 1 else None)
     return None if bias is None else bias.flatten()
 
 
@@ -59,7 +62,7 @@ def weigh_experts(router: nn.Module, kind: ExpertScores, logits: torch.Tensor, i
     """Return the factors [n, k] of the outputs of chosen experts, computed in the dtype of the logits [n, E]."""
     weights = _score(kind, logits).gather(1, indices)
     if getattr(router, "norm_topk_prob", True):
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(float(getattr(router, "norm_min", 0.0)))
     return weights * float(getattr(router, "routed_scaling_factor", 1.0))
 
 

@@ -278,7 +278,7 @@ class _Chooser:
                 attend,
                 samples,
                 candidate,
-                finish=lambda keys: turn_keys(keys, cos, sin) if quantizer.turns else keys,
+                finish=lambda keys: turn_keys(keys, cos, sin, quantizer.neighbours) if quantizer.turns else keys,
             )
         constant = torch.zeros((), device=samples.device)
         if quantizer.mean_taken_out:

@@ -73,7 +73,7 @@ class ExpertRecorder:
         assert architecture.experts is not None
         experts = block.get_submodule(architecture.experts)
         assert isinstance(experts, RoutedExperts)
-        self.experts, self.router = experts, block.get_submodule(architecture.routers[0])
+        self.experts, self.router = experts, block.get_submodule(architecture.router)
         self.scores: ExpertScores = architecture.expert_scores
         name = architecture.experts.removeprefix(f"{architecture.mlp}.")
         self.names = [f"{Site.MLP_HIDDEN}.{name}.{index}" for index in range(len(experts))]

@@ -268,7 +268,7 @@ def measure_key_mean_(
             keys = keys.unflatten(-1, (-1, as_norm(source).weight.numel()))
             if architecture.norms_follow_rope:
                 tables = runner.rotary_tables(block, x, prefix_tokens)
-                keys = turn_keys(keys.transpose(1, 2), *tables).transpose(1, 2)
+                keys = turn_keys(keys.transpose(1, 2), *tables, architecture.rope_neighbours).transpose(1, 2)
             keys = source(keys)
         total += keys.reshape(-1, *quantizer.mean.shape).double().sum(0)
     count = torch.tensor(hidden.shape[0] * hidden.shape[1], dtype=torch.float64, device=total.device)

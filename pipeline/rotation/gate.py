@@ -6,16 +6,19 @@ alone make logits differ by 3e-4. The deviations that float32 and a narrower dty
 `float32_logit_deviation` of the rotated model, next to `float32_original_deviation` of the original model from itself.
 
 transformers computes norms in float32 whatever their input, and also softmax where scores are capped and in the routers
-of experts. Here all are computed by their definition, in the dtype of the input.
+of experts, and RoPE of neighbouring channels. Here all are computed by their definition, in the dtype of the input.
 """
 
 import functools
+import inspect
 import math
+import types
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from pipeline.blocks.kv_cache import turn_keys
 from pipeline.blocks.quantized import BlockSettings, fill_block
 from pipeline.blocks.walk import BlockRunner
 from pipeline.models.architectures import UnsupportedModelError, check_attention_arguments, find_architecture
@@ -28,6 +31,8 @@ from pipeline.runtime.errors import PipelineError
 GATE_TOLERANCE = 1e-9
 _WINDOWS, _LENGTH = 2, 64
 _EAGER = "prefixquant_exact_eager"
+_ROPE = "apply_rotary_pos_emb"
+_ROUTERS = ("topkrouter", "hunyuanmoev1gate")  # endings of names of transformers' classes
 
 
 class RotationError(PipelineError):
@@ -138,7 +143,7 @@ class InvarianceGate:
 
 
 def compute_exactly_(block: DecoderLayer) -> None:
-    """Make a float64 block compute in float64 throughout: norms, and attention and routers in place of float32.
+    """Make a float64 block compute in float64 throughout: norms, RoPE, attention and routers in place of float32.
 
     Raises:
         UnsupportedModelError: a norm is not that of the family's entry in `ARCHITECTURES`.
@@ -146,7 +151,7 @@ def compute_exactly_(block: DecoderLayer) -> None:
     config = block.self_attn.config
     architecture = find_architecture(config)
     for module in block.modules():
-        if type(module).__name__.lower().endswith("topkrouter"):
+        if type(module).__name__.lower().endswith(_ROUTERS):
             module.register_forward_hook(functools.partial(_route_exactly, architecture.expert_scores))
     offset = architecture.norm_offset
     for module in block.modules():
@@ -160,6 +165,27 @@ def compute_exactly_(block: DecoderLayer) -> None:
             )
     if config._attn_implementation == "eager":
         config._attn_implementation = _EAGER
+    if architecture.rope_neighbours:
+        _turn_exactly_(block.self_attn)
+
+
+def _turn_exactly_(attention: nn.Module) -> None:
+    """Make attention turn neighbouring channels in the dtype of queries and keys. Its forward is transformers' own."""
+    forward = inspect.unwrap(type(attention).forward)
+    assert _ROPE in forward.__globals__, f"{type(attention).__name__} does not turn keys by {_ROPE}"
+    exact = types.FunctionType(
+        forward.__code__,
+        forward.__globals__ | {_ROPE: _turn_neighbours},
+        argdefs=forward.__defaults__,
+        closure=forward.__closure__,
+    )
+    attention.forward = types.MethodType(exact, attention)
+
+
+def _turn_neighbours(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return turn_keys(query, cos, sin, neighbours=True), turn_keys(key, cos, sin, neighbours=True)
 
 
 def _route_exactly(
@@ -170,7 +196,7 @@ def _route_exactly(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose experts in float64; return logits [n, E], weights and indices [n, k]."""
     _, rounded, chosen = output
-    weight = router.weight
+    weight = getattr(router, "wg", router).weight
     assert isinstance(weight, torch.Tensor)
     logits = nn.functional.linear(args[0].reshape(-1, weight.shape[1]), weight, getattr(router, "bias", None))
     bias = find_correction_bias(router, args)

@@ -47,7 +47,6 @@ from pipeline.blocks.quantized import BlockSettings, describe_blocks
 from pipeline.models.architectures import Architecture, UnsupportedModelError
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from pipeline.models.experts import split_experts
-from pipeline.models.routing import keeps_float32
 from pipeline.numerics.hadamard import hadamard_transform, random_signs
 from pipeline.rotation.gate import InvarianceGate
 from pipeline.rotation.matrices import ROTATIONS, Rotation, change_heads, count_rows, make_rotation
@@ -233,7 +232,7 @@ def rotate_model(
             for name in list(rotated):
                 tensor = rotated.pop(name)
                 single[name] = tensor.float() if tensor.is_floating_point() else tensor
-                narrow = dtype != torch.float32 and tensor.is_floating_point() and not keeps_float32(name)
+                narrow = dtype != torch.float32 and tensor.is_floating_point() and not architecture.keeps_float32(name)
                 written[name] = tensor.to(dtype) if narrow else single[name]
             gate.advance_rounded_(index, single, written)
             del single

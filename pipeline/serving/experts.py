@@ -22,7 +22,7 @@ from pipeline.kernels.operands import IntegerOperands
 from pipeline.models.architectures import Architecture, find_architecture
 from pipeline.models.experts import RoutedExperts, group_tokens
 from pipeline.models.layers import DecoderLayer
-from pipeline.models.routing import keeps_float32
+from pipeline.models.routing import is_correction_bias
 from pipeline.models.sites import Site
 from pipeline.serving.linear import ServedInput, ServedLinear, ServedWeights
 
@@ -158,6 +158,6 @@ def _own_router_(mixture: nn.Module, dtype: torch.dtype) -> None:
         if id(module) in inside:
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            copy = tensor.detach().to(torch.float32 if keeps_float32(name) else dtype, copy=True)
+            copy = tensor.detach().to(torch.float32 if is_correction_bias(name) else dtype, copy=True)
             is_parameter = isinstance(tensor, nn.Parameter)
             setattr(module, name, nn.Parameter(copy, requires_grad=False) if is_parameter else copy)

@@ -17,9 +17,9 @@ TABLE = torch.randn(2, 200, WIDTH // 2, generator=GENERATOR).repeat(1, 1, 2)  # 
 
 
 class Attention(torch.nn.Module):
-    def __init__(self, keys, values, *, rotate=True, before_rope=False, turns=True):
+    def __init__(self, keys, values, *, rotate=True, before_rope=False, **rope):
         super().__init__()
-        self.key_quantizer = KeyQuantizer(keys, HEADS, WIDTH, rotate and not before_rope, before_rope, turns=turns)
+        self.key_quantizer = KeyQuantizer(keys, HEADS, WIDTH, rotate and not before_rope, before_rope, **rope)
         self.value_quantizer = ActivationQuantizer(values, WIDTH, HEADS)
         known = {"scale": 0.4, "zero_point": 2.0, "shift": 0.3, "clip_factor": 0.9}
         for quantizer in (self.key_quantizer.quantizer, self.value_quantizer):
@@ -108,6 +108,13 @@ def test_states_without_codes_are_stored_as_they_are():
 
 def test_a_layer_without_rope_adds_the_mean_as_it_is():
     assert assert_same(Attention(STATIC, STATIC, turns=False), [(1, 5, False), (1, 2, False)]).layers[0].places is None
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_a_mean_is_turned_in_pairs_of_neighbours(rotate):
+    """The compiled operators turn channels i and i + d/2 together."""
+    layer = assert_same(Attention(STATIC, STATIC, rotate=rotate, neighbours=True), [(1, 5, False), (1, 2, False)])
+    assert layer.layers[0].keys.dtype == torch.uint8
 
 
 ROWS = torch.tensor([1, 0, 1])

@@ -229,7 +229,7 @@ def test_r3_inside_the_key_quantizer_equals_rotating_queries_and_keys():
     assert torch.equal(unrotated(k), fake_quantize(k, scale, 4))
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2", "ernie4_5_moe"])
 @torch.no_grad()
 def test_the_mean_of_keys_is_taken_out_before_rope_and_put_back_turned(family, imported):
     """Compare with RoPE(m) + R3^T Q(R3 RoPE(k - m)), written out with complex numbers; k from what RoPE is given."""
@@ -246,10 +246,12 @@ def test_the_mean_of_keys_is_taken_out_before_rope_and_put_back_turned(family, i
     before = attention.key_quantizer.split_heads(seen[0], checkpoint.architecture.heads_first).double()
     cos, sin = (table[0, :, : before.shape[-1] // 2].double() for table in runner.rotary_tables(block, hidden, 0))
 
+    neighbours = family == "ernie4_5_moe"
+
     def turn(x):
-        low, high = x.chunk(2, dim=-1)
+        low, high = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
         turned = torch.complex(low, high) * torch.complex(cos, sin)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        return torch.view_as_real(turned).flatten(-2) if neighbours else torch.cat((turned.real, turned.imag), dim=-1)
 
     r3 = hadamard_matrix(before.shape[-1])
     varying = turn(before - mean[:, None].double()) @ r3

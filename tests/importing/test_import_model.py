@@ -146,7 +146,7 @@ def test_unsupported_families_are_refused_with_a_list(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
         UnsupportedModelError,
-        match=r"'gpt2' is not supported\. Supported are: apertus, arcee, cwm, ernie4_5, exaone4, gemma, gemma2,",
+        match=r"'gpt2' is not supported\. Supported are: apertus, arcee, cwm, ernie4_5, ernie4_5_moe, exaone4, gemma,",
     ):
         import_model(str(tmp_path), None, torch.float32, tmp_path / "out")
 

@@ -142,18 +142,37 @@ def test_float16_is_nearer_to_float32_than_bfloat16_until_activations_are_rounde
     assert errors[torch.float16] < errors[torch.bfloat16] < 0.06  # measured: 0.016 to 0.041
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
+def find_biases(model):
+    return [tensor for name, tensor in model.state_dict().items() if name.endswith("e_score_correction_bias")]
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])
 @torch.no_grad()
 def test_correction_biases_of_routers_stay_float32(exported, family):
     folder, checkpoint, _ = exported(family, "dynamic")
     expected = assemble(checkpoint)(TEXT).logits
     model = load(folder)[0]
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    source = [buffer for name, buffer in make_model(family).named_buffers() if name.endswith("e_score_correction_bias")]
-    assert biases
+    source = find_biases(make_model(family))
+    assert source
     assert torch.equal(model(TEXT).logits, expected)
     for cast in (lambda: None, model.half, model.float):
         cast()
-        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        biases = find_biases(model)
         assert {bias.dtype for bias in biases} == {torch.float32}
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(biases, source, strict=True))
+
+
+@pytest.mark.parametrize(("family", "router"), [("ernie4_5_moe", "mlp.gate"), ("hunyuan_v1_moe", "mlp.gate.wg")])
+@torch.no_grad()
+def test_weights_of_a_float32_router_stay_float32(exported, family, router):
+    """transformers keeps them in float32 in these families, whatever the model's dtype."""
+    folder, checkpoint, _ = exported(family, "dynamic")
+    stored = checkpoint.load_block_tensors(1)[f"{router}.weight"]
+    assert (stored.dtype, stored.to(torch.bfloat16).float().equal(stored)) == (torch.float32, False)
+    model = load(folder)[0]
+    assert torch.equal(model(TEXT).logits, assemble(checkpoint)(TEXT).logits)
+    for cast in (lambda: None, model.half, model.float):
+        cast()
+        weight = model.model.layers[1].get_submodule(router).weight
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, stored)

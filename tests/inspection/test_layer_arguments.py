@@ -15,7 +15,7 @@ from pipeline.inspection import layer_arguments
 from pipeline.inspection.import_gate import check_import
 from pipeline.inspection.layer_arguments import cut_windows, record_model_calls
 from pipeline.models.architectures import ARCHITECTURES, IMPORTED_AS, Architecture, UnsupportedModelError
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, NEAR_FAMILIES
 
 LLAMA, OLMO2 = Architecture(), ARCHITECTURES["olmo2"]
 HEADS = SIZES | {"head_dim": 12}
@@ -23,6 +23,11 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 EXAONE4 = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "layer_types": KINDS}
 CASES = {
     "ernie4_5": (LLAMA, transformers.Ernie4_5Config(**HEADS), r"RoPE turns channels \[0, 1\] of a head together"),
+    "ernie4_5_moe": (
+        Architecture(shared_expert="mlp.shared_experts", experts="mlp.experts", routers=("mlp.gate",)),
+        NEAR_FAMILIES["ernie4_5_moe"],
+        r"RoPE turns channels \[0, 1\] of a head together",
+    ),
     "helium": (LLAMA, transformers.HeliumConfig(**HEADS), r"RoPE turns channels \[0, 1\] of a head together"),
     "hunyuan_v1_dense": (LLAMA, transformers.HunYuanDenseV1Config(**HEADS), "acts on the keys after RoPE"),
     "exaone4": (OLMO2, transformers.Exaone4Config(**SIZES, **EXAONE4), "block 0: .*heads_first=False"),

@@ -244,7 +244,7 @@ def test_only_safetensors_and_json_are_written(imported, tmp_path):
     assert "prefixquant" not in config
 
 
-EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "minimax_m2"]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe"]
 MIXTRAL_NAMES = ("mixtral", "minimax_m2")
 ENGINE_INPUTS = {"activations.bits": 8, "activations.mode": "dynamic", "activations.clipping": False}
 
@@ -274,16 +274,20 @@ def test_each_expert_and_projection_has_a_tensor_under_its_published_name(import
     checkpoint = Checkpoint(imported[family], "model")
     config, parts = checkpoint.config, ("w1", "w3", "w2") if family in MIXTRAL_NAMES else PROJECTIONS
     module = "block_sparse_moe" if family in MIXTRAL_NAMES else "mlp"
-    sparse = [index for index in range(3) if f"model.layers.{index}.{module}.gate.weight" in tensors]
-    assert len(sparse) == {"qwen2_moe": 1, "glm4_moe": 1, "mixtral": 3, "olmoe": 3}.get(family, 2)
+    gate = "gate.wg" if family == "hunyuan_v1_moe" else "gate"
+    sparse = [index for index in range(3) if f"model.layers.{index}.{module}.{gate}.weight" in tensors]
+    assert len(sparse) == {"qwen2_moe": 1, "glm4_moe": 1, "ernie4_5_moe": 1, "mixtral": 3, "olmoe": 3}.get(family, 2)
     for index in sparse:
         for expert in range(count_experts(config)):
             for part in parts:
                 name = f"model.layers.{index}.{module}.experts.{expert}.{part}"
                 weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
                 assert (weight.dtype, scale.shape) == (torch.int8, (len(weight), 1))
+    statics = {name for name in tensors if ".moe_statics." in name}
+    places = {"model.layers.1.mlp.moe_statics.e_score_correction_bias"} if family == "ernie4_5_moe" else set()
+    assert statics == places
     described = read_json(folder / "config.json")["quantization_config"]
-    routers = {f"model.layers.{index}.{module}.gate" for index in sparse}
+    routers = {f"model.layers.{index}.{module}.{gate}" for index in sparse}
     assert routers | {"lm_head"} <= set(described["ignore"])
     inputs = described["config_groups"]["group_0"]["input_activations"]
     assert (inputs["dynamic"], inputs["symmetric"], inputs["strategy"]) == (True, True, "token")

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks.tiny_models import MOE_FAMILIES
+from benchmarks.tiny_models import MOE_FAMILIES, NEAR_FAMILIES, randomize_
 from pipeline.models.architectures import ARCHITECTURES, UnsupportedModelError
 from pipeline.models.checkpoint import BLOCK, Checkpoint, build_skeleton
 from pipeline.models.experts import (
@@ -17,7 +20,7 @@ from pipeline.runtime.artifacts import open_tensors
 from pipeline.serving.families import served_class
 from tests.conftest import make_model
 
-FAMILIES = [*MOE_FAMILIES, "glm4_moe", "minimax_m2", "gpt_oss"]
+FAMILIES = [*MOE_FAMILIES, "glm4_moe", "minimax_m2", "gpt_oss", "ernie4_5_moe", "hunyuan_v1_moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,9 +35,26 @@ def test_routed_experts_compute_the_same_as_transformers(family, token_ids):
             layer.load_state_dict(tensors, assign=True)
         assert torch.equal(model(token_ids).logits, expected)
     sparse = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
-    top_k = model.config.num_experts_per_tok
+    top_k = 2
     assert sparse
     assert all(sum(experts.hits) == token_ids.numel() * top_k for experts in sparse)
+
+
+def test_shared_experts_may_be_missing(token_ids):
+    """ERNIE 4.5 300B has none, and an attribute None in their place."""
+    config = copy.deepcopy(NEAR_FAMILIES["ernie4_5_moe"])
+    config.moe_num_shared_experts = 0
+    model = randomize_(AutoModelForCausalLM.from_config(config, experts_implementation="eager"))
+    with torch.no_grad():
+        expected = model(token_ids).logits
+        layer = model.model.layers[1]
+        tensors = split_experts(layer.state_dict())
+        route_experts_(layer, "mlp.experts")
+        layer.load_state_dict(tensors, assign=True)
+        assert torch.equal(model(token_ids).logits, expected)
+    sparse = ARCHITECTURES["ernie4_5_moe"].of_block(layer)
+    assert sparse.shared_expert is None
+    assert len(sparse.linears) == 4 + 3 * 4
 
 
 def test_experts_have_the_dtype_of_the_model():

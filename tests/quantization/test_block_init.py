@@ -1,10 +1,14 @@
 """Every mode calibrates every site; the block objective lowers the error of the block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.blocks.prefix_kv import compute_prefix_kv
 from pipeline.blocks.quantized import fill_block, find_site_quantizers, load_block
+from pipeline.models.architectures import ARCHITECTURES
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sites import INPUT_SITES, Site
 from pipeline.quantization import block_init
 from pipeline.quantization.block_init import choose_quantizers_
@@ -108,7 +112,7 @@ def test_the_block_objective_of_weights_lowers_the_error_of_the_block(imported, 
     assert errors["block"] < errors["max"]
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen3", "gemma2", "gemma3_text", "olmo2", "ernie4_5_moe"])
 def test_keys_quantized_before_rope_are_judged_after_it(family, imported, tmp_path):
     """The factors minimise the error of the probabilities, RoPE and prefix included, and so the error of the block."""
     off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
@@ -122,6 +126,32 @@ def test_keys_quantized_before_rope_are_judged_after_it(family, imported, tmp_pa
         assert block.self_attn.key_quantizer.before_rope
     assert errors["layer"] < errors["max"]
     assert errors["block"] <= errors["layer"] * 1.15  # `block` has one factor for all heads, `layer` one for each
+
+
+@pytest.mark.parametrize("family", ["llama_untied_biases", "ernie4_5_moe"])
+@torch.no_grad()
+def test_the_error_of_keys_before_rope_is_that_of_the_probabilities(family, imported, monkeypatch):
+    """Compare with transformers' own attention, in which RoPE turns other pairs of channels in each family."""
+    name = Checkpoint(imported[family], "model").config.model_type
+    eager = replace(ARCHITECTURES[name], kernel="eager")  # sdpa returns no probabilities
+    monkeypatch.setitem(ARCHITECTURES, name, eager)
+    checkpoint, runner = open_model(imported[family])
+    hidden = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(4))
+    off = {f"{group}.bits": 16 for group in ("weights", "activations", "values")}
+    changes = {"keys.range": "layer", "keys.before_rope": True, "keys.centered": False, "keys.bits": 3}
+    settings, site_settings = resolve_settings(init_params(off | changes), checkpoint, 1)
+    block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), settings)
+    statistics = record_block(block, checkpoint.architecture, hidden, None, runner=runner, mse_samples=2)
+    probabilities = []
+    block.self_attn.register_forward_hook(lambda module, args, output: probabilities.append(output[1]))
+    runner.run(block, hidden)
+    report = choose_quantizers_(
+        block, checkpoint.architecture, statistics, prefix_kv=None, site_settings=site_settings, runner=runner
+    )
+    runner.run(block, hidden)
+    before, after = probabilities
+    expected = ((after - before).square().sum() / before.square().sum()).item()
+    assert report["key"]["relative_error"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(("index", "slides"), [(0, True), (1, False)])

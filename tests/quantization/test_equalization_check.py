@@ -34,7 +34,18 @@ def check(checkpoint, runner, rows=8, **changes):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama_untied_biases", "gemma3_text", "olmo2", "hunyuan_v1_dense", "arcee", "apertus", "gpt_oss"]
+    "family",
+    [
+        "llama_untied_biases",
+        "gemma3_text",
+        "olmo2",
+        "hunyuan_v1_dense",
+        "arcee",
+        "apertus",
+        "gpt_oss",
+        "ernie4_5_moe",
+        "hunyuan_v1_moe",
+    ],
 )
 def test_scaling_that_cancels_passes(family, imported, tmp_path):
     checkpoint, runner, _ = rotate(imported[family], tmp_path / "out", r1="online")
@@ -45,6 +56,16 @@ def test_channels_of_a_pair_with_different_scales_are_refused(imported, tmp_path
     checkpoint, runner, _ = rotate(imported["llama_tied"], tmp_path / "out")
     with pytest.raises(EqualizationError, match="block 1: scaling the channels of key changes the block's output"):
         check(checkpoint, runner, key=torch.linspace(0.5, 2, 24).view(2, 12))
+
+
+def test_scales_of_the_wrong_pairs_are_refused(imported, tmp_path, monkeypatch):
+    """ernie4_5_moe turns channels 2i and 2i + 1 together."""
+    checkpoint, runner, _ = rotate(imported["ernie4_5_moe"], tmp_path / "out")
+    check(checkpoint, runner, key=torch.linspace(0.5, 2, 12).view(2, 6).repeat_interleave(2, dim=1))
+    halves = torch.arange(6).repeat(2)
+    monkeypatch.setattr("pipeline.quantization.equalization.find_rope_groups", lambda block, runner: halves)
+    with pytest.raises(EqualizationError, match="block 1: scaling the channels of key changes the block's output"):
+        check(checkpoint, runner)
 
 
 def test_a_gate_that_adds_one_to_up_is_not_scaled(imported, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ LOPSIDED = 3 + torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(1)
 HIDDEN = torch.randn(5, 12, 48, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["mixtral", "qwen2_moe"])
+@pytest.fixture(params=["mixtral", "qwen2_moe", "ernie4_5_moe", "hunyuan_v1_moe"])
 def sparse(request, imported, tmp_path):
     """Return a rotated checkpoint, its runner, and the index of a block with experts."""
     return *rotate(imported[request.param], tmp_path / "rotation", r1="online")[:2], 1
@@ -70,10 +70,16 @@ def find_mlp_input(block, runner, hidden):
     return outputs[0].flatten(0, 1)
 
 
+def router_weight(block):
+    return getattr(block.mlp.gate, "wg", block.mlp.gate).weight
+
+
 def route(block, x):
-    """Return the chosen experts and their weights of tokens x [n, D], from the router's matrix."""
-    p = (x @ block.mlp.gate.weight.T).softmax(-1)
-    weights, chosen = p.topk(2, dim=-1)
+    """Return the chosen experts and their weights of tokens x [n, D], from the router's matrix and its bias, if any."""
+    p = (x @ router_weight(block).T).softmax(-1)
+    statics = getattr(block.mlp.gate, "moe_statics", None)
+    chosen = (p if statics is None else p + statics.e_score_correction_bias).topk(2, dim=-1).indices
+    weights = p.gather(1, chosen)
     return chosen, weights / weights.sum(-1, keepdim=True)
 
 
@@ -116,7 +122,7 @@ def test_quantized_experts_equal_a_loop_over_tokens(sparse, tmp_path):
     assert tensors["mlp.experts.down_proj.input_quantizer.scale"].shape == (experts, 1)
     assert tensors["mlp.experts.gate_proj.weight"].dtype == torch.int8
     assert tensors["mlp.experts.gate_proj.weight"].dim() == tensors["mlp.experts.up_proj.weight_scale"].dim() == 3
-    assert tensors["mlp.gate.weight"].dtype == torch.float32
+    assert all(tensors[f"{name}.weight"].dtype == torch.float32 for name in checkpoint.architecture.routers[:1])
     block = fill_block(checkpoint, index, tensors, resolve_settings(params, checkpoint, index)[0])
     x = find_mlp_input(block, runner, HIDDEN)
     chosen, weights = route(block, x)
@@ -128,6 +134,9 @@ def test_quantized_experts_equal_a_loop_over_tokens(sparse, tmp_path):
         if hasattr(block.mlp, "shared_expert"):
             gate = torch.sigmoid(block.mlp.shared_expert_gate.weight @ x[token])
             expected[token] += gate * run_mlp(block.mlp.shared_expert, rotated[token])
+        for name in ("shared_experts", "shared_mlp"):
+            if hasattr(block.mlp, name):
+                expected[token] += run_mlp(block.mlp.get_submodule(name), rotated[token])
     computed = block.mlp(x[None])[0]
     assert torch.allclose(computed, expected, atol=1e-5 * expected.abs().max())
     fired = count_fired_quantizers(block, checkpoint.architecture)
@@ -332,7 +341,7 @@ def test_equalization_is_exact_in_blocks_with_experts(sparse):
         compute_exactly_(block)
     expected, scaled = (runner.run(block, HIDDEN.double()) for block in blocks)
     assert torch.allclose(scaled, expected, rtol=0, atol=1e-12 * expected.abs().max())
-    assert not torch.allclose(blocks[0].mlp.gate.weight, blocks[1].mlp.gate.weight)
+    assert not torch.allclose(*map(router_weight, blocks))
 
 
 def test_experts_with_few_tokens_are_not_scaled():

@@ -139,7 +139,7 @@ def test_histograms_are_of_the_values_less_their_means(rotated):
         assert torch.allclose(low, torch.quantile(flat, 0.02, dim=1, interpolation="lower"), rtol=1 / 256)
 
 
-@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen2", "qwen3", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_untied_biases", "qwen2", "qwen3", "gemma3_text", "olmo2", "ernie4_5_moe"])
 @torch.no_grad()
 def test_the_mean_of_keys_is_taken_before_rope(family, imported):
     checkpoint, runner = open_model(imported[family])

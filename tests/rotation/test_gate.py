@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.blocks.quantized import fill_block
 from pipeline.importing.import_model import import_model
-from pipeline.rotation import merging
-from pipeline.rotation.gate import RotationError
+from pipeline.rotation import gate, merging
+from pipeline.rotation.gate import RotationError, compute_exactly_
+from tests.conftest import open_model
 from tests.rotation.test_merging import rotate
 
 
@@ -17,6 +19,25 @@ def test_a_narrower_dtype_is_reported_but_not_judged(imported, tmp_path):
     assert rotated.dtype == torch.bfloat16
     assert metrics["max_logit_deviation"] < 1e-12
     assert metrics["float32_logit_deviation"] < 1e-5 < metrics["dtype_logit_deviation"] < 0.1
+
+
+@pytest.mark.parametrize("r1", ["hadamard", "online"])
+def test_rope_in_float32_is_judged_in_float64(r1, imported, tmp_path, monkeypatch):
+    """ernie4_5_moe rounds queries and keys to float32 in a model of any dtype."""
+    _, _, metrics = rotate(imported["ernie4_5_moe"], tmp_path / "out", r1=r1)
+    assert metrics["max_logit_deviation"] < 1e-12  # measured: 4e-15
+    checkpoint, runner = open_model(imported["ernie4_5_moe"])
+    hidden = torch.randn(1, 40, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        block = fill_block(checkpoint, 1, checkpoint.load_block_tensors(1), None, dtype=torch.float64)
+        compute_exactly_(block)
+        return runner.run(block, hidden)
+
+    exact = run()
+    monkeypatch.setattr(gate, "_turn_exactly_", lambda attention: None)
+    deviation = (run() - exact).abs().max() / exact.abs().max()
+    assert 1e-9 < deviation < 1e-6  # measured: 5e-8
 
 
 @pytest.mark.parametrize(
