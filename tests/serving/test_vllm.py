@@ -208,7 +208,7 @@ def compare(exports, name, *options, longest=None):
     assert done.returncode == 0, done.stderr[-3000:]
     parity = json.loads(done.stdout.splitlines()[-1])
     print(name, parity)
-    # An integer that falls to the other side changes all later ones, in transformers disturbed by 1e-6 as well (`noise`).
+    # One integer that falls to the other side changes later ones, as in transformers disturbed by 1e-6 (`noise`).
     assert parity["median_difference"] <= 1e-5 or parity["mean_difference"] <= 2 * parity["noise"]
     assert parity["equal"] >= min(15, parity["noise_equal"] - 2)
     if name == "llama, weights alone":
