@@ -241,7 +241,7 @@ def compare_integers(model: PreTrainedModel, session: OnnxModel, folder: Path, t
 
 
 def _share(steps: torch.Tensor, least: int = 0) -> float:
-    """Return the share of differences that are larger than `least`."""
+    """Return the share of differences whose absolute value exceeds `least`."""
     return (steps.abs() > least).double().mean().item()
 
 
@@ -251,7 +251,7 @@ def record_integers(
     """Return the name of each static quantizer of the blocks -> its integers for texts [N, T]; and the logits.
 
     Args:
-        replacements: the same names -> integers that the model goes on with in place of its own, or None.
+        replacements: the same names -> integers that the model uses in place of its own; None: it uses its own.
     """
     integers: dict[str, torch.Tensor] = {}
     hooks = []

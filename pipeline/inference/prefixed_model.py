@@ -76,9 +76,9 @@ class PrefixedModel(PreTrainedModel):
         return cast(Body, self.base_model)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Cast or move the model. Frequencies of RoPE, and what is float32 in routers, keep their dtype.
+        """Cast or move the model. Frequencies of RoPE and the float32 tensors of routers keep their dtype.
 
-        The prefix was turned by exact frequencies, and small steps of a bias decide between experts.
+        The prefix was turned by exact frequencies, and small steps of these tensors decide between experts.
         """
         rotary = self._body.rotary_emb
         exact = dict(rotary.named_buffers())
@@ -94,7 +94,7 @@ class PrefixedModel(PreTrainedModel):
         return self.keep_unpacked_(self.unpacked)
 
     def _list_float32(self) -> dict[tuple[nn.Module, str], torch.Tensor]:
-        """Return (module, name in it) -> the tensor, of those that are float32 in every dtype. They share memory."""
+        """Return (module, name in it) -> a tensor that is float32 in models of every dtype, without a copy."""
         architecture = find_architecture(self.config)
         return {
             (module, name): tensor.detach()

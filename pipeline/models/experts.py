@@ -150,7 +150,7 @@ class RoutedExperts(nn.Module):
 
 
 class SharedMixture(nn.Module):
-    """The router, the routed and the shared experts of ernie4_5_moe, glm4_moe, hunyuan_v1_moe. All read one [n, D].
+    """The router, routed and shared experts of ernie4_5_moe, glm4_moe and hunyuan_v1_moe, which read one tensor [n, D].
 
     In transformers' modules of the last two, routed and shared experts read two views of it, so that a quantizer would
     get all tokens twice. As in qwen2_moe, the shared experts run first. Outputs are the same.

@@ -5,7 +5,7 @@ is a softmax or a sigmoid of the logits. Some families add a correction bias to 
 among the best groups of experts only:
 
     mixtral, qwen2_moe, qwen3_moe, olmoe   softmax
-    hunyuan_v1_moe                         softmax; the weight is that of a linear in the router
+    hunyuan_v1_moe                         softmax; the weight belongs to a linear in the router
     glm4_moe                               sigmoid, correction bias of the router, groups, factor on the weights
     minimax_m2                             sigmoid, correction bias of the block
     ernie4_5_moe                           softmax, correction bias of a module in the router, least sum of weights

@@ -19,6 +19,7 @@ from pipeline.kernels.operands import IntegerOperands
 
 logger = logging.getLogger(__name__)
 _SIGNED = 128  # code - 128 is int8
+_PROBE = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd, so that halved weights give other results
 _FIRST, _BEYOND = 80, 100  # compute capabilities with int8 kernels: from Ampere to Hopper
 
 
@@ -139,11 +140,10 @@ def find_head_product(device: torch.device) -> type[HeadProduct] | None:
     """Return the class that multiplies the integers of lm_head exactly on this device, or None."""
     if device.type != "cpu" or not is_exact(ServedProduct, torch.float32, device):
         return None
-    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)
     codes = torch.arange(-127, 128, 4, dtype=torch.int8)
-    exact = (codes.long() * integers.long()).sum(1).float()
+    exact = (codes.long() * _PROBE.long()).sum(1).float()
     ones = torch.ones(64, 1, dtype=torch.float32)  # vLLM loads with the model's dtype as the default one
-    product = HeadProduct(integers, ones[:16, 0], torch.float32)
+    product = HeadProduct(_PROBE, ones[:16, 0], torch.float32)
     rows = [product(codes.repeat(tokens, 1), ones[:tokens]) for tokens in (1, 64)]
     if all(torch.equal(found, exact.expand_as(found)) for found in rows):
         return HeadProduct
@@ -161,12 +161,11 @@ def is_exact(product: type[nn.Module], dtype: torch.dtype, device: torch.device)
     if product is CutlassProduct and not _FIRST <= find_capability() < _BEYOND:
         _warn_once(f"for GPUs of compute capability {find_capability() / 10}")
         return False
-    integers = torch.arange(1, 128, 2, dtype=torch.int8).repeat(16, 1)  # odd, so that halved weights give other results
     one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.float32)
     codes = torch.arange(0, 256, 4, dtype=torch.uint8)
-    exact = (codes.long() * integers.long()).sum(1).to(dtype)  # below 2^24, so float32 sums are exact
+    exact = (codes.long() * _PROBE.long()).sum(1).to(dtype)  # below 2^24, so float32 sums are exact
     try:
-        probed = product(IntegerOperands(integers, one, 1.0, 0, zero), dtype).to(device)
+        probed = product(IntegerOperands(_PROBE, one, 1.0, 0, zero), dtype).to(device)
         products = [probed(codes.repeat(tokens, 1).to(device)).cpu() for tokens in (1, 64, 1024)]
     except torch.OutOfMemoryError:
         raise

@@ -49,7 +49,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "dtype"), [("W8A8 static asymmetric", "float32"), ("W4A16 groups", "bfloat16")])
 @torch.no_grad()
 def test_vllm_computes_the_evaluated_logits(wide, tmp_path, kind, dtype):
-    """vLLM's kernel for W4A16 computes in bfloat16. It is about as close as transformers in bfloat16."""
+    """vLLM's kernel for W4A16 computes in bfloat16. It is as close as transformers there, with AMX half as close."""
     checkpoint, _ = make_quantized(wide, tmp_path, "wide", PLAIN | KINDS[kind], (), r4="identity")
     write_formats(
         checkpoint,
@@ -71,7 +71,8 @@ def test_vllm_computes_the_evaluated_logits(wide, tmp_path, kind, dtype):
     else:
         rounded = find_log_p(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
         # Measured: 0.029 and 0.032, with AMX 0.060 and 0.034.
-        assert (served - expected).abs().mean() <= 3 * (rounded - expected).abs().mean()
+        most = 2 if torch.cpu._is_amx_tile_supported() else 1.2
+        assert (served - expected).abs().mean() <= most * (rounded - expected).abs().mean()
 
 
 def find_log_p(model):

@@ -208,9 +208,14 @@ def compare(exports, name, *options, longest=None):
     assert done.returncode == 0, done.stderr[-3000:]
     parity = json.loads(done.stdout.splitlines()[-1])
     print(name, parity)
-    # One integer that falls to the other side changes later ones, as in transformers disturbed by 1e-6 (`noise`).
-    assert parity["median_difference"] <= 1e-5 or parity["mean_difference"] <= 2 * parity["noise"]
-    assert parity["equal"] >= min(15, parity["noise_equal"] - 2)
+    if name == "qwen2, dynamic":
+        # One integer that falls to the other side changes later ones, as in transformers disturbed by 1e-6 (`noise`).
+        # Measured with AMX: a median of 1.8e-5, 14 equal continuations, and 15 after the disturbance.
+        assert parity["median_difference"] <= 1e-5 or parity["mean_difference"] <= 2 * parity["noise"]
+        assert parity["equal"] >= min(15, parity["noise_equal"] - 2)
+    else:
+        assert parity["median_difference"] <= 1e-5
+        assert parity["equal"] >= 15
     if name == "llama, weights alone":
         assert parity["largest_difference"] <= 1e-4
         assert parity["largest_tie"] <= 1e-4
